@@ -43,7 +43,9 @@ class NSAConfig:
             value = getattr(self, field.name)
             least = 0 if field.name in ("init_blocks", "local_blocks") else 1
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ValueError(f"{field.name} must be an integer of at least {least}, got {value!r}")
+                raise ValueError(
+                    f"{field.name} must be an integer of at least {least}, got {value!r}"
+                )
         check_window(self.kernel_size, self.kernel_stride)
         if self.block_size % self.kernel_stride:
             raise ValueError(
@@ -52,12 +54,12 @@ class NSAConfig:
             )
         if self.topk < self.init_blocks + self.local_blocks:
             raise ValueError(
-                "topk must be at least init_blocks + local_blocks, got "
-                f"topk={self.topk}, init_blocks={self.init_blocks}, local_blocks={self.local_blocks}"
+                f"topk must be at least init_blocks + local_blocks, got topk={self.topk}, "
+                f"init_blocks={self.init_blocks} and local_blocks={self.local_blocks}"
             )
 
     def num_blocks(self, length: int) -> int:
-        """Number of selectable blocks of a document of `length` tokens, a last short one included."""
+        """Number of selectable blocks of `length` tokens, a last short one included."""
         return -(-length // self.block_size)
 
 

@@ -1,0 +1,27 @@
+"""Native sparse attention (NSA) for JAX: the operator, its branches and its configuration."""
+
+from fsa_jax.api import (
+    CHECKPOINT_NAMES,
+    compress,
+    compressed_attention,
+    native_sparse_attention,
+    select_blocks,
+    selected_attention,
+    sliding_window_attention,
+)
+from fsa_jax.config import NSAConfig
+from fsa_jax.dispatch import explain
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CHECKPOINT_NAMES",
+    "NSAConfig",
+    "compress",
+    "compressed_attention",
+    "explain",
+    "native_sparse_attention",
+    "select_blocks",
+    "selected_attention",
+    "sliding_window_attention",
+]

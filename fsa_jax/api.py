@@ -1,0 +1,463 @@
+"""The public functions: canonicalise, validate, choose an implementation, call it.
+
+Shape legend: B batch, T tokens in a row, N query heads, K key/value heads, G = N/K heads in a GQA
+group, D head width of query and key, E head width of value, S listed blocks per query, M = T // d
+compressed windows, l kernel_size, d kernel_stride. Query head n uses key head n // G. Everywhere
+the batch axis B may be left out, of all arrays of a call together.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float, Int
+
+from fsa_jax import checks, compression
+from fsa_jax.config import NSAConfig, check_window
+from fsa_jax.dispatch import choose
+from fsa_jax.precision import wide_dtype
+
+#: Names that outputs carry for remat policies such as
+#: ``jax.checkpoint_policies.save_only_these_names(*CHECKPOINT_NAMES)``.
+CHECKPOINT_NAMES = (
+    "block_indices",
+    *(
+        f"{branch}_{part}"
+        for branch in ("compressed", "selected", "window")
+        for part in ("out", "lse")
+    ),
+)
+
+
+def compress(
+    x: Float[Array, "*B T K D"],
+    *,
+    kernel_size: int,
+    kernel_stride: int,
+    method: str = "linear",
+    weights: Array | tuple[Array, Array] | None = None,
+    positions: Float[Array, "K l D"] | None = None,
+    segment_ids: Int[Array, "*B T"] | None = None,
+) -> Float[Array, "*B M K D"]:
+    """Compresses each window of `kernel_size` tokens of a document into one key or value.
+
+    Window i of a document is its tokens i*d .. i*d + l - 1, and ::
+
+        linear    sum over t of (x[t] + positions[t]) @ weights[t]       weights [K, l*D, D]
+        weighted  sum over t of (x[t] + positions[t]) * weights[t]       weights [K, l]
+        mean      sum over t of (x[t] + positions[t]) / l                no weights
+        mlp       gelu((x + positions) flattened @ w_in) @ w_out         ([K, l*D, H], [K, H, D])
+
+    Args:
+      x: keys before RoPE, or values, [B, T, K, D], floating.
+      kernel_size: tokens l of a window.
+      kernel_stride: tokens d between the starts of windows; divides `kernel_size`.
+      method: "linear", "weighted", "mean" or "mlp".
+      weights: the parameters of the method, as above, in the dtype of `x`.
+      positions: table added to the tokens of each window, [K, l, D], in the dtype of `x`.
+      segment_ids: int32 [B, T], equal ids in a run are one document, 0 is padding.
+
+    Returns:
+      [B, M, K, D] in the dtype of `x`: the existing windows of a row first, in order, the rest
+      zero. Only whole windows exist.
+
+    Raises:
+      ValueError: an argument has a wrong shape, dtype or value; the message names it.
+
+    Example:
+      >>> import jax.numpy as jnp, fsa_jax
+      >>> x = jnp.ones((1, 64, 2, 8))
+      >>> fsa_jax.compress(x, kernel_size=32, kernel_stride=16, method="mean").shape
+      (1, 4, 2, 8)
+
+    Source: NSA (arXiv 2502.11089), equation 7.
+    """
+    has_batch = checks.batched(x, "T K D")
+    x = checks.with_batch("x", x, "T K D", has_batch)
+    kernel_size = checks.size("kernel_size", kernel_size)
+    kernel_stride = checks.size("kernel_stride", kernel_stride)
+    check_window(kernel_size, kernel_stride)
+    _, _, heads, width = x.shape
+    if method not in compression.METHODS:
+        raise ValueError(f"method must be one of {compression.METHODS}, got {method!r}")
+    flat = kernel_size * width
+    if method == "linear":
+        weights = checks.parameter("weights", weights, x, (heads, flat, width))
+    elif method == "weighted":
+        weights = checks.parameter("weights", weights, x, (heads, kernel_size))
+    elif method == "mlp":
+        if not isinstance(weights, tuple) or len(weights) != 2:
+            raise ValueError(f"weights must be a pair (w_in, w_out) for 'mlp', got {weights!r}")
+        hidden = weights[1].shape[1] if getattr(weights[1], "ndim", 0) == 3 else -1
+        w_in = checks.parameter("weights[0]", weights[0], x, (heads, flat, hidden))
+        weights = (w_in, checks.parameter("weights[1]", weights[1], x, (heads, hidden, width)))
+    elif weights is not None:
+        raise ValueError("weights must be None for method='mean'")
+    if positions is not None:
+        positions = checks.parameter("positions", positions, x, (heads, kernel_size, width))
+    rows = checks.rows(x, segment_ids, has_batch)
+    out = compression.compress(
+        x,
+        rows,
+        kernel_size=kernel_size,
+        kernel_stride=kernel_stride,
+        method=method,
+        weights=weights,
+        positions=positions,
+    )
+    return out if has_batch else out[0]
+
+
+def compressed_attention(
+    query: Float[Array, "*B T N D"],
+    compressed_key: Float[Array, "*B M K D"],
+    compressed_value: Float[Array, "*B M K E"],
+    *,
+    kernel_size: int,
+    kernel_stride: int,
+    scale: float | None = None,
+    segment_ids: Int[Array, "*B T"] | None = None,
+    implementation: str | None = None,
+    return_residuals: bool = False,
+):
+    """Attention to the compressed windows that end at or before the query.
+
+    With t the query's position in its document, ::
+
+        out[t] = sum over i with i*d + l - 1 <= t of softmax_i(scale * q[t] . k[i]) * v[i]
+
+    Args:
+      query: [B, T, N, D], floating.
+      compressed_key: [B, M, K, D] as `compress` lays it out, in the dtype of `query`.
+      compressed_value: [B, M, K, E], in the dtype of `query`.
+      kernel_size: tokens l of a window.
+      kernel_stride: tokens d between the starts of windows.
+      scale: factor of the logits, by default D ** -0.5.
+      segment_ids: int32 [B, T], equal ids in a run are one document, 0 is padding.
+      implementation: "triton", "triton_interpret", "xla", "reference", or None for the best.
+      return_residuals: also return the logsumexp of the scaled logits.
+
+    Returns:
+      out [B, T, N, E] in the dtype of `query`, or (out, lse) with lse [B, T, N], natural log, in
+      float32 (float64 for float64 inputs). A query that sees no window gets out 0 and lse -inf.
+
+    Raises:
+      ValueError: an argument has a wrong shape, dtype or value; the message names it.
+      NotImplementedError: the named implementation cannot serve the call.
+
+    Example:
+      >>> import jax.numpy as jnp, fsa_jax
+      >>> q, kv = jnp.ones((1, 64, 4, 8)), jnp.ones((1, 4, 2, 8))
+      >>> out = fsa_jax.compressed_attention(q, kv, kv, kernel_size=32, kernel_stride=16)
+      >>> out.shape, float(out[0, 0, 0, 0]), float(out[0, 63, 0, 0])
+      ((1, 64, 4, 8), 0.0, 1.0)
+
+    Source: NSA (arXiv 2502.11089), equation 7.
+    """
+    module = choose("compressed_attention", implementation)
+    kernel_size = checks.size("kernel_size", kernel_size)
+    kernel_stride = checks.size("kernel_stride", kernel_stride)
+    check_window(kernel_size, kernel_stride)
+    query, key, value, rows, has_batch = checks.attention_arrays(
+        query, compressed_key, compressed_value, segment_ids, kernel_stride
+    )
+    result = module.compressed_attention(
+        query,
+        key,
+        value,
+        rows,
+        kernel_size=kernel_size,
+        kernel_stride=kernel_stride,
+        scale=checks.scale(scale, query.shape[-1]),
+    )
+    return _result(result, has_batch, return_residuals)
+
+
+def select_blocks(
+    query: Float[Array, "*B T N D"],
+    compressed_key: Float[Array, "*B M K D"],
+    lse: Float[Array, "*B T N"],
+    *,
+    config: NSAConfig,
+    scale: float | None = None,
+    segment_ids: Int[Array, "*B T"] | None = None,
+    implementation: str | None = None,
+) -> Int[Array, "*B T K topk"]:
+    """Chooses the blocks that each query attends to, from the compressed attention.
+
+    With p[i] = exp(scale * q . k[i] - lse) of the visible windows, summed over the G heads of a
+    group in float32, ::
+
+        score[j] = sum over windows i of p[i] * (strides of d tokens that i shares with block j)
+
+    A query at position t chooses among the blocks 0 .. t // block_size: first the forced ones (the
+    first `init_blocks`, the last `local_blocks`), then those of the highest score, of equal scores
+    the lower number. No gradient flows through the choice.
+
+    Args:
+      query: [B, T, N, D], floating.
+      compressed_key: [B, M, K, D] as `compress` lays it out, in the dtype of `query`.
+      lse: [B, T, N], the residual of `compressed_attention` on the same query and key.
+      config: the sizes.
+      scale: factor of the logits, by default D ** -0.5.
+      segment_ids: int32 [B, T], equal ids in a run are one document, 0 is padding.
+      implementation: "triton", "triton_interpret", "xla", "reference", or None for the best.
+
+    Returns:
+      int32 [B, T, K, topk]: block numbers, counted from the start of the query's own document,
+      ascending; unused places hold -1 and stand at the end.
+
+    Raises:
+      ValueError: an argument has a wrong shape, dtype or value; the message names it.
+      NotImplementedError: the named implementation cannot serve the call.
+
+    Example:
+      >>> import jax.numpy as jnp, fsa_jax
+      >>> config = fsa_jax.NSAConfig(kernel_size=8, kernel_stride=4, block_size=16, topk=4)
+      >>> q, k, lse = jnp.ones((1, 64, 4, 8)), jnp.ones((1, 16, 2, 8)), jnp.zeros((1, 64, 4))
+      >>> fsa_jax.select_blocks(q, k, lse, config=config)[0, 40, 0]
+      Array([ 0,  1,  2, -1], dtype=int32)
+
+    Source: NSA (arXiv 2502.11089), equations 8 to 12.
+    """
+    module = choose("select_blocks", implementation)
+    config = checks.config(config)
+    query, key, _, rows, has_batch = checks.attention_arrays(
+        query, compressed_key, compressed_key, segment_ids, config.kernel_stride
+    )
+    lse = checks.with_batch("lse", lse, "T N", has_batch)
+    checks.same_axes("B T N", query=query, lse=lse)
+    query, key, lse = jax.lax.stop_gradient((query, key, lse))
+    indices = module.select_blocks(
+        query, key, lse, rows, config=config, scale=checks.scale(scale, query.shape[-1])
+    )
+    indices = checkpoint_name(indices, "block_indices")
+    return indices if has_batch else indices[0]
+
+
+def selected_attention(
+    query: Float[Array, "*B T N D"],
+    key: Float[Array, "*B T K D"],
+    value: Float[Array, "*B T K E"],
+    block_indices: Int[Array, "*B T K S"],
+    *,
+    block_size: int,
+    scale: float | None = None,
+    segment_ids: Int[Array, "*B T"] | None = None,
+    implementation: str | None = None,
+    return_residuals: bool = False,
+):
+    """Attention of each query to the tokens of the blocks in its list.
+
+    With t the query's position in its document, ::
+
+        out[t] = sum over s of softmax_s(scale * q[t] . k[s]) * v[s],
+                 s <= t and s // block_size in the list
+
+    Args:
+      query: [B, T, N, D], floating.
+      key: [B, T, K, D], in the dtype of `query`.
+      value: [B, T, K, E], in the dtype of `query`.
+      block_indices: int32 [B, T, K, S], block numbers counted from the start of the query's own
+        document. A list is a set: a repeated number counts once. Negative, future and
+        out-of-range numbers are ignored, wherever they stand.
+      block_size: tokens of a block.
+      scale: factor of the logits, by default D ** -0.5.
+      segment_ids: int32 [B, T], equal ids in a run are one document, 0 is padding.
+      implementation: "triton", "triton_interpret", "xla", "reference", or None for the best.
+      return_residuals: also return the logsumexp of the scaled logits.
+
+    Returns:
+      out [B, T, N, E] in the dtype of `query`, or (out, lse) with lse [B, T, N], natural log, in
+      float32 (float64 for float64 inputs). A query with an empty list gets out 0 and lse -inf.
+
+    Raises:
+      ValueError: an argument has a wrong shape, dtype or value; the message names it.
+      NotImplementedError: the named implementation cannot serve the call.
+
+    Example:
+      >>> import jax.numpy as jnp, fsa_jax
+      >>> q, kv = jnp.ones((1, 64, 4, 8)), jnp.ones((1, 64, 2, 8))
+      >>> indices = jnp.zeros((1, 64, 2, 3), jnp.int32)  # everyone chooses block 0
+      >>> fsa_jax.selected_attention(q, kv, kv, indices, block_size=16).shape
+      (1, 64, 4, 8)
+
+    Source: NSA (arXiv 2502.11089), equation 10; FSA (arXiv 2508.18224).
+    """
+    module = choose("selected_attention", implementation)
+    block_size = checks.size("block_size", block_size)
+    query, key, value, rows, has_batch = checks.attention_arrays(query, key, value, segment_ids)
+    axes = "B T K S" if has_batch else "T K S"
+    block_indices = checks.integers("block_indices", block_indices, axes)
+    block_indices = block_indices if has_batch else block_indices[None]
+    checks.same_axes("B T K", key=key, block_indices=block_indices)
+    result = module.selected_attention(
+        query,
+        key,
+        value,
+        block_indices,
+        rows,
+        block_size=block_size,
+        scale=checks.scale(scale, query.shape[-1]),
+    )
+    return _result(result, has_batch, return_residuals)
+
+
+def sliding_window_attention(
+    query: Float[Array, "*B T N D"],
+    key: Float[Array, "*B T K D"],
+    value: Float[Array, "*B T K E"],
+    *,
+    window_size: int,
+    scale: float | None = None,
+    segment_ids: Int[Array, "*B T"] | None = None,
+    implementation: str | None = None,
+    return_residuals: bool = False,
+):
+    """Attention of each query to the last `window_size` tokens of its document up to itself.
+
+    With t the query's position in its document, ::
+
+        out[t] = sum over t - window_size < s <= t of softmax_s(scale * q[t] . k[s]) * v[s]
+
+    Args:
+      query: [B, T, N, D], floating.
+      key: [B, T, K, D], in the dtype of `query`.
+      value: [B, T, K, E], in the dtype of `query`.
+      window_size: the exact number of visible keys, the query's own included.
+      scale: factor of the logits, by default D ** -0.5.
+      segment_ids: int32 [B, T], equal ids in a run are one document, 0 is padding.
+      implementation: "triton", "triton_interpret", "xla", "reference", or None for the best.
+      return_residuals: also return the logsumexp of the scaled logits.
+
+    Returns:
+      out [B, T, N, E] in the dtype of `query`, or (out, lse) with lse [B, T, N], natural log, in
+      float32 (float64 for float64 inputs). At padding out is 0 and lse -inf.
+
+    Raises:
+      ValueError: an argument has a wrong shape, dtype or value; the message names it.
+      NotImplementedError: the named implementation cannot serve the call.
+
+    Example:
+      >>> import jax.numpy as jnp, fsa_jax
+      >>> q, kv = jnp.ones((1, 64, 4, 8)), jnp.ones((1, 64, 2, 8))
+      >>> fsa_jax.sliding_window_attention(q, kv, kv, window_size=16).shape
+      (1, 64, 4, 8)
+
+    Source: NSA (arXiv 2502.11089), section 3.3.3.
+    """
+    module = choose("sliding_window_attention", implementation)
+    window_size = checks.size("window_size", window_size)
+    query, key, value, rows, has_batch = checks.attention_arrays(query, key, value, segment_ids)
+    result = module.sliding_window_attention(
+        query, key, value, rows, window_size=window_size, scale=checks.scale(scale, query.shape[-1])
+    )
+    return _result(result, has_batch, return_residuals)
+
+
+def native_sparse_attention(
+    query: Float[Array, "*B T N D"],
+    key: Float[Array, "*B T K D"],
+    value: Float[Array, "*B T K E"],
+    compressed_key: Float[Array, "*B M K D"],
+    compressed_value: Float[Array, "*B M K E"],
+    gates: Float[Array, "*B T #N 3"],
+    *,
+    config: NSAConfig,
+    scale: float | None = None,
+    segment_ids: Int[Array, "*B T"] | None = None,
+    implementation: str | None = None,
+) -> Float[Array, "*B T N E"]:
+    """Native sparse attention: compressed, selected and window attention, summed with gates.
+
+    ::
+
+        out = gates[0] * compressed + gates[1] * selected + gates[2] * window
+
+    where the selected branch attends to the blocks that `select_blocks` chooses from the compressed
+    attention. The sum is float32 (float64 for float64 inputs).
+
+    Args:
+      query: [B, T, N, D], floating, after RoPE.
+      key: [B, T, K, D], after RoPE, in the dtype of `query`.
+      value: [B, T, K, E], in the dtype of `query`.
+      compressed_key: [B, M, K, D] from `compress`, then RoPE at each window's first position.
+      compressed_value: [B, M, K, E] from `compress`.
+      gates: [B, T, N, 3], or [B, T, 1, 3] for one triple per token, floating.
+      config: the sizes.
+      scale: factor of the logits, by default D ** -0.5.
+      segment_ids: int32 [B, T], equal ids in a run are one document, 0 is padding.
+      implementation: "triton", "triton_interpret", "xla", "reference", or None for the best.
+
+    Returns:
+      [B, T, N, E] in the dtype of `query`; 0 at padding.
+
+    Raises:
+      ValueError: an argument has a wrong shape, dtype or value; the message names it.
+      NotImplementedError: the named implementation cannot serve the call.
+
+    Example:
+      >>> import jax.numpy as jnp, fsa_jax
+      >>> config = fsa_jax.NSAConfig(kernel_size=8, kernel_stride=4, block_size=16, topk=4)
+      >>> q, k = jnp.ones((1, 64, 4, 8)), jnp.ones((1, 64, 2, 8))
+      >>> ck = fsa_jax.compress(k, kernel_size=8, kernel_stride=4, method="mean")
+      >>> gates = jnp.full((1, 64, 4, 3), 0.5)
+      >>> fsa_jax.native_sparse_attention(q, k, k, ck, ck, gates, config=config).shape
+      (1, 64, 4, 8)
+
+    Source: NSA (arXiv 2502.11089), equation 5.
+    """
+    choose("native_sparse_attention", implementation)
+    config = checks.config(config)
+    common = {"scale": scale, "segment_ids": segment_ids, "implementation": implementation}
+    compressed, lse = compressed_attention(
+        query,
+        compressed_key,
+        compressed_value,
+        kernel_size=config.kernel_size,
+        kernel_stride=config.kernel_stride,
+        return_residuals=True,
+        **common,
+    )
+    indices = select_blocks(query, compressed_key, lse, config=config, **common)
+    selected = selected_attention(
+        query, key, value, indices, block_size=config.block_size, **common
+    )
+    window = sliding_window_attention(query, key, value, window_size=config.window_size, **common)
+    return combine_branches(gates, compressed, selected, window)
+
+
+def combine_branches(
+    gates: Float[Array, "*B T #N 3"], *branches: Float[Array, "*B T N E"]
+) -> Float[Array, "*B T N E"]:
+    """The gated sum of the compressed, selected and window branch, in that order.
+
+    Args:
+      gates: [B, T, N, 3] or [B, T, 1, 3], floating.
+      *branches: three arrays [B, T, N, E] of one dtype.
+
+    Returns:
+      [B, T, N, E] in the dtype of the branches; the sum itself is float32 or float64.
+
+    Raises:
+      ValueError: the gates have a wrong shape or dtype.
+    """
+    out = branches[0]
+    has_batch = out.ndim == 4
+    gates = checks.with_batch("gates", gates, "T N 3", has_batch)
+    expected = (*(out.shape if has_batch else (1, *out.shape))[:3], 3)
+    if gates.shape not in (expected, (*expected[:2], 1, 3)):
+        raise ValueError(
+            f"gates must have shape {expected} or {(*expected[:2], 1, 3)}, got {gates.shape}"
+        )
+    wide = wide_dtype(out)
+    gates = rearrange((gates if has_batch else gates[0]).astype(wide), "... n c -> c ... n 1")
+    total = sum(gate * branch.astype(wide) for gate, branch in zip(gates, branches, strict=True))
+    return jnp.asarray(total).astype(out.dtype)
+
+
+def _result(result, has_batch: bool, return_residuals: bool) -> Any:
+    out, lse = result if has_batch else (x[0] for x in result)
+    return (out, lse) if return_residuals else out

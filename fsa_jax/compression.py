@@ -1,0 +1,89 @@
+"""phi: the compression of overlapping windows of tokens into one key or value each.
+
+No window is ever copied out whole. A window of l tokens is l/d units of d tokens; pass u of l/d
+reads unit u of every window (each token at most once) and adds its share. XLA turns the passes
+into matmuls with float32 accumulation.
+
+Shapes: B batch, T tokens, K key/value heads, D width, M = T // d window slots, H hidden width,
+l kernel_size, d kernel_stride.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from fsa_jax.precision import einsum
+from fsa_jax.segments import Rows, Windows, describe_windows
+
+METHODS = ("linear", "weighted", "mean", "mlp")
+
+
+def compress(
+    x: Float[Array, "B T K D"],
+    rows: Rows,
+    *,
+    kernel_size: int,
+    kernel_stride: int,
+    method: str,
+    weights: Any = None,
+    positions: Float[Array, "K l D"] | None = None,
+) -> Float[Array, "B M K D"]:
+    """Compresses every window; empty slots are zero. Arguments are already checked."""
+    windows = describe_windows(rows, kernel_size, kernel_stride)
+    units = _unit_reader(x, rows, windows, kernel_size, kernel_stride)
+
+    def fold(equation, weight, table_equation):
+        """Sum over the tokens of a window of token times weight, and the same for the table."""
+        parts = [slice(u, u + kernel_stride) for u in range(0, kernel_size, kernel_stride)]
+        total = sum(einsum(equation, units(s.start), weight[:, s]) for s in parts)
+        if positions is not None:
+            # phi is linear up to here, so the table adds the same constant to every window
+            total = total + einsum(table_equation, positions, weight)[None, None]
+        return total
+
+    if method == "mean":
+        ones = jnp.ones((x.shape[2], kernel_size), x.dtype)
+        out = fold("bmlkd,kl->bmkd", ones, "kld,kl->kd") / kernel_size
+    elif method == "weighted":
+        out = fold("bmlkd,kl->bmkd", weights, "kld,kl->kd")
+    else:
+        matrix = weights if method == "linear" else weights[0]
+        matrix = matrix.reshape(x.shape[2], kernel_size, x.shape[3], -1)
+        out = fold("bmlkd,kldh->bmkh", matrix, "kld,kldh->kh")
+        if method == "mlp":
+            out = einsum("bmkh,khd->bmkd", jax.nn.gelu(out).astype(x.dtype), weights[1])
+    exists = (windows.start < x.shape[1])[:, :, None, None]
+    return jnp.where(exists, out, 0).astype(x.dtype)
+
+
+def _unit_reader(
+    x: Float[Array, "B T K D"], rows: Rows, windows: Windows, kernel_size: int, kernel_stride: int
+) -> Callable[[int], Float[Array, "B M d K D"]]:
+    """A function that reads the d tokens from `offset` on of every window, zero in empty slots."""
+    batch, length, heads, width = x.shape
+    slots = length // kernel_stride
+    exists = (windows.start < length)[:, :, None, None, None]
+    if rows.packed:
+        # lax.dynamic_slice moves a slice that would pass the end, so empty slots read something
+        # that exists; the mask below takes it away, and its cotangent with it.
+        def one_row(row, starts, offset):
+            size = (kernel_stride, heads, width)
+            read = lambda start: jax.lax.dynamic_slice(row, (start + offset, 0, 0), size)  # noqa: E731
+            return jax.vmap(read)(starts)
+
+        return lambda offset: jnp.where(
+            exists, jax.vmap(lambda r, s: one_row(r, s, offset))(x, windows.start), 0
+        )
+    padded = jnp.pad(
+        x[:, : slots * kernel_stride], ((0, 0), (0, kernel_size - kernel_stride), (0, 0), (0, 0))
+    )
+
+    def read(offset):
+        unit = padded[:, offset : offset + slots * kernel_stride]
+        unit = unit.reshape(batch, slots, kernel_stride, heads, width)
+        return jnp.where(exists, unit, 0)
+
+    return read

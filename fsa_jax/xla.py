@@ -1,0 +1,453 @@
+"""The portable implementation: plain XLA for any device, memory linear in the tokens.
+
+Dataflow. Every function works on one flat axis H of (row, KV head) pairs. Two loops do the work,
+each with its own backward that recomputes the softmax from the saved logsumexp:
+
+* `_range_attention`: a query sees one contiguous range of keys (compressed windows, or the
+  tokens of a sliding window). Tiles of queries walk the tiles of keys that any of them sees.
+* `_block_attention`: a query sees a list of blocks. The (query, block) pairs are sorted by block
+  and cut into tiles of one block each; a tile gathers its queries, and merges its result into
+  running maxima, sums and outputs of those queries. No tile holds a query twice, and tiles run one
+  after another, so sums have a fixed order and no partial result is ever stored.
+
+What a tile's queries cannot see is set to zero before use, so NaN and Inf in padding or in blocks
+that nobody chose can reach neither outputs nor gradients.
+
+Residuals of both loops: their inputs, out [H, T, G, E] in the input dtype and lse [H, T, G] in
+float32 (float64 for float64 inputs).
+
+Shapes: B batch, T tokens, N query heads, K key/value heads, G = N/K, H = B*K, D and E head widths,
+M keys of a loop, S listed blocks, P = T*S pairs, R pairs of a tile.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange, repeat
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Bool, Float, Int
+
+from fsa_jax.config import NSAConfig
+from fsa_jax.precision import einsum, wide_dtype
+from fsa_jax.segments import (
+    Rows,
+    describe_windows,
+    listed_block_starts,
+    visible_tokens,
+    visible_windows,
+)
+
+# Tiles: large enough that the matmuls outweigh the loop, small enough to stay in cache.
+QUERY_TILE = 128
+KEY_TILE = 256
+PAIR_TILE = 128
+
+
+def compressed_attention(query, key, value, rows: Rows, *, kernel_size, kernel_stride, scale):
+    """See fsa_jax.compressed_attention."""
+    low, high = visible_windows(describe_windows(rows, kernel_size, kernel_stride))
+    return _ungroup(_range_attention, query, key, value, (low, high), scale, "compressed")
+
+
+def sliding_window_attention(query, key, value, rows: Rows, *, window_size, scale):
+    """See fsa_jax.sliding_window_attention."""
+    low, high = visible_tokens(rows, window_size)
+    return _ungroup(_range_attention, query, key, value, (low, high), scale, "window")
+
+
+def selected_attention(query, key, value, block_indices, rows: Rows, *, block_size, scale):
+    """See fsa_jax.selected_attention."""
+    starts = listed_block_starts(rows, block_indices, block_size)
+    attend = functools.partial(_block_attention, block_size)
+    return _ungroup(attend, query, key, value, (starts,), scale, "selected")
+
+
+def select_blocks(
+    query: Float[Array, "B T N D"],
+    key: Float[Array, "B M K D"],
+    lse: Float[Array, "B T N"],
+    rows: Rows,
+    *,
+    config: NSAConfig,
+    scale: float,
+) -> Int[Array, "B T K S"]:
+    """See fsa_jax.select_blocks. Scores exist for one tile of queries at a time."""
+    length, kv_heads, slots = query.shape[1], key.shape[2], key.shape[1]
+    windows = describe_windows(rows, config.kernel_size, config.kernel_stride)
+    wide = wide_dtype(query)
+    tile = min(QUERY_TILE, length)
+
+    def one_tile(xs):
+        query, lse, first, visible, position, valid = xs
+        window = jnp.arange(slots, dtype=jnp.int32)[None, None]
+        logits = scale * einsum("bqkgd,bmkd->bkgqm", query, key)
+        lse = rearrange(jnp.where(jnp.isneginf(lse), 0, lse), "b q k g -> b k g q 1").astype(wide)
+        # slot s holds window s - first of the query's document: align them, then hide the others
+        sees = (window >= first[..., None]) & (window < (first + visible)[..., None])
+        p = jnp.where(sees[:, None], jnp.exp(logits - lse).sum(axis=2), 0)  # [B, K, q, M]
+        if rows.packed:
+            slot = jnp.minimum(first[..., None] + window, slots - 1)
+            p = jnp.take_along_axis(p, slot[:, None], axis=-1)
+            p = jnp.where((window < visible[..., None])[:, None], p, 0)
+        own = jnp.where(valid, position // config.block_size, -1)[:, None]
+        return rearrange(_best_blocks(_fold(p, length, config), own, config), "b k q s -> b q k s")
+
+    query = rearrange(query, "b t (k g) d -> b t k g d", k=kv_heads)
+    lse = rearrange(lse, "b t (k g) -> b t k g", k=kv_heads)
+    tokenwise = (query, lse, windows.first, windows.visible, rows.position, rows.valid)
+    tiles = jax.lax.map(one_tile, tuple(_tiles(x, tile) for x in tokenwise))
+    return rearrange(tiles, "n b q k s -> b (n q) k s")[:, :length]
+
+
+def _fold(p: Float[Array, "B K Q M"], length: int, config: NSAConfig) -> Float[Array, "B K Q J"]:
+    """Scores of blocks: each window counts by the units of kernel_stride that it shares."""
+    per_window = config.kernel_size // config.kernel_stride
+    per_block = config.block_size // config.kernel_stride
+    blocks = config.num_blocks(length)
+    before = per_window - 1
+    after = max(0, blocks * per_block - p.shape[-1])
+    padded = jnp.pad(p, ((0, 0), (0, 0), (0, 0), (before, after)))
+    score = jnp.zeros((), p.dtype)
+    for offset in range(-before, per_block):  # window j*per_block + offset against block j
+        shared = min(offset + per_window, per_block) - max(offset, 0)
+        column = before + offset
+        score = score + shared * padded[..., column : column + blocks * per_block : per_block]
+    return score
+
+
+def _best_blocks(
+    score: Float[Array, "B K Q J"], own: Int[Array, "B #K Q"], config: NSAConfig
+) -> Int[Array, "B K Q S"]:
+    """Forced blocks, then the highest scores, equal ones by number; ascending, -1 at the tail."""
+    blocks = score.shape[-1]
+    block = jnp.arange(blocks, dtype=jnp.int32)[None, None, None]
+    own = own[..., None]
+    # The bits of a float >= 0 order like the number, so one integer holds score and priority.
+    integer = jnp.int32 if score.dtype == jnp.float32 else jnp.int64
+    largest = jnp.iinfo(integer).max
+    bits = jax.lax.bitcast_convert_type(score, integer)
+    forced = (block < config.init_blocks) | (block > own - config.local_blocks)
+    rank = jnp.where(block > own, -1, jnp.where(forced, largest, jnp.clip(bits, 0, largest - 1)))
+    kept = min(config.topk, blocks)
+    rank, best = jax.lax.top_k(rank, kept)  # of equal ones, the lower index comes first
+    chosen = jnp.sort(jnp.where(rank >= 0, best.astype(jnp.int32), blocks), axis=-1)
+    chosen = jnp.where(chosen < blocks, chosen, -1)
+    return jnp.pad(chosen, ((0, 0), (0, 0), (0, 0), (0, config.topk - kept)), constant_values=-1)
+
+
+def _ungroup(attend, query, key, value, visibility, scale, name):
+    """Runs `attend` on the flat axis H of (row, KV head) pairs and restores the layout."""
+    batch, length, heads, _ = query.shape
+    kv_heads, width = key.shape[2], value.shape[3]
+    if key.shape[1] == 0:  # a row too short for even one window
+        wide = wide_dtype(query)
+        out = jnp.zeros((batch, length, heads, width), query.dtype)
+        return out, jnp.full((batch, length, heads), -jnp.inf, wide)
+    query = rearrange(query, "b t (k g) d -> (b k) t g d", k=kv_heads)
+    key, value = (rearrange(x, "b m k d -> (b k) m d") for x in (key, value))
+    if visibility[0].ndim == 2:
+        visibility = tuple(repeat(x, "b t -> (b k) t", k=kv_heads) for x in visibility)
+    else:
+        visibility = tuple(rearrange(x, "b t k s -> (b k) t s") for x in visibility)
+    out, lse = attend(scale, name, query, key, value, *visibility)
+    out = rearrange(out, "(b k) t g e -> b t (k g) e", b=batch)
+    return out, rearrange(lse, "(b k) t g -> b t (k g)", b=batch)
+
+
+def _pad_tokens(x: Array, missing: int) -> Array:
+    """`missing` more entries of zeros at the end of axis 1."""
+    return jnp.pad(x, ((0, 0), (0, missing)) + ((0, 0),) * (x.ndim - 2))
+
+
+def _tiles(x: Array, tile: int) -> Array:
+    """[B, T, ...] to [T/tile, B, tile, ...], the last tile filled with zeros."""
+    return rearrange(_pad_tokens(x, -x.shape[1] % tile), "b (n q) ... -> n b q ...", q=tile)
+
+
+def _untile(x: Array, length: int) -> Array:
+    return rearrange(x, "n b q ... -> b (n q) ...")[:, :length]
+
+
+def _hide(visible: Bool[Array, "H Q M"], axis: int, *arrays: Array) -> tuple[Array, ...]:
+    """Zeroes the rows of [H, Q or M, ...] arrays that take no part in a visible pair."""
+    keep = visible.any(axis=axis)
+    return tuple(jnp.where(keep.reshape(*keep.shape, *(1,) * (x.ndim - 2)), x, 0) for x in arrays)
+
+
+def _merge(state, query, key, value, visible, scale):
+    """One step of online softmax: folds a tile of keys into (max, sum, unnormalised out)."""
+    top, total, out = state
+    (query,) = _hide(visible, 2, query)
+    key, value = _hide(visible, 1, key, value)
+    logits = scale * einsum("hqgd,hmd->hqgm", query, key)
+    logits = jnp.where(visible[:, :, None], logits, -jnp.inf)
+    new_top = jnp.maximum(top, logits.max(axis=-1))
+    safe = jnp.where(jnp.isneginf(new_top), 0, new_top)
+    weight = jnp.exp(logits - safe[..., None])
+    decay = jnp.exp(top - safe)
+    total = total * decay + weight.sum(axis=-1)
+    part = einsum("hqgm,hme->hqge", weight.astype(value.dtype), value)
+    return new_top, total, out * decay[..., None] + part
+
+
+def _finish(top, total, out, dtype):
+    """Normalises; a query that saw nothing has sum 0 and gets out 0 and lse -inf."""
+    empty = total == 0
+    total = jnp.where(empty, 1, total)
+    lse = jnp.where(empty, -jnp.inf, top + jnp.log(total))
+    return (out / total[..., None]).astype(dtype), lse
+
+
+def _tile_gradients(query, key, value, cotangent, lse, delta, visible, scale):
+    """Gradients (dq, dk, dv) of one tile: p from lse, ds = p * (do v^T - delta)."""
+    query, cotangent = _hide(visible, 2, query, cotangent)
+    key, value = _hide(visible, 1, key, value)
+    logits = scale * einsum("hqgd,hmd->hqgm", query, key)
+    lse = jnp.where(jnp.isneginf(lse), 0, lse)
+    p = jnp.where(visible[:, :, None], jnp.exp(logits - lse[..., None]), 0)
+    dp = einsum("hqge,hme->hqgm", cotangent, value)
+    delta = jnp.where(visible.any(axis=2)[..., None], delta, 0)
+    ds = (scale * p * (dp - delta[..., None])).astype(key.dtype)
+    dq = einsum("hqgm,hmd->hqgd", ds, key)
+    dk = einsum("hqgm,hqgd->hmd", ds, query)
+    dv = einsum("hqgm,hqge->hme", p.astype(value.dtype), cotangent)
+    return dq, dk, dv
+
+
+def _delta(out, dout, dlse):
+    """What every ds of a query subtracts: sum(out * dout), less the cotangent of lse."""
+    wide = dlse.dtype
+    return jnp.sum(out.astype(wide) * dout.astype(wide), axis=-1) - dlse
+
+
+# Attention to a contiguous range of keys
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _range_attention(
+    scale: float,
+    name: str,
+    query: Float[Array, "H T G D"],
+    key: Float[Array, "H M D"],
+    value: Float[Array, "H M E"],
+    low: Int[Array, "H T"],
+    high: Int[Array, "H T"],
+) -> tuple[Float[Array, "H T G E"], Float[Array, "H T G"]]:
+    """Softmax attention of each query to keys low .. high-1; `name` is for remat policies."""
+    return _range_forward(scale, name, query, key, value, low, high)
+
+
+def _range_forward(scale, name, query, key, value, low, high):
+    length = query.shape[1]
+    wide = wide_dtype(query)
+    tile = min(QUERY_TILE, length)
+    key_tile = min(KEY_TILE, key.shape[1])
+    key, value = (_pad_tokens(x, -x.shape[1] % key_tile) for x in (key, value))
+
+    def one_tile(xs):
+        query, low, high = xs
+
+        def step(index, state):
+            keys, values, visible = _key_tile(index, key_tile, key, value, low, high)
+            return _merge(state, query, keys, values, visible, scale)
+
+        first, last = _key_tile_range(low, high, key_tile)
+        state = _empty_state(query.shape[:3], value.shape[-1], wide)
+        top, total, out = jax.lax.fori_loop(first, last, step, state)
+        return _finish(top, total, out, query.dtype)
+
+    out, lse = jax.lax.map(one_tile, tuple(_tiles(x, tile) for x in (query, low, high)))
+    out, lse = _untile(out, length), _untile(lse, length)
+    return checkpoint_name(out, f"{name}_out"), checkpoint_name(lse, f"{name}_lse")
+
+
+def _range_attention_fwd(scale, name, query, key, value, low, high):
+    out, lse = _range_forward(scale, name, query, key, value, low, high)
+    return (out, lse), (query, key, value, low, high, out, lse)
+
+
+def _range_attention_bwd(scale, name, residuals, cotangents):
+    query, key, value, low, high, out, lse = residuals
+    dout, dlse = cotangents
+    length, keys = query.shape[1], key.shape[1]
+    tile, key_tile = min(QUERY_TILE, length), min(KEY_TILE, keys)
+    padded_key, padded_value = (_pad_tokens(x, -x.shape[1] % key_tile) for x in (key, value))
+
+    def one_tile(carry, xs):
+        query, low, high, lse, dout, delta = xs
+
+        def step(index, state):
+            dq, dk, dv = state
+            keys, values, visible = _key_tile(index, key_tile, padded_key, padded_value, low, high)
+            parts = _tile_gradients(query, keys, values, dout, lse, delta, visible, scale)
+            at = index * key_tile
+            return dq + parts[0], _add_slice(dk, parts[1], at), _add_slice(dv, parts[2], at)
+
+        dq = jnp.zeros(query.shape, lse.dtype)
+        first, last = _key_tile_range(low, high, key_tile)
+        dq, dk, dv = jax.lax.fori_loop(first, last, step, (dq, *carry))
+        return (dk, dv), dq.astype(query.dtype)
+
+    zeros = tuple(jnp.zeros(x.shape, lse.dtype) for x in (padded_key, padded_value))
+    tokenwise = (query, low, high, lse, dout, _delta(out, dout, dlse))
+    (dk, dv), dq = jax.lax.scan(one_tile, zeros, tuple(_tiles(x, tile) for x in tokenwise))
+    dk, dv = dk[:, :keys].astype(key.dtype), dv[:, :keys].astype(value.dtype)
+    return _untile(dq, length), dk, dv, None, None
+
+
+_range_attention.defvjp(_range_attention_fwd, _range_attention_bwd)
+
+
+def _empty_state(shape, width, wide):
+    top = jnp.full(shape, -jnp.inf, wide)
+    return top, jnp.zeros(shape, wide), jnp.zeros((*shape, width), wide)
+
+
+def _key_tile_range(low, high, key_tile):
+    """First and one past the last tile of keys that any query of the tile sees."""
+    some = high > low
+    first = jnp.min(jnp.where(some, low, jnp.iinfo(low.dtype).max)) // key_tile
+    last = (jnp.max(jnp.where(some, high, 0)) + key_tile - 1) // key_tile
+    return first, last
+
+
+def _key_tile(index, key_tile, key, value, low, high):
+    start = index * key_tile
+    keys, values = (jax.lax.dynamic_slice_in_dim(x, start, key_tile, axis=1) for x in (key, value))
+    column = (start + jnp.arange(key_tile, dtype=jnp.int32))[None, None]
+    return keys, values, (column >= low[..., None]) & (column < high[..., None])
+
+
+def _add_slice(total: Array, part: Array, start) -> Array:
+    """total[:, start : start + size] += part, in place."""
+    old = jax.lax.dynamic_slice_in_dim(total, start, part.shape[1], axis=1)
+    return jax.lax.dynamic_update_slice_in_dim(total, old + part, start, axis=1)
+
+
+# Attention to listed blocks
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _block_attention(
+    block_size: int,
+    scale: float,
+    name: str,
+    query: Float[Array, "H T G D"],
+    key: Float[Array, "H T D"],
+    value: Float[Array, "H T E"],
+    starts: Int[Array, "H T S"],
+) -> tuple[Float[Array, "H T G E"], Float[Array, "H T G"]]:
+    """Softmax attention of query t to tokens up to t of the blocks that start at starts[t]."""
+    return _block_forward(block_size, scale, name, query, key, value, starts)
+
+
+def _block_forward(block_size, scale, name, query, key, value, starts):
+    wide = wide_dtype(query)
+    count, read_tile = _block_tiles(starts, block_size)
+    # room for the last block to pass the end of the row, and for the block of an empty tile
+    key, value = (_pad_tokens(x, block_size) for x in (key, value))
+
+    def step(index, state):
+        token, start, visible = read_tile(index)
+        keys, values = (_read_block(x, start, block_size) for x in (key, value))
+        part = tuple(_gather(x, token) for x in state)
+        merged = _merge(part, _gather(query, token), keys, values, visible, scale)
+        return tuple(_scatter(x, token, new) for x, new in zip(state, merged, strict=True))
+
+    state = _empty_state(query.shape[:3], value.shape[-1], wide)
+    top, total, out = jax.lax.fori_loop(0, count, step, state)
+    out, lse = _finish(top, total, out, query.dtype)
+    return checkpoint_name(out, f"{name}_out"), checkpoint_name(lse, f"{name}_lse")
+
+
+def _block_attention_fwd(block_size, scale, name, query, key, value, starts):
+    out, lse = _block_forward(block_size, scale, name, query, key, value, starts)
+    return (out, lse), (query, key, value, starts, out, lse)
+
+
+def _block_attention_bwd(block_size, scale, name, residuals, cotangents):
+    query, key, value, starts, out, lse = residuals
+    dout, dlse = cotangents
+    length = query.shape[1]
+    count, read_tile = _block_tiles(starts, block_size)
+    padded_key, padded_value = (_pad_tokens(x, block_size) for x in (key, value))
+    delta = _delta(out, dout, dlse)
+
+    def step(index, state):
+        dq, dk, dv = state
+        token, start, visible = read_tile(index)
+        keys, values = (_read_block(x, start, block_size) for x in (padded_key, padded_value))
+        queries, douts, lses, deltas = (_gather(x, token) for x in (query, dout, lse, delta))
+        parts = _tile_gradients(queries, keys, values, douts, lses, deltas, visible, scale)
+        dq = _scatter(dq, token, _gather(dq, token) + parts[0])
+        dk = _write_block(dk, start, _read_block(dk, start, block_size) + parts[1])
+        dv = _write_block(dv, start, _read_block(dv, start, block_size) + parts[2])
+        return dq, dk, dv
+
+    zeros = tuple(jnp.zeros(x.shape, lse.dtype) for x in (query, padded_key, padded_value))
+    dq, dk, dv = jax.lax.fori_loop(0, count, step, zeros)
+    dk, dv = dk[:, :length].astype(key.dtype), dv[:, :length].astype(value.dtype)
+    return dq.astype(query.dtype), dk, dv, None
+
+
+_block_attention.defvjp(_block_attention_fwd, _block_attention_bwd)
+
+
+def _block_tiles(starts: Int[Array, "H T S"], block_size: int):
+    """Sorts the pairs by block and cuts each block's pairs into tiles.
+
+    Returns:
+      The number of tiles of the head that has most, and a function from a tile's number to its
+      tokens [H, R] (T where the tile has no more pairs), its block's first token [H] and the
+      visibility [H, R, block_size].
+    """
+    heads, length, slots = starts.shape
+    pairs = length * slots
+    tile = min(PAIR_TILE, pairs)
+    index = jnp.broadcast_to(jnp.arange(pairs, dtype=jnp.int32)[None], (heads, pairs))
+    start, order = jax.lax.sort(
+        (starts.reshape(heads, pairs), index), dimension=1, is_stable=True, num_keys=1
+    )
+    token = order // slots
+    opens = jnp.concatenate([jnp.ones((heads, 1), bool), start[:, 1:] != start[:, :-1]], axis=1)
+    run = jax.lax.cummax(jnp.where(opens, index, 0), axis=1)
+    cuts = (start < length) & ((index - run) % tile == 0)
+    number = jnp.cumsum(cuts, axis=1, dtype=jnp.int32) - 1
+    # every tile is full but the last of each block, and no more blocks than tokens are chosen
+    bound = pairs // tile + min(length, pairs)
+    first = jnp.full((heads, bound), pairs, jnp.int32)
+    target = jnp.where(cuts, number, bound)
+    first = jax.vmap(lambda f, i, p: f.at[i].set(p, mode="drop"))(first, target, index)
+
+    def read_tile(number):
+        pair = first[:, number][:, None] + jnp.arange(tile, dtype=jnp.int32)[None]
+        base = _gather(start, pair, fill=length)
+        live = (base == base[:, :1]) & (base < length)
+        rows = jnp.where(live, _gather(token, pair), length)
+        column = base[:, :1, None] + jnp.arange(block_size, dtype=jnp.int32)[None, None]
+        visible = live[..., None] & (column <= rows[..., None])
+        return rows, base[:, 0], visible
+
+    return jnp.max(number[:, -1]) + 1, read_tile
+
+
+def _gather(x: Array, index: Int[Array, "H R"], fill=0) -> Array:
+    read = lambda row, i: row.at[i].get(mode="fill", fill_value=fill)  # noqa: E731
+    return jax.vmap(read)(x, index)
+
+
+def _scatter(x: Array, index: Int[Array, "H R"], new: Array) -> Array:
+    """Overwrites rows; the indices of one tile differ, but for those past the end, which drop."""
+    write = lambda row, i, n: row.at[i].set(n, mode="drop")  # noqa: E731
+    return jax.vmap(write)(x, index, new)
+
+
+def _read_block(x: Array, start: Int[Array, " H"], block_size: int) -> Array:
+    read = lambda row, s: jax.lax.dynamic_slice_in_dim(row, s, block_size)  # noqa: E731
+    return jax.vmap(read)(x, start)
+
+
+def _write_block(x: Array, start: Int[Array, " H"], new: Array) -> Array:
+    write = lambda row, s, n: jax.lax.dynamic_update_slice_in_dim(row, n, s, axis=0)  # noqa: E731
+    return jax.vmap(write)(x, start, new)

@@ -1,0 +1,27 @@
+"""Test set-up: 8 CPU devices, strict dtypes and ranks, shape checks of the internal functions."""
+
+import os
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+)
+
+from jaxtyping import install_import_hook  # noqa: E402
+
+# The public functions have their own checks, which must meet bad input first.
+INTERNAL = ["fsa_jax.segments", "fsa_jax.reference", "fsa_jax.compression", "fsa_jax.xla"]
+install_import_hook(INTERNAL, "beartype.beartype").install()
+
+import jax  # noqa: E402
+import pytest  # noqa: E402
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture
+def x64():
+    """Float64 for one test."""
+    with jax.enable_x64(True):
+        yield
