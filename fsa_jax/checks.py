@@ -153,8 +153,10 @@ def rows(x: jax.Array, segment_ids, has_batch: bool) -> Rows:
     """
     if segment_ids is not None:
         ids = integers("segment_ids", segment_ids, "B T" if has_batch else "T")
-        if not isinstance(ids, Tracer) and ids.is_fully_addressable and ids.min() < 0:
-            raise ValueError(f"segment_ids must be 0 (padding) or positive, got {ids.min()}")
+        if not isinstance(ids, Tracer) and ids.is_fully_addressable:
+            least = np.asarray(ids).min()  # numpy: inside jit a jnp.min would be traced
+            if least < 0:
+                raise ValueError(f"segment_ids must be 0 (padding) or positive, got {least}")
         segment_ids = ids if has_batch else ids[None]
         if segment_ids.shape != x.shape[:2]:
             shape = x.shape[:2] if has_batch else x.shape[1:2]

@@ -67,16 +67,16 @@ def _unit_reader(
     slots = length // kernel_stride
     exists = (windows.start < length)[:, :, None, None, None]
     if rows.packed:
-        # lax.dynamic_slice moves a slice that would pass the end, so empty slots read something
-        # that exists; the mask below takes it away, and its cotangent with it.
-        def one_row(row, starts, offset):
-            size = (kernel_stride, heads, width)
-            read = lambda start: jax.lax.dynamic_slice(row, (start + offset, 0, 0), size)  # noqa: E731
-            return jax.vmap(read)(starts)
+        # A slice that would pass the end of the row is moved back inside, so empty slots read
+        # something that exists; the mask takes it away, and its cotangent with it.
+        def read_packed(offset):
+            def unit(row, start):
+                return jax.lax.dynamic_slice_in_dim(row, start + offset, kernel_stride)
 
-        return lambda offset: jnp.where(
-            exists, jax.vmap(lambda r, s: one_row(r, s, offset))(x, windows.start), 0
-        )
+            units = jax.vmap(jax.vmap(unit, (None, 0)))(x, windows.start)
+            return jnp.where(exists, units, 0)
+
+        return read_packed
     padded = jnp.pad(
         x[:, : slots * kernel_stride], ((0, 0), (0, kernel_size - kernel_stride), (0, 0), (0, 0))
     )

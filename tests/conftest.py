@@ -11,7 +11,7 @@ from jaxtyping import install_import_hook  # noqa: E402
 
 # The public functions have their own checks, which must meet bad input first.
 INTERNAL = ["fsa_jax.segments", "fsa_jax.reference", "fsa_jax.compression", "fsa_jax.xla"]
-install_import_hook(INTERNAL, "beartype.beartype").install()
+install_import_hook(INTERNAL, "beartype.beartype")
 
 import jax  # noqa: E402
 import pytest  # noqa: E402

@@ -1,0 +1,85 @@
+"""Inputs, runners and the error rule that the tests share."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from hypothesis import strategies as st
+
+import fsa_jax
+
+IMPLEMENTATIONS = ("reference", "xla")
+
+
+def normal(seed, *shape, dtype=jnp.float32):
+    """Standard normal numbers, the same for every dtype but for rounding."""
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), dtype)
+
+
+def lists(seed, batch, length, kv_heads, slots, blocks):
+    """Block lists with -1, repeated, future and out-of-range entries anywhere, some lists empty."""
+    rng = np.random.default_rng(seed)
+    indices = rng.integers(-2, blocks + 2, (batch, length, kv_heads, slots))
+    indices[rng.random((batch, length, kv_heads)) < 0.1] = -1
+    wild = rng.random(indices.shape) < 0.03
+    indices[wild] = rng.choice([2**31 - 1, -(2**31), 2**30], wild.sum())
+    return jnp.asarray(indices, jnp.int32)
+
+
+@st.composite
+def segmentations(draw, batch, length):
+    """Segment ids [batch, length]: any mix of documents of any length, equal ids apart, padding."""
+    rows = []
+    for _ in range(batch):
+        row = []
+        while len(row) < length:
+            size = draw(st.one_of(st.integers(1, 4), st.integers(1, length)))
+            row += [draw(st.integers(0, 3))] * size
+        rows.append(row[:length])
+    return np.asarray(rows, np.int32)
+
+
+def value_and_gradients(function, cotangent_seed, *args):
+    """Outputs of a function and the gradients of a random linear form of them."""
+
+    def run(*args):
+        out, pullback = jax.vjp(function, *args)
+        leaves, tree = jax.tree.flatten(out)
+        cotangents = [
+            jnp.where(jnp.isfinite(x), normal(cotangent_seed + i, *x.shape, dtype=x.dtype), 0)
+            for i, x in enumerate(leaves)
+        ]
+        return out, pullback(jax.tree.unflatten(tree, cotangents))
+
+    return jax.jit(run)(*args)
+
+
+def assert_close(got, wanted, tolerance=1e-10):
+    """Every array of a tree within `tolerance` of the other, relative to its largest number."""
+    assert jax.tree.structure(got) == jax.tree.structure(wanted)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
+        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+        assert a.shape == b.shape
+        np.testing.assert_array_equal(np.isneginf(a), np.isneginf(b))
+        finite = np.isfinite(b)
+        size = max(1.0, np.abs(b[finite]).max(initial=0.0))
+        np.testing.assert_allclose(a[finite], b[finite], rtol=0, atol=tolerance * size)
+
+
+def assert_same_bits(got, wanted):
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
+        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+
+
+def selected(block_indices, block_size, segment_ids=None, implementation="xla", scale=None):
+    """`selected_attention` with its residuals, as a function of query, key and value."""
+    return lambda query, key, value: fsa_jax.selected_attention(
+        query,
+        key,
+        value,
+        block_indices,
+        block_size=block_size,
+        segment_ids=segment_ids,
+        scale=scale,
+        implementation=implementation,
+        return_residuals=True,
+    )
