@@ -140,7 +140,8 @@ def _attend(
     scale: float,
 ) -> tuple[Float[Array, "B T N E"], Float[Array, "B T N"]]:
     """Softmax attention under a mask; a query that sees nothing gets 0 and lse -inf."""
-    # What nobody sees is cut off, so that a NaN there cannot come back as 0 * NaN.
+    # What nobody sees, and queries that see nothing, are cut off on the way in and on the way back,
+    # so that a NaN there cannot come back as 0 * NaN.
     seen = rearrange(sees.any(axis=2), "b k s -> b s k 1")
     key, value = jnp.where(seen, key, 0), jnp.where(seen, value, 0)
     sighted = rearrange(sees.any(axis=3), "b k t -> b t k 1")
@@ -160,4 +161,5 @@ def _attend(
         value,
     )
     out = rearrange(out, "b t k g e -> b t (k g) e").astype(query.dtype)
+    out = jnp.where(sighted, out, 0)
     return out, rearrange(lse, "b k g t 1 -> b t (k g)")

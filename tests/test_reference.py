@@ -32,7 +32,9 @@ def operator(query, key, value, segment_ids, indices, implementation):
     """All parts of the operator, as `by_hand.pack` returns them."""
     common = {"segment_ids": segment_ids, "implementation": implementation}
     both = {**common, "return_residuals": True}
-    ck, cv = (fsa_jax.compress(x, **SIZE, method="mean", segment_ids=segment_ids) for x in (key, value))
+    ck, cv = (
+        fsa_jax.compress(x, **SIZE, method="mean", segment_ids=segment_ids) for x in (key, value)
+    )
     compressed = fsa_jax.compressed_attention(query, ck, cv, **SIZE, **both)
     return {
         "compressed": compressed,

@@ -95,7 +95,9 @@ def test_compressed_attention_and_selection(name, implementation):
     windows = len(z["ck"])  # the peers store no empty slots
     assert_close((ck[:windows], cv[:windows]), (z["ck"], z["cv"]), STORED)
     assert not np.any(ck[windows:])
-    assert_close((out, lse, dq, dk, dv), tuple(z[n] for n in ("o", "lse", "dq", "dk", "dv")), STORED)
+    assert_close(
+        (out, lse, dq, dk, dv), tuple(z[n] for n in ("o", "lse", "dq", "dk", "dv")), STORED
+    )
     assert_close(gradients, {k: z["d" + k] for k in gradients}, STORED)
 
     indices = fsa_jax.select_blocks(
@@ -115,12 +117,8 @@ def test_gates_and_window(implementation):
     options = {"implementation": implementation, "scale": meta["scale"]}
 
     def run(q, k, v, g_slc, g_swa):
-        slc = fsa_jax.selected_attention(
-            q, k, v, indices, block_size=meta["block_size"], **options
-        )
-        swa = fsa_jax.sliding_window_attention(
-            q, k, v, window_size=meta["window_size"], **options
-        )
+        slc = fsa_jax.selected_attention(q, k, v, indices, block_size=meta["block_size"], **options)
+        swa = fsa_jax.sliding_window_attention(q, k, v, window_size=meta["window_size"], **options)
         gates = jnp.stack([jnp.zeros_like(g_slc), g_slc, g_swa], axis=-1)
         return fsa_jax.api.combine_branches(gates, jnp.zeros_like(slc), slc, swa)
 

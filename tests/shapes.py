@@ -1,0 +1,51 @@
+"""Named shapes of the attention functions, for tests and benchmarks."""
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Shape:
+    """B rows of T tokens, N query heads over K key/value heads, head widths D and E, S slots."""
+
+    batch: int = 1
+    length: int
+    heads: int
+    kv_heads: int
+    width: int = 16
+    value_width: int = 16
+    block_size: int = 16
+    slots: int = 4
+
+    @property
+    def query(self):
+        return (self.batch, self.length, self.heads, self.width)
+
+    @property
+    def key(self):
+        return (self.batch, self.length, self.kv_heads, self.width)
+
+    @property
+    def value(self):
+        return (self.batch, self.length, self.kv_heads, self.value_width)
+
+    @property
+    def indices(self):
+        return (self.batch, self.length, self.kv_heads, self.slots)
+
+    @property
+    def blocks(self):
+        return -(-self.length // self.block_size)
+
+
+# Small enough for float64 against the dense reference on a CPU.
+SMALL = {
+    "mha": Shape(length=70, heads=2, kv_heads=2),
+    "g2_batch": Shape(batch=3, length=50, heads=4, kv_heads=2, width=8, value_width=12),
+    "g3_odd": Shape(length=61, heads=3, kv_heads=1, width=5, value_width=7, block_size=9, slots=3),
+    "g5": Shape(length=40, heads=10, kv_heads=2, width=8, value_width=8),
+    "g16_mqa": Shape(length=33, heads=16, kv_heads=1, width=4, value_width=4),
+    "one_token": Shape(length=1, heads=2, kv_heads=1),
+    "one_slot": Shape(length=40, heads=2, kv_heads=1, slots=1),
+    "many_slots": Shape(length=150, heads=2, kv_heads=1, width=4, block_size=4, slots=40),
+    "many_tiles": Shape(batch=2, length=400, heads=2, kv_heads=1, width=4, value_width=4),
+}

@@ -1,0 +1,309 @@
+"""The portable implementation against the dense reference: numbers, gradients, robustness."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from jax.test_util import check_grads
+from shapes import SMALL
+from util import (
+    IMPLEMENTATIONS,
+    assert_close,
+    assert_same_bits,
+    both_ways,
+    lists,
+    normal,
+    segmentations,
+    selected,
+    value_and_gradients,
+)
+
+import fsa_jax
+
+WINDOWS = {"kernel_size": 8, "kernel_stride": 4}
+
+
+def some_segments(shape, seed=0):
+    """Long and short documents and padding."""
+    rng = np.random.default_rng(seed)
+    ids = np.zeros((shape.batch, shape.length), np.int32)
+    for row in ids:
+        at = 0
+        while at < shape.length:
+            size = int(rng.choice([1, 3, 20, 100]))
+            row[at : at + size] = rng.integers(0, 4)
+            at += size
+    return jnp.asarray(ids)
+
+
+def inputs(shape, dtype=jnp.float64, seed=0):
+    kinds = (shape.query, shape.key, shape.value)
+    return tuple(normal(seed + i, *kind, dtype=dtype) for i, kind in enumerate(kinds))
+
+
+def compressed(segment_ids, implementation):
+    """`compressed_attention` with residuals; keys and values are compressed before."""
+    return lambda query, key, value: fsa_jax.compressed_attention(
+        query,
+        key,
+        value,
+        **WINDOWS,
+        segment_ids=segment_ids,
+        implementation=implementation,
+        return_residuals=True,
+    )
+
+
+def window(segment_ids, implementation, window_size=7):
+    return lambda query, key, value: fsa_jax.sliding_window_attention(
+        query,
+        key,
+        value,
+        window_size=window_size,
+        segment_ids=segment_ids,
+        implementation=implementation,
+        return_residuals=True,
+    )
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("branch", ["compressed", "selected", "window"])
+def test_values_and_gradients_are_those_of_the_reference(branch, name, packed):
+    shape = SMALL[name]
+    segment_ids = some_segments(shape) if packed else None
+    args = inputs(shape)
+    if branch == "selected":
+        indices = lists(1, *shape.indices, shape.blocks)
+        make = functools.partial(selected, indices, shape.block_size, segment_ids)
+    elif branch == "window":
+        make = functools.partial(window, segment_ids)
+    else:
+        make = functools.partial(compressed, segment_ids)
+        slots = shape.length // WINDOWS["kernel_stride"]
+        args = (args[0], args[1][:, :slots], args[2][:, :slots])
+        if slots == 0:  # nothing to differentiate; test_reference covers it
+            shape = SMALL["mha"]
+            args = (args[0][:, :1], args[1][:, :0], args[2][:, :0])
+    got, wanted = (
+        value_and_gradients(make(implementation), 7, *args)
+        for implementation in ("xla", "reference")
+    )
+    assert_close(got, wanted)
+
+
+CASE = SMALL["g2_batch"]
+
+
+@functools.cache
+def compiled_selected(implementation):
+    def run(indices, segment_ids, *args):
+        attend = selected(indices, CASE.block_size, segment_ids, implementation)
+        return value_and_gradients(attend, 3, *args)
+
+    return jax.jit(run)
+
+
+@pytest.mark.usefixtures("x64")
+@settings(deadline=None, max_examples=40)
+@given(segmentations(CASE.batch, CASE.length), st.integers(0, 2**31))
+def test_any_segmentation_and_any_lists(segment_ids, seed):
+    indices = lists(seed, *CASE.indices, CASE.blocks)
+    args = (indices, segment_ids, *inputs(CASE))
+    assert_close(compiled_selected("xla")(*args), compiled_selected("reference")(*args))
+
+
+CONFIG = fsa_jax.NSAConfig(
+    **WINDOWS, block_size=8, topk=4, init_blocks=1, local_blocks=2, window_size=9
+)
+
+
+def operator(implementation, segment_ids, query, key, value, gates):
+    packed = {"segment_ids": segment_ids}
+    ck, cv = (fsa_jax.compress(x, **WINDOWS, method="mean", **packed) for x in (key, value))
+    return fsa_jax.native_sparse_attention(
+        query, key, value, ck, cv, gates, config=CONFIG, implementation=implementation, **packed
+    )
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@settings(deadline=None, max_examples=6, suppress_health_check=[HealthCheck.too_slow])
+@given(segmentations(1, 48))
+def test_a_packed_row_is_its_documents_one_by_one(implementation, segment_ids):
+    shapes = ((48, 4, 6), (48, 2, 6), (48, 2, 6), (48, 4, 3))
+    args = [normal(i, *shape, dtype=jnp.float64) for i, shape in enumerate(shapes)]
+    ids = segment_ids[0]
+    packed = jax.jit(functools.partial(operator, implementation))
+    whole = packed(jnp.asarray(ids), *args)
+    wanted = np.zeros(whole.shape)
+    for start in np.flatnonzero(np.diff(ids, prepend=-1)):
+        end = start + 1
+        while end < 48 and ids[end] == ids[start]:
+            end += 1
+        if ids[start]:
+            # one compiled program: the document alone at the start of a row of padding
+            alone = np.zeros(48, np.int32)
+            alone[: end - start] = 1
+            moved = [jnp.roll(x, -start, axis=0) for x in args]
+            wanted[start:end] = packed(jnp.asarray(alone), *moved)[: end - start]
+    assert_close(whole, wanted)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_one_document_alone_needs_no_segment_ids(implementation):
+    shapes = ((40, 4, 6), (40, 2, 6), (40, 2, 6), (40, 4, 3))
+    args = [normal(i, *shape, dtype=jnp.float64) for i, shape in enumerate(shapes)]
+    run = jax.jit(functools.partial(operator, implementation))
+    assert_close(run(jnp.full(40, 9, jnp.int32), *args), run(None, *args))
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("gate_heads", [1, 4])
+def test_gradients_of_the_operator(gate_heads):
+    """Through gates, compression and all three branches, against the reference."""
+    shapes = ((45, 4, 6), (45, 2, 6), (45, 2, 6), (45, gate_heads, 3))
+    args = [normal(i, *shape, dtype=jnp.float64) for i, shape in enumerate(shapes)]
+    ids = jnp.asarray([1] * 30 + [0] * 2 + [2] * 13, jnp.int32)
+    got, wanted = (
+        value_and_gradients(functools.partial(operator, name, ids), 5, *args)
+        for name in ("xla", "reference")
+    )
+    assert_close(got, wanted)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("branch", ["compressed", "selected", "window"])
+def test_finite_differences(branch, implementation):
+    """Of the output and of lse, both of which may be differentiated."""
+    query, key, value = (normal(i, 1, 12, n, 3, dtype=jnp.float64) for i, n in enumerate((2, 1, 1)))
+    if branch == "selected":
+        attend = selected(lists(0, 1, 12, 1, 2, 3), 4, None, implementation)
+    elif branch == "window":
+        attend = window(None, implementation, window_size=4)
+    else:
+        attend = compressed(None, implementation)
+        key, value = key[:, :3], value[:, :3]
+
+    def finite(*args):
+        out, lse = attend(*args)
+        return out, jnp.where(jnp.isfinite(lse), lse, 0)
+
+    check_grads(finite, (query, key, value), order=1, modes=["rev"], atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32])
+@pytest.mark.parametrize("branch", ["compressed", "selected", "window"])
+def test_error_is_at_most_twice_that_of_dense_attention(branch, dtype):
+    """Of dense attention in the same dtype, both against float64; outputs and gradients alike."""
+    length, slots = 300, 75
+    query, key, value = (normal(i, 1, length, n, 32, dtype=dtype) for i, n in enumerate((8, 2, 2)))
+    segment_ids = jnp.asarray([[1] * 200 + [2] * 90 + [0] * 10], jnp.int32)
+    if branch == "selected":
+        indices = jnp.asarray(
+            np.random.default_rng(0).integers(0, 13, (1, length, 2, 8)), jnp.int32
+        )
+        make = functools.partial(selected, indices, 16, segment_ids)
+    elif branch == "window":
+        make = functools.partial(window, segment_ids, window_size=64)
+    else:
+        make = functools.partial(compressed, segment_ids)
+        key, value = key[:, :slots], value[:, :slots]
+    ours, dense = (
+        value_and_gradients(make(implementation=i), 7, query, key, value)
+        for i in ("xla", "reference")
+    )
+    with jax.enable_x64(True):
+        wide = (x.astype(jnp.float64) for x in (query, key, value))
+        exact = jax.tree.map(
+            np.asarray, value_and_gradients(make(implementation="reference"), 7, *wide)
+        )
+    for a, b, c in zip(*map(jax.tree.leaves, (ours, dense, exact)), strict=True):
+        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+        finite = np.isfinite(c)
+        np.testing.assert_array_equal(np.isneginf(a), np.isneginf(c))
+        for norm in (np.max, np.mean):
+            error = norm(np.abs(a[finite] - c[finite]))
+            bound = norm(np.abs(b[finite] - c[finite]))
+            assert error <= 2 * bound + 1e-7 * np.abs(c[finite]).max()
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_nan_and_infinity_in_what_nobody_chose_change_no_bit(implementation):
+    """Keys and values of blocks without a query, of padding, and padded queries and cotangents."""
+    length = 160
+    ids = np.asarray([[1] * 50 + [0] * 7 + [2] * 90 + [0] * 13], np.int32)
+    indices = np.random.default_rng(0).choice([0, 1, 4], (1, length, 1, 3))  # 2 and 3: nobody
+    block = np.concatenate([np.arange(50), np.full(7, 32), np.arange(90), np.full(13, 32)]) // 16
+    unseen = np.isin(block, (2, 3)) | (ids[0] == 0)
+    padding = ids[0] == 0
+
+    @jax.jit
+    def run(query, key, value, cotangent):
+        attend = selected(jnp.asarray(indices, jnp.int32), 16, jnp.asarray(ids), implementation)
+        (out, lse), pullback = jax.vjp(attend, query, key, value)
+        return out, lse, pullback((cotangent, jnp.zeros_like(lse)))
+
+    clean = [normal(i, 1, length, n, 8) for i, n in enumerate((2, 1, 1, 2))]
+    wanted = run(*clean)
+    for poison in (np.nan, np.inf, -np.inf):
+        masks = (padding, unseen, unseen, padding)
+        dirty = [
+            jnp.where(jnp.asarray(mask)[None, :, None, None], poison, x)
+            for mask, x in zip(masks, clean, strict=True)
+        ]
+        assert_same_bits(run(*dirty), wanted)
+    assert np.isfinite(np.concatenate([np.ravel(x) for x in jax.tree.leaves(wanted[2])])).all()
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_logits_of_ten_thousand(dtype, implementation):
+    """The maximum of each row is its own: one row's logits of 1e4 ruin no other's of -1e4."""
+    length = 64
+    direction = jnp.ones((1, length, 1, 4), dtype)
+    size = jnp.where(jnp.arange(length) % 2 == 0, 1e4, -1e4).astype(dtype)[None, :, None, None]
+    query, key = size * direction, direction
+    value = normal(0, 1, length, 1, 4, dtype=dtype)
+    indices = jnp.zeros((1, length, 1, 1), jnp.int32)
+    attend = selected(indices, 16, None, implementation, scale=0.25)
+    (out, lse), gradients = value_and_gradients(attend, 1, query, key, value)
+    seen = np.minimum(np.arange(length), 15) + 1
+    wanted = np.cumsum(np.asarray(value, np.float64)[0, :, 0], axis=0)[seen - 1] / seen[:, None]
+    np.testing.assert_allclose(np.asarray(out, np.float64)[0, :, 0], wanted, atol=2e-2, rtol=2e-2)
+    large = np.asarray(size, np.float64)[0, :, 0, 0]
+    np.testing.assert_allclose(lse[0, :, 0], large + np.log(seen), rtol=1e-6)
+    assert all(np.isfinite(np.asarray(x, np.float64)).all() for x in gradients)
+
+
+def test_bitwise_the_same_on_every_rerun():
+    shape = SMALL["many_tiles"]
+    args = inputs(shape, jnp.float32)
+    gates = normal(9, shape.batch, shape.length, shape.heads, 3)
+    run = both_ways(functools.partial(operator, "xla", some_segments(shape)), 5)
+    first = run(*args, gates)
+    for _ in range(10):
+        assert_same_bits(run(*args, gates), first)
+
+
+def test_all_queries_on_one_block_or_each_on_its_own():
+    """Skew costs time, never memory or correctness."""
+    shape = SMALL["many_tiles"]
+    hot = jnp.zeros(shape.indices, jnp.int32)
+    own = jnp.broadcast_to(
+        (jnp.arange(shape.length, dtype=jnp.int32) // 16)[None, :, None, None], shape.indices
+    )
+    args = inputs(shape, jnp.float32)
+    for indices in (hot, own):
+        got, wanted = (
+            value_and_gradients(selected(indices, 16, None, name), 2, *args)
+            for name in ("xla", "reference")
+        )
+        assert_close(got, wanted, 1e-5)
