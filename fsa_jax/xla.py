@@ -240,7 +240,6 @@ def _range_attention(
 
 def _range_forward(scale, name, query, key, value, low, high):
     length = query.shape[1]
-    wide = wide_dtype(query)
     tile = min(QUERY_TILE, length)
     key_tile = min(KEY_TILE, key.shape[1])
     key, value = (_pad_tokens(x, -x.shape[1] % key_tile) for x in (key, value))
@@ -253,7 +252,7 @@ def _range_forward(scale, name, query, key, value, low, high):
             return _merge(state, query, keys, values, visible, scale)
 
         first, last = _key_tile_range(low, high, key_tile)
-        state = _empty_state(query.shape[:3], value.shape[-1], wide)
+        state = _empty_state(query, value.shape[-1])
         top, total, out = jax.lax.fori_loop(first, last, step, state)
         return _finish(top, total, out, query.dtype)
 
@@ -284,12 +283,14 @@ def _range_attention_bwd(scale, name, residuals, cotangents):
             at = index * key_tile
             return dq + parts[0], _add_slice(dk, parts[1], at), _add_slice(dv, parts[2], at)
 
-        dq = jnp.zeros(query.shape, lse.dtype)
+        dq = jnp.zeros_like(query, lse.dtype, shape=query.shape)
         first, last = _key_tile_range(low, high, key_tile)
         dq, dk, dv = jax.lax.fori_loop(first, last, step, (dq, *carry))
         return (dk, dv), dq.astype(query.dtype)
 
-    zeros = tuple(jnp.zeros(x.shape, lse.dtype) for x in (padded_key, padded_value))
+    zeros = tuple(
+        jnp.zeros_like(query, lse.dtype, shape=x.shape) for x in (padded_key, padded_value)
+    )
     tokenwise = (query, low, high, lse, dout, _delta(out, dout, dlse))
     (dk, dv), dq = jax.lax.scan(one_tile, zeros, tuple(_tiles(x, tile) for x in tokenwise))
     dk, dv = dk[:, :keys].astype(key.dtype), dv[:, :keys].astype(value.dtype)
@@ -299,9 +300,14 @@ def _range_attention_bwd(scale, name, residuals, cotangents):
 _range_attention.defvjp(_range_attention_fwd, _range_attention_bwd)
 
 
-def _empty_state(shape, width, wide):
-    top = jnp.full(shape, -jnp.inf, wide)
-    return top, jnp.zeros(shape, wide), jnp.zeros((*shape, width), wide)
+def _empty_state(query: Array, width: int):
+    """Online softmax before the first tile: (max, sum, unnormalised out).
+
+    Loops start from zeros_like(query): under shard_map it varies over the mesh axes that query does.
+    """
+    shape, wide = query.shape[:3], wide_dtype(query)
+    total = jnp.zeros_like(query, wide, shape=shape)
+    return total - jnp.inf, total, jnp.zeros_like(query, wide, shape=(*shape, width))
 
 
 def _key_tile_range(low, high, key_tile):
@@ -343,7 +349,6 @@ def _block_attention(
 
 
 def _block_forward(block_size, scale, name, query, key, value, starts):
-    wide = wide_dtype(query)
     count, read_tile = _block_tiles(starts, block_size)
     # room for the last block to pass the end of the row, and for the block of an empty tile
     key, value = (_pad_tokens(x, block_size) for x in (key, value))
@@ -355,7 +360,7 @@ def _block_forward(block_size, scale, name, query, key, value, starts):
         merged = _merge(part, _gather(query, token), keys, values, visible, scale)
         return tuple(_scatter(x, token, new) for x, new in zip(state, merged, strict=True))
 
-    state = _empty_state(query.shape[:3], value.shape[-1], wide)
+    state = _empty_state(query, value.shape[-1])
     top, total, out = jax.lax.fori_loop(0, count, step, state)
     out, lse = _finish(top, total, out, query.dtype)
     return checkpoint_name(out, f"{name}_out"), checkpoint_name(lse, f"{name}_lse")
@@ -385,7 +390,8 @@ def _block_attention_bwd(block_size, scale, name, residuals, cotangents):
         dv = _write_block(dv, start, _read_block(dv, start, block_size) + parts[2])
         return dq, dk, dv
 
-    zeros = tuple(jnp.zeros(x.shape, lse.dtype) for x in (query, padded_key, padded_value))
+    shapes = (query.shape, padded_key.shape, padded_value.shape)
+    zeros = tuple(jnp.zeros_like(query, lse.dtype, shape=shape) for shape in shapes)
     dq, dk, dv = jax.lax.fori_loop(0, count, step, zeros)
     dk, dv = dk[:, :length].astype(key.dtype), dv[:, :length].astype(value.dtype)
     return dq.astype(query.dtype), dk, dv, None

@@ -1,0 +1,327 @@
+"""The public functions: arguments, errors, choice of implementation, JAX transformations."""
+
+import doctest
+import functools
+import logging
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh, PartitionSpec
+from util import assert_close, normal
+
+import fsa_jax
+from fsa_jax import NSAConfig, api, config, dispatch
+
+SMALL = NSAConfig(kernel_size=8, kernel_stride=4, block_size=8, topk=4, window_size=9)
+WINDOWS = {"kernel_size": 8, "kernel_stride": 4}
+QUERY, KEY = normal(0, 2, 40, 4, 6), normal(1, 2, 40, 2, 6)
+COMPRESSED = normal(2, 2, 10, 2, 6)
+GATES = normal(3, 2, 40, 4, 3)
+LSE = jnp.zeros((2, 40, 4))
+INDICES = jnp.zeros((2, 40, 2, 3), jnp.int32)
+SEGMENTS = jnp.ones((2, 40), jnp.int32)
+WEIGHTS = jnp.ones((2, 8 * 6, 6))
+
+GOOD = {
+    "compress": {"x": KEY, **WINDOWS, "weights": WEIGHTS, "segment_ids": SEGMENTS},
+    "compressed_attention": {
+        "query": QUERY,
+        "compressed_key": COMPRESSED,
+        "compressed_value": COMPRESSED,
+        **WINDOWS,
+        "segment_ids": SEGMENTS,
+    },
+    "select_blocks": {
+        "query": QUERY,
+        "compressed_key": COMPRESSED,
+        "lse": LSE,
+        "config": SMALL,
+        "segment_ids": SEGMENTS,
+    },
+    "selected_attention": {
+        "query": QUERY,
+        "key": KEY,
+        "value": KEY,
+        "block_indices": INDICES,
+        "block_size": 8,
+        "segment_ids": SEGMENTS,
+    },
+    "sliding_window_attention": {
+        "query": QUERY,
+        "key": KEY,
+        "value": KEY,
+        "window_size": 9,
+        "segment_ids": SEGMENTS,
+    },
+    "native_sparse_attention": {
+        "query": QUERY,
+        "key": KEY,
+        "value": KEY,
+        "compressed_key": COMPRESSED,
+        "compressed_value": COMPRESSED,
+        "gates": GATES,
+        "config": SMALL,
+        "segment_ids": SEGMENTS,
+    },
+}
+
+# function, the arguments that are bad, words that the message must hold
+BAD = [
+    ("selected_attention", {"query": QUERY[0]}, ["key", "[T K D]", "(2, 40, 2, 6)"]),
+    ("selected_attention", {"query": QUERY[0, 0]}, ["query", "[B T N D]", "(4, 6)"]),
+    ("selected_attention", {"query": 3.0}, ["query", "array", "float"]),
+    ("selected_attention", {"query": QUERY[:, :0]}, ["query", "empty", "(2, 0, 4, 6)"]),
+    ("selected_attention", {"key": KEY[:, :20]}, ["key", "B T", "(2, 20, 2, 6)"]),
+    ("selected_attention", {"value": KEY[:, :, :1]}, ["value", "key", "(2, 40, 1, 6)"]),
+    ("selected_attention", {"query": QUERY[:, :, :3]}, ["heads", "multiple", "3 and 2"]),
+    ("selected_attention", {"query": QUERY[..., :5]}, ["query", "key", "head width", "5 and 6"]),
+    ("selected_attention", {"key": KEY.astype(jnp.bfloat16)}, ["key", "dtype", "bfloat16"]),
+    ("selected_attention", {"query": INDICES}, ["query", "dtypes", "int32"]),
+    (
+        "selected_attention",
+        {"block_indices": INDICES.astype(jnp.float32)},
+        ["block_indices", "int32", "float32"],
+    ),
+    (
+        "selected_attention",
+        {"block_indices": np.zeros((2, 40, 2, 3), np.int64)},
+        ["block_indices", "int32", "int64"],
+    ),
+    ("selected_attention", {"block_indices": INDICES[:, :5]}, ["block_indices", "(2, 5, 2, 3)"]),
+    ("selected_attention", {"block_indices": INDICES[0]}, ["block_indices", "(40, 2, 3)"]),
+    ("selected_attention", {"block_size": 0}, ["block_size", "at least 1", "0"]),
+    ("selected_attention", {"block_size": 8.0}, ["block_size", "integer", "8.0"]),
+    ("selected_attention", {"scale": float("nan")}, ["scale", "finite", "nan"]),
+    ("selected_attention", {"scale": "1"}, ["scale", "number", "'1'"]),
+    ("selected_attention", {"segment_ids": -SEGMENTS}, ["segment_ids", "0", "positive", "-1"]),
+    ("selected_attention", {"segment_ids": SEGMENTS[:, :9]}, ["segment_ids", "(2, 40)", "(2, 9)"]),
+    (
+        "selected_attention",
+        {"segment_ids": SEGMENTS.astype(jnp.float32)},
+        ["segment_ids", "int32", "float32"],
+    ),
+    ("selected_attention", {"implementation": "cuda"}, ["implementation", "'xla'", "'cuda'"]),
+    ("sliding_window_attention", {"window_size": 0}, ["window_size", "at least 1", "0"]),
+    ("sliding_window_attention", {"window_size": True}, ["window_size", "integer", "True"]),
+    (
+        "compressed_attention",
+        {"kernel_stride": 3},
+        ["kernel_size", "multiple", "kernel_stride", "8", "3"],
+    ),
+    ("compressed_attention", {"compressed_key": KEY}, ["compressed_key", "compressed_value"]),
+    (
+        "compressed_attention",
+        {"compressed_key": KEY, "compressed_value": KEY},
+        ["compressed_key", "40 // 4 = 10", "40"],
+    ),
+    ("select_blocks", {"lse": LSE[..., :2]}, ["lse", "query", "(2, 40, 2)"]),
+    ("select_blocks", {"config": {"topk": 4}}, ["config", "NSAConfig", "topk"]),
+    (
+        "native_sparse_attention",
+        {"gates": GATES[..., :2]},
+        ["gates", "(2, 40, 4, 3)", "(2, 40, 4, 2)"],
+    ),
+    (
+        "native_sparse_attention",
+        {"gates": GATES[:, :, :2]},
+        ["gates", "(2, 40, 1, 3)", "(2, 40, 2, 3)"],
+    ),
+    ("compress", {"x": KEY[0, 0]}, ["x", "[B T K D]", "(2, 6)"]),
+    ("compress", {"method": "max"}, ["method", "'linear'", "'max'"]),
+    ("compress", {"weights": None}, ["weights", "(2, 48, 6)", "None"]),
+    ("compress", {"weights": WEIGHTS[:, :9]}, ["weights", "(2, 48, 6)", "(2, 9, 6)"]),
+    ("compress", {"weights": WEIGHTS.astype(jnp.bfloat16)}, ["weights", "float32", "bfloat16"]),
+    ("compress", {"method": "mean"}, ["weights", "None", "mean"]),
+    ("compress", {"method": "mlp"}, ["weights", "pair", "mlp"]),
+    (
+        "compress",
+        {"method": "mlp", "weights": (WEIGHTS, WEIGHTS)},
+        ["weights[0]", "(2, 48, 48)", "(2, 48, 6)"],
+    ),
+    ("compress", {"positions": WEIGHTS}, ["positions", "(2, 8, 6)", "(2, 48, 6)"]),
+    ("compress", {"kernel_size": 6}, ["kernel_size", "multiple", "6", "4"]),
+]
+
+
+@pytest.mark.parametrize(("function", "changed", "words"), BAD)
+def test_bad_input_is_named_with_its_value_and_the_rule(function, changed, words):
+    with pytest.raises(ValueError) as error:  # noqa: PT011
+        getattr(fsa_jax, function)(**GOOD[function] | changed)
+    for word in words:
+        assert word in str(error.value)
+
+
+@pytest.mark.parametrize("function", GOOD)
+def test_good_input_is_served(function):
+    out = getattr(fsa_jax, function)(**GOOD[function])
+    assert np.isfinite(np.asarray(out, np.float32)).all()
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"block_size": 24}, ["block_size", "multiple", "kernel_stride", "24", "16"]),
+        ({"kernel_size": 24}, ["kernel_size", "multiple", "kernel_stride", "24", "16"]),
+        ({"topk": 2}, ["topk", "init_blocks + local_blocks", "2", "1"]),
+        ({"window_size": 0}, ["window_size", "at least 1", "0"]),
+        ({"topk": 16.0}, ["topk", "integer", "16.0"]),
+        ({"init_blocks": -1}, ["init_blocks", "at least 0", "-1"]),
+        ({"kernel_stride": True}, ["kernel_stride", "integer", "True"]),
+    ],
+)
+def test_a_bad_config_is_refused_when_built(changed, words):
+    with pytest.raises(ValueError) as error:  # noqa: PT011
+        NSAConfig(**changed)
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_negative_ids_are_padding_where_values_cannot_be_read():
+    """Inside jit the values are unknown: no error can be raised, and a negative id is padding."""
+    arguments = GOOD["selected_attention"]
+
+    def run(segment_ids):
+        return fsa_jax.selected_attention(**arguments | {"segment_ids": segment_ids})
+
+    ids = SEGMENTS.at[:, 30:].set(-5)
+    np.testing.assert_array_equal(jax.jit(run)(ids), run(jnp.maximum(ids, 0)))
+
+
+@pytest.mark.parametrize("name", ["triton", "triton_interpret"])
+@pytest.mark.parametrize("function", [f for f in GOOD if f != "compress"])
+def test_a_named_implementation_that_cannot_serve_says_so(function, name):
+    with pytest.raises(NotImplementedError, match="Pallas-Triton"):
+        getattr(fsa_jax, function)(**GOOD[function], implementation=name)
+
+
+def test_the_default_choice_is_logged_once(caplog, monkeypatch):
+    monkeypatch.setattr(dispatch, "_logged", set())
+    with caplog.at_level(logging.INFO, logger="fsa_jax"):
+        for _ in range(3):
+            fsa_jax.selected_attention(**GOOD["selected_attention"])
+            fsa_jax.selected_attention(**GOOD["selected_attention"], implementation="xla")
+    assert len(caplog.records) == 1
+    assert "selected_attention uses implementation 'xla'" in caplog.text
+
+
+def test_explain_names_every_function():
+    assert list(fsa_jax.explain()) == list(GOOD)
+    assert fsa_jax.explain("reference")["select_blocks"] == ("reference", "named by the caller")
+    with pytest.raises(NotImplementedError):
+        fsa_jax.explain("triton")
+
+
+@pytest.mark.parametrize("function", GOOD)
+def test_the_batch_axis_may_be_left_out(function):
+    arguments = GOOD[function]
+    shared = ("weights", "positions", "config")
+    one = {
+        k: v[0] if isinstance(v, jax.Array) and k not in shared else v for k, v in arguments.items()
+    }
+    call = jax.jit(functools.partial(getattr(fsa_jax, function), **one))
+    np.testing.assert_allclose(
+        call(), getattr(fsa_jax, function)(**arguments)[0], rtol=1e-5, atol=1e-6
+    )
+
+
+def loss(query, key, value, gates, segment_ids=None, implementation=None):
+    ck, cv = (
+        fsa_jax.compress(x, **WINDOWS, method="mean", segment_ids=segment_ids) for x in (key, value)
+    )
+    out = fsa_jax.native_sparse_attention(
+        query,
+        key,
+        value,
+        ck,
+        cv,
+        gates,
+        config=SMALL,
+        segment_ids=segment_ids,
+        implementation=implementation,
+    )
+    return jnp.mean(out.astype(jnp.float32) ** 2)
+
+
+BATCH = tuple(normal(i, 8, 40, *tail) for i, tail in enumerate([(4, 6), (2, 6), (2, 6), (4, 3)]))
+IDS = jnp.broadcast_to(jnp.repeat(jnp.arange(4, dtype=jnp.int32), 10)[None], (8, 40))
+
+
+@functools.cache
+def wanted():
+    return jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2, 3)))(*BATCH, IDS)
+
+
+def check(result):
+    assert_close(result, wanted(), 1e-6)
+
+
+def test_vmap_over_rows():
+    def mean(*args):
+        return jnp.mean(jax.vmap(loss)(*args))
+
+    check(jax.jit(jax.value_and_grad(mean, argnums=(0, 1, 2, 3)))(*BATCH, IDS))
+
+
+def test_checkpoint_and_scan_over_rows():
+    def mean(*args):
+        step = jax.checkpoint(lambda total, row: (total + loss(*row), None))
+        total, _ = jax.lax.scan(step, jnp.zeros(()), args)
+        return total / 8
+
+    check(jax.jit(jax.value_and_grad(mean, argnums=(0, 1, 2, 3)))(*BATCH, IDS))
+
+
+@pytest.mark.filterwarnings("ignore:.*pmap.*:DeprecationWarning")
+def test_pmap():
+    def one(*args):
+        value, gradients = jax.value_and_grad(loss, argnums=(0, 1, 2, 3))(*args)
+        return jax.lax.pmean(value, "rows"), jax.tree.map(lambda x: x / 8, gradients)
+
+    rows = [x[:, None] for x in (*BATCH, IDS)]
+    value, gradients = jax.pmap(one, axis_name="rows")(*rows)
+    check((value[0], jax.tree.map(lambda x: x[:, 0], gradients)))
+
+
+def test_shard_map_and_jit_with_shardings():
+    mesh = Mesh(np.asarray(jax.devices()), ("rows",))
+    spec = PartitionSpec("rows")
+
+    def mean(*args):
+        return jax.lax.pmean(loss(*args), "rows")
+
+    sharded = jax.shard_map(mean, mesh=mesh, in_specs=spec, out_specs=PartitionSpec())
+    check(jax.jit(jax.value_and_grad(sharded, argnums=(0, 1, 2, 3)))(*BATCH, IDS))
+    placed = jax.device_put((*BATCH, IDS), jax.NamedSharding(mesh, spec))
+    check(jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2, 3)))(*placed))
+
+
+def test_a_remat_policy_can_keep_the_named_residuals():
+    """With the names kept, the backward pass runs no forward attention again."""
+    policy = jax.checkpoint_policies.save_only_these_names(*fsa_jax.CHECKPOINT_NAMES)
+
+    def loops(function):
+        compiled = jax.jit(jax.value_and_grad(function, argnums=(0, 1, 2))).lower(*BATCH, IDS)
+        return compiled.as_text().count("stablehlo.while")
+
+    assert loops(jax.checkpoint(loss, policy=policy)) == loops(loss)
+    assert loops(jax.checkpoint(loss)) > loops(loss)
+    check(
+        jax.jit(jax.value_and_grad(jax.checkpoint(loss, policy=policy), argnums=(0, 1, 2, 3)))(
+            *BATCH, IDS
+        )
+    )
+
+
+def test_every_checkpoint_name_is_used():
+    text = str(jax.make_jaxpr(jax.grad(loss))(*BATCH, IDS))
+    for name in fsa_jax.CHECKPOINT_NAMES:
+        assert f"name={name}]" in text
+
+
+@pytest.mark.parametrize("module", [api, config])
+def test_the_examples_of_the_docstrings_run(module):
+    tested = doctest.testmod(module)
+    assert tested.attempted >= 2
+    assert tested.failed == 0
