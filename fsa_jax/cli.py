@@ -1,0 +1,199 @@
+"""The command line: `fsa-jax train`, `fsa-jax sample`, `fsa-jax info`."""
+
+import argparse
+import contextlib
+import dataclasses
+import io
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+_PROG = "fsa-jax"
+_TRAIN_EXTRA = frozenset({"grain", "matplotlib", "orbax", "tqdm", "tyro"})
+_INSTALL_EXTRA = "pip install 'fsa-jax[train]'"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SampleConfig:
+    """Continues a prompt with a trained model.
+
+    Attributes:
+      checkpoint: folder of a run of `fsa-jax train`; its last checkpoint is used.
+      prompt: text to continue; empty: the model starts a document.
+      max_bytes: bytes to add.
+      temperature: 0 takes the likeliest byte each time; 1 samples what the model believes.
+      seed: the same seed gives the same text.
+    """
+
+    checkpoint: Path
+    prompt: str = ""
+    max_bytes: int = 256
+    temperature: float = 0.8
+    seed: int = 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line.
+
+    Args:
+      arguments: words after the program's name; None: those of the process.
+
+    Returns:
+      Exit code: 0, 1 for a run that failed, 2 for a mistake in the call, 130 when interrupted.
+    """
+    commands: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
+        "train": (_train, "train a byte-level language model with sparse or full attention"),
+        "sample": (_sample, "continue a prompt with a trained model"),
+        "info": (_info, "show devices, versions, and which implementation serves each function"),
+    }
+    parser = _Parser(
+        prog=_PROG,
+        description="Native sparse attention (NSA) for JAX.",
+        epilog="commands:\n"
+        + "".join(f"  {name:8}{text}\n" for name, (_, text) in commands.items())
+        + f"\n`{_PROG} COMMAND --help` shows the flags of a command.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="store_true", help="show the version and exit")
+    parser.add_argument("command", nargs="?", choices=commands, metavar="COMMAND")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+    parsed = argparse.Namespace(command=None)
+    try:
+        parser.parse_args(arguments, parsed)
+        if parsed.version:
+            from fsa_jax import __version__
+
+            print(f"{_PROG} {__version__}")
+        elif parsed.command is None:
+            parser.print_help()
+        else:
+            commands[parsed.command][0](parsed.arguments)
+    except SystemExit as stop:  # argparse's and tyro's way to end --help and errors
+        return stop.code if isinstance(stop.code, int) else 2
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] not in _TRAIN_EXTRA:
+            raise
+        return _complain(f"{parsed.command} needs the package {error.name!r}: {_INSTALL_EXTRA}")
+    # The library raises these for bad calls, with messages made for the caller.
+    except (ValueError, NotImplementedError) as error:
+        return _complain(str(error))
+    except FloatingPointError as error:
+        _complain(str(error))
+        return 1
+    except KeyboardInterrupt:
+        _complain("interrupted; --resume goes on from the last checkpoint, if there is one")
+        return 130
+    return 0
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse, but an error is one line without the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def _complain(message: str) -> int:
+    print(f"{_PROG}: error: {' '.join(message.split())}", file=sys.stderr)
+    return 2
+
+
+def _parse[Flags](
+    flags: type[Flags], command: str, arguments: Sequence[str], default: Flags | None = None
+) -> Flags:
+    import tyro
+
+    messages = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(messages):
+            return tyro.cli(
+                flags,
+                prog=f"{_PROG} {command}",
+                args=arguments,
+                default=tyro.MISSING_NONPROP if default is None else default,
+                # --topk and not --model.nsa.topk; --resume without its useless --no-resume.
+                config=(tyro.conf.OmitArgPrefixes,),
+            )
+    except SystemExit as stop:
+        if stop.code:
+            raise ValueError(_one_line(messages.getvalue())) from stop
+        raise
+
+
+def _one_line(box: str) -> str:
+    """The message in a box that tyro drew: its lines up to the first rule, without the frame."""
+    lines = []
+    for line in re.sub(r"\x1b\[[0-9;]*m", "", box).splitlines()[1:]:
+        text = line.strip(" │╭╮╰╯")
+        if not text.strip("─"):
+            break
+        lines.append(text)
+    return " ".join(lines)
+
+
+def _train(arguments: Sequence[str]) -> None:
+    from fsa_jax.training import PRESETS, TrainConfig, train
+
+    # The preset gives the defaults of all other flags, so it must be known before they are read.
+    # A wrong name is left to the full parser.
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    first.add_argument("--preset", nargs="?", default="tiny")
+    preset = first.parse_known_args(arguments)[0].preset
+    config = _parse(TrainConfig, "train", arguments, PRESETS.get(preset, PRESETS["tiny"]))
+    result = train(config)
+    print("wrote:")
+    for path in result.files:
+        print(f"  {path}")
+    print(
+        f"step {result.step}: held-out loss {result.held_out_loss:.4f} nats/byte "
+        f"(unigram {result.unigram_loss:.4f})"
+    )
+
+
+def _sample(arguments: Sequence[str]) -> None:
+    from fsa_jax.training import load_model, sample_bytes
+
+    flags = _parse(SampleConfig, "sample", arguments)
+    model, config = load_model(flags.checkpoint)
+    # Words of a command line that are not UTF-8 reach Python as surrogates.
+    prompt = flags.prompt.encode("utf-8", "surrogateescape")
+    added = sample_bytes(
+        model,
+        prompt,
+        row_length=config.row_length,
+        max_bytes=flags.max_bytes,
+        temperature=flags.temperature,
+        seed=flags.seed,
+    )
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A terminal that is not UTF-8 gets question marks rather than an error.
+        sys.stdout.reconfigure(errors="replace")
+    print((prompt + added).decode("utf-8", "replace"))
+
+
+def _info(arguments: Sequence[str]) -> None:
+    parser = _Parser(
+        prog=f"{_PROG} info",
+        description="Shows devices, versions, and which implementation serves each function here.",
+    )
+    parser.parse_args(arguments)
+    import jax
+
+    import fsa_jax
+    from fsa_jax.environment import versions
+
+    print("versions:")
+    for name, version in versions().items():
+        print(f"  {name:18}{version}")
+    print("devices:")
+    for device in jax.devices():
+        print(f"  {device.platform}:{device.id}  {device.device_kind}")
+    print("functions:")
+    for name, (implementation, reason) in fsa_jax.explain().items():
+        print(f"  {name:25}{implementation:11}{reason}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,149 @@
+"""Rotary position embedding (RoFormer, arXiv 2104.09864), half-split, with the llama3 stretch."""
+
+import dataclasses
+import math
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+
+def _check_positive(owner: object, *names: str) -> None:
+    for name in names:
+        value = getattr(owner, name)
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not number or not math.isfinite(value) or value <= 0:
+            raise ValueError(f"{name} must be a finite number above 0, got {value!r}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Llama3Scaling:
+    """Frequency rule that stretches a trained RoPE to longer contexts, as Llama 3.1 does.
+
+    With w the wavelength in tokens of a frequency f, L ``original_max_position``, lo
+    ``low_freq_factor`` and hi ``high_freq_factor``:
+
+        f                                 if w < L / hi
+        f / factor                        if w > L / lo
+        (1 - s) * f / factor + s * f      between, s = (L / w - lo) / (hi - lo)
+
+    Attributes:
+      factor: how much the longest wavelengths are stretched.
+      low_freq_factor: wavelengths above ``original_max_position / low_freq_factor`` tokens get the
+        whole factor.
+      high_freq_factor: wavelengths below ``original_max_position / high_freq_factor`` tokens stay.
+      original_max_position: context length in tokens that the frequencies were trained for.
+
+    Raises:
+      ValueError: a value is not a finite number above 0, or ``high_freq_factor`` is not above
+        ``low_freq_factor``.
+
+    Example:
+      >>> Llama3Scaling(factor=32.0).original_max_position
+      8192
+
+    References:
+      The Llama 3 Herd of Models, arXiv 2407.21783; the rule is that of its released code.
+    """
+
+    factor: float = 8.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position: int = 8192
+
+    def __post_init__(self):
+        _check_positive(self, *(field.name for field in dataclasses.fields(self)))
+        if self.high_freq_factor <= self.low_freq_factor:
+            raise ValueError(
+                "high_freq_factor must be above low_freq_factor, got "
+                f"high_freq_factor={self.high_freq_factor} and "
+                f"low_freq_factor={self.low_freq_factor}"
+            )
+
+    def stretch(self, frequencies: np.ndarray) -> np.ndarray:
+        """Frequencies in radians per token after the rule; same shape, float64."""
+        turns = self.original_max_position * frequencies / (2 * math.pi)  # L / w
+        kept = (turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)
+        kept = np.clip(kept, 0.0, 1.0)  # 0 and 1 are the two outer cases of the rule
+        return (1 - kept) * frequencies / self.factor + kept * frequencies
+
+
+@dataclasses.dataclass(frozen=True)
+class RoPE:
+    """Rotary position embedding: turns pair (c, c + D/2) of a head by position * frequency[c].
+
+        out[c]       = x[c] * cos(p f_c) - x[c + D/2] * sin(p f_c)
+        out[c + D/2] = x[c + D/2] * cos(p f_c) + x[c] * sin(p f_c),   f_c = theta ** (-2c / D)
+
+    Attributes:
+      theta: base of the wavelengths.
+      scaling: rule that stretches the frequencies, or None.
+
+    Raises:
+      ValueError: ``theta`` is not a finite number above 0, or ``scaling`` is of another type.
+
+    Example:
+      >>> RoPE(theta=10000.0).inverse_frequencies(4).round(4).tolist()
+      [1.0, 0.009999999776482582]
+
+    References:
+      RoFormer, arXiv 2104.09864, equation 34; channels split in halves as in Llama's released code.
+    """
+
+    theta: float = 10000.0
+    scaling: Llama3Scaling | None = None
+
+    def __post_init__(self):
+        _check_positive(self, "theta")
+        if not isinstance(self.scaling, Llama3Scaling | None):
+            raise ValueError(f"scaling must be a Llama3Scaling or None, got {self.scaling!r}")
+
+    def inverse_frequencies(self, head_dim: int) -> Float[np.ndarray, " half"]:
+        """Frequencies f_c in radians per token, float32 [head_dim / 2].
+
+        Raises:
+          ValueError: ``head_dim`` is not a positive even number.
+        """
+        if head_dim < 2 or head_dim % 2:
+            raise ValueError(f"head_dim must be positive and even for RoPE, got {head_dim}")
+        frequencies = self.theta ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
+        if self.scaling is not None:
+            frequencies = self.scaling.stretch(frequencies)
+        return frequencies.astype(np.float32)
+
+    def apply(
+        self, x: Float[Array, "*B T N D"], positions: Int[Array, "*B T"]
+    ) -> Float[Array, "*B T N D"]:
+        """Turns every head of `x` by its token's position.
+
+        Args:
+          x: queries or keys, [..., T, heads, D], floating.
+          positions: the tokens' positions, [..., T], integer.
+
+        Returns:
+          Same shape and dtype as `x`. Angles and the rotation are float32 (float64 for float64).
+
+        Raises:
+          ValueError: `positions` has another shape than `x` without its last two axes, is not
+            integer, or the head width is odd.
+
+        Example:
+          >>> x = jnp.ones((1, 3, 2, 4))
+          >>> RoPE().apply(x, jnp.arange(3)[None]).shape
+          (1, 3, 2, 4)
+        """
+        if positions.shape != x.shape[:-2] or x.ndim < 3:
+            raise ValueError(
+                "positions must have the shape of x [..., T, heads, D] without its last two axes, "
+                f"got positions {positions.shape} and x {x.shape}"
+            )
+        if not jnp.issubdtype(positions.dtype, jnp.integer):
+            raise ValueError(f"positions must be integer, got dtype {positions.dtype}")
+        precise = jnp.float64 if x.dtype == jnp.float64 else jnp.float32
+        frequencies = jnp.asarray(self.inverse_frequencies(x.shape[-1]), precise)
+        frequencies = jnp.expand_dims(frequencies, range(positions.ndim))
+        angles = positions.astype(precise)[..., None] * frequencies
+        cos, sin = jnp.cos(angles)[..., None, :], jnp.sin(angles)[..., None, :]
+        first, second = jnp.split(x.astype(precise), 2, axis=-1)
+        turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+        return turned.astype(x.dtype)

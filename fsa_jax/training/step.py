@@ -1,0 +1,188 @@
+"""The training step: loss, optimiser and state as pure functions of arrays."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax import Array
+from jax.stages import Wrapped
+from jaxtyping import Float32, Int32, UInt32
+
+from fsa_jax.training.config import TrainConfig
+from fsa_jax.transformer import Transformer, TransformerConfig
+
+_CLIP_NORM = 1.0
+_ADAM_B2 = 0.95  # the usual choice for language models: shorter memory than 0.999
+_FINAL_LEARNING_RATE = 0.1  # times the peak
+
+# Vectors by nature; in a stack of layers they have a layer axis too, so rank alone cannot tell.
+_NOT_DECAYED = frozenset({"scale", "bias"})
+
+
+class TrainState(NamedTuple):
+    """Everything that a training step changes or draws from.
+
+    Attributes:
+      params: pure nested dict of parameters.
+      opt_state: state of the optax optimiser.
+      step: number of steps done.
+      rng: key data of the run; dropout of a step folds the step in.
+    """
+
+    params: Any
+    opt_state: Any
+    step: Int32[Array, ""]
+    rng: UInt32[Array, " words"]
+
+
+class StepMetrics(NamedTuple):
+    """What a step reports.
+
+    Attributes:
+      loss: nats per byte, before the update.
+      grad_norm: norm of the gradient before clipping.
+      learning_rate: that of the update.
+    """
+
+    loss: Float32[Array, ""]
+    grad_norm: Float32[Array, ""]
+    learning_rate: Float32[Array, ""]
+
+
+def init_model(config: TransformerConfig, seed: int) -> tuple[Any, Any]:
+    """Builds the model: its graph definition, and its parameters as a pure nested dict."""
+    # One compiled function: compiling each small operation by itself takes three times as long.
+    params = jax.jit(lambda: _split_model(config, seed)[1])()
+    return abstract_model(config)[0], params
+
+
+def abstract_model(config: TransformerConfig) -> tuple[Any, Any]:
+    """Like `init_model`, with shapes and dtypes in place of the parameters."""
+    graphdefs = []
+
+    def params():
+        graphdef, params = _split_model(config, 0)
+        graphdefs.append(graphdef)
+        return params
+
+    template = jax.eval_shape(params)
+    return graphdefs[0], template
+
+
+def _split_model(config: TransformerConfig, seed: int) -> tuple[Any, Any]:
+    graphdef, state = nnx.split(Transformer(config, rngs=nnx.Rngs(seed)))
+    return graphdef, nnx.to_pure_dict(state)
+
+
+def learning_rate_schedule(config: TrainConfig) -> optax.Schedule:
+    """Linear warmup to the peak, cosine to a tenth of it at `decay_steps`, then constant."""
+    return optax.warmup_cosine_decay_schedule(
+        init_value=0.0,
+        peak_value=config.learning_rate,
+        warmup_steps=config.warmup_steps,
+        decay_steps=config.decay_steps,
+        end_value=config.learning_rate * _FINAL_LEARNING_RATE,
+    )
+
+
+def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
+    """AdamW behind a clip by global norm; decay on matrices only."""
+    return optax.chain(
+        optax.clip_by_global_norm(_CLIP_NORM),
+        optax.adamw(
+            learning_rate_schedule(config),
+            b2=_ADAM_B2,
+            weight_decay=config.weight_decay,
+            mask=decay_mask,
+        ),
+    )
+
+
+def decay_mask(params: Any) -> Any:
+    """True at the parameters that weight decay acts on: all but norm scales and biases."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: str(path[-1].key) not in _NOT_DECAYED, params
+    )
+
+
+def init_state(params: Any, config: TrainConfig) -> TrainState:
+    """The state before the first step."""
+    return TrainState(
+        params=params,
+        opt_state=make_optimizer(config).init(params),
+        step=jnp.zeros((), jnp.int32),
+        # Not the key that made the parameters: dropout must not follow them.
+        rng=jax.random.key_data(jax.random.fold_in(jax.random.key(config.seed), 1)),
+    )
+
+
+def next_byte_loss(
+    logits: Float32[Array, "B T V"], tokens: Int32[Array, "B T"], segment_ids: Int32[Array, "B T"]
+) -> tuple[Float32[Array, ""], Int32[Array, ""]]:
+    """Summed cross-entropy of the next byte, and the number of bytes that were predicted.
+
+    sum over t of -log softmax(logits[t])[tokens[t + 1]], natural logarithm, over the positions
+    whose next token is in the same segment; positions at padding predict nothing.
+
+    Args:
+      logits: float32 [B, T, V].
+      tokens: int32 [B, T].
+      segment_ids: int32 [B, T], 0 at padding.
+
+    Returns:
+      The sum in nats, float32, and the count, int32.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> ids = jnp.asarray([[1, 1, 2, 0]], jnp.int32)
+      >>> total, count = next_byte_loss(jnp.zeros((1, 4, 257)), ids, ids)
+      >>> int(count)
+      1
+    """
+    targets = jnp.roll(tokens, -1, axis=1)
+    following = jnp.pad(segment_ids[:, 1:], ((0, 0), (0, 1)))
+    counted = (segment_ids == following) & (segment_ids != 0)
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+    return jnp.where(counted, losses, 0.0).sum(), counted.sum(dtype=jnp.int32)
+
+
+def make_train_step(graphdef: Any, config: TrainConfig) -> Wrapped:
+    """Builds the step (state, tokens [B, T], segment_ids [B, T]) -> (state, metrics).
+
+    The state is donated: the old one may not be used any more.
+    """
+    optimizer = make_optimizer(config)
+    schedule = learning_rate_schedule(config)
+
+    def train_step(state: TrainState, tokens: Array, segment_ids: Array):
+        key = None
+        if config.model.dropout_rate > 0:
+            key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
+
+        def mean_loss(params):
+            logits = nnx.merge(graphdef, params)(tokens, segment_ids, dropout_key=key)
+            total, count = next_byte_loss(logits, tokens, segment_ids)
+            return total / jnp.maximum(count, 1).astype(jnp.float32)
+
+        loss, grads = jax.value_and_grad(mean_loss)(state.params)
+        # optax raises float32 numbers to int32 step counts, which strict promotion forbids.
+        with jax.numpy_dtype_promotion("standard"):
+            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+            learning_rate = jnp.asarray(schedule(state.step))
+        metrics = StepMetrics(loss, optax.tree.norm(grads), learning_rate)
+        params = optax.apply_updates(state.params, updates)
+        return TrainState(params, opt_state, state.step + 1, state.rng), metrics
+
+    return jax.jit(train_step, donate_argnums=0)
+
+
+def make_eval_step(graphdef: Any) -> Wrapped:
+    """Builds (params, tokens [B, T], segment_ids [B, T]) -> (summed nats, bytes predicted)."""
+
+    def eval_step(params, tokens: Array, segment_ids: Array):
+        logits = nnx.merge(graphdef, params)(tokens, segment_ids)
+        return next_byte_loss(logits, tokens, segment_ids)
+
+    return jax.jit(eval_step)

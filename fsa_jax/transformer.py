@@ -1,0 +1,382 @@
+"""A small decoder-only transformer, to train and to compare sparse with dense attention.
+
+Parameters of the layers are stacked: each has a leading layer axis, and one ``lax.scan`` runs all
+layers, so tracing and compiling take the time of one layer.
+
+Shapes: B batch, T tokens in a row, C embed_dim, L layers, V vocabulary, K key/value heads.
+"""
+
+import contextlib
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from flax.nnx.nn import initializers
+from flax.typing import Initializer
+from jaxtyping import Array, Float, Int
+
+from fsa_jax import api, checks, dispatch
+from fsa_jax.compression import METHODS
+from fsa_jax.config import NSAConfig
+from fsa_jax.layers import (
+    FULL_IMPLEMENTATIONS,
+    GATES,
+    FullAttention,
+    NativeSparseAttention,
+    check_choice,
+    check_heads,
+)
+from fsa_jax.partitioning import partitioned
+from fsa_jax.rope import RoPE
+
+ATTENTIONS = ("nsa", "full")
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TransformerConfig:
+    """Sizes and choices of a ``Transformer``, in plain values that JSON can hold.
+
+    Attributes:
+      vocab_size: number of tokens V.
+      num_layers: layers L.
+      embed_dim: width C of the residual stream.
+      num_heads: query heads of a layer.
+      num_kv_heads: key/value heads of a layer, a divisor of `num_heads`.
+      head_dim: width of a head, even.
+      mlp_dim: hidden width of the SwiGLU.
+      attention: ``"nsa"`` or ``"full"``.
+      nsa: sizes of the sparse attention; ``"full"`` ignores it, and the next three.
+      compression: see ``NativeSparseAttention``.
+      gate: see ``NativeSparseAttention``.
+      kv_per_branch: see ``NativeSparseAttention``.
+      rope_theta: base of the RoPE wavelengths.
+      tie_embeddings: whether the output head is the transposed embedding.
+      remat: whether the backward pass recomputes the layers, all but their attention.
+      dropout_rate: share of each branch's output that training drops, in [0, 1).
+      norm_eps: added to the mean square in RMSNorm.
+      dtype: dtype of the computation.
+      param_dtype: dtype in which the parameters are stored.
+      implementation: see the attention layers; None: the best that fits.
+
+    Raises:
+      ValueError: a value breaks its rule; the message names it.
+
+    Example:
+      >>> config = TransformerConfig(vocab_size=257, num_layers=2, embed_dim=64, num_heads=4)
+      >>> TransformerConfig.from_dict(dataclasses.asdict(config)) == config
+      True
+    """
+
+    vocab_size: int = 257
+    num_layers: int = 4
+    embed_dim: int = 128
+    num_heads: int = 4
+    num_kv_heads: int = 2
+    head_dim: int = 32
+    mlp_dim: int = 384
+    attention: Literal["nsa", "full"] = "nsa"
+    nsa: NSAConfig = dataclasses.field(default_factory=NSAConfig)
+    compression: Literal["linear", "weighted", "mean", "mlp"] = "linear"
+    gate: Literal["head", "token"] = "head"
+    kv_per_branch: bool = False
+    rope_theta: float = 10000.0
+    tie_embeddings: bool = True
+    remat: bool = False
+    dropout_rate: float = 0.0
+    norm_eps: float = 1e-6
+    dtype: str = "float32"
+    param_dtype: str = "float32"
+    implementation: str | None = None
+
+    def __post_init__(self):
+        sizes = ("vocab_size", "num_layers", "embed_dim", "num_heads", "num_kv_heads", "head_dim")
+        for name in (*sizes, "mlp_dim"):
+            checks.size(name, getattr(self, name))
+        check_heads(self.num_heads, self.num_kv_heads)
+        RoPE(theta=self.rope_theta).inverse_frequencies(self.head_dim)
+        check_choice("attention", self.attention, ATTENTIONS)
+        checks.config(self.nsa)
+        check_choice("compression", self.compression, METHODS)
+        check_choice("gate", self.gate, GATES)
+        check_choice("dtype", self.dtype, DTYPES)
+        check_choice("param_dtype", self.param_dtype, DTYPES)
+        if self.attention == "full":
+            check_choice("implementation", self.implementation, FULL_IMPLEMENTATIONS)
+        else:
+            # a config may be built where it cannot run, so only the name counts here
+            with contextlib.suppress(NotImplementedError):
+                dispatch.resolve(self.implementation)
+        for name in ("kv_per_branch", "tie_embeddings", "remat"):
+            check_choice(name, getattr(self, name), (True, False))
+        if not 0 <= self.dropout_rate < 1:
+            raise ValueError(f"dropout_rate must be in [0, 1), got {self.dropout_rate!r}")
+        if not 0 < self.norm_eps < 1:
+            raise ValueError(f"norm_eps must be in (0, 1), got {self.norm_eps!r}")
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "TransformerConfig":
+        """The config that ``dataclasses.asdict`` (or JSON) turned into `values`.
+
+        Raises:
+          ValueError: a key is unknown, or a value breaks its rule.
+        """
+        values = dict(values)
+        nsa = values.pop("nsa", {})
+        _check_keys(cls, values)
+        _check_keys(NSAConfig, nsa)
+        return cls(nsa=NSAConfig(**nsa), **values)
+
+
+def _check_keys(cls: type, values: dict[str, Any]) -> None:
+    known = {field.name for field in dataclasses.fields(cls)}
+    if unknown := sorted(set(values) - known):
+        raise ValueError(f"{cls.__name__} has no field {unknown[0]!r}, only {sorted(known)}")
+
+
+class RMSNorm(nnx.RMSNorm):
+    """RMSNorm, arXiv 1910.07467, over the residual stream; statistics in float32."""
+
+    def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
+        super().__init__(
+            config.embed_dim,
+            epsilon=config.norm_eps,
+            dtype=config.dtype,
+            param_dtype=config.param_dtype,
+            scale_metadata=partitioned("embed"),
+            rngs=rngs,
+        )
+
+    def __call__(self, x: Float[Array, "B T C"], mask: Array | None = None):
+        # flax promotes bfloat16 implicitly, which strict promotion would forbid
+        with jax.numpy_dtype_promotion("standard"):
+            return super().__call__(x, mask)
+
+
+class SwiGLU(nnx.Module):
+    """Gated feed-forward: (silu(x W_gate) * (x W_up)) W_down, arXiv 2002.05202, section 2."""
+
+    def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
+        def linear(inputs: int, outputs: int, init, *names: str) -> nnx.Linear:
+            return nnx.Linear(
+                inputs,
+                outputs,
+                use_bias=False,
+                dtype=config.dtype,
+                param_dtype=config.param_dtype,
+                kernel_init=init,
+                kernel_metadata=partitioned(*names),
+                rngs=rngs,
+            )
+
+        width, hidden = config.embed_dim, config.mlp_dim
+        self.gate = linear(width, hidden, initializers.lecun_normal(), "embed", "mlp")
+        self.up = linear(width, hidden, initializers.lecun_normal(), "embed", "mlp")
+        self.down = linear(hidden, width, _branch_init(config), "mlp", "embed")
+
+    def __call__(self, x: Float[Array, "B T C"]) -> Float[Array, "B T C"]:
+        return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
+
+
+class Block(nnx.Module):
+    """One layer: x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
+        self.attention_norm = RMSNorm(config, rngs=rngs)
+        self.mlp_norm = RMSNorm(config, rngs=rngs)
+        shared: dict[str, Any] = dict(
+            num_kv_heads=config.num_kv_heads,
+            head_dim=config.head_dim,
+            rope=RoPE(theta=config.rope_theta),
+            dtype=config.dtype,
+            param_dtype=config.param_dtype,
+            out_kernel_init=_branch_init(config),
+            implementation=config.implementation,
+            rngs=rngs,
+        )
+        if config.attention == "full":
+            self.attention = FullAttention(config.num_heads, config.embed_dim, **shared)
+        else:
+            self.attention = NativeSparseAttention(
+                config.num_heads,
+                config.embed_dim,
+                config=config.nsa,
+                compression=config.compression,
+                gate=config.gate,
+                kv_per_branch=config.kv_per_branch,
+                **shared,
+            )
+        self.mlp = SwiGLU(config, rngs=rngs)
+        self.dropout = nnx.Dropout(config.dropout_rate)
+
+    def __call__(
+        self,
+        x: Float[Array, "B T C"],
+        segment_ids: Int[Array, "B T"] | None = None,
+        positions: Int[Array, "B T"] | None = None,
+        dropout_key: jax.Array | None = None,
+    ) -> Float[Array, "B T C"]:
+        """The layer's output; drops out only if `dropout_key` is given."""
+        attention_key, mlp_key = (
+            (None, None) if dropout_key is None else jax.random.split(dropout_key)
+        )
+        out = self.attention(self.attention_norm(x), segment_ids, positions)
+        x = x + self._drop(out, attention_key)
+        return x + self._drop(self.mlp(self.mlp_norm(x)), mlp_key)
+
+    def _drop(self, x: jax.Array, key: jax.Array | None) -> jax.Array:
+        return x if key is None else self.dropout(x, rngs=key)
+
+    def selected_blocks(
+        self,
+        x: Float[Array, "B T C"],
+        segment_ids: Int[Array, "B T"] | None = None,
+        positions: Int[Array, "B T"] | None = None,
+    ) -> Int[Array, "B T K topk"]:
+        """The blocks that this layer selects for input x."""
+        assert isinstance(self.attention, NativeSparseAttention)
+        return self.attention.selected_blocks(self.attention_norm(x), segment_ids, positions)
+
+
+class Transformer(nnx.Module):
+    """Decoder-only transformer: embedding, pre-norm blocks with SwiGLU, final RMSNorm, head.
+
+    Args:
+      config: sizes and choices.
+      rngs: random keys.
+
+    Example:
+      >>> config = TransformerConfig(num_layers=2, embed_dim=32, num_heads=2, num_kv_heads=1)
+      >>> model = Transformer(config, rngs=nnx.Rngs(0))
+      >>> model(jnp.zeros((1, 64), jnp.int32)).shape
+      (1, 64, 257)
+
+    References:
+      Llama, arXiv 2302.13971, section 2.2, with NSA (arXiv 2502.11089) as its attention.
+    """
+
+    def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        self.embedding = nnx.Embed(
+            config.vocab_size,
+            config.embed_dim,
+            dtype=config.dtype,
+            param_dtype=config.param_dtype,
+            embedding_init=initializers.normal(0.02),
+            embedding_metadata=partitioned("vocab", "embed"),
+            rngs=rngs,
+        )
+
+        @nnx.split_rngs(splits=config.num_layers)
+        @nnx.vmap(transform_metadata={nnx.PARTITION_NAME: "layers"})
+        def build(rngs: nnx.Rngs) -> Block:
+            return Block(config, rngs=rngs)
+
+        self.layers = build(rngs)
+        self.norm = RMSNorm(config, rngs=rngs)
+        self.head: nnx.Param | None = nnx.data(None)
+        if not config.tie_embeddings:
+            shape = (config.vocab_size, config.embed_dim)
+            head = initializers.normal(0.02)(rngs.params(), shape, config.param_dtype)
+            self.head = nnx.Param(head, **partitioned("vocab", "embed"))
+
+    def __call__(
+        self,
+        tokens: Int[Array, "B T"],
+        segment_ids: Int[Array, "B T"] | None = None,
+        positions: Int[Array, "B T"] | None = None,
+        *,
+        dropout_key: jax.Array | None = None,
+    ) -> Float[Array, "B T V"]:
+        """Logits of the next token.
+
+        Args:
+          tokens: int32 [B, T], in 0 .. vocab_size - 1.
+          segment_ids: int32 [B, T], equal ids in a run are one document, 0 is padding; None: every
+            row is one document.
+          positions: int32 [B, T], positions for RoPE; None: counted from each document's start.
+          dropout_key: random key of dropout; None: no dropout.
+
+        Returns:
+          float32 logits [B, T, V].
+
+        Raises:
+          ValueError: a shape or dtype does not fit.
+        """
+        x = self._embed(tokens)
+        keys = (
+            None if dropout_key is None else jax.random.split(dropout_key, self.config.num_layers)
+        )
+
+        def step(x: jax.Array, layer: Block, key: jax.Array | None) -> tuple[jax.Array, None]:
+            return layer(x, segment_ids, positions, key), None
+
+        x = self.norm(self._scan(step, x, keys)[0])
+        head = self.embedding.embedding if self.head is None else self.head
+        return jnp.einsum(
+            "btc,vc->btv", x, head[...].astype(x.dtype), preferred_element_type=jnp.float32
+        )
+
+    def selected_blocks(
+        self,
+        tokens: Int[Array, "B T"],
+        segment_ids: Int[Array, "B T"] | None = None,
+        positions: Int[Array, "B T"] | None = None,
+    ) -> Int[Array, "L B T K topk"]:
+        """The blocks that every query of every layer selects; arguments as in a call.
+
+        Returns:
+          int32 [L, B, T, K, topk], ascending, -1 at the tail. Block numbers count from the start of
+          the query's own document.
+
+        Raises:
+          ValueError: the model has full attention.
+        """
+        if self.config.attention != "nsa":
+            raise ValueError(
+                'selected_blocks needs a model with attention="nsa", got '
+                f"attention={self.config.attention!r}"
+            )
+
+        def step(x: jax.Array, layer: Block, _: None) -> tuple[jax.Array, jax.Array]:
+            blocks = layer.selected_blocks(x, segment_ids, positions)
+            return layer(x, segment_ids, positions), blocks
+
+        return self._scan(step, self._embed(tokens), None)[1]
+
+    def layer(self, index: int) -> Block:
+        """Layer number `index` alone, with copies of its parameters.
+
+        Raises:
+          ValueError: there is no such layer.
+        """
+        if not 0 <= index < self.config.num_layers:
+            raise ValueError(f"index must be in 0 .. {self.config.num_layers - 1}, got {index}")
+        graphdef, stacked = nnx.split(self.layers)
+        return nnx.merge(graphdef, jax.tree.map(lambda leaf: leaf[index], stacked))
+
+    def _embed(self, tokens: jax.Array) -> jax.Array:
+        return self.embedding(checks.integers("tokens", tokens, "B T"))
+
+    def _scan(self, step: Callable, x: jax.Array, keys: jax.Array | None) -> tuple[jax.Array, Any]:
+        """Runs `step(x, layer, key) -> (x, output)` over the layers and stacks the outputs."""
+        graphdef, stacked = nnx.split(self.layers)
+
+        def body(x, inputs):
+            state, key = inputs
+            return step(x, nnx.merge(graphdef, state), key)
+
+        if self.config.remat:
+            # Attention costs most to recompute and its kept results are small. The bodies of two
+            # scans are never merged, so recomputation needs no barrier against CSE.
+            policy = jax.checkpoint_policies.save_only_these_names(*api.CHECKPOINT_NAMES)
+            body = jax.checkpoint(body, policy=policy, prevent_cse=False)
+        return jax.lax.scan(body, x, (stacked, keys))
+
+
+def _branch_init(config: TransformerConfig) -> Initializer:
+    """Init of what is added to the residual stream: 2L such sums keep its variance in bounds."""
+    return initializers.variance_scaling(1 / (2 * config.num_layers), "fan_in", "truncated_normal")

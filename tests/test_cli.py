@@ -1,0 +1,287 @@
+"""The command line: commands, flags, presets, and one-line errors with exit code 2."""
+
+import dataclasses
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import fsa_jax
+import fsa_jax.training
+from fsa_jax.cli import main
+from fsa_jax.training import PRESETS, TrainResult, read_metrics
+
+TEXT = "the quick brown fox jumps over the lazy dog. "
+
+SIZES = """
+    --attention full --num-layers 1 --embed-dim 16 --num-heads 2 --num-kv-heads 1 --head-dim 8
+    --mlp-dim 16 --batch-size 2 --row-length 32 --eval-rows 2 --warmup-steps 1 --decay-steps 9
+"""
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    for i in range(4):
+        (folder / f"{i}.txt").write_text(TEXT * (i + 1))
+    return folder
+
+
+def train_words(data: Path, out: Path, *more: str) -> list[str]:
+    return ["train", "--data", str(data), "--out", str(out), "--steps", "2", *SIZES.split(), *more]
+
+
+@pytest.fixture(scope="module")
+def trained(data, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("trained")
+    assert main(train_words(data, out)) == 0
+    return out
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path_factory, monkeypatch):
+    """A command that does run writes to no folder of the project."""
+    monkeypatch.chdir(tmp_path_factory.mktemp("here"))
+
+
+@pytest.fixture
+def configs(monkeypatch):
+    """What the command `train` asks for, without training."""
+    seen = []
+
+    def record(config):
+        seen.append(config)
+        return TrainResult(step=1, held_out_loss=1.25, unigram_loss=3.5, files=(Path("a/b.png"),))
+
+    monkeypatch.setattr(fsa_jax.training, "train", record)
+    return seen
+
+
+def one_line(capfd) -> str:
+    captured = capfd.readouterr()
+    assert captured.out == ""
+    assert captured.err.endswith("\n")
+    assert captured.err.count("\n") == 1, captured.err
+    assert "Traceback" not in captured.err
+    return captured.err
+
+
+def test_train_prints_losses_and_paths(data, tmp_path, capfd):
+    out = tmp_path / "run"
+    assert main(train_words(data, out)) == 0
+    lines = capfd.readouterr().out.splitlines()
+    assert {line.strip() for line in lines[1:-1]} == {
+        str(out / name) for name in ("metrics.jsonl", "run.json", "loss.png", "checkpoints")
+    }
+    rows = read_metrics(out / "metrics.jsonl")
+    loss = rows[-1]["held_out_loss"]
+    assert lines[-1].startswith(f"step 2: held-out loss {loss:.4f} nats/byte (unigram ")
+
+
+def test_train_shows_progress_as_lines_without_a_terminal(data, trained, tmp_path, capfd):
+    run = shutil.copytree(trained, tmp_path / "run")
+    assert main(train_words(data, run, "--resume", "--steps", "3")) == 0
+    captured = capfd.readouterr()
+    assert "step 3/3: held-out loss " in captured.err
+    assert "\r" not in captured.err
+    assert [row["step"] for row in read_metrics(run / "metrics.jsonl") if "loss" in row] == [
+        1,
+        2,
+        3,
+    ]
+
+
+@pytest.mark.parametrize(
+    ("words", "preset"),
+    [([], "tiny"), (["--preset", "small"], "small"), (["--seed", "0", "--preset=small"], "small")],
+)
+def test_presets(configs, words, preset):
+    assert main(["train", *words]) == 0
+    assert configs == [PRESETS[preset]]
+
+
+def test_flags_override_the_preset(configs, capfd):
+    words = "--attention full --topk 5 --data a b --out c --no-tie-embeddings --preset small"
+    assert main(["train", *words.split(), "--learning-rate", "0.5", "--resume"]) == 0
+    small = PRESETS["small"]
+    model = dataclasses.replace(
+        small.model,
+        attention="full",
+        tie_embeddings=False,
+        nsa=dataclasses.replace(small.model.nsa, topk=5),
+    )
+    assert configs == [
+        dataclasses.replace(
+            small,
+            data=(Path("a"), Path("b")),
+            out=Path("c"),
+            learning_rate=0.5,
+            resume=True,
+            model=model,
+        )
+    ]
+    assert capfd.readouterr().out == (
+        "wrote:\n  a/b.png\nstep 1: held-out loss 1.2500 nats/byte (unigram 3.5000)\n"
+    )
+
+
+def test_sample_continues_the_prompt(trained, capfd):
+    words = ["sample", "--checkpoint", str(trained), "--max-bytes", "12", "--prompt", "the é"]
+    assert main([*words, "--seed", "5"]) == 0
+    first = capfd.readouterr()
+    assert first.out.startswith("the é")
+    assert first.err == ""
+    assert main([*words, "--seed", "5"]) == 0
+    assert capfd.readouterr().out == first.out
+    assert main([*words, "--seed", "6"]) == 0
+    assert capfd.readouterr().out != first.out
+
+
+def test_sample_without_prompt(trained, capfd):
+    assert main(["sample", "--checkpoint", str(trained), "--max-bytes", "12"]) == 0
+    # Twelve bytes, of which those that are not UTF-8 are shown as one character.
+    assert 1 <= len(capfd.readouterr().out.removesuffix("\n")) <= 12
+
+
+def test_info(capfd):
+    assert main(["info"]) == 0
+    out = capfd.readouterr().out
+    for word in ("python", "jax", "jaxlib", "flax", "fsa-jax", "cpu:0"):
+        assert word in out
+    for function, (implementation, reason) in fsa_jax.explain().items():
+        assert any(
+            line.split()[:2] == [function, implementation] and line.endswith(reason)
+            for line in out.splitlines()
+        )
+
+
+def test_version_and_help(capfd):
+    assert main(["--version"]) == 0
+    assert capfd.readouterr().out == f"fsa-jax {fsa_jax.__version__}\n"
+    for words in ([], ["--help"]):
+        assert main(words) == 0
+        out = capfd.readouterr().out
+        assert all(f"  {command} " in out for command in ("train", "sample", "info"))
+    for words, flags in (
+        (["train", "--help"], ("--data", "--attention", "--topk", "--num-layers", "--resume")),
+        (["sample", "--help"], ("--checkpoint", "--prompt", "--max-bytes", "--temperature")),
+        (["info", "--help"], ("implementation",)),
+    ):
+        assert main(words) == 0
+        out = capfd.readouterr().out
+        assert all(flag in out for flag in flags)
+
+
+def test_console_script_without_traceback(tmp_path):
+    got = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "fsa_jax.cli",
+            "train",
+            "--data",
+            "/no/such/path",
+            "--out",
+            tmp_path,
+        ],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        cwd=Path(__file__).parents[1],
+    )
+    assert got.returncode == 2
+    assert got.stdout == ""
+    assert got.stderr == (
+        "fsa-jax: error: data must be files or folders that exist, got '/no/such/path'\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("nonsense", "'nonsense'"),
+        ("train --no-such-flag 3", "--no-such-flag"),
+        ("train --steps", "--steps"),
+        ("train --steps many", "--steps: invalid literal for int() with base 10: 'many'"),
+        ("train --steps 0", "steps must be an integer of at least 1, got 0"),
+        ("train --attention sparse", "'sparse' for argument '--attention'. Expected one of"),
+        ("train --preset huge", "'huge' for argument '--preset'. Expected one of"),
+        (
+            "train --topk 2",
+            "topk must be at least init_blocks + local_blocks, got topk=2, init_blocks=1",
+        ),
+        ("train --num-kv-heads 3", "num_heads=4 and num_kv_heads=3"),
+        ("train --learning-rate -1", "learning_rate must be positive and finite, got -1.0"),
+        ("train --resume --out /no/such/run", "resume must find a checkpoint in out, got"),
+        ("sample", "--checkpoint"),
+        ("sample --checkpoint /no/such/run", "got '/no/such/run'"),
+        ("info --verbose", "--verbose"),
+    ],
+)
+def test_mistakes_end_with_one_line(words, expected, capfd):
+    assert main(words.split()) == 2
+    assert expected in one_line(capfd)
+
+
+def test_no_text_found(tmp_path, capfd):
+    assert main(["train", "--data", str(tmp_path), "--out", str(tmp_path / "run")]) == 2
+    assert "data must hold at least two bytes of text, got none in " in one_line(capfd)
+
+
+def test_implementation_that_cannot_serve(data, tmp_path, capfd):
+    words = [word if word != "full" else "nsa" for word in train_words(data, tmp_path / "run")]
+    assert main([*words, "--implementation", "triton"]) == 2
+    assert "implementation='triton'" in one_line(capfd)
+
+
+def test_bad_sampling_flag(trained, capfd):
+    assert main(["sample", "--checkpoint", str(trained), "--temperature", "-1"]) == 2
+    assert "temperature must be at least 0 and finite, got -1.0" in one_line(capfd)
+
+
+def test_unreadable_checkpoint(trained, tmp_path, capfd):
+    run = shutil.copytree(trained, tmp_path / "run")
+    for file in (run / "checkpoints" / "2" / "params").rglob("*"):
+        if file.is_file():
+            file.write_bytes(b"")
+    assert main(["sample", "--checkpoint", str(run)]) == 2
+    assert "checkpoint must be one that this version wrote, complete, got" in one_line(capfd)
+
+
+def test_resume_with_other_flags(data, trained, tmp_path, capfd):
+    run = shutil.copytree(trained, tmp_path / "run")
+    assert main(train_words(data, run, "--resume", "--mlp-dim", "8")) == 2
+    assert "got mlp_dim=8 (checkpoint: 16)" in one_line(capfd)
+
+
+@pytest.mark.parametrize("missing", ["grain", "matplotlib.figure", "orbax.checkpoint", "tyro"])
+def test_missing_extra(missing, monkeypatch, capfd):
+    # Both are put back afterwards: the module that other tests patch is the one that is imported.
+    monkeypatch.setattr(fsa_jax, "training", fsa_jax.training)
+    for name in list(sys.modules):
+        if name.startswith("fsa_jax.training"):
+            monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, missing, None)
+    assert main(["train"]) == 2
+    message = one_line(capfd)
+    assert missing.partition(".")[0] in message
+    assert "pip install 'fsa-jax[train]'" in message
+    assert main(["info"]) == 0
+
+
+def test_interrupt(monkeypatch, capfd):
+    def interrupt(config):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(fsa_jax.training, "train", interrupt)
+    assert main(["train"]) == 130
+    assert "--resume" in one_line(capfd)
+
+
+def test_failed_training_exits_with_1(data, tmp_path, capfd):
+    words = train_words(data, tmp_path / "run", "--learning-rate", "1e38", "--warmup-steps", "0")
+    assert main([*words, "--steps", "4"]) == 1
+    assert "lower learning_rate" in one_line(capfd)
