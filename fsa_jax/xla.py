@@ -38,9 +38,10 @@ from fsa_jax.segments import (
     visible_windows,
 )
 
-# Tiles: large enough that the matmuls outweigh the loop, small enough to stay in cache.
+# Tiles: large enough that the matmuls outweigh the loop, small enough to stay in cache and to skip
+# most of what is masked. The fastest of a few powers of two on two CPU cores, 512 to 8192 tokens.
 QUERY_TILE = 128
-KEY_TILE = 256
+KEY_TILE = 64
 PAIR_TILE = 128
 
 
@@ -210,8 +211,10 @@ def _tile_gradients(query, key, value, cotangent, lse, delta, visible, scale):
     delta = jnp.where(visible.any(axis=2)[..., None], delta, 0)
     ds = (scale * p * (dp - delta[..., None])).astype(key.dtype)
     dq = einsum("hqgm,hmd->hqgd", ds, key)
-    dk = einsum("hqgm,hqgd->hmd", ds, query)
-    dv = einsum("hqgm,hqge->hme", p.astype(value.dtype), cotangent)
+    # The group is summed last: one matmul over queries and heads would add up G times as many
+    # float32 terms in a row, and on a GPU its error reached 4.6 times that of dense attention.
+    dk = einsum("hqgm,hqgd->hgmd", ds, query).sum(axis=1)
+    dv = einsum("hqgm,hqge->hgme", p.astype(value.dtype), cotangent).sum(axis=1)
     return dq, dk, dv
 
 
