@@ -18,6 +18,8 @@ import pytest  # noqa: E402
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# On a GPU, the projections of the layers would otherwise be cut to tf32: right, but not comparable.
+jax.config.update("jax_default_matmul_precision", "highest")
 
 
 @pytest.fixture
