@@ -306,7 +306,7 @@ _range_attention.defvjp(_range_attention_fwd, _range_attention_bwd)
 def _empty_state(query: Array, width: int):
     """Online softmax before the first tile: (max, sum, unnormalised out).
 
-    Loops start from zeros_like(query): under shard_map it varies over the mesh axes that query does.
+    Loops start from zeros_like(query), which under shard_map varies over the mesh as query does.
     """
     shape, wide = query.shape[:3], wide_dtype(query)
     total = jnp.zeros_like(query, wide, shape=shape)

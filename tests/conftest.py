@@ -7,7 +7,7 @@ os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 )
 
-from jaxtyping import install_import_hook  # noqa: E402
+from jaxtyping import install_import_hook
 
 # The public functions have their own checks, which must meet bad input first.
 INTERNAL = ["fsa_jax.segments", "fsa_jax.reference", "fsa_jax.compression", "fsa_jax.xla"]
