@@ -236,18 +236,24 @@ def test_error_is_at_most_twice_that_of_dense_attention(branch, dtype):
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_nan_and_infinity_in_what_nobody_chose_change_no_bit(implementation):
+@pytest.mark.parametrize("branch", ["selected", "window"])
+def test_nan_and_infinity_in_what_nobody_sees_change_no_bit(branch, implementation):
     """Keys and values of blocks without a query, of padding, and padded queries and cotangents."""
-    length = 160
     ids = np.asarray([[1] * 50 + [0] * 7 + [2] * 90 + [0] * 13], np.int32)
-    indices = np.random.default_rng(0).choice([0, 1, 4], (1, length, 1, 3))  # 2 and 3: nobody
-    block = np.concatenate([np.arange(50), np.full(7, 32), np.arange(90), np.full(13, 32)]) // 16
-    unseen = np.isin(block, (2, 3)) | (ids[0] == 0)
-    padding = ids[0] == 0
+    length = ids.size
+    padding = unseen = ids[0] == 0
+    segment_ids = jnp.asarray(ids)
+    if branch == "selected":
+        # nobody chooses the blocks 2 and 4; the blocks 3 and 5 end in padding, and are chosen
+        chosen = np.random.default_rng(0).choice([0, 1, 3, 5], (1, length, 1, 3))
+        attend = selected(jnp.asarray(chosen, jnp.int32), 16, segment_ids, implementation)
+        position = np.where(ids[0] == 2, np.arange(length) - 57, np.arange(length))
+        unseen = padding | np.isin(position // 16, (2, 4))
+    else:
+        attend = window(segment_ids, implementation)
 
     @jax.jit
     def run(query, key, value, cotangent):
-        attend = selected(jnp.asarray(indices, jnp.int32), 16, jnp.asarray(ids), implementation)
         (out, lse), pullback = jax.vjp(attend, query, key, value)
         return out, lse, pullback((cotangent, jnp.zeros_like(lse)))
 
@@ -260,7 +266,19 @@ def test_nan_and_infinity_in_what_nobody_chose_change_no_bit(implementation):
             for mask, x in zip(masks, clean, strict=True)
         ]
         assert_same_bits(run(*dirty), wanted)
-    assert np.isfinite(np.concatenate([np.ravel(x) for x in jax.tree.leaves(wanted[2])])).all()
+    assert all(np.isfinite(x).all() and np.any(x) for x in wanted[2])
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_a_row_of_padding_alone_is_zero_with_zero_gradients(implementation):
+    args = [normal(i, 2, 40, *tail) for i, tail in enumerate([(4, 6), (2, 6), (2, 6), (4, 3)])]
+    ids = jnp.asarray([[0] * 40, [1] * 40], jnp.int32)
+    run = functools.partial(operator, implementation, ids)
+    out, gradients = value_and_gradients(run, 3, *args)
+    for x in (out, *gradients):
+        assert not np.any(x[0])
+        assert np.isfinite(x).all()
+        assert np.any(x[1])
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
