@@ -111,9 +111,9 @@ def pack(segment_ids, query, key, value, config, scale, phi, lists=None):
     for start, end in documents(segment_ids):
         part = slice(start, end)
         size = (config.kernel_size, config.kernel_stride)
-        packed = (compress(x[part], *size, phi) for x in (key, value))
+        ck, cv = (compress(x[part], *size, phi) for x in (key, value))
         own_lists = None if lists is None else lists[part]
-        one = one_document(query[part], key[part], value[part], *packed, config, scale, own_lists)
+        one = one_document(query[part], key[part], value[part], ck, cv, config, scale, own_lists)
         for name in total:
             total[name][0][part], total[name][1][part] = one[name]
         indices[part] = one["indices"]

@@ -3,6 +3,7 @@
 import doctest
 import functools
 import logging
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ import fsa_jax
 from fsa_jax import NSAConfig, api, config, dispatch
 
 SMALL = NSAConfig(kernel_size=8, kernel_stride=4, block_size=8, topk=4, window_size=9)
-WINDOWS = {"kernel_size": 8, "kernel_stride": 4}
+WINDOWS: dict[str, Any] = {"kernel_size": 8, "kernel_stride": 4}
 QUERY, KEY = normal(0, 2, 40, 4, 6), normal(1, 2, 40, 2, 6)
 COMPRESSED = normal(2, 2, 10, 2, 6)
 GATES = normal(3, 2, 40, 4, 3)

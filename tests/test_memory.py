@@ -85,6 +85,7 @@ def peak_bytes(function, length):
         return out, pullback(out)
 
     memory = jax.jit(run).lower(*args).compile().memory_analysis()
+    assert memory is not None
     return memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
 
 
@@ -110,6 +111,8 @@ def test_the_measure_sees_a_quadratic_program():
     def bytes_of(length):
         args = (array(length, 2, 8), array(length, 1, 8), array(length, 1, 8))
         run = jax.jit(functools.partial(dense, implementation="reference"))
-        return run.lower(*args).compile().memory_analysis().temp_size_in_bytes
+        memory = run.lower(*args).compile().memory_analysis()
+        assert memory is not None
+        return memory.temp_size_in_bytes
 
     assert bytes_of(4096) > 10 * bytes_of(1024)

@@ -2,6 +2,7 @@
 
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +26,7 @@ CONFIG = NSAConfig(
     local_blocks=2,
     window_size=5,
 )
-SIZE = {"kernel_size": CONFIG.kernel_size, "kernel_stride": CONFIG.kernel_stride}
+SIZE: dict[str, Any] = {"kernel_size": CONFIG.kernel_size, "kernel_stride": CONFIG.kernel_stride}
 
 
 def operator(query, key, value, segment_ids, indices, implementation):
@@ -66,9 +67,9 @@ def test_any_packed_row_is_what_loops_over_its_documents_give(
     value = normal(seed + 2, LENGTH, kv_heads, VALUE_WIDTH, dtype=jnp.float64)
     indices = lists(seed, 1, LENGTH, kv_heads, CONFIG.topk, LENGTH // CONFIG.block_size)[0]
     got = compiled(implementation)(query, key, value, segment_ids[0], indices)
-    arrays = (np.asarray(x) for x in (query, key, value))
+    q, k, v = (np.asarray(x) for x in (query, key, value))
     phi = functools.partial(np.mean, axis=0)
-    wanted = pack(segment_ids[0], *arrays, CONFIG, WIDTH**-0.5, phi, np.asarray(indices))
+    wanted = pack(segment_ids[0], q, k, v, CONFIG, WIDTH**-0.5, phi, np.asarray(indices))
     np.testing.assert_array_equal(got.pop("indices"), wanted.pop("indices"))
     assert_close(got, wanted)
 
@@ -199,7 +200,7 @@ def test_what_sees_nothing_is_zero_and_minus_infinity(implementation):
     none = jnp.full((1, 12, 1, 3), -1, jnp.int32)
     short = fsa_jax.compress(key[:, :1], method="mean", **SIZE)
     assert short.shape == (1, 0, 1, 4)
-    common = {"implementation": implementation, "return_residuals": True}
+    common: dict[str, Any] = {"implementation": implementation, "return_residuals": True}
     for out, lse in (
         fsa_jax.selected_attention(query, key, key, none, block_size=4, **common),
         fsa_jax.compressed_attention(query[:, :1], short, short, **SIZE, **common),

@@ -10,6 +10,7 @@ import pytest
 from util import IMPLEMENTATIONS, assert_close, selected
 
 import fsa_jax
+from fsa_jax.api import combine_branches
 
 VECTORS = Path(__file__).parent / "vectors"
 STORED = 3e-7  # rounding of the stored float32 results
@@ -83,7 +84,8 @@ def test_compressed_attention_and_selection(name, implementation):
         )
         return out, (ck, cv, lse)
 
-    inputs = (*(jnp.asarray(z[n]) for n in "qkv"), parameters)
+    query, key, value = (jnp.asarray(z[n]) for n in "qkv")
+    inputs = (query, key, value, parameters)
 
     @jax.jit
     def run_both_ways(cotangent, *inputs):
@@ -101,7 +103,7 @@ def test_compressed_attention_and_selection(name, implementation):
     assert_close(gradients, {k: z["d" + k] for k in gradients}, STORED)
 
     indices = fsa_jax.select_blocks(
-        inputs[0], ck, lse, config=config, segment_ids=segment_ids, implementation=implementation
+        query, ck, lse, config=config, segment_ids=segment_ids, implementation=implementation
     )
     clear = z["topk_margin"][0] > 1e-9
     assert clear.mean() > 0.9
@@ -120,7 +122,7 @@ def test_gates_and_window(implementation):
         slc = fsa_jax.selected_attention(q, k, v, indices, block_size=meta["block_size"], **options)
         swa = fsa_jax.sliding_window_attention(q, k, v, window_size=meta["window_size"], **options)
         gates = jnp.stack([jnp.zeros_like(g_slc), g_slc, g_swa], axis=-1)
-        return fsa_jax.api.combine_branches(gates, jnp.zeros_like(slc), slc, swa)
+        return combine_branches(gates, jnp.zeros_like(slc), slc, swa)
 
     inputs = [jnp.asarray(z[n]) for n in ("q", "k", "v", "g_slc", "g_swa")]
 
