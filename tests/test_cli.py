@@ -284,4 +284,7 @@ def test_interrupt(monkeypatch, capfd):
 def test_failed_training_exits_with_1(data, tmp_path, capfd):
     words = train_words(data, tmp_path / "run", "--learning-rate", "1e38", "--warmup-steps", "0")
     assert main([*words, "--steps", "4"]) == 1
-    assert "lower learning_rate" in one_line(capfd)
+    *progress, last = capfd.readouterr().err.splitlines()
+    assert last.startswith("fsa-jax: error: loss and gradient must be finite")
+    assert "lower learning_rate" in last
+    assert not any("Traceback" in line for line in progress)

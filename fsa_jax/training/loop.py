@@ -154,9 +154,16 @@ class _Run:
             self.state = checkpoints.read_state(self.first_step, self.state)
             self.batches.set_state(position.batches)
         ids = jax.ShapeDtypeStruct((config.batch_size, config.row_length), jnp.int32)
-        train_step = make_train_step(self.graphdef, config)
         # Compiled ahead, so that tokens per second measure training alone.
-        self.train_step = train_step.lower(self.state, ids, ids).compile()
+        lowered = make_train_step(self.graphdef, config).lower(self.state, ids, ids)
+        # Nothing that the caller could have got wrong is left: a message may come before the wait.
+        size = sum(map(len, corpus.train))
+        print(
+            f"{self.num_params} parameters; {size} bytes from {corpus.source}; compiling",
+            file=sys.stderr,
+            flush=True,
+        )
+        self.train_step = lowered.compile()
         self.eval_step = make_eval_step(self.graphdef).lower(params, ids, ids).compile()
 
     def _checked_position(self) -> RunPosition:
