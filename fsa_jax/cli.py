@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import dataclasses
 import io
+import os
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -70,6 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             parser.print_help()
         else:
             commands[parsed.command][0](parsed.arguments)
+        sys.stdout.flush()
     except SystemExit as stop:  # argparse's and tyro's way to end --help and errors
         return stop.code if isinstance(stop.code, int) else 2
     except ModuleNotFoundError as error:
@@ -81,6 +83,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _complain(str(error))
     except FloatingPointError as error:
         _complain(str(error))
+        return 1
+    except BrokenPipeError:  # the reader of a pipe, `head` say, has seen enough
+        # Python flushes once more at exit; there must be somewhere for it to go.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except KeyboardInterrupt:
         _complain("interrupted; --resume goes on from the last checkpoint, if there is one")

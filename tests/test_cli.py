@@ -1,6 +1,7 @@
 """The command line: commands, flags, presets, and one-line errors with exit code 2."""
 
 import dataclasses
+import os
 import shutil
 import subprocess
 import sys
@@ -288,3 +289,24 @@ def test_failed_training_exits_with_1(data, tmp_path, capfd):
     assert last.startswith("fsa-jax: error: loss and gradient must be finite")
     assert "lower learning_rate" in last
     assert not any("Traceback" in line for line in progress)
+
+
+@pytest.mark.parametrize("words", [["train", "--help"], ["info"]])
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_reader_that_is_gone_is_no_error(words, unbuffered):
+    """As `fsa-jax info | head -1` has it, once head has read its line."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    got = subprocess.run(
+        [sys.executable, "-m", "fsa_jax.cli", *words],
+        stdout=writer,
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=120,
+        check=False,
+        cwd=Path(__file__).parents[1],
+        env={**os.environ, "PYTHONUNBUFFERED": unbuffered},
+    )
+    os.close(writer)
+    assert got.stderr == ""
+    assert got.returncode == 1

@@ -204,7 +204,7 @@ class _Run:
             step=self.config.steps,
             held_out_loss=held_out_loss,
             unigram_loss=self.unigram_loss,
-            files=(*files, self.checkpoints.folder),
+            files=(*files, self.folder / self.checkpoints.folder.name),
         )
 
     def _train(self, log: MetricsLog, progress: "_Progress") -> None:
