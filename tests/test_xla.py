@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from jax.test_util import check_grads
-from shapes import SMALL
+from shapes import SMALL, Shape
 from util import (
     IMPLEMENTATIONS,
     assert_close,
@@ -116,6 +116,33 @@ def test_any_segmentation_and_any_lists(segment_ids, seed):
     indices = lists(seed, *CASE.indices, CASE.blocks)
     args = (indices, segment_ids, *inputs(CASE))
     assert_close(compiled_selected("xla")(*args), compiled_selected("reference")(*args))
+
+
+SHAPES = st.builds(
+    lambda kv_heads, group, **sizes: Shape(kv_heads=kv_heads, heads=kv_heads * group, **sizes),
+    batch=st.integers(1, 2),
+    length=st.integers(1, 40),
+    kv_heads=st.integers(1, 3),
+    group=st.integers(1, 6),
+    width=st.integers(1, 9),
+    value_width=st.integers(1, 9),
+    block_size=st.integers(1, 12),
+    slots=st.integers(1, 6),
+)
+
+
+@pytest.mark.usefixtures("x64")
+@settings(deadline=None, max_examples=8)  # each example compiles both implementations
+@given(SHAPES, st.data(), st.integers(0, 2**31))
+def test_any_shape_and_group(shape, data, seed):
+    segment_ids = jnp.asarray(data.draw(segmentations(shape.batch, shape.length)))
+    indices = lists(seed, *shape.indices, shape.blocks)
+    args = inputs(shape, seed=seed)
+    got, wanted = (
+        value_and_gradients(selected(indices, shape.block_size, segment_ids, name), 3, *args)
+        for name in ("xla", "reference")
+    )
+    assert_close(got, wanted)
 
 
 CONFIG = fsa_jax.NSAConfig(
