@@ -136,11 +136,11 @@ SHAPES = st.builds(
 @given(SHAPES, st.data(), st.integers(0, 2**31))
 def test_any_shape_and_group(shape, data, seed):
     segment_ids = jnp.asarray(data.draw(segmentations(shape.batch, shape.length)))
-    indices = lists(seed, *shape.indices, shape.blocks)
-    args = inputs(shape, seed=seed)
+    indices = lists(seed, *shape.indices, blocks=shape.blocks)
+    query, key, value = inputs(shape, seed=seed)
+    make = functools.partial(selected, indices, shape.block_size, segment_ids)
     got, wanted = (
-        value_and_gradients(selected(indices, shape.block_size, segment_ids, name), 3, *args)
-        for name in ("xla", "reference")
+        value_and_gradients(make(name), 3, query, key, value) for name in ("xla", "reference")
     )
     assert_close(got, wanted)
 
