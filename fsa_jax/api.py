@@ -14,9 +14,10 @@ from einops import rearrange
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from fsa_jax import checks, compression
+from fsa_jax import checks, compression, triton
 from fsa_jax.config import NSAConfig, check_window
-from fsa_jax.dispatch import choose
+from fsa_jax.dispatch import check_name, choose, resolve
+from fsa_jax.pallas import SelectedTuning
 from fsa_jax.precision import wide_dtype
 
 #: Names that outputs carry for remat policies such as
@@ -156,14 +157,14 @@ def compressed_attention(
 
     Source: NSA (arXiv 2502.11089), equation 7.
     """
-    module = choose("compressed_attention", implementation)
+    serve = choose("compressed_attention", implementation)
     kernel_size = checks.size("kernel_size", kernel_size)
     kernel_stride = checks.size("kernel_stride", kernel_stride)
     check_window(kernel_size, kernel_stride)
     query, key, value, rows, has_batch = checks.attention_arrays(
         query, compressed_key, compressed_value, segment_ids, kernel_stride
     )
-    result = module.compressed_attention(
+    result = serve(
         query,
         key,
         value,
@@ -222,7 +223,7 @@ def select_blocks(
 
     Source: NSA (arXiv 2502.11089), equations 8 to 12.
     """
-    module = choose("select_blocks", implementation)
+    serve = choose("select_blocks", implementation)
     config = checks.config(config)
     query, key, _, rows, has_batch = checks.attention_arrays(
         query, compressed_key, compressed_key, segment_ids, config.kernel_stride
@@ -230,7 +231,7 @@ def select_blocks(
     lse = checks.with_batch("lse", lse, "T N", has_batch)
     checks.same_axes("B T N", query=query, lse=lse)
     query, key, lse = jax.lax.stop_gradient((query, key, lse))
-    indices = module.select_blocks(
+    indices = serve(
         query, key, lse, rows, config=config, scale=checks.scale(scale, query.shape[-1])
     )
     indices = checkpoint_name(indices, "block_indices")
@@ -248,6 +249,7 @@ def selected_attention(
     segment_ids: Int[Array, "*B T"] | None = None,
     implementation: str | None = None,
     return_residuals: bool = False,
+    tuning: SelectedTuning | None = None,
 ):
     """Attention of each query to the tokens of the blocks in its list.
 
@@ -268,6 +270,8 @@ def selected_attention(
       segment_ids: int32 [B, T], equal ids in a run are one document, 0 is padding.
       implementation: "triton", "triton_interpret", "xla", "reference", or None for the best.
       return_residuals: also return the logsumexp of the scaled logits.
+      tuning: how the kernels of "triton" run; None leaves it to measured heuristics. It changes
+        time and memory alone. Not used where `implementation=None` chose another implementation.
 
     Returns:
       out [B, T, N, E] in the dtype of `query`, or (out, lse) with lse [B, T, N], natural log, in
@@ -286,22 +290,19 @@ def selected_attention(
 
     Source: NSA (arXiv 2502.11089), equation 10; FSA (arXiv 2508.18224).
     """
-    module = choose("selected_attention", implementation)
+    check_name(implementation)
     block_size = checks.size("block_size", block_size)
     query, key, value, rows, has_batch = checks.attention_arrays(query, key, value, segment_ids)
     axes = "B T K S" if has_batch else "T K S"
     block_indices = checks.integers("block_indices", block_indices, axes)
     block_indices = block_indices if has_batch else block_indices[None]
     checks.same_axes("B T K", key=key, block_indices=block_indices)
-    result = module.selected_attention(
-        query,
-        key,
-        value,
-        block_indices,
-        rows,
-        block_size=block_size,
-        scale=checks.scale(scale, query.shape[-1]),
-    )
+    arrays = (query, key, value, block_indices)
+    sizes: dict[str, Any] = {"block_size": block_size}
+    tuning = checks.tuning(tuning, implementation)
+    reason = triton.supported(*arrays, **sizes, tuning=tuning)
+    serve = choose("selected_attention", implementation, reason, tuning=tuning)
+    result = serve(*arrays, rows, **sizes, scale=checks.scale(scale, query.shape[-1]))
     return _result(result, has_batch, return_residuals)
 
 
@@ -348,10 +349,10 @@ def sliding_window_attention(
 
     Source: NSA (arXiv 2502.11089), section 3.3.3.
     """
-    module = choose("sliding_window_attention", implementation)
+    serve = choose("sliding_window_attention", implementation)
     window_size = checks.size("window_size", window_size)
     query, key, value, rows, has_batch = checks.attention_arrays(query, key, value, segment_ids)
-    result = module.sliding_window_attention(
+    result = serve(
         query, key, value, rows, window_size=window_size, scale=checks.scale(scale, query.shape[-1])
     )
     return _result(result, has_batch, return_residuals)
@@ -409,7 +410,7 @@ def native_sparse_attention(
 
     Source: NSA (arXiv 2502.11089), equation 5.
     """
-    choose("native_sparse_attention", implementation)
+    resolve("native_sparse_attention", implementation)
     config = checks.config(config)
     common = {"scale": scale, "segment_ids": segment_ids, "implementation": implementation}
     compressed, lse = compressed_attention(

@@ -8,6 +8,7 @@ import numpy as np
 from jax.core import Tracer
 
 from fsa_jax.config import NSAConfig
+from fsa_jax.pallas import SelectedTuning
 from fsa_jax.segments import Rows, describe_rows
 
 FLOATS = ("float16", "bfloat16", "float32", "float64")
@@ -169,3 +170,16 @@ def parameter(name: str, value, x: jax.Array, shape: tuple[int, ...]) -> jax.Arr
         got = f"{getattr(value, 'dtype', type(value).__name__)} {getattr(value, 'shape', '')}"
         raise ValueError(f"{name} must be a {x.dtype} array of shape {shape}, got {got}")
     return jnp.asarray(value)
+
+
+def tuning(tuning, implementation: str | None) -> SelectedTuning | None:
+    """None or a SelectedTuning, for an implementation that has kernels to tune."""
+    if tuning is None:
+        return None
+    if not isinstance(tuning, SelectedTuning):
+        raise ValueError(f"tuning must be None or a SelectedTuning, got {tuning!r}")
+    if implementation in ("xla", "reference"):
+        raise ValueError(
+            f"tuning must be None for implementation={implementation!r}, which has no kernels"
+        )
+    return tuning

@@ -1,18 +1,32 @@
 """Which implementation serves a call, and why. The only place that knows their names."""
 
+import functools
 import logging
-from types import ModuleType
+from collections.abc import Callable
 
-from fsa_jax import reference, xla
+from fsa_jax import reference, triton, xla
 
 _LOG = logging.getLogger("fsa_jax")
 _MODULES = {"xla": xla, "reference": reference}
-_TRITON = ("triton", "triton_interpret")
+#: Names of the Pallas-Triton kernels, and what `triton.py` calls them.
+_KERNELS = {"triton": "gpu", "triton_interpret": "interpret"}
+_FUNCTIONS = (
+    "compressed_attention",
+    "select_blocks",
+    "selected_attention",
+    "sliding_window_attention",
+    "native_sparse_attention",
+)
+#: The functions that the kernels serve.
+_ON_GPU = ("selected_attention",)
 _logged = set()
 
 
 def explain(implementation: str | None = None) -> dict[str, tuple[str, str]]:
     """Which implementation each public function would use here, and why.
+
+    A call whose shapes or dtype the chosen kernels do not serve may still get another one; then
+    the reason is logged.
 
     Args:
       implementation: the argument as the functions take it.
@@ -24,36 +38,56 @@ def explain(implementation: str | None = None) -> dict[str, tuple[str, str]]:
       ValueError: no implementation has that name.
       NotImplementedError: the named implementation cannot serve.
     """
-    names = (
-        "compressed_attention",
-        "select_blocks",
-        "selected_attention",
-        "sliding_window_attention",
-        "native_sparse_attention",
-    )
-    chosen = {name: resolve(implementation) for name in names}
+    chosen = {name: resolve(name, implementation) for name in _FUNCTIONS}
     return {"compress": ("xla", "matmuls that XLA does well on any device"), **chosen}
 
 
-def resolve(implementation: str | None) -> tuple[str, str]:
-    """The implementation to use and the reason; raises where a named one cannot serve."""
-    if implementation is None:
-        return "xla", "portable; this version has no GPU kernels yet"
-    if implementation in _TRITON:
-        raise NotImplementedError(
-            f"implementation={implementation!r} is not available: this version has no "
-            "Pallas-Triton kernels yet; use 'xla', 'reference' or None"
-        )
-    if implementation not in _MODULES:
-        known = ", ".join(repr(name) for name in (*_TRITON, *_MODULES))
+def check_name(implementation: str | None) -> None:
+    """Raises ValueError where no implementation has that name."""
+    if implementation is not None and implementation not in {**_KERNELS, **_MODULES}:
+        known = ", ".join(repr(name) for name in (*_KERNELS, *_MODULES))
         raise ValueError(f"implementation must be None or one of {known}, got {implementation!r}")
-    return implementation, "named by the caller"
 
 
-def choose(function: str, implementation: str | None) -> ModuleType:
-    """The module that serves `function`; a choice made for the caller is logged once."""
-    name, reason = resolve(implementation)
-    if implementation is None and function not in _logged:
-        _logged.add(function)
-        _LOG.info("%s uses implementation %r: %s", function, name, reason)
-    return _MODULES[name]
+def resolve(function: str, implementation: str | None, reason: str | None = None):
+    """The implementation that serves `function`, and why; raises where a named one cannot.
+
+    Args:
+      function: name of a public function.
+      implementation: the argument as the function takes it.
+      reason: why the kernels cannot serve the call at hand, if they cannot.
+    """
+    check_name(implementation)
+    if implementation in _MODULES:
+        return implementation, "named by the caller"
+    if function == "native_sparse_attention" and implementation is None:
+        return "mixed", "each branch as listed above"
+    if function not in _ON_GPU:
+        reason = "this version has Pallas-Triton kernels for selected_attention alone"
+    elif implementation != "triton_interpret":
+        reason = triton.device_reason() or reason
+    if reason is None:
+        return implementation or "triton", "named by the caller" if implementation else "a GPU"
+    if implementation is None:
+        return "xla", reason
+    raise NotImplementedError(
+        f"implementation={implementation!r} cannot serve {function}: {reason}; "
+        "use 'xla', 'reference' or None"
+    )
+
+
+def choose(
+    function: str, implementation: str | None, reason: str | None = None, **options
+) -> Callable:
+    """What computes `function`; a choice made for the caller is logged once for each reason.
+
+    `options` are arguments that the kernels take and the other implementations do not.
+    """
+    name, why = resolve(function, implementation, reason)
+    if implementation is None and (function, why) not in _logged:
+        _logged.add((function, why))
+        _LOG.info("%s uses implementation %r: %s", function, name, why)
+    if name in _MODULES:
+        return getattr(_MODULES[name], function)
+    mode = "either" if implementation is None else _KERNELS[name]
+    return functools.partial(getattr(triton, function), mode=mode, **options)

@@ -6,7 +6,6 @@ layers, so tracing and compiling take the time of one layer.
 Shapes: B batch, T tokens in a row, C embed_dim, L layers, V vocabulary, K key/value heads.
 """
 
-import contextlib
 import dataclasses
 from collections.abc import Callable
 from typing import Any, Literal
@@ -108,8 +107,7 @@ class TransformerConfig:
             check_choice("implementation", self.implementation, FULL_IMPLEMENTATIONS)
         else:
             # a config may be built where it cannot run, so only the name counts here
-            with contextlib.suppress(NotImplementedError):
-                dispatch.resolve(self.implementation)
+            dispatch.check_name(self.implementation)
         for name in ("kv_per_branch", "tie_embeddings", "remat"):
             check_choice(name, getattr(self, name), (True, False))
         if not 0 <= self.dropout_rate < 1:

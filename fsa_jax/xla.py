@@ -60,6 +60,11 @@ def sliding_window_attention(query, key, value, rows: Rows, *, window_size, scal
 def selected_attention(query, key, value, block_indices, rows: Rows, *, block_size, scale):
     """See fsa_jax.selected_attention."""
     starts = listed_block_starts(rows, block_indices, block_size)
+    return block_attention(query, key, value, starts, block_size=block_size, scale=scale)
+
+
+def block_attention(query, key, value, starts, *, block_size, scale):
+    """`selected_attention` of lists that `listed_block_starts` has turned into first tokens."""
     attend = functools.partial(_block_attention, block_size)
     return _ungroup(attend, query, key, value, (starts,), scale, "selected")
 

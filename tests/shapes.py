@@ -49,3 +49,40 @@ SMALL = {
     "many_slots": Shape(length=150, heads=2, kv_heads=1, width=4, block_size=4, slots=40),
     "many_tiles": Shape(batch=2, length=400, heads=2, kv_heads=1, width=4, value_width=4),
 }
+
+# Sizes that people train with, for the kernels: every group, width and block size at least once.
+KERNELS = {
+    "main": Shape(
+        length=8192, heads=16, kv_heads=4, width=128, value_width=128, block_size=64, slots=16
+    ),
+    "g1_mha": Shape(
+        batch=2, length=2048, heads=2, kv_heads=2, width=64, value_width=64, block_size=64, slots=16
+    ),
+    "g2": Shape(
+        length=2048, heads=4, kv_heads=2, width=128, value_width=64, block_size=32, slots=8
+    ),
+    "g3_wide": Shape(
+        length=2000, heads=6, kv_heads=2, width=192, value_width=128, block_size=64, slots=16
+    ),
+    "g5_odd": Shape(
+        length=1999, heads=10, kv_heads=2, width=80, value_width=96, block_size=32, slots=5
+    ),
+    "g6_many_slots": Shape(
+        length=2048, heads=6, kv_heads=1, width=96, value_width=80, block_size=16, slots=64
+    ),
+    "g7_wide_value": Shape(
+        length=2048, heads=7, kv_heads=1, width=32, value_width=256, block_size=64, slots=3
+    ),
+    "g8_widest": Shape(
+        length=2048, heads=16, kv_heads=2, width=256, value_width=256, block_size=64, slots=16
+    ),
+    "g12_one_slot": Shape(
+        length=2048, heads=12, kv_heads=1, width=128, value_width=192, block_size=128, slots=1
+    ),
+    "g16_mqa": Shape(
+        length=2048, heads=16, kv_heads=1, width=128, value_width=128, block_size=64, slots=16
+    ),
+    "g32_mqa": Shape(
+        length=2048, heads=32, kv_heads=1, width=64, value_width=32, block_size=128, slots=32
+    ),
+}

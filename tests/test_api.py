@@ -13,6 +13,7 @@ from util import assert_close, normal
 
 import fsa_jax
 from fsa_jax import NSAConfig, dispatch
+from fsa_jax.pallas import SelectedTuning
 
 SMALL = NSAConfig(kernel_size=8, kernel_stride=4, block_size=8, topk=4, window_size=9)
 WINDOWS: dict[str, Any] = {"kernel_size": 8, "kernel_stride": 4}
@@ -190,9 +191,11 @@ def test_negative_ids_are_padding_where_values_cannot_be_read():
 
 
 @pytest.mark.parametrize("name", ["triton", "triton_interpret"])
-@pytest.mark.parametrize("function", [f for f in GOOD if f != "compress"])
+@pytest.mark.parametrize(
+    "function", [f for f in GOOD if f not in ("compress", "selected_attention")]
+)
 def test_a_named_implementation_that_cannot_serve_says_so(function, name):
-    with pytest.raises(NotImplementedError, match="Pallas-Triton"):
+    with pytest.raises(NotImplementedError, match=f"{name}.*{function}.*selected_attention alone"):
         getattr(fsa_jax, function)(**GOOD[function], implementation=name)
 
 
@@ -203,14 +206,33 @@ def test_the_default_choice_is_logged_once(caplog, monkeypatch):
             fsa_jax.selected_attention(**GOOD["selected_attention"])
             fsa_jax.selected_attention(**GOOD["selected_attention"], implementation="xla")
     assert len(caplog.records) == 1
-    assert "selected_attention uses implementation 'xla'" in caplog.text
+    assert (
+        "selected_attention uses implementation 'xla': the kernels need an NVIDIA GPU"
+        in caplog.text
+    )
 
 
 def test_explain_names_every_function():
     assert list(fsa_jax.explain()) == list(GOOD)
     assert fsa_jax.explain("reference")["select_blocks"] == ("reference", "named by the caller")
+    implementation, reason = fsa_jax.explain()["selected_attention"]
+    assert implementation == "xla"
+    assert "need an NVIDIA GPU" in reason
     with pytest.raises(NotImplementedError):
         fsa_jax.explain("triton")
+
+
+@pytest.mark.parametrize(
+    ("tuning", "implementation", "message"),
+    [
+        ({"pairs": 4}, None, "tuning must be None or a SelectedTuning, got {'pairs': 4}"),
+        (SelectedTuning(), "xla", "tuning must be None for implementation='xla'"),
+    ],
+)
+def test_bad_tuning_is_refused(tuning, implementation, message):
+    arguments = GOOD["selected_attention"] | {"tuning": tuning}
+    with pytest.raises(ValueError, match=message):
+        fsa_jax.selected_attention(**arguments, implementation=implementation)
 
 
 @pytest.mark.parametrize("function", GOOD)

@@ -8,6 +8,11 @@ from hypothesis import strategies as st
 import fsa_jax
 
 IMPLEMENTATIONS = ("reference", "xla")
+#: Pairs (branch, implementation): the kernels serve selected attention alone.
+BRANCHES = (
+    *((branch, name) for branch in ("selected", "window") for name in IMPLEMENTATIONS),
+    ("selected", "triton_interpret"),
+)
 
 
 def numbers(seed, *shape):
@@ -81,7 +86,9 @@ def assert_same_bits(got, wanted):
         assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
 
 
-def selected(block_indices, block_size, segment_ids=None, implementation="xla", scale=None):
+def selected(
+    block_indices, block_size, segment_ids=None, implementation="xla", scale=None, tuning=None
+):
     """`selected_attention` with its residuals, as a function of query, key and value."""
     return lambda query, key, value: fsa_jax.selected_attention(
         query,
@@ -93,4 +100,5 @@ def selected(block_indices, block_size, segment_ids=None, implementation="xla", 
         scale=scale,
         implementation=implementation,
         return_residuals=True,
+        tuning=tuning,
     )

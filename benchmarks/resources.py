@@ -1,0 +1,178 @@
+"""Registers, spills, shared memory and matrix instructions of the kernels, compiled without a GPU.
+
+    python benchmarks/resources.py                                # all of it, some minutes
+    python benchmarks/resources.py --devices H200 --groups 1 4
+
+Needs jax's plugin for CUDA 12 (`jax-cuda12-plugin`, `jax-cuda12-pjrt`) and NVIDIA's assembler
+(`nvidia-cuda-nvcc-cu12`), but no GPU. Compiles `fsa_jax.selected_attention` with its gradients at
+the `main` shape of tests/shapes.py with other numbers of query heads, asks ptxas about each kernel,
+writes JSON and prints it as a table.
+"""
+
+import argparse
+import dataclasses
+import importlib.metadata
+import importlib.util
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import jax
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from fsa_jax.pallas import SelectedTuning  # noqa: E402
+from tests.ahead_of_time import TARGETS, compile_for, selected_gradients  # noqa: E402
+from tests.shapes import KERNELS  # noqa: E402
+
+OUT = ROOT / "benchmarks" / "results" / "resources.json"
+#: An H100 gets the code of an H200.
+DEVICES = ("A100", "L40", "H200", "B200")
+GROUPS = (1, 2, 3, 4, 5, 6, 7, 8, 12, 16)
+#: Kernels to look at, by method. With "query_outer" the backward kernel computes dK and dV alone.
+METHODS = {
+    "kv_outer": (
+        "forward_kernel",
+        "backward_kernel",
+        "merge_kernel",
+        "sum_kernel",
+        "search_kernel",
+    ),
+    "query_outer": ("query_outer_kernel", "query_gradient_kernel", "backward_kernel"),
+}
+#: What ptxas reports, in numbers.
+REPORT = {
+    "registers": r"Used (\d+) registers",
+    "spill_store_bytes": r"(\d+) bytes spill stores",
+    "spill_load_bytes": r"(\d+) bytes spill loads",
+}
+#: Instructions that are counted. tcgen05 is what the matrix unit of Blackwell takes.
+INSTRUCTIONS = {
+    "wgmma": r"\bwgmma\.mma_async",
+    "mma_sync": r"\bmma\.sync",
+    "tcgen05_mma": r"\btcgen05\.mma\.",
+    "cp_async": r"\bcp\.async\.c[ag]\.",
+}
+
+
+def find_ptxas() -> str:
+    """Path of NVIDIA's assembler in its Python package."""
+    try:
+        package = importlib.util.find_spec("nvidia.cuda_nvcc")
+    except ModuleNotFoundError:
+        package = None
+    for folder in package.submodule_search_locations or () if package else ():
+        path = Path(folder) / "bin" / "ptxas"
+        if path.exists():
+            return str(path)
+    raise SystemExit("ptxas is missing: pip install nvidia-cuda-nvcc-cu12")
+
+
+def assemble(ptxas: str, path: Path) -> dict[str, int]:
+    """What ptxas says of the one kernel in a file, and how often the instructions stand there."""
+    code = path.read_text()
+    arch = first(r"\.target (\w+)", code)
+    report = subprocess.run(
+        [ptxas, "-v", f"-arch={arch}", str(path), "-o", "/dev/null"],
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stderr
+    return {name: int(first(pattern, report)) for name, pattern in REPORT.items()} | {
+        name: len(re.findall(pattern, code)) for name, pattern in INSTRUCTIONS.items()
+    }
+
+
+def first(pattern: str, text: str) -> str:
+    """The first group of a pattern that must be in a text."""
+    match = re.search(pattern, text)
+    if match is None:
+        raise ValueError(f"no {pattern!r} in {text[:2000]!r}")
+    return match[1]
+
+
+def measure(ptxas: str, device: str, group: int, method: str) -> list[dict]:
+    """A row for each kernel of a method on a device, with `group` query heads of a key head."""
+    main = KERNELS["main"]
+    shape = dataclasses.replace(main, heads=group * main.kv_heads)
+    program = selected_gradients(
+        shape, implementation="triton", tuning=SelectedTuning(method=method)
+    )
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        dump = {"xla_dump_to": folder, "xla_dump_emitter_re": "ptx"}
+        compile_for(device, *program, compiler_options=dump)
+        launches = next(Path(folder).glob("*.thunk_sequence.txt")).read_text()
+        for path in Path(folder).glob("*.ptx"):
+            # the second of two kernels with one name has a number behind it
+            found = re.search(r"\.entry ((\w+?)(?:__\d+)?)\(", path.read_text())
+            if found is None or found[2] not in METHODS[method]:
+                continue
+            launch = first(rf"\b{found[1]} (grid: .*)", launches)
+            rows.append(
+                {"device": device, "method": method, "group": group, "kernel": found[1]}
+                | {
+                    "threads": int(first(r"threads: \[(\d+), 1, 1\]", launch)),
+                    "shared_bytes": int(first(r"shared_memory: (\d+) bytes", launch)),
+                }
+                | assemble(ptxas, path)
+            )
+    missing = set(METHODS[method]).difference(row["kernel"] for row in rows)
+    if missing:
+        raise RuntimeError(f"{method} on {device} has no kernel {sorted(missing)}")
+    return sorted(rows, key=lambda row: row["kernel"])
+
+
+def table(rows: list[dict]) -> str:
+    """The rows as Markdown; groups whose numbers are all the same share a line."""
+    lines = {}
+    for row in rows:
+        row = row.copy()
+        group = row.pop("group")
+        lines.setdefault(tuple(row.items()), []).append(str(group))
+    columns = [name for name in rows[0] if name != "group"]
+    text = [["G", *columns], ["---"] * (len(columns) + 1)]
+    for line, groups in sorted(lines.items(), key=lambda item: [x[1] for x in item[0][:3]]):
+        text.append([", ".join(groups), *(str(value) for _, value in line)])
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in text)
+
+
+def main() -> None:
+    """Measures, writes the JSON and prints the table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, default=OUT)
+    parser.add_argument("--devices", nargs="+", choices=TARGETS, default=DEVICES)
+    parser.add_argument("--groups", nargs="+", type=int, default=GROUPS)
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    flags = parser.parse_args()
+    jax.config.update("jax_platforms", "cpu")  # the CUDA plugin would look for a driver
+    ptxas = find_ptxas()
+    rows = [
+        row
+        for device in flags.devices
+        for method in flags.methods
+        for group in flags.groups
+        for row in measure(ptxas, device, group, method)
+    ]
+    version = subprocess.run([ptxas, "--version"], check=True, capture_output=True, text=True)
+    results = {
+        "jax": jax.__version__,
+        "jaxlib": importlib.metadata.version("jaxlib"),
+        "ptxas": first(r"(V[\d.]+)", version.stdout),
+        "shape": dataclasses.asdict(KERNELS["main"]) | {"heads": "kv_heads * group"},
+        "dtype": "bfloat16",
+        "rows": rows,
+    }
+    flags.out.parent.mkdir(parents=True, exist_ok=True)
+    flags.out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    main()

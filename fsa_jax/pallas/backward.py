@@ -1,0 +1,273 @@
+"""KV-outer backward: one pass, five matmuls, dK and dV on chip.
+
+Tiling is that of `forward.py`. The rows of a step are the longer side of every product: scores are
+[rows, b], and dK and dV accumulate as [D, b] and [E, b] in float32 registers over the steps of an
+item. So every product is wide enough for the matrix unit, and p and ds go through shared memory
+once, as they are.
+
+Dataflow of a step: gather q, dout, lse, delta of the pairs; p = 2^(q k^T - lse); dV^T += dout^T p;
+ds = p * (dout v^T - delta); dK^T += q^T ds; ds k, the partial dq, goes to the slot of the pair and
+`merge.sum_gradients` adds the S slots of each token. Partial dq are stored in a unit of their query
+(`inverse_units`), so that float16 holds them with 11 bits: bfloat16 would round each of the S terms
+of a sum to 8, and double the error of dq.
+
+The first item of each block writes its dK and dV to the block's own rows of a buffer [H*T, D].
+The other items of a block, which only hot blocks have, write to rows of their own behind those, and
+`sum_blocks` adds them in their order. So a sum has one order, and there are no atomics.
+
+Flops: 5 * 2 * P * G * b * D (D = E). Device memory: q and dout gathered once a pair, P*G*(D+E)
+elements; dq partials written, P*G*D; 4 bytes * b * (D+E) of dK and dV an item.
+
+Shapes: H heads of a chunk, C tokens of it, P = C*S pairs of a head, G query heads of a key head,
+b keys of a block, D and E head widths, I items, X extra items.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+
+from fsa_jax.pallas.common import (
+    call,
+    columns_of,
+    dot,
+    iota,
+    load,
+    product,
+    rows_mask,
+    softmax_weights,
+    split,
+    store,
+    tile_width,
+)
+from fsa_jax.pallas.item import Item
+from fsa_jax.pallas.item import arrays as item_arrays
+
+#: Widest tile of columns.
+COLUMNS = 64
+#: Tokens whose gradients one program of `sum_blocks` writes.
+SUM_ROWS = 16
+
+
+def inverse_units(key, value, dout, delta, valid):
+    """Factor of each query's partial dq / scale that keeps all of them within float16.
+
+    |sum over j of p_j (dout . v_j - delta) k_j| <= (|dout|_1 max|v| + |delta|) max|k|, since the
+    p_j add up to at most 1. The factor makes that bound 2^14 to 2^15. Typical partial results are
+    some 2^12 times smaller; float16 keeps its 11 bits for what is up to 2^29 times smaller. It is a
+    power of two, which changes no bit of the rounded numbers: keys that nobody sees may set it.
+
+    Args:
+      key: [B, T, K, D].
+      value: [B, T, K, E].
+      dout: [B, T, N, E].
+      delta: float32 [B, T, N].
+      valid: bool [B, T], False at padding, which may hold anything.
+
+    Returns:
+      float32 [B, T, N]; 0 where the bound is 0, as then dq is; NaN where it is not finite.
+    """
+
+    def largest(x):
+        size = jnp.abs(x.astype(jnp.float32))
+        size = jnp.where(jnp.isfinite(size) & valid[:, :, None, None], size, 0)
+        return jnp.repeat(size.max(axis=(1, 3)), dout.shape[2] // x.shape[2], axis=1)[:, None]
+
+    size = jnp.sum(jnp.abs(dout.astype(jnp.float32)), axis=-1)
+    bound = (size * largest(value) + jnp.abs(delta)) * largest(key)
+    # a float32 without its fraction is the power of two below it
+    exponent = jax.lax.bitcast_convert_type(bound, jnp.int32) & 0x7F800000
+    power = jax.lax.bitcast_convert_type(exponent, jnp.float32)
+    inverse = jnp.where(power > 0, 2.0**14 / jnp.where(power > 0, power, 1), 0)
+    inverse = jnp.where(jnp.isfinite(bound), inverse, jnp.nan)
+    return jnp.where(valid[:, :, None], inverse, 0)
+
+
+def partial_gradients(
+    where, lists, query, key, value, dout, lse, delta, inverse, *,
+    heads, tokens, slots, block, scale, tile, extras, partial_dtype, interpret,
+):  # fmt: skip
+    """Gradients of each pair of a chunk.
+
+    Args:
+      where: int32 [2], first (row, KV head) and first token of the chunk.
+      lists: `index.Index` of the chunk.
+      query: [B, T, N, D].
+      key: [B, T, K, D].
+      value: [B, T, K, E].
+      dout: cotangent of the output, [B, T, N, E].
+      lse: float32 [B, T, N].
+      delta: sum(out * dout) - dlse, float32 [B, T, N].
+      inverse: `inverse_units`, float32 [B, T, N].
+      heads: H.
+      tokens: C.
+      slots: S.
+      block: b, a power of two.
+      scale: factor of the logits.
+      tile: `tuning.Tile`.
+      extras: X.
+      partial_dtype: dtype of the partial dq; None for no dq.
+      interpret: run the kernel in interpret mode.
+
+    Returns:
+      dK [H*T + X*b, D] and dV [H*T + X*b, E] in float32, unwritten where no item has a block; and
+      if wanted dq / scale * inverse, [H, P*G, D], unwritten where a pair does not count.
+    """
+    _, length, kv_heads, width = key.shape
+    value_width = value.shape[3]
+    group = query.shape[2] // kv_heads
+    sizes = {"length": length, "group": group, "kv_heads": kv_heads, "slots": slots, "block": block}
+
+    def backward_kernel(*refs):
+        *item_refs, query_ref, key_ref, value_ref, dout_ref = refs[: len(inputs) - 3]
+        lse_ref, delta_ref, inverse_ref = refs[len(inputs) - 3 : len(inputs)]
+        dkey_ref, dvalue_ref, *part_refs = refs[len(inputs) :]
+        item = Item(item_refs, rows=tile.rows, **sizes)
+        columns, value_columns = columns_of(width, COLUMNS), columns_of(value_width, COLUMNS)
+        keys = item.load_block(key_ref, columns)
+        values = item.load_block(value_ref, value_columns)
+
+        def step(number, sums):
+            dkeys, dvalues = sums
+            rows = item.step(number)
+            live, token, query_head, slot = rows
+            queries = item.load_rows(query_ref, rows, columns)
+            douts = item.load_rows(dout_ref, rows, value_columns)
+            lses = load(lse_ref.at[item.batch, token, query_head], mask=live)
+            read_inverses = functools.partial(
+                load, inverse_ref.at[item.batch, token, query_head], mask=live
+            )
+            # Read here or where they are used: whichever the registers of the group allow.
+            inverses = read_inverses() if tile.rows % group else None
+            deltas = load(delta_ref.at[item.batch, token, query_head], mask=live)
+            # This order of the products is the fastest of those that spill no registers.
+            dp = product(douts, values)
+            p = softmax_weights(product(queries, keys), lses[:, None], scale, key_ref.dtype)
+            # idle rows see all keys; their dout and delta are 0, and so is what they add
+            seen = item.column[None, :] <= token[:, None]
+            p = jnp.where(seen, p, 0.0)
+            p_cut = p.astype(dout_ref.dtype)
+            dvalues = [x + dot(do, p_cut, (0, 0)) for x, do in zip(dvalues, douts, strict=True)]
+            ds = (p * (dp - deltas[:, None])).astype(key_ref.dtype)
+            for part_ref in part_refs:
+                inverses = read_inverses() if inverses is None else inverses
+                for d, tile_keys in zip(columns, keys, strict=True):
+                    part = dot(ds, tile_keys, (1, 0)) * inverses[:, None]
+                    store(
+                        part_ref.at[item.head, slot[:, None], d[None, :]],
+                        part.astype(part_ref.dtype),
+                        mask=rows_mask(live, d, width),
+                    )
+            dkeys = [x + dot(q, ds, (0, 0)) for x, q in zip(dkeys, queries, strict=True)]
+            return dkeys, dvalues
+
+        zeros = tuple(
+            [jnp.zeros((d.size, block), jnp.float32) for d in cut]
+            for cut in (columns, value_columns)
+        )
+        dkeys, dvalues = jax.lax.fori_loop(0, item.steps(), step, zeros)
+        own = heads * length + item.extra * block + iota(block)
+        row = jnp.where(item.extra < 0, item.head * length + item.column, own)
+        # keys that nobody sees get 0: whoever reads the block's rows does not ask who wrote them
+        written = item.inside | (item.extra >= 0)
+        for d, part in zip(columns, dkeys, strict=True):
+            mask = rows_mask(written, d, width).T
+            store(dkey_ref.at[row[None, :], d[:, None]], part * scale, mask=mask)
+        for e, part in zip(value_columns, dvalues, strict=True):
+            mask = rows_mask(written, e, value_width).T
+            store(dvalue_ref.at[row[None, :], e[:, None]], part, mask=mask)
+
+    rows = heads * length + extras * block
+    shapes = [jax.ShapeDtypeStruct((rows, x.shape[3]), jnp.float32) for x in (key, value)]
+    if partial_dtype is not None:
+        shape = (heads, tokens * slots * group, width)
+        shapes.append(jax.ShapeDtypeStruct(shape, partial_dtype))
+    inputs = (*item_arrays(where, lists), query, key, value, dout, lse, delta, inverse)
+    return call(
+        backward_kernel,
+        *inputs,
+        grid=lists.start.shape,
+        out_shape=tuple(shapes),
+        interpret=interpret,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+    )
+
+
+def sum_blocks(
+    where, lists, block_start, dkey_parts, dvalue_parts, sums, *, block, spacing, interpret
+):
+    """Adds up the dK and dV of each block's items, in their order.
+
+    Args:
+      where: int32 [2], first (row, KV head) and first token of the chunk.
+      lists: `index.Index` of the chunk.
+      block_start: int32 [B, T], first token of the block that each token is in; T at padding.
+      dkey_parts: as `partial_gradients` gives it.
+      dvalue_parts: likewise.
+      sums: dkey [B, T, K, D] and dvalue [B, T, K, E], updated in place at the chunk's heads.
+        float32 sums are added to: then a head may come in several chunks. Others are set.
+      block: b.
+      spacing: as in `index.build_index`.
+      interpret: run the kernel in interpret mode.
+
+    Bytes: reads the parts once, reads float32 sums, writes the sums.
+    """
+    _, length, kv_heads, _ = sums[0].shape
+    blocks = -(-length // spacing)
+    heads = lists.block_items.size // blocks
+
+    def sum_kernel(
+        where_ref, items_ref, extra_ref, start_ref, dkey_parts_ref, dvalue_parts_ref,
+        _dkey, _dvalue, *sum_refs,
+    ):  # fmt: skip
+        head = pl.program_id(1)
+        batch, kv_head = split(where_ref[0] + head, kv_heads)
+        token = pl.program_id(0) * SUM_ROWS + iota(SUM_ROWS)
+        there = token < length
+        start = load(start_ref.at[batch, token], mask=there)
+        inside = there & (start < length)
+        at = head * blocks + split(start, spacing)[0]
+        items = load(items_ref.at[at], mask=inside)
+        extra = load(extra_ref.at[at], mask=inside)
+        first_row = heads * length + extra * block + token - start
+        widths = [ref.shape[3] for ref in sum_refs]
+        columns = [iota(tile_width(width)) for width in widths]
+
+        def parts(row, live):
+            return [
+                load(ref.at[row[:, None], d[None, :]], mask=rows_mask(live, d, width))
+                for ref, d, width in zip(
+                    (dkey_parts_ref, dvalue_parts_ref), columns, widths, strict=True
+                )
+            ]
+
+        def add(i, totals):
+            more = parts(first_row + i * block, i + 1 < items)
+            return [total + part for total, part in zip(totals, more, strict=True)]
+
+        totals = parts(head * length + token, items > 0)
+        totals = jax.lax.fori_loop(0, jnp.max(items) - 1, add, totals)
+        for ref, d, width, total in zip(sum_refs, columns, widths, totals, strict=True):
+            target = ref.at[batch, token[:, None], kv_head, d[None, :]]
+            mask = rows_mask(there, d, width)
+            if ref.dtype == jnp.float32:
+                total += load(target, mask=mask)
+            store(target, total.astype(ref.dtype), mask=mask)
+
+    return call(
+        sum_kernel,
+        where,
+        lists.block_items,
+        lists.block_extra,
+        block_start,
+        dkey_parts,
+        dvalue_parts,
+        *sums,
+        grid=(-(-length // SUM_ROWS), heads),
+        out_shape=tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in sums),
+        aliases={6: 0, 7: 1},
+        interpret=interpret,
+        num_stages=1,
+    )

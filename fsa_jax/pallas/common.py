@@ -1,0 +1,107 @@
+"""What every kernel of this package shares: calling, tile sizes, products, padding of widths."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+LOG2_E = math.log2(math.e)
+
+
+def next_power_of_two(size: int) -> int:
+    """The smallest power of two that is at least `size`; Triton's tiles have no other sizes."""
+    return 1 << max(size - 1, 0).bit_length()
+
+
+def tile_width(width: int) -> int:
+    """Columns of a tile that holds `width`; matrix units take at least 16."""
+    return max(16, next_power_of_two(width))
+
+
+def call(kernel, *arrays, grid, out_shape, interpret, num_warps=4, num_stages=2, aliases=None):
+    """`pallas_call` through Triton: whole arrays in device memory, one program a grid point."""
+    return pl.pallas_call(
+        kernel,
+        grid=grid,
+        out_shape=out_shape,
+        interpret=interpret,
+        name=kernel.__name__,
+        input_output_aliases=aliases or {},
+        compiler_params=plgpu.CompilerParams(num_warps=num_warps, num_stages=num_stages),
+    )(*arrays)
+
+
+def cut_width(width: int, most: int) -> list[tuple[int, int]]:
+    """Cuts `width` columns into tiles (start, size) of at most `most`.
+
+    Tiles are powers of two from 16 on, so that little is padded: 80 is 64 + 16, not 128.
+    """
+    tiles, start = [], 0
+    while start < width:
+        left = width - start
+        size = tile_width(left)
+        if size - left >= 16:  # a smaller tile and another one after it pad less
+            size //= 2
+        size = min(most, size)
+        tiles.append((start, size))
+        start += size
+    return tiles
+
+
+def columns_of(width: int, most: int) -> list[jax.Array]:
+    """Column numbers of the tiles of `cut_width`."""
+    return [start + iota(size) for start, size in cut_width(width, most)]
+
+
+def iota(size: int) -> jax.Array:
+    """int32 numbers 0 .. size-1."""
+    return jax.lax.iota(jnp.int32, size)
+
+
+def split(x: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
+    """Quotient and remainder of numbers >= 0, without the sign rules of // and %."""
+    quotient = jax.lax.div(x, jnp.full_like(x, size))
+    return quotient, x - quotient * size
+
+
+def rows_mask(rows: jax.Array, columns: jax.Array, width: int) -> jax.Array:
+    """Mask [rows, columns] of the rows that exist and the first `width` columns."""
+    return rows[:, None] & (columns < width)[None, :]
+
+
+def dot(a: jax.Array, b: jax.Array, contract: tuple[int, int]) -> jax.Array:
+    """Product over axis `contract[0]` of `a` and `contract[1]` of `b`, summed in float32.
+
+    float32 operands are multiplied as they are: tf32 would lose 13 bits of them.
+    """
+    return jax.lax.dot_general(
+        a,
+        b,
+        (((contract[0],), (contract[1],)), ((), ())),
+        precision=jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None,
+        preferred_element_type=jnp.float32,
+    )
+
+
+load = functools.partial(plgpu.load, other=0)
+store = plgpu.store
+
+
+def softmax_weights(logits: jax.Array, lse: jax.Array, scale: float, dtype) -> jax.Array:
+    """Weights exp(scale * logits - lse) of a softmax whose logsumexp is known.
+
+    For float32 inputs the difference is taken first: scaled to base 2 before it, both numbers would
+    be rounded once more, which doubles the error of dq.
+    """
+    if dtype == jnp.float32:
+        return jnp.exp2((logits * scale - lse) * LOG2_E)
+    return jnp.exp2(logits * (scale * LOG2_E) - lse * LOG2_E)
+
+
+def product(a: list[jax.Array], b: list[jax.Array]) -> jax.Array:
+    """Product a b^T of matrices that are cut into tiles of columns."""
+    first, *others = (dot(x, y, (1, 1)) for x, y in zip(a, b, strict=True))
+    return sum(others, first)

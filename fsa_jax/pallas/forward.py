@@ -1,0 +1,103 @@
+"""KV-outer forward: a program owns a block of keys and walks the queries that chose it.
+
+Tiling. A step takes `rows // G` pairs; the G heads of a pair are neighbouring rows of one
+[rows, D] tile, so that every row but the last rows % G works whatever G is. K and V of the block
+stay on chip for all steps of an item. Widths are cut into tiles of powers of two.
+
+Dataflow of a step: order -> token -> gather q [rows, D] -> q K^T -> softmax within the block ->
+p V -> the normalised partial output and its base-2 logsumexp, to the slot of the pair. No two
+programs write the same slot. `merge.py` reads the slots once.
+
+Flops: 2 * P * G * b * (D + E). Device memory, besides K and V once an item: q is gathered once a
+pair, P*G*D elements (from L2 where a chunk's queries fit), and partials are written, P*G*E.
+
+Shapes: H heads of a chunk, C tokens of it, P = C*S pairs of a head, G query heads of a key head,
+b keys of a block, D and E head widths, I items.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from fsa_jax.pallas.common import LOG2_E, call, columns_of, dot, product, rows_mask, store
+from fsa_jax.pallas.item import Item
+from fsa_jax.pallas.item import arrays as item_arrays
+
+#: Widest tile of columns.
+COLUMNS = 128
+
+
+def partial_attention(
+    where, lists, query, key, value, *, heads, tokens, slots, block, scale, tile,
+    partial_dtype, interpret,
+):  # fmt: skip
+    """Attention of each pair of a chunk to its block alone.
+
+    Args:
+      where: int32 [2], first (row, KV head) and first token of the chunk.
+      lists: `index.Index` of the chunk.
+      query: [B, T, N, D].
+      key: [B, T, K, D].
+      value: [B, T, K, E].
+      heads: H.
+      tokens: C.
+      slots: S.
+      block: b, a power of two.
+      scale: factor of the logits.
+      tile: `tuning.Tile`.
+      partial_dtype: dtype of the partial outputs.
+      interpret: run the kernel in interpret mode.
+
+    Returns:
+      out [H, P*G, E] and lse float32 [H, P*G], base 2; row pair*G + g. Unwritten where a pair does
+      not count.
+    """
+    _, length, kv_heads, width = key.shape
+    value_width = value.shape[3]
+    group = query.shape[2] // kv_heads
+    sizes = {"length": length, "group": group, "kv_heads": kv_heads, "slots": slots, "block": block}
+
+    def forward_kernel(*refs):
+        *item_refs, query_ref, key_ref, value_ref, out_ref, lse_ref = refs
+        item = Item(item_refs, rows=tile.rows, **sizes)
+        columns, value_columns = columns_of(width, COLUMNS), columns_of(value_width, COLUMNS)
+        keys = item.load_block(key_ref, columns)
+        values = item.load_block(value_ref, value_columns)
+
+        def step(number, _):
+            rows = item.step(number)
+            live, token, _, slot = rows
+            queries = item.load_rows(query_ref, rows, columns)
+            logits = product(queries, keys) * (scale * LOG2_E)
+            logits = jnp.where(item.column[None, :] <= token[:, None], logits, -jnp.inf)
+            top = jnp.max(logits, axis=1)
+            p = jnp.exp2(logits - top[:, None])
+            total = jnp.sum(p, axis=1)
+            p = p.astype(value_ref.dtype)
+            for e, tile_values in zip(value_columns, values, strict=True):
+                out = dot(p, tile_values, (1, 0)) / total[:, None]
+                store(
+                    out_ref.at[item.head, slot[:, None], e[None, :]],
+                    out.astype(out_ref.dtype),
+                    mask=rows_mask(live, e, value_width),
+                )
+            store(lse_ref.at[item.head, slot], top + jnp.log2(total), mask=live)
+            return ()
+
+        jax.lax.fori_loop(0, item.steps(), step, ())
+
+    slots_of_head = tokens * slots * group
+    return call(
+        forward_kernel,
+        *item_arrays(where, lists),
+        query,
+        key,
+        value,
+        grid=lists.start.shape,
+        out_shape=(
+            jax.ShapeDtypeStruct((heads, slots_of_head, value_width), partial_dtype),
+            jax.ShapeDtypeStruct((heads, slots_of_head), jnp.float32),
+        ),
+        interpret=interpret,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+    )

@@ -1,0 +1,96 @@
+"""What a program of a KV-outer kernel works on: an item of the query index.
+
+Shared by `forward.py` and `backward.py`: which keys, which queries in which step, how to load them.
+
+Shapes: b keys of a block, R rows (query token, head of its group) of a step, S slots, G heads of a
+group. Row r of a step is head r % G of pair r // G; the last R % G rows of a step are idle.
+"""
+
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+
+from fsa_jax.pallas.common import iota, load, rows_mask, split
+
+
+def arrays(where, lists):
+    """The arrays that `Item` reads, in its order: `where` int32 [2] and those of `index.Index`."""
+    return (
+        where,
+        lists.start,
+        lists.stop,
+        lists.head,
+        lists.first,
+        lists.count,
+        lists.extra,
+        lists.order,
+    )
+
+
+class Item:
+    """The item of this program.
+
+    Attributes:
+      head: head of the chunk; `batch` and `kv_head` are where it is in the arrays.
+      count: number of pairs.
+      extra: -1 for the first item of its block, else its number.
+      column: int32 [b], tokens of the block.
+      inside: bool [b], which of them are in the block's document.
+    """
+
+    def __init__(self, refs, *, length, group, kv_heads, slots, block, rows):
+        where, start, stop, head, first, count, extra, self.order = refs
+        item = pl.program_id(0)
+        self.length, self.group, self.slots, self.rows = length, group, slots, rows
+        self.head, self.first, self.count = head[item], first[item], count[item]
+        self.extra = extra[item]
+        self.batch, self.kv_head = split(where[0] + self.head, kv_heads)
+        self.base = where[1] * (slots * group)  # slot of the chunk's first pair
+        self.column = start[item] + iota(block)
+        self.inside = (self.column < stop[item]) & (self.count > 0)
+        # Keys after the item's last query are seen by nobody: they may hold anything.
+        last, _ = split(self.order[self.first + jnp.maximum(self.count - 1, 0)], slots)
+        self.visible = self.inside & (self.column <= last)
+
+    def load_block(self, ref, columns):
+        """Tiles [b, columns] of the block's keys or values, 0 where nobody sees them."""
+        column, width = self.column[:, None], ref.shape[3]
+        return [
+            load(
+                ref.at[self.batch, column, self.kv_head, d[None, :]],
+                mask=rows_mask(self.visible, d, width),
+            )
+            for d in columns
+        ]
+
+    def steps(self):
+        return pl.cdiv(self.count, self.rows // self.group)
+
+    def step(self, number):
+        """Rows of a step: do they exist, their token, query head and slot; [R] each.
+
+        Idle rows stand at token T, behind all others: they see every key, and their slot is unused.
+        """
+        pairs, row = self.rows // self.group, iota(self.rows)
+        if self.rows % self.group == 0:
+            of_step, g = split(row, self.group)
+            at = number * pairs + of_step
+            live = at < self.count
+        else:
+            # divided anew in every step: kept over the loop, the results would cost registers
+            at, g = split(number * (pairs * self.group) + row, self.group)
+            live = (at < self.count) & (row < pairs * self.group)
+        pair = load(self.order.at[self.first + at], mask=live, other=self.length * self.slots)
+        token, _ = split(pair, self.slots)
+        return live, token, self.kv_head * self.group + g, pair * self.group + (g - self.base)
+
+    def load_rows(self, ref, step, columns):
+        """Tiles [R, columns] of a step's queries or their cotangents, 0 where there is none."""
+        live, token, query_head, _ = step
+        width = ref.shape[3]
+        return [
+            load(
+                ref.at[self.batch, token[:, None], query_head[:, None], d[None, :]],
+                mask=rows_mask(live, d, width),
+            )
+            for d in columns
+        ]

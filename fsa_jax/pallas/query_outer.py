@@ -1,0 +1,179 @@
+"""Query-outer kernels, the vanilla NSA: a program owns the G heads of a token and walks its blocks.
+
+The baseline of the KV-outer kernels, and the faster one where G is large. No partial results: the
+output, its logsumexp and dq are accumulated on chip. dK and dV come from `backward.py`.
+
+Tiling: the G rows of a token are padded to at least 16, the least a matrix unit takes. Flops, with
+G' the padded G: forward 2 * T*K*S * G' * b * (D + E), dq 2 * T*K*S * G' * b * (2 D + E). Bytes
+through L2, whatever G is: T*K*S*b*(D+E) elements of K and V.
+
+Shapes: B rows, T tokens, N query heads, K key/value heads, G = N/K, S slots, b keys of a block.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+
+from fsa_jax.pallas.common import (
+    LOG2_E,
+    call,
+    dot,
+    iota,
+    load,
+    rows_mask,
+    softmax_weights,
+    split,
+    store,
+    tile_width,
+)
+
+
+def attention(starts, query, key, value, *, block, scale, tile, interpret):
+    """Attention of each query to its listed blocks.
+
+    Args:
+      starts: int32 [B, T, K, S], first token of each listed block, T where it does not count.
+      query: [B, T, N, D].
+      key: [B, T, K, D].
+      value: [B, T, K, E].
+      block: b, a power of two.
+      scale: factor of the logits.
+      tile: `tuning.Tile`; its rows are not used.
+      interpret: run the kernel in interpret mode.
+
+    Returns:
+      out [B, T, N, E] in the dtype of `query` and lse float32 [B, T, N], natural logarithm.
+    """
+
+    def query_outer_kernel(starts_ref, query_ref, key_ref, value_ref, out_ref, lse_ref):
+        batch, kv_head, token, query_head, there = _place(query_ref, key_ref)
+        d, e = _columns(key_ref), _columns(value_ref)
+        queries = _load_rows(query_ref, batch, token, query_head, there)
+
+        def step(slot, state):
+            top, total, out = state
+            column, seen = _block(starts_ref, batch, token, kv_head, slot, block)
+            keys = _load_block(key_ref, batch, column, kv_head, seen, d)
+            values = _load_block(value_ref, batch, column, kv_head, seen, e)
+            logits = dot(queries, keys, (1, 1)) * (scale * LOG2_E)
+            logits = jnp.where(seen[None, :], logits, -jnp.inf)
+            new_top = jnp.maximum(top, jnp.max(logits, axis=1))
+            safe = jnp.where(new_top == -jnp.inf, 0.0, new_top)
+            p = jnp.exp2(logits - safe[:, None])
+            decay = jnp.exp2(top - safe)
+            out = out * decay[:, None] + dot(p.astype(values.dtype), values, (1, 0))
+            return new_top, total * decay + jnp.sum(p, axis=1), out
+
+        rows = query_head.size
+        zeros = jnp.zeros((rows,), jnp.float32)
+        state = (zeros - jnp.inf, zeros, jnp.zeros((rows, e.size), jnp.float32))
+        top, total, out = jax.lax.fori_loop(0, starts_ref.shape[3], step, state)
+        some = total > 0
+        total = jnp.where(some, total, 1.0)
+        _store_rows(out_ref, batch, token, query_head, there, (out / total[:, None]).T)
+        lse = jnp.where(some, (top + jnp.log2(total)) / LOG2_E, -jnp.inf)
+        store(lse_ref.at[batch, token, query_head], lse, mask=there)
+
+    return call(
+        query_outer_kernel,
+        starts,
+        query,
+        key,
+        value,
+        grid=_grid(key),
+        out_shape=(
+            jax.ShapeDtypeStruct((*query.shape[:3], value.shape[3]), query.dtype),
+            jax.ShapeDtypeStruct(query.shape[:3], jnp.float32),
+        ),
+        interpret=interpret,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+    )
+
+
+def query_gradient(
+    starts, query, key, value, dout, lse, delta, *, block, scale, tile, interpret
+):  # fmt: skip
+    """Gradient [B, T, N, D] of the queries; arguments as in `attention` and `backward.py`."""
+
+    def query_gradient_kernel(
+        starts_ref, query_ref, key_ref, value_ref, dout_ref, lse_ref, delta_ref, dquery_ref
+    ):  # fmt: skip
+        batch, kv_head, token, query_head, there = _place(query_ref, key_ref)
+        d, e = _columns(key_ref), _columns(value_ref)
+        queries = _load_rows(query_ref, batch, token, query_head, there)
+        douts = _load_rows(dout_ref, batch, token, query_head, there)
+        lses = load(lse_ref.at[batch, token, query_head], mask=there)
+        deltas = load(delta_ref.at[batch, token, query_head], mask=there)
+
+        def step(slot, dquery):
+            column, seen = _block(starts_ref, batch, token, kv_head, slot, block)
+            keys = _load_block(key_ref, batch, column, kv_head, seen, d)
+            values = _load_block(value_ref, batch, column, kv_head, seen, e)
+            p = softmax_weights(dot(keys, queries, (1, 1)), lses[None, :], scale, key_ref.dtype)
+            p = jnp.where(seen[:, None] & there[None, :], p, 0.0)
+            ds = p * (dot(values, douts, (1, 1)) - deltas[None, :])
+            return dquery + dot(keys, ds.astype(keys.dtype), (0, 0))
+
+        zeros = jnp.zeros((d.size, query_head.size), jnp.float32)
+        dquery = jax.lax.fori_loop(0, starts_ref.shape[3], step, zeros) * scale
+        _store_rows(dquery_ref, batch, token, query_head, there, dquery)
+
+    return call(
+        query_gradient_kernel,
+        starts,
+        query,
+        key,
+        value,
+        dout,
+        lse,
+        delta,
+        grid=_grid(key),
+        out_shape=jax.ShapeDtypeStruct(query.shape, query.dtype),
+        interpret=interpret,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+    )
+
+
+def _grid(key):
+    batch, length, kv_heads, _ = key.shape
+    return (length, batch * kv_heads)
+
+
+def _place(query_ref, key_ref):
+    """Row of the batch, KV head and token of a program, its query heads, which of them exist."""
+    kv_heads = key_ref.shape[2]
+    group = query_ref.shape[2] // kv_heads
+    batch, kv_head = split(pl.program_id(1), kv_heads)
+    g = iota(tile_width(group))
+    return batch, kv_head, pl.program_id(0), kv_head * group + g, g < group
+
+
+def _columns(array_ref):
+    return iota(tile_width(array_ref.shape[3]))
+
+
+def _block(starts_ref, batch, token, kv_head, slot, block):
+    """Tokens of a listed block, and which of them the query sees."""
+    start = starts_ref[batch, token, kv_head, slot]
+    column = start + iota(block)
+    return column, column <= token
+
+
+def _load_block(array_ref, batch, column, kv_head, seen, d):
+    mask = rows_mask(seen, d, array_ref.shape[3])
+    return load(array_ref.at[batch, column[:, None], kv_head, d[None, :]], mask=mask)
+
+
+def _load_rows(array_ref, batch, token, query_head, there):
+    d = _columns(array_ref)
+    mask = rows_mask(there, d, array_ref.shape[3])
+    return load(array_ref.at[batch, token, query_head[:, None], d[None, :]], mask=mask)
+
+
+def _store_rows(array_ref, batch, token, query_head, there, rows):
+    d = _columns(array_ref)
+    mask = rows_mask(there, d, array_ref.shape[3]).T
+    target = array_ref.at[batch, token, query_head[None, :], d[:, None]]
+    store(target, rows.astype(array_ref.dtype), mask=mask)

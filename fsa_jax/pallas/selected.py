@@ -1,0 +1,220 @@
+"""Selected attention from kernels: chunks, the order of the kernels, and the two passes.
+
+Forward: build_index, then per chunk partial_attention -> merge_outputs.
+Backward: per chunk partial_gradients -> sum_blocks (dK, dV) and sum_gradients (dQ).
+A chunk is some (row, KV head) pairs and some tokens of all queries; its partial results fit the
+scratch budget. Chunks run one after another in a scan, and update the results in place.
+
+Shapes: B rows, T tokens, N query heads, K key/value heads, S listed blocks; H heads and C tokens
+of a chunk, c chunks.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from jaxtyping import Array, Float, Int
+
+from fsa_jax.pallas import backward, forward, index, merge, query_outer
+from fsa_jax.pallas.tuning import Plan
+from fsa_jax.segments import Rows
+
+
+def build_lists(
+    plan: Plan, starts: Int[Array, "B T K S"], rows: Rows, *, block_size: int, interpret: bool
+) -> index.Index:
+    """The query index of all chunks; arguments as in `attention`."""
+    kv_heads = starts.shape[2]
+    where, starts = _chunk_lists(plan, _split_blocks(starts, block_size, plan.block))
+    build = functools.partial(
+        index.build_index,
+        rows=rows,
+        kv_heads=kv_heads,
+        spacing=_spacing(plan, rows),
+        pairs=plan.pairs,
+        interpret=interpret,
+    )
+    if starts.size <= plan.sort_pairs:
+        return build(where, starts)
+    lists = jax.lax.map(lambda x: build(x[0][None], x[1][None]), (where, starts))
+    return jax.tree.map(lambda x: x[:, 0], lists)
+
+
+def attention(
+    plan: Plan,
+    query: Float[Array, "B T N D"],
+    key: Float[Array, "B T K D"],
+    value: Float[Array, "B T K E"],
+    starts: Int[Array, "B T K S"],
+    lists: index.Index,
+    *,
+    block_size: int,
+    scale: float,
+    interpret: bool,
+):
+    """Forward pass.
+
+    Args:
+      plan: static sizes.
+      query: [B, T, N, D], floating.
+      key: [B, T, K, D].
+      value: [B, T, K, E].
+      starts: first token of each listed block, T where the entry does not count.
+      lists: what `build_lists` gives.
+      block_size: tokens of a block.
+      scale: factor of the logits.
+      interpret: run the kernels in interpret mode.
+
+    Returns:
+      out [B, T, N, E] in the dtype of `query`, and lse float32 [B, T, N].
+    """
+    starts = _split_blocks(starts, block_size, plan.block)
+    static = {"block": plan.block, "scale": scale, "interpret": interpret}
+    if plan.forward_method == "query_outer":
+        return query_outer.attention(starts, query, key, value, tile=plan.query_outer, **static)
+    where, starts = _chunk_lists(plan, starts)
+
+    def step(results, chunk):
+        where, starts, lists = chunk
+        parts = forward.partial_attention(
+            where,
+            lists,
+            query,
+            key,
+            value,
+            heads=plan.heads,
+            tokens=plan.tokens,
+            slots=starts.shape[-1],
+            tile=plan.forward,
+            partial_dtype=plan.partial_dtype,
+            **static,
+        )
+        return merge.merge_outputs(
+            where,
+            starts,
+            *parts,
+            *results,
+            kv_heads=key.shape[2],
+            elements=plan.merge_elements,
+            interpret=interpret,
+        )
+
+    zeros = (
+        jnp.zeros((*query.shape[:3], value.shape[3]), query.dtype),
+        jnp.zeros(query.shape[:3], jnp.float32),
+    )
+    return _fold(step, zeros, (where, starts, lists))
+
+
+def gradients(
+    plan: Plan, query, key, value, starts, lists, rows, lse, delta, dout, *,
+    block_size, scale, interpret,
+):  # fmt: skip
+    """Backward pass: (dq, dk, dv) in the dtypes of query, key and value.
+
+    Args are those of `attention`, the documents, what `attention` returned, and
+    delta = sum(out * dout) - dlse, float32 [B, T, N].
+    """
+    starts = _split_blocks(starts, block_size, plan.block)
+    static = {"block": plan.block, "scale": scale, "interpret": interpret}
+    kv_heads, spacing = key.shape[2], _spacing(plan, rows)
+    kv_outer = plan.backward_method == "kv_outer"
+    if kv_outer:
+        dquery = jnp.zeros(query.shape, query.dtype)
+    else:
+        dquery = query_outer.query_gradient(
+            starts, query, key, value, dout, lse, delta, tile=plan.query_outer_backward, **static
+        )
+    where, starts = _chunk_lists(plan, starts)
+    inverse = backward.inverse_units(key, value, dout, delta, rows.valid)
+    first = rows.token - rows.position % plan.block
+    block_start = jnp.where(rows.valid, first, rows.start.shape[1])
+
+    def step(sums, chunk):
+        where, starts, lists = chunk
+        dquery, dkey, dvalue = sums
+        dkey_parts, dvalue_parts, *part = backward.partial_gradients(
+            where,
+            lists,
+            query,
+            key,
+            value,
+            dout,
+            lse,
+            delta,
+            inverse,
+            heads=plan.heads,
+            tokens=plan.tokens,
+            slots=starts.shape[-1],
+            tile=plan.backward,
+            extras=index.num_extras(starts.size, plan.pairs),
+            partial_dtype=plan.gradient_dtype if kv_outer else None,
+            **static,
+        )
+        dkey, dvalue = backward.sum_blocks(
+            where,
+            lists,
+            block_start,
+            dkey_parts,
+            dvalue_parts,
+            (dkey, dvalue),
+            block=plan.block,
+            spacing=spacing,
+            interpret=interpret,
+        )
+        if kv_outer:
+            dquery = merge.sum_gradients(
+                where,
+                starts,
+                part[0],
+                inverse,
+                dquery,
+                scale=scale,
+                kv_heads=kv_heads,
+                elements=plan.merge_elements,
+                interpret=interpret,
+            )
+        return dquery, dkey, dvalue
+
+    # with all tokens in one chunk, sums are final when they are written: no float32 copy
+    whole = plan.tokens >= query.shape[1]
+    sums = [jnp.zeros(x.shape, x.dtype if whole else jnp.float32) for x in (key, value)]
+    dquery, dkey, dvalue = _fold(step, (dquery, *sums), (where, starts, lists))
+    return dquery, dkey.astype(key.dtype), dvalue.astype(value.dtype)
+
+
+def _split_blocks(starts, block_size, block):
+    """Lists of smaller blocks: those of `block` tokens that make up the listed ones."""
+    if block == block_size:
+        return starts
+    length = starts.shape[1]
+    offset = jnp.arange(0, block_size, block, dtype=jnp.int32)[None, None, None, None]
+    token = jnp.arange(length, dtype=jnp.int32)[None, :, None, None, None]
+    parts = starts[..., None] + offset
+    return rearrange(jnp.where(parts <= token, parts, length), "b t k s p -> b t k (s p)")
+
+
+def _chunk_lists(plan, starts):
+    """Cuts the lists: first (row, KV head) and token [c, 2], and starts [c, H, C, S]."""
+    _, length, _, _ = starts.shape
+    missing = -length % plan.tokens
+    padding = ((0, 0), (0, missing), (0, 0), (0, 0))
+    starts = jnp.pad(starts, padding, constant_values=length)
+    starts = rearrange(starts, "b (m c) k s -> (b k) m c s", c=plan.tokens)
+    heads = starts.shape[0]
+    starts = rearrange(starts, "(n h) m c s -> (n m) h c s", h=plan.heads)
+    where = jnp.mgrid[0 : heads : plan.heads, 0 : length : plan.tokens]
+    return where.astype(jnp.int32).reshape(2, -1).T, starts
+
+
+def _spacing(plan, rows):
+    """Every block starts at a multiple of this."""
+    return 1 if rows.packed else plan.block
+
+
+def _fold(step, results, chunks):
+    """Runs `step(results, chunk)` over the chunks in their order."""
+    if jax.tree.leaves(chunks)[0].shape[0] == 1:
+        return step(results, jax.tree.map(lambda x: x[0], chunks))
+    return jax.lax.scan(lambda carry, chunk: (step(carry, chunk), None), results, chunks)[0]

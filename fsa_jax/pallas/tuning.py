@@ -1,0 +1,251 @@
+"""Sizes of the kernels' tiles and buffers. They change time and memory, never the result's meaning.
+
+`SelectedTuning()` leaves everything to the measured heuristics of this file; a field that is set
+is used as it stands.
+"""
+
+import dataclasses
+
+import jax.numpy as jnp
+
+from fsa_jax.pallas.common import cut_width, next_power_of_two
+
+#: Shared memory that one program may use, bytes, by compute capability; the least of a family.
+SHARED_MEMORY = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
+METHODS = ("kv_outer", "query_outer")
+#: Widest head, and most query heads of a key head.
+WIDEST, MOST_ROWS = 256, 128
+#: Elements of K and V of a tile, so that dK and dV stay in registers.
+ON_CHIP = 20480
+#: Largest group for which the KV-outer forward kernel is the faster one. On an H200 the query-outer
+#: kernel takes as long for 1 head as for 16, and the KV-outer one grows with them.
+KV_OUTER_GROUP = 10
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Tile:
+    """How a program of a KV-outer kernel is cut.
+
+    Attributes:
+      rows: rows (query token, head of the group) of a step's matrices, a power of two from 16 on.
+      num_warps: warps of a program, a power of two up to 16.
+      num_stages: depth of the software pipeline, 1 to 8.
+    """
+
+    rows: int = 64
+    num_warps: int = 4
+    num_stages: int = 3
+
+    def __post_init__(self):
+        for name, least, most in (("rows", 16, 512), ("num_warps", 1, 16)):
+            size = getattr(self, name)
+            _check_integer(name, size, least, most)
+            if size != next_power_of_two(size):
+                raise ValueError(f"{name} must be a power of two, got {size}")
+        _check_integer("num_stages", self.num_stages, 1, 8)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SelectedTuning:
+    """How the Pallas-Triton kernels of selected attention run.
+
+    Attributes:
+      method: "kv_outer" (FSA), "query_outer" (vanilla NSA) or None for the faster one.
+      forward: tile of the forward kernel, None for the heuristic one.
+      backward: tile of the backward kernel, likewise.
+      pairs: the most (query, block) pairs that one program walks; None for the heuristic number.
+      block_k: keys of a tile, a power of two from 16 on that divides the block size; None for the
+        whole block, or less of it where that would not fit on chip.
+      merge_elements: partial results that a program of the segmented reduction holds at once.
+      partial_dtype: "float32" keeps partial results in float32; None in as many bits as the inputs.
+      scratch_bytes: most bytes of partial results and gather lists at a time. Longer inputs are
+        worked on in chunks of heads, then of tokens. Not in it: the float32 sums of dK and dV,
+        which are 4*B*T*K*(D+E) bytes, and what the sort of a chunk needs besides its lists.
+
+    Raises:
+      ValueError: a size is out of its range.
+    """
+
+    method: str | None = None
+    forward: Tile | None = None
+    backward: Tile | None = None
+    pairs: int | None = None
+    block_k: int | None = None
+    merge_elements: int = 1024
+    partial_dtype: str | None = None
+    scratch_bytes: int = 2**30
+
+    def __post_init__(self):
+        if self.method is not None and self.method not in METHODS:
+            raise ValueError(f"method must be None or one of {METHODS}, got {self.method!r}")
+        for name in ("forward", "backward"):
+            tile = getattr(self, name)
+            if tile is not None and not isinstance(tile, Tile):
+                raise ValueError(f"{name} must be None or a Tile, got {tile!r}")
+        if self.pairs is not None:
+            _check_integer("pairs", self.pairs, 1, 2**20)
+        if self.block_k is not None:
+            _check_integer("block_k", self.block_k, 16, 128)
+            if self.block_k != next_power_of_two(self.block_k):
+                raise ValueError(f"block_k must be a power of two, got {self.block_k}")
+        _check_integer("merge_elements", self.merge_elements, 256, 2**16)
+        if self.partial_dtype not in (None, "float32"):
+            raise ValueError(f"partial_dtype must be None or 'float32', got {self.partial_dtype!r}")
+        _check_integer("scratch_bytes", self.scratch_bytes, 2**20, 2**40)
+
+
+def _check_integer(name, size, least, most):
+    if not isinstance(size, int) or isinstance(size, bool):
+        raise ValueError(f"{name} must be an integer, got {size!r}")
+    if not least <= size <= most:
+        raise ValueError(f"{name} must be from {least} to {most}, got {size}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Everything static about a call of the kernels.
+
+    Attributes:
+      forward_method, backward_method: "kv_outer" or "query_outer".
+      block: keys of a tile; a listed block is `block_size // block` of them.
+      forward, backward: tiles of the KV-outer kernels.
+      query_outer, query_outer_backward: tiles of the query-outer kernels.
+      pairs: the most pairs of an item.
+      heads, tokens: (row, KV head) pairs and tokens of a chunk.
+      sort_pairs: the most pairs that are sorted at a time.
+      merge_elements: see `SelectedTuning`.
+      partial_dtype, gradient_dtype: of partial outputs and of partial dq.
+    """
+
+    forward_method: str
+    backward_method: str
+    block: int
+    forward: Tile
+    backward: Tile
+    query_outer: Tile
+    query_outer_backward: Tile
+    pairs: int
+    heads: int
+    tokens: int
+    sort_pairs: int
+    merge_elements: int
+    partial_dtype: jnp.dtype
+    gradient_dtype: jnp.dtype
+
+
+def plan_reason(
+    tuning: SelectedTuning, query, key, value, block_size: int, capability: int
+) -> str | None:
+    """Why the kernels cannot serve a call on a GPU of that capability; None if they can."""
+    if query.dtype not in (jnp.float16, jnp.bfloat16, jnp.float32):
+        return f"the dtype must be float16, bfloat16 or float32, got {query.dtype}"
+    for name, x in (("key", key), ("value", value)):
+        if x.shape[3] > WIDEST:
+            return f"the head width of {name} must be at most {WIDEST}, got {x.shape[3]}"
+    if block_size % 16:
+        return f"block_size must be a multiple of 16, got {block_size}"
+    if tuning.block_k is not None and block_size % tuning.block_k:
+        return f"block_k={tuning.block_k} must divide block_size={block_size}"
+    group = query.shape[2] // key.shape[2]
+    if group > MOST_ROWS:
+        return f"at most {MOST_ROWS} query heads may share a key head, got {group}"
+    for tile in (tuning.forward, tuning.backward):
+        if tile is not None and tile.rows < group:
+            return f"rows={tile.rows} must hold the {group} heads of a group"
+    if key.shape[0] * key.shape[1] * key.shape[2] > 2**30:
+        return f"batch * tokens * key heads must be at most 2**30, got shape {key.shape}"
+    if _tile_sizes(query, key, value, block_size, capability) is None:
+        return (
+            f"{group} query heads a key head of {query.dtype} and head widths {key.shape[3]} and "
+            f"{value.shape[3]} need more than the {_shared_memory(capability)} bytes of shared "
+            "memory of the GPU"
+        )
+    return None
+
+
+def make_plan(
+    tuning: SelectedTuning, query, key, value, slots: int, block_size: int, capability: int
+) -> Plan:
+    """Fills what `tuning` leaves open, from shapes, dtypes and the device's capability."""
+    batch, length, kv_heads, width = key.shape
+    group, value_width = query.shape[2] // kv_heads, value.shape[3]
+    dtype = jnp.dtype(tuning.partial_dtype or query.dtype)
+    # partial dq need more bits than the dq that they are summed to
+    gradient_dtype = jnp.dtype(jnp.float16 if dtype == jnp.bfloat16 else jnp.float32)
+    sizes = _tile_sizes(query, key, value, block_size, capability)
+    if sizes is None:
+        raise ValueError("plan_reason must be asked before make_plan")
+    block, rows = tuning.block_k or sizes[0], sizes[1]
+    # float32: short sums, since one of thousands of terms in a row loses what float32 is chosen for
+    pairs = tuning.pairs or (64 if query.dtype == jnp.float32 else 1024)
+    heads, tokens = _chunk(
+        tuning.scratch_bytes,
+        batch * kv_heads,
+        length,
+        slots * (block_size // block),
+        group * max(width * gradient_dtype.itemsize, value_width * dtype.itemsize)
+        + 4 * group
+        + 16
+        + 4 * block * (width + value_width) // pairs,
+    )
+    return Plan(
+        forward_method=tuning.method or ("query_outer" if group > KV_OUTER_GROUP else "kv_outer"),
+        backward_method=tuning.method or "kv_outer",
+        block=block,
+        forward=tuning.forward or Tile(rows=rows),
+        # a third stage pays, but costs registers that groups other than powers of two do not leave
+        backward=tuning.backward or Tile(rows=rows, num_stages=2 if rows % group else 3),
+        query_outer=tuning.forward or Tile(num_warps=2, num_stages=2),
+        query_outer_backward=tuning.backward or Tile(num_stages=2),
+        pairs=pairs,
+        heads=heads,
+        tokens=tokens,
+        sort_pairs=min(tuning.scratch_bytes // 16, 2**30),
+        merge_elements=tuning.merge_elements,
+        partial_dtype=dtype,
+        gradient_dtype=gradient_dtype,
+    )
+
+
+def _shared_memory(capability: int) -> int:
+    return SHARED_MEMORY[max(c for c in SHARED_MEMORY if c <= capability)]
+
+
+def _tile_sizes(query, key, value, block_size: int, capability: int) -> tuple[int, int] | None:
+    """Keys and rows of a tile: the largest whose backward kernel fits on chip; None if none does.
+
+    Two limits: registers hold dK and dV of the block, which is why block * (D + E) is bounded;
+    shared memory holds K and V, two stages of q and dout, and p and ds.
+    """
+    group, itemsize = query.shape[2] // key.shape[2], query.dtype.itemsize
+    widths = sum(_padded(x.shape[3]) for x in (key, value))
+    shared = _shared_memory(capability)
+    # wide heads, and older matrix units, need more registers a row
+    most = 64 if widths <= 256 and capability >= 90 and itemsize == 2 else 32
+    most = max(most, next_power_of_two(group))
+    blocks = [b for b in (128, 64, 32, 16) if block_size % b == 0 and b * widths <= ON_CHIP]
+    for block in blocks:
+        for rows in (r for r in (128, 64, 32, 16) if group <= r <= most):
+            if itemsize * (widths * (block + 2 * rows) + 2 * rows * block) + 2048 <= shared:
+                return block, rows
+    return None
+
+
+def _padded(width: int) -> int:
+    """Columns that `common.cut_width` makes of `width`."""
+    return sum(size for _, size in cut_width(width, 64))
+
+
+def _chunk(budget: int, heads: int, length: int, slots: int, pair_bytes: int) -> tuple[int, int]:
+    """Heads and tokens of a chunk: whole heads where they fit, else part of one head's tokens."""
+    token_bytes = slots * pair_bytes
+    if token_bytes > budget:
+        raise ValueError(
+            f"scratch_bytes must hold the partial results of one token, {token_bytes}, got {budget}"
+        )
+    fit = budget // (length * token_bytes)
+    if fit:
+        # the largest divisor of the number of heads that fits
+        return max(h for h in range(1, heads + 1) if heads % h == 0 and h <= fit), length
+    chunks = -(-length // (budget // token_bytes))
+    return 1, -(-length // chunks)

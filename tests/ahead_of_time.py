@@ -1,0 +1,125 @@
+"""Compiles for GPUs on a machine that has none: needs the CUDA plugin of jax, but no driver.
+
+XLA takes the description of a device instead of the device. The result holds the PTX of every
+kernel and the buffers of the whole program; the one difference from a compilation on the device
+is that XLA's own sort kernels stand where CUB would be called.
+"""
+
+import warnings
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+from jax.sharding import NamedSharding, PartitionSpec
+
+import fsa_jax
+
+_CONFIG = """
+gpu_device_info {{
+  threads_per_block_limit: 1024  threads_per_warp: 32
+  block_dim_limit_x: 2147483647  block_dim_limit_y: 65535  block_dim_limit_z: 65535
+  registers_per_core_limit: 65536  registers_per_block_limit: 65536
+  shared_memory_per_block: 49152  shared_memory_per_block_optin: {shared}
+  shared_memory_per_core: {core_shared}  threads_per_core_limit: {core_threads}
+  core_count: {cores}  fpus_per_core: {core_units}  clock_rate_ghz: {clock}
+  memory_bandwidth: {bandwidth}  l2_cache_size: {cache}  device_memory_size: {memory}
+  cuda_compute_capability {{ major: {major} minor: {minor} }}
+}}
+platform_name: "CUDA"
+dnn_version_info {{ major: 9 minor: 28 }}
+runtime_version {{ major: 12 minor: 9 patch: 0 }}
+device_description_str: "{name}"
+"""
+
+_HOPPER = {
+    "major": 9, "minor": 0, "shared": 232448, "core_shared": 233472, "core_threads": 2048,
+    "cores": 132, "core_units": 128, "clock": 1.98, "cache": 52428800,
+}  # fmt: skip
+
+#: What XLA has to know of a device.
+TARGETS = {
+    "A100": {
+        "name": "NVIDIA A100-SXM4-80GB", "major": 8, "minor": 0, "shared": 166912,
+        "core_shared": 167936, "core_threads": 2048, "cores": 108, "core_units": 64, "clock": 1.41,
+        "cache": 41943040, "bandwidth": 2039040000000, "memory": 85100068864,
+    },
+    "L40": {
+        "name": "NVIDIA L40", "major": 8, "minor": 9, "shared": 101376, "core_shared": 102400,
+        "core_threads": 1536, "cores": 142, "core_units": 128, "clock": 2.49,
+        "cache": 100663296, "bandwidth": 864000000000, "memory": 48000000000,
+    },
+    "H100": _HOPPER | {
+        "name": "NVIDIA H100 80GB HBM3", "bandwidth": 3352320000000, "memory": 84942979072,
+    },
+    "H200": _HOPPER | {
+        "name": "NVIDIA H200", "bandwidth": 4800000000000, "memory": 150754820096,
+    },
+    "B200": _HOPPER | {
+        "name": "NVIDIA B200", "major": 10, "cores": 148, "clock": 1.965, "cache": 132644864,
+        "bandwidth": 7672320000000, "memory": 191514411008,
+    },
+}  # fmt: skip
+
+
+def mesh_of(device):
+    """A mesh of one GPU named in TARGETS."""
+    topology = topologies.get_topology_desc(
+        platform="cuda", target_config=_CONFIG.format(**TARGETS[device]), topology="1x1x1"
+    )
+    return topologies.make_mesh(topology, (1,), ("gpu",))
+
+
+def lower_for(device, function, *shapes, **options):
+    """Lowers a function of arrays with those shapes for a GPU named in TARGETS.
+
+    Args:
+      device: name of the GPU.
+      function: what to lower.
+      *shapes: jax.ShapeDtypeStruct of each argument, or trees of them.
+      **options: those of jax.stages.Traced.lower.
+    """
+    mesh = mesh_of(device)
+    sharding = NamedSharding(mesh, PartitionSpec())
+    shapes = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes
+    )
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), warnings.catch_warnings():
+        # jax announces with each kernel that it will leave its Triton backend to another package
+        warnings.filterwarnings("ignore", "The Pallas Triton backend", DeprecationWarning)
+        return jax.jit(function).trace(*shapes).lower(**options)
+
+
+def compile_for(device, function, *shapes, compiler_options=None):
+    """Compiles a function of arrays with those shapes for a GPU; arguments as in `lower_for`."""
+    return lower_for(device, function, *shapes).compile(compiler_options)
+
+
+def selected_gradients(shape, *, dtype=jnp.bfloat16, packed=False, **arguments):
+    """Selected attention with its gradients, and the shapes that it takes.
+
+    Args:
+      shape: a shapes.Shape.
+      dtype: dtype of queries, keys and values.
+      packed: whether the function takes segment_ids too.
+      **arguments: further arguments of `fsa_jax.selected_attention`.
+    """
+
+    def run(query, key, value, dout, indices, segment_ids=None):
+        def attend(query, key, value):
+            return fsa_jax.selected_attention(
+                query,
+                key,
+                value,
+                indices,
+                block_size=shape.block_size,
+                segment_ids=segment_ids,
+                **arguments,
+            )
+
+        out, pullback = jax.vjp(attend, query, key, value)
+        return out, pullback(dout)
+
+    out = (*shape.query[:3], shape.value_width)
+    floats = [jax.ShapeDtypeStruct(x, dtype) for x in (shape.query, shape.key, shape.value, out)]
+    ids = [jax.ShapeDtypeStruct(shape.query[:2], jnp.int32)] if packed else []
+    return run, *floats, jax.ShapeDtypeStruct(shape.indices, jnp.int32), *ids

@@ -1,0 +1,145 @@
+"""The kernels compile for the GPUs they are for, within memory and registers; nothing is run."""
+
+import dataclasses
+import json
+import math
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+from ahead_of_time import compile_for, lower_for, selected_gradients
+from shapes import KERNELS, Shape
+
+from fsa_jax.pallas import SelectedTuning
+
+pytestmark = pytest.mark.compile
+ROOT = Path(__file__).resolve().parent.parent
+TRITON = "__gpu$xla.gpu.triton"
+QUERY_OUTER = {"tuning": SelectedTuning(method="query_outer")}
+CASES = [
+    # an H200 gets the code of an H100: they differ in memory alone
+    *((device, name, {}) for device in ("A100", "H100") for name in KERNELS),
+    *(
+        (device, name, {})
+        for device in ("L40", "B200")
+        for name in ("main", "g8_widest", "g32_mqa")
+    ),
+    ("A100", "main", {"dtype": jnp.float16}),
+    ("H200", "g5_odd", {"dtype": jnp.float16}),
+    ("L40", "g5_odd", {"dtype": jnp.float32}),
+    ("H200", "g2", {"dtype": jnp.float32}),
+    ("A100", "g3_wide", QUERY_OUTER),
+    ("L40", "g8_widest", QUERY_OUTER),
+    ("H200", "main", QUERY_OUTER),
+    ("B200", "g32_mqa", QUERY_OUTER),
+    ("H200", "g1_mha", {"packed": True}),
+]
+
+
+def case_id(case):
+    device, name, options = case
+    words = (getattr(x, "__name__", None) or getattr(x, "method", x) for x in options.values())
+    return "-".join((device, name, *(str(word) for word in words)))
+
+
+def compiled_text(device, *program):
+    text = compile_for(device, *program).as_text()
+    assert text is not None
+    return text
+
+
+def custom_calls(text):
+    """Names of what a program calls that XLA did not make."""
+    return set(re.findall(r'custom_call_target="([^"]*)"', text))
+
+
+def array_sizes(text):
+    """Numbers of elements of all arrays that the text of a program names."""
+    shapes = re.findall(r"\b(?:pred|bf16|[sufc]\d+)\[([\d,]+)\]", text)
+    return [math.prod(map(int, shape.split(","))) for shape in shapes]
+
+
+@pytest.mark.parametrize("case", CASES, ids=case_id)
+def test_forward_and_backward_compile(case):
+    device, name, options = case
+    program = selected_gradients(KERNELS[name], implementation="triton", **options)
+    assert custom_calls(compiled_text(device, *program)) == {TRITON}
+
+
+def test_a_vmapped_call_compiles():
+    run, *shapes = selected_gradients(KERNELS["g2"], implementation="triton")
+    shapes = [jax.ShapeDtypeStruct((2, *x.shape), x.dtype) for x in shapes]
+    assert custom_calls(compiled_text("H200", jax.vmap(run), *shapes)) == {TRITON}
+
+
+def test_the_automatic_choice_is_by_the_device_compiled_for():
+    run, *shapes = selected_gradients(KERNELS["g2"])
+    assert custom_calls(compiled_text("H200", run, *shapes)) == {TRITON}
+    assert "triton" not in jax.jit(run).lower(*shapes).as_text()
+    # traced with a GPU in mind, lowered for a CPU after all
+    assert "triton" not in lower_for("H200", run, *shapes, lowering_platforms=("cpu",)).as_text()
+
+
+def test_memory_is_linear_in_the_tokens_and_within_the_scratch_budget():
+    def memory(length, tuning=None):
+        shape = dataclasses.replace(KERNELS["main"], length=length, heads=8)
+        program = selected_gradients(shape, implementation="triton", tuning=tuning)
+        found = compile_for("H200", *program).memory_analysis()
+        assert found is not None
+        return found
+
+    def peak(found):
+        return found.argument_size_in_bytes + found.output_size_in_bytes + found.temp_size_in_bytes
+
+    small, middle, large = memory(16384), memory(65536), memory(262144)
+    assert peak(middle) <= 4.2 * peak(small)
+    assert peak(large) <= 4.2 * peak(middle)
+    assert middle.temp_size_in_bytes <= 2**31
+    less = memory(65536, SelectedTuning(scratch_bytes=2**28))
+    assert less.temp_size_in_bytes < middle.temp_size_in_bytes
+
+
+# Narrow heads and little scratch: then all that is linear in the tokens is smaller than the table.
+NARROW = Shape(length=65536, heads=4, kv_heads=2, width=32, value_width=32, block_size=64, slots=16)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_no_array_is_tokens_by_blocks_and_nothing_leaves_the_device(packed):
+    tuning = SelectedTuning(scratch_bytes=2**24)
+    program = selected_gradients(NARROW, implementation="triton", tuning=tuning, packed=packed)
+    text = compiled_text("H200", *program)
+    sizes = array_sizes(text)
+    assert NARROW.length * NARROW.heads * NARROW.width in sizes  # the query: sizes are read
+    assert max(sizes) < NARROW.length * NARROW.blocks
+    assert custom_calls(text) == {TRITON}
+    assert not re.search(r" (infeed|outfeed|send|recv)\(", text)
+
+
+def test_the_measure_sees_an_array_of_tokens_by_blocks():
+    """The same measure on a table of choices: the test above can fail."""
+
+    def choices(indices):
+        table = jax.nn.one_hot(indices[0, :, 0, 0], NARROW.blocks, dtype=jnp.bfloat16)
+        return table @ table.T[:, :8]
+
+    text = compiled_text("H200", choices, jax.ShapeDtypeStruct(NARROW.indices, jnp.int32))
+    assert max(array_sizes(text)) >= NARROW.length * NARROW.blocks
+
+
+def test_matrix_kernels_stay_in_registers_and_use_the_wide_instructions(tmp_path):
+    out = tmp_path / "resources.json"
+    script = ROOT / "benchmarks" / "resources.py"
+    arguments = ["--devices", "H200", "--methods", "kv_outer", "--out", out]
+    subprocess.run([sys.executable, script, *arguments], check=True)
+    rows = json.loads(out.read_text())["rows"]
+    for kernel in ("forward_kernel", "backward_kernel"):
+        found = {row["group"]: row for row in rows if row["kernel"] == kernel}
+        assert sorted(found) == [1, 2, 3, 4, 5, 6, 7, 8, 12, 16]
+        for row in found.values():
+            assert row["spill_store_bytes"] == row["spill_load_bytes"] == 0, row
+            assert row["wgmma"] > 0, row
+            assert row["mma_sync"] == 0, row

@@ -1,0 +1,368 @@
+"""The Pallas-Triton kernels in interpret mode, against the dense reference in float64.
+
+Interpret mode fills the buffers that a kernel is to write with NaN: what a kernel leaves unwritten
+and another one reads fails every comparison here.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from shapes import Shape
+from util import (
+    assert_close,
+    assert_same_bits,
+    both_ways,
+    lists,
+    normal,
+    segmentations,
+    selected,
+    value_and_gradients,
+)
+
+import fsa_jax
+from fsa_jax import dispatch, triton
+from fsa_jax.pallas import SelectedTuning, Tile
+from fsa_jax.pallas.index import build_index, search
+from fsa_jax.pallas.tuning import make_plan
+from fsa_jax.segments import describe_rows
+
+kernel_attention = functools.partial(selected, implementation="triton_interpret")
+
+
+def inputs(shape, dtype=jnp.float32, seed=0):
+    kinds = (shape.query, shape.key, shape.value)
+    return tuple(normal(seed + i, *kind, dtype=dtype) for i, kind in enumerate(kinds))
+
+
+def packed_ids(shape, seed=0):
+    """Documents of 1 to 60 tokens and padding."""
+    rng = np.random.default_rng(seed)
+    ids = [np.repeat(rng.integers(0, 4, 99), rng.integers(1, 60, 99)) for _ in range(shape.batch)]
+    return jnp.asarray(np.stack([row[: shape.length] for row in ids]), jnp.int32)
+
+
+def exact(make, cotangent_seed, *args):
+    """The dense reference in float64, from the same numbers."""
+    with jax.enable_x64(True):
+        wide = (x.astype(jnp.float64) for x in args)
+        reference = make(implementation="reference")
+        return jax.tree.map(np.asarray, value_and_gradients(reference, cotangent_seed, *wide))
+
+
+def group(heads, *, kv_heads=1, length=70, **sizes):
+    return Shape(length=length, heads=heads * kv_heads, kv_heads=kv_heads, **sizes)
+
+
+# Together: every group, width, block size and number of slots that the kernels promise.
+CASES = {
+    "g1": (group(1, kv_heads=2, batch=2, width=32, value_width=32, block_size=16), "float32"),
+    "g2": (group(2, kv_heads=2, width=64, value_width=32, block_size=32), "bfloat16"),
+    "g3": (group(3, kv_heads=2, width=32, value_width=80, block_size=16, slots=1), "float16"),
+    "g4": (group(4, width=80, value_width=96, block_size=64, length=150), "float32"),
+    "g5": (group(5, width=96, value_width=64, block_size=16, slots=7), "bfloat16"),
+    "g6": (group(6, width=128, value_width=128, block_size=64, slots=2), "bfloat16"),
+    "g7": (group(7, width=64, value_width=192, block_size=32, slots=3), "float32"),
+    "g8": (group(8, width=192, value_width=128, block_size=128, length=200), "float16"),
+    "g12": (group(12, width=32, value_width=32, block_size=16, slots=5), "float32"),
+    "g16": (group(16, width=64, value_width=64, block_size=16), "bfloat16"),
+    "g32": (group(32, width=32, value_width=256, block_size=32, length=40), "float16"),
+    "wide": (group(2, width=256, value_width=256, block_size=128, length=140), "float32"),
+    "narrow": (group(2, width=5, value_width=7, block_size=48, length=100), "float32"),
+    "one_token": (group(2, length=1, width=32, value_width=32), "float32"),
+    "many_slots": (group(2, length=300, width=32, value_width=32, slots=64), "float32"),
+}
+TOLERANCE = {"float32": 2e-6, "float16": 4e-3, "bfloat16": 3e-2}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_values_and_gradients_are_those_of_the_reference(case):
+    shape, dtype = CASES[case]
+    args = inputs(shape, jnp.dtype(dtype))
+    segment_ids = packed_ids(shape) if list(CASES).index(case) % 2 else None
+    indices = lists(1, *shape.indices, shape.blocks)
+    make = functools.partial(selected, indices, shape.block_size, segment_ids)
+    got = value_and_gradients(make(implementation="triton_interpret"), 7, *args)
+    assert_close(got, exact(make, 7, *args), TOLERANCE[dtype])
+
+
+SMALL = Shape(batch=2, length=90, heads=6, kv_heads=2, width=32, value_width=16, slots=5)
+TUNINGS = {
+    "query_outer": SelectedTuning(method="query_outer"),
+    "kv_outer": SelectedTuning(method="kv_outer"),
+    "split_blocks": SelectedTuning(block_k=16),
+    "small_items": SelectedTuning(pairs=3),
+    "small_tiles": SelectedTuning(forward=Tile(rows=16), backward=Tile(rows=32)),
+    "float32_partials": SelectedTuning(partial_dtype="float32"),
+}
+
+
+@pytest.mark.parametrize("name", TUNINGS)
+def test_tuning_changes_no_result(name):
+    shape = dataclasses.replace(SMALL, block_size=32)
+    args = inputs(shape, jnp.bfloat16)
+    ids, indices = packed_ids(shape), lists(2, *shape.indices, shape.blocks)
+    make = functools.partial(selected, indices, 32, ids)
+    got = value_and_gradients(make("triton_interpret", tuning=TUNINGS[name]), 7, *args)
+    assert_close(got, exact(make, 7, *args), TOLERANCE["bfloat16"])
+
+
+@pytest.mark.parametrize(
+    ("heads", "tokens", "sort_pairs", "packed"),
+    [(2, 90, 2**20, True), (2, 34, 2**20, False), (1, 34, 1, True), (4, 7, 1, False)],
+)
+def test_chunks_change_no_result(heads, tokens, sort_pairs, packed, monkeypatch):
+    """Few pairs an item: then blocks have several items in each chunk, also inside the block."""
+
+    def chunked(*args, **sizes):
+        plan = make_plan(*args, **sizes)
+        return dataclasses.replace(plan, heads=heads, tokens=tokens, sort_pairs=sort_pairs)
+
+    monkeypatch.setattr(triton, "make_plan", chunked)
+    ids, indices = packed_ids(SMALL) if packed else None, lists(3, *SMALL.indices, SMALL.blocks)
+    make = functools.partial(selected, indices, SMALL.block_size, ids)
+    args = inputs(SMALL)
+    got = value_and_gradients(make("triton_interpret", tuning=SelectedTuning(pairs=5)), 7, *args)
+    assert_close(got, exact(make, 7, *args), TOLERANCE["float32"])
+
+
+@pytest.mark.parametrize("scratch_mib", [1, 7, 64, 1024])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_a_chunk_fits_the_scratch_budget(scratch_mib, dtype):
+    budget = scratch_mib * 2**20
+    for length, heads, kv_heads, slots in ((2**20, 16, 4, 16), (4096, 8, 8, 64), (1, 4, 2, 1)):
+        shape = Shape(
+            length=length, heads=heads, kv_heads=kv_heads, width=128, value_width=128, slots=slots
+        )
+        query, key, value = (
+            jax.ShapeDtypeStruct(x, dtype) for x in (shape.query, shape.key, shape.value)
+        )
+        tuning = SelectedTuning(scratch_bytes=budget)
+        plan = make_plan(tuning, query, key, value, slots, 64, 90)
+        pairs = plan.heads * plan.tokens * slots
+        width = 128 * jnp.dtype(dtype).itemsize
+        partial = pairs * (heads // kv_heads) * (width + 4)
+        extra_items = pairs // plan.pairs * plan.block * 256 * 4
+        assert partial + extra_items + 16 * pairs <= budget
+        # no more chunks than needed: the next larger one would not fit, or is everything
+        whole = plan.heads == kv_heads and plan.tokens == length
+        assert whole or 2.1 * (partial + extra_items + 16 * pairs) >= budget
+
+
+@functools.cache
+def compiled(implementation, method):
+    tuning = SelectedTuning(method=method, pairs=8) if method else None
+
+    def run(indices, segment_ids, *args):
+        attend = selected(indices, 16, segment_ids, implementation, tuning=tuning)
+        return value_and_gradients(attend, 3, *args)
+
+    return jax.jit(run)
+
+
+@pytest.mark.parametrize("method", ["kv_outer", "query_outer"])
+@settings(deadline=None, max_examples=25)
+@given(segmentations(SMALL.batch, SMALL.length), st.integers(0, 2**31))
+def test_any_segmentation_and_any_lists(method, segment_ids, seed):
+    args = (lists(seed, *SMALL.indices, SMALL.blocks), segment_ids, *inputs(SMALL, seed=seed))
+    assert_close(
+        compiled("triton_interpret", method)(*args), compiled("reference", None)(*args), 1e-5
+    )
+
+
+@pytest.mark.parametrize("name", ["hot", "own", "none"])
+def test_skewed_lists(name):
+    """All queries on one block, each on its own, none on any."""
+    own = jnp.arange(SMALL.length, dtype=jnp.int32)[None, :, None, None] // 16
+    block = {"hot": jnp.zeros_like(own), "own": own, "none": jnp.full_like(own, -1)}[name]
+    make = functools.partial(selected, jnp.broadcast_to(block, SMALL.indices), 16, None)
+    args = inputs(SMALL)
+    for tuning in (None, SelectedTuning(pairs=7)):
+        got = value_and_gradients(make("triton_interpret", tuning=tuning), 2, *args)
+        assert_close(got, exact(make, 2, *args), TOLERANCE["float32"])
+
+
+def test_bitwise_the_same_on_every_rerun():
+    attend = kernel_attention(lists(0, *SMALL.indices, SMALL.blocks), 16, packed_ids(SMALL))
+    run = both_ways(attend, 5)
+    first = run(*inputs(SMALL))
+    for _ in range(3):
+        assert_same_bits(run(*inputs(SMALL)), first)
+
+
+def test_vmap_and_checkpoint():
+    indices = jnp.stack([lists(i, *SMALL.indices, SMALL.blocks) for i in range(3)])
+    args = [jnp.stack(x) for x in zip(*(inputs(SMALL, seed=9 * i) for i in range(3)), strict=True)]
+
+    def loss(indices, *args, remat=False):
+        attend = kernel_attention(indices, 16)
+        if remat:
+            policy = jax.checkpoint_policies.save_only_these_names(*fsa_jax.CHECKPOINT_NAMES)
+            attend = jax.checkpoint(attend, policy=policy)
+        out, lse = attend(*args)
+        return jnp.sum(out**2) + jnp.sum(jnp.where(jnp.isfinite(lse), lse, 0))
+
+    def mapped(indices, *args):
+        return jnp.sum(jax.vmap(functools.partial(loss, remat=True))(indices, *args))
+
+    def looped(indices, *args):
+        return sum(loss(*(x[i] for x in (indices, *args))) for i in range(3))
+
+    got, wanted = (
+        jax.jit(jax.value_and_grad(f, argnums=(1, 2, 3)))(indices, *args) for f in (mapped, looped)
+    )
+    assert_close(got, wanted, 1e-6)
+
+
+@functools.cache
+def compiled_index(spacing, pairs):
+    static = {"kv_heads": 1, "spacing": spacing, "pairs": pairs, "interpret": True}
+    return jax.jit(functools.partial(build_index, **static))
+
+
+@settings(deadline=None, max_examples=20)
+@given(st.integers(0, 2**31), st.booleans())
+def test_index(seed, packed):
+    """Every pair that counts stands in exactly one item of its block, in order."""
+    rng = np.random.default_rng(seed)
+    chunks, heads, tokens, slots, length, pairs = 2, 2, 12, 3, 40, 4
+    spacing = 1 if packed else 8
+    starts = rng.choice(np.arange(0, length, spacing), (chunks, heads, tokens, slots))
+    starts[rng.random(starts.shape) < 0.4] = rng.choice(starts.ravel())  # a hot block
+    starts[rng.random(starts.shape) < 0.2] = length
+    where = np.asarray([[0, 0], [2, 12]])
+    rows = describe_rows(None, 4, length)
+    arrays = (jnp.asarray(x, jnp.int32) for x in (where, starts))
+    index = compiled_index(spacing, pairs)(*arrays, rows)
+    got = jax.tree.map(np.asarray, dataclasses.asdict(index))
+    blocks = -(-length // spacing)
+    for chunk in range(chunks):
+        extras = 0
+        wanted = []
+        for head in range(heads):
+            for start in range(0, length, spacing):
+                flat = starts[chunk, head].ravel()
+                members = where[chunk, 1] * slots + np.flatnonzero(flat == start)
+                for ordinal, at in enumerate(range(0, len(members), pairs)):
+                    extra = extras if ordinal else -1
+                    extras += ordinal > 0
+                    wanted.append((head, start, extra, list(members[at : at + pairs])))
+                at = head * blocks + start // spacing
+                assert got["block_items"][chunk, at] == -(-len(members) // pairs)
+                if len(members) > pairs:
+                    assert got["block_extra"][chunk, at] == extras - (len(members) - 1) // pairs
+        items = []
+        for i, count in enumerate(got["count"][chunk]):
+            if count:
+                first = got["first"][chunk, i]
+                order = list(got["order"][chunk, first : first + count])
+                items.append((*(got[n][chunk, i] for n in ("head", "start", "extra")), order))
+                assert got["stop"][chunk, i] == length
+        assert items == wanted
+
+
+@settings(deadline=None, max_examples=20)
+@given(st.lists(st.integers(0, 50), min_size=1, max_size=70), st.lists(st.integers(-1, 52)))
+def test_search(numbers, wanted):
+    wanted = [0, *wanted]
+    ascending = jnp.asarray(sorted(numbers), jnp.int32)
+    got = search(ascending, jnp.asarray(wanted, jnp.int32), interpret=True)
+    np.testing.assert_array_equal(got, np.searchsorted(sorted(numbers), wanted))
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("method", "fsa", "method must be None or one of"),
+        ("forward", 64, "forward must be None or a Tile, got 64"),
+        ("block_k", 48, "block_k must be a power of two, got 48"),
+        ("block_k", 256, "block_k must be from 16 to 128, got 256"),
+        ("pairs", 0, "pairs must be from 1 to"),
+        ("pairs", 2.0, "pairs must be an integer, got 2.0"),
+        ("merge_elements", 1, "merge_elements must be from"),
+        ("partial_dtype", "int8", "partial_dtype must be None or 'float32', got 'int8'"),
+        ("scratch_bytes", 1000, "scratch_bytes must be from"),
+    ],
+)
+def test_bad_tuning_is_named_with_its_value_and_the_rule(field, value, message):
+    with pytest.raises(ValueError, match=message):
+        SelectedTuning(**{field: value})
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("rows", 48), ("rows", 8), ("num_warps", 3), ("num_stages", 0)]
+)
+def test_bad_tile_is_named(field, value):
+    with pytest.raises(ValueError, match=f"{field} must be .* got {value}"):
+        Tile(**{field: value})
+
+
+UNSUPPORTED = {
+    "dtype": (dataclasses.replace(SMALL), jnp.float64, 16, None, "float16, bfloat16 or float32"),
+    "width": (dataclasses.replace(SMALL, width=257), jnp.float32, 16, None, "at most 256, got 257"),
+    "block": (SMALL, jnp.float32, 24, None, "block_size must be a multiple of 16, got 24"),
+    "group": (group(130), jnp.float32, 16, None, "at most 128 query heads"),
+    "shared": (group(128, width=256, value_width=256), jnp.float32, 16, None, "shared memory of"),
+    "split": (SMALL, jnp.float32, 16, SelectedTuning(block_k=32), "block_k=32 must divide"),
+    "rows": (group(20), jnp.float32, 16, SelectedTuning(backward=Tile(rows=16)), "rows=16 must"),
+}
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("name", UNSUPPORTED)
+def test_a_call_that_the_kernels_cannot_serve(name, monkeypatch, caplog):
+    """A named choice raises with the reason; None takes another implementation and says so."""
+    shape, dtype, block_size, tuning, reason = UNSUPPORTED[name]
+    indices = jnp.zeros(shape.indices, jnp.int32)
+    call = functools.partial(
+        fsa_jax.selected_attention,
+        *inputs(shape, dtype),
+        indices,
+        block_size=block_size,
+        tuning=tuning,
+    )
+    with pytest.raises(NotImplementedError, match=reason):
+        call(implementation="triton_interpret")
+    monkeypatch.setattr(triton, "capability", lambda: 90)
+    with pytest.raises(NotImplementedError, match=reason):
+        call(implementation="triton")
+    monkeypatch.setattr(dispatch, "_logged", set())
+    with caplog.at_level("INFO", logger="fsa_jax"):
+        assert np.isfinite(call()).all()
+        call()
+    assert len(caplog.records) == 1
+    assert reason in caplog.text
+
+
+def test_an_old_gpu_or_none_is_refused(monkeypatch):
+    call = functools.partial(
+        fsa_jax.selected_attention,
+        *inputs(SMALL),
+        jnp.zeros(SMALL.indices, jnp.int32),
+        block_size=16,
+        implementation="triton",
+    )
+    with pytest.raises(NotImplementedError, match="need an NVIDIA GPU"):
+        call()
+    monkeypatch.setattr(triton, "capability", lambda: 75)
+    with pytest.raises(NotImplementedError, match=r"capability 8\.0, the GPU has 7\.5"):
+        call()
+
+
+def test_on_a_cpu_the_choice_for_either_device_is_the_portable_implementation():
+    """What None does in a process that has a GPU, lowered for a CPU: values and gradients."""
+    indices = lists(0, *SMALL.indices, SMALL.blocks)
+    rows = describe_rows(packed_ids(SMALL), SMALL.batch, SMALL.length)
+    either = functools.partial(
+        triton.selected_attention,
+        block_indices=indices, rows=rows, block_size=16, scale=0.3, mode="either",
+    )  # fmt: skip
+    portable = selected(indices, 16, packed_ids(SMALL), "xla", scale=0.3)
+    args = inputs(SMALL)
+    got, wanted = (value_and_gradients(f, 3, *args) for f in (either, portable))
+    assert_close(got, wanted, 1e-6)
