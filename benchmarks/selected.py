@@ -178,7 +178,7 @@ def operator(method: str, sizes: Sizes, implementation: str):
 def default_choice(length: int, group: int, sizes: Sizes) -> dict[str, str]:
     """Which forced method the default equals in each pass; "default" where it equals none."""
     query, key, value, lists = sizes.arrays(length, group)
-    rest = lists.shape[3], sizes.config.block_size, triton.capability() or 90
+    rest = lists.shape[3], sizes.config.block_size, triton.planned_capability()
 
     def plan(method):
         return make_plan(SelectedTuning(method=method), query, key, value, *rest)

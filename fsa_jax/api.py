@@ -297,12 +297,18 @@ def selected_attention(
     block_indices = checks.integers("block_indices", block_indices, axes)
     block_indices = block_indices if has_batch else block_indices[None]
     checks.same_axes("B T K", key=key, block_indices=block_indices)
-    arrays = (query, key, value, block_indices)
-    sizes: dict[str, Any] = {"block_size": block_size}
     tuning = checks.tuning(tuning, implementation)
-    reason = triton.supported(*arrays, **sizes, tuning=tuning)
+    reason = triton.supported(query, key, value, block_size=block_size, tuning=tuning)
     serve = choose("selected_attention", implementation, reason, tuning=tuning)
-    result = serve(*arrays, rows, **sizes, scale=checks.scale(scale, query.shape[-1]))
+    result = serve(
+        query,
+        key,
+        value,
+        block_indices,
+        rows,
+        block_size=block_size,
+        scale=checks.scale(scale, query.shape[-1]),
+    )
     return _result(result, has_batch, return_residuals)
 
 

@@ -23,8 +23,8 @@ from fsa_jax.segments import Rows, listed_block_starts
 
 #: The oldest compute capability whose matrix units and asynchronous copies the kernels use.
 OLDEST = 80
-#: What interpret mode stands for where there is no GPU.
-NEWEST = 90
+#: The capability whose sizes are taken where there is no such GPU to ask: in interpret mode.
+ASSUMED = 90
 
 
 def capability() -> int | None:
@@ -48,11 +48,15 @@ def device_reason() -> str | None:
     return None
 
 
-def supported(query, key, value, block_indices, *, block_size, tuning=None) -> str | None:
-    """Why the kernels cannot serve the call on the GPU to compile for; None if they can."""
-    del block_indices  # any lists will do
+def planned_capability() -> int:
+    """The capability that tiles are sized for: of the GPU, or `ASSUMED` where none can serve."""
+    return ASSUMED if device_reason() else capability() or ASSUMED
+
+
+def supported(query, key, value, *, block_size, tuning=None) -> str | None:
+    """Why the kernels cannot serve the call on a GPU that can run them; None if they can."""
     tuning = tuning or SelectedTuning()
-    return plan_reason(tuning, query, key, value, block_size, capability() or NEWEST)
+    return plan_reason(tuning, query, key, value, block_size, planned_capability())
 
 
 def selected_attention(
@@ -79,7 +83,7 @@ def selected_attention(
     starts = listed_block_starts(rows, block_indices, block_size)
     slots = block_indices.shape[3]
     plan = make_plan(
-        tuning or SelectedTuning(), query, key, value, slots, block_size, capability() or NEWEST
+        tuning or SelectedTuning(), query, key, value, slots, block_size, planned_capability()
     )
     call = _Call(plan, block_size, scale, rows.packed, mode)
     documents = (rows.start, rows.end, rows.valid)

@@ -22,8 +22,6 @@ Shapes: H heads of a chunk, C tokens of it, P = C*S pairs of a head, G query hea
 b keys of a block, D and E head widths, I items, X extra items.
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
@@ -99,7 +97,7 @@ def partial_gradients(
       dout: cotangent of the output, [B, T, N, E].
       lse: float32 [B, T, N].
       delta: sum(out * dout) - dlse, float32 [B, T, N].
-      inverse: `inverse_units`, float32 [B, T, N].
+      inverse: `inverse_units`, float32 [B, T, N]; None for no dq.
       heads: H.
       tokens: C.
       slots: S.
@@ -107,7 +105,7 @@ def partial_gradients(
       scale: factor of the logits.
       tile: `tuning.Tile`.
       extras: X.
-      partial_dtype: dtype of the partial dq; None for no dq.
+      partial_dtype: dtype of the partial dq.
       interpret: run the kernel in interpret mode.
 
     Returns:
@@ -118,11 +116,14 @@ def partial_gradients(
     value_width = value.shape[3]
     group = query.shape[2] // kv_heads
     sizes = {"length": length, "group": group, "kv_heads": kv_heads, "slots": slots, "block": block}
+    items, inputs = item_arrays(where, lists), (query, key, value, dout, lse, delta)
+    want_dq = inverse is not None
 
     def backward_kernel(*refs):
-        *item_refs, query_ref, key_ref, value_ref, dout_ref = refs[: len(inputs) - 3]
-        lse_ref, delta_ref, inverse_ref = refs[len(inputs) - 3 : len(inputs)]
-        dkey_ref, dvalue_ref, *part_refs = refs[len(inputs) :]
+        item_refs, refs = refs[: len(items)], refs[len(items) :]
+        query_ref, key_ref, value_ref, dout_ref, lse_ref, delta_ref, *refs = refs
+        inverse_ref, part_ref = refs.pop(0) if want_dq else None, refs.pop() if want_dq else None
+        dkey_ref, dvalue_ref = refs
         item = Item(item_refs, rows=tile.rows, **sizes)
         columns, value_columns = columns_of(width, COLUMNS), columns_of(value_width, COLUMNS)
         keys = item.load_block(key_ref, columns)
@@ -135,11 +136,11 @@ def partial_gradients(
             queries = item.load_rows(query_ref, rows, columns)
             douts = item.load_rows(dout_ref, rows, value_columns)
             lses = load(lse_ref.at[item.batch, token, query_head], mask=live)
-            read_inverses = functools.partial(
-                load, inverse_ref.at[item.batch, token, query_head], mask=live
-            )
+            def read_inverses():
+                return load(inverse_ref.at[item.batch, token, query_head], mask=live)
+
             # Read here or where they are used: whichever the registers of the group allow.
-            inverses = read_inverses() if tile.rows % group else None
+            inverses = read_inverses() if want_dq and tile.rows % group else None
             deltas = load(delta_ref.at[item.batch, token, query_head], mask=live)
             # This order of the products is the fastest of those that spill no registers.
             dp = product(douts, values)
@@ -150,7 +151,7 @@ def partial_gradients(
             p_cut = p.astype(dout_ref.dtype)
             dvalues = [x + dot(do, p_cut, (0, 0)) for x, do in zip(dvalues, douts, strict=True)]
             ds = (p * (dp - deltas[:, None])).astype(key_ref.dtype)
-            for part_ref in part_refs:
+            if want_dq:
                 inverses = read_inverses() if inverses is None else inverses
                 for d, tile_keys in zip(columns, keys, strict=True):
                     part = dot(ds, tile_keys, (1, 0)) * inverses[:, None]
@@ -180,12 +181,13 @@ def partial_gradients(
 
     rows = heads * length + extras * block
     shapes = [jax.ShapeDtypeStruct((rows, x.shape[3]), jnp.float32) for x in (key, value)]
-    if partial_dtype is not None:
+    if want_dq:
         shape = (heads, tokens * slots * group, width)
         shapes.append(jax.ShapeDtypeStruct(shape, partial_dtype))
-    inputs = (*item_arrays(where, lists), query, key, value, dout, lse, delta, inverse)
+        inputs = (*inputs, inverse)
     return call(
         backward_kernel,
+        *items,
         *inputs,
         grid=lists.start.shape,
         out_shape=tuple(shapes),
@@ -218,7 +220,7 @@ def sum_blocks(
     blocks = -(-length // spacing)
     heads = lists.block_items.size // blocks
 
-    def sum_kernel(
+    def sum_blocks_kernel(
         where_ref, items_ref, extra_ref, start_ref, dkey_parts_ref, dvalue_parts_ref,
         _dkey, _dvalue, *sum_refs,
     ):  # fmt: skip
@@ -257,7 +259,7 @@ def sum_blocks(
             store(target, total.astype(ref.dtype), mask=mask)
 
     return call(
-        sum_kernel,
+        sum_blocks_kernel,
         where,
         lists.block_items,
         lists.block_extra,

@@ -100,7 +100,7 @@ def sum_gradients(where, starts, part, inverse, dquery, *, scale, kv_heads, elem
     [B, T, N] says; the other arguments are those of `merge_outputs`.
     """
 
-    def sum_kernel(where_ref, starts_ref, part_ref, inverse_ref, _dquery, dquery_ref):
+    def sum_gradients_kernel(where_ref, starts_ref, part_ref, inverse_ref, _dquery, dquery_ref):
         place = _Place(where_ref, starts_ref, dquery_ref, kv_heads, elements)
         d = iota(next_power_of_two(place.width))
 
@@ -115,7 +115,7 @@ def sum_gradients(where, starts, part, inverse, dquery, *, scale, kv_heads, elem
         place.store(dquery_ref, total * unit[:, None], d)
 
     return call(
-        sum_kernel,
+        sum_gradients_kernel,
         where,
         starts,
         part,

@@ -70,7 +70,9 @@ def attention(starts, query, key, value, *, block, scale, tile, interpret):
         top, total, out = jax.lax.fori_loop(0, starts_ref.shape[3], step, state)
         some = total > 0
         total = jnp.where(some, total, 1.0)
-        _store_rows(out_ref, batch, token, query_head, there, (out / total[:, None]).T)
+        target = out_ref.at[batch, token, query_head[:, None], e[None, :]]
+        mask = rows_mask(there, e, out_ref.shape[3])
+        store(target, (out / total[:, None]).astype(out_ref.dtype), mask=mask)
         lse = jnp.where(some, (top + jnp.log2(total)) / LOG2_E, -jnp.inf)
         store(lse_ref.at[batch, token, query_head], lse, mask=there)
 
@@ -117,7 +119,9 @@ def query_gradient(
 
         zeros = jnp.zeros((d.size, query_head.size), jnp.float32)
         dquery = jax.lax.fori_loop(0, starts_ref.shape[3], step, zeros) * scale
-        _store_rows(dquery_ref, batch, token, query_head, there, dquery)
+        target = dquery_ref.at[batch, token, query_head[None, :], d[:, None]]
+        mask = rows_mask(there, d, dquery_ref.shape[3]).T
+        store(target, dquery.astype(dquery_ref.dtype), mask=mask)
 
     return call(
         query_gradient_kernel,
@@ -170,10 +174,3 @@ def _load_rows(array_ref, batch, token, query_head, there):
     d = _columns(array_ref)
     mask = rows_mask(there, d, array_ref.shape[3])
     return load(array_ref.at[batch, token, query_head[:, None], d[None, :]], mask=mask)
-
-
-def _store_rows(array_ref, batch, token, query_head, there, rows):
-    d = _columns(array_ref)
-    mask = rows_mask(there, d, array_ref.shape[3]).T
-    target = array_ref.at[batch, token, query_head[None, :], d[:, None]]
-    store(target, rows.astype(array_ref.dtype), mask=mask)

@@ -127,7 +127,7 @@ def gradients(
             starts, query, key, value, dout, lse, delta, tile=plan.query_outer_backward, **static
         )
     where, starts = _chunk_lists(plan, starts)
-    inverse = backward.inverse_units(key, value, dout, delta, rows.valid)
+    inverse = backward.inverse_units(key, value, dout, delta, rows.valid) if kv_outer else None
     first = rows.token - rows.position % plan.block
     block_start = jnp.where(rows.valid, first, rows.start.shape[1])
 
@@ -149,7 +149,7 @@ def gradients(
             slots=starts.shape[-1],
             tile=plan.backward,
             extras=index.num_extras(starts.size, plan.pairs),
-            partial_dtype=plan.gradient_dtype if kv_outer else None,
+            partial_dtype=plan.gradient_dtype,
             **static,
         )
         dkey, dvalue = backward.sum_blocks(

@@ -17,9 +17,9 @@ METHODS = ("kv_outer", "query_outer")
 WIDEST, MOST_ROWS = 256, 128
 #: Elements of K and V of a tile, so that dK and dV stay in registers.
 ON_CHIP = 20480
-#: Largest group for which the KV-outer forward kernel is the faster one. On an H200 the query-outer
-#: kernel takes as long for 1 head as for 16, and the KV-outer one grows with them.
-KV_OUTER_GROUP = 10
+#: Largest groups for which the KV-outer kernels are the faster ones. On an H200 the query-outer
+#: kernels take as long for 1 head as for 16, and the KV-outer ones grow with them.
+KV_OUTER_FORWARD, KV_OUTER_BACKWARD = 10, 15
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -189,8 +189,8 @@ def make_plan(
         + 4 * block * (width + value_width) // pairs,
     )
     return Plan(
-        forward_method=tuning.method or ("query_outer" if group > KV_OUTER_GROUP else "kv_outer"),
-        backward_method=tuning.method or "kv_outer",
+        forward_method=tuning.method or METHODS[group > KV_OUTER_FORWARD],
+        backward_method=tuning.method or METHODS[group > KV_OUTER_BACKWARD],
         block=block,
         forward=tuning.forward or Tile(rows=rows),
         # a third stage pays, but costs registers that groups other than powers of two do not leave
