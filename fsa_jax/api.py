@@ -157,14 +157,16 @@ def compressed_attention(
 
     Source: NSA (arXiv 2502.11089), equation 7.
     """
-    serve = choose("compressed_attention", implementation)
+    check_name(implementation)
     kernel_size = checks.size("kernel_size", kernel_size)
     kernel_stride = checks.size("kernel_stride", kernel_stride)
     check_window(kernel_size, kernel_stride)
-    query, key, value, rows, has_batch = checks.attention_arrays(
-        query, compressed_key, compressed_value, segment_ids, kernel_stride
+    query, key, value, has_batch = checks.attention_arrays(
+        query, compressed_key, compressed_value, kernel_stride
     )
-    result = serve(
+    rows = checks.rows(query, segment_ids, has_batch)
+    reason = triton.range_reason(query, key, value)
+    result = choose("compressed_attention", implementation, reason)(
         query,
         key,
         value,
@@ -223,15 +225,17 @@ def select_blocks(
 
     Source: NSA (arXiv 2502.11089), equations 8 to 12.
     """
-    serve = choose("select_blocks", implementation)
+    check_name(implementation)
     config = checks.config(config)
-    query, key, _, rows, has_batch = checks.attention_arrays(
-        query, compressed_key, compressed_key, segment_ids, config.kernel_stride
+    query, key, _, has_batch = checks.attention_arrays(
+        query, compressed_key, compressed_key, config.kernel_stride
     )
+    rows = checks.rows(query, segment_ids, has_batch)
     lse = checks.with_batch("lse", lse, "T N", has_batch)
     checks.same_axes("B T N", query=query, lse=lse)
     query, key, lse = jax.lax.stop_gradient((query, key, lse))
-    indices = serve(
+    reason = triton.select_reason(query, key, config)
+    indices = choose("select_blocks", implementation, reason)(
         query, key, lse, rows, config=config, scale=checks.scale(scale, query.shape[-1])
     )
     indices = checkpoint_name(indices, "block_indices")
@@ -292,13 +296,14 @@ def selected_attention(
     """
     check_name(implementation)
     block_size = checks.size("block_size", block_size)
-    query, key, value, rows, has_batch = checks.attention_arrays(query, key, value, segment_ids)
+    query, key, value, has_batch = checks.attention_arrays(query, key, value)
+    rows = checks.rows(query, segment_ids, has_batch)
     axes = "B T K S" if has_batch else "T K S"
     block_indices = checks.integers("block_indices", block_indices, axes)
     block_indices = block_indices if has_batch else block_indices[None]
     checks.same_axes("B T K", key=key, block_indices=block_indices)
     tuning = checks.tuning(tuning, implementation)
-    reason = triton.supported(query, key, value, block_size=block_size, tuning=tuning)
+    reason = triton.selected_reason(query, key, value, block_size=block_size, tuning=tuning)
     serve = choose("selected_attention", implementation, reason, tuning=tuning)
     result = serve(
         query,
@@ -355,10 +360,12 @@ def sliding_window_attention(
 
     Source: NSA (arXiv 2502.11089), section 3.3.3.
     """
-    serve = choose("sliding_window_attention", implementation)
+    check_name(implementation)
     window_size = checks.size("window_size", window_size)
-    query, key, value, rows, has_batch = checks.attention_arrays(query, key, value, segment_ids)
-    result = serve(
+    query, key, value, has_batch = checks.attention_arrays(query, key, value)
+    rows = checks.rows(query, segment_ids, has_batch)
+    reason = triton.range_reason(query, key, value)
+    result = choose("sliding_window_attention", implementation, reason)(
         query, key, value, rows, window_size=window_size, scale=checks.scale(scale, query.shape[-1])
     )
     return _result(result, has_batch, return_residuals)
@@ -416,8 +423,11 @@ def native_sparse_attention(
 
     Source: NSA (arXiv 2502.11089), equation 5.
     """
-    resolve("native_sparse_attention", implementation)
+    check_name(implementation)
     config = checks.config(config)
+    _check_operator(
+        query, key, value, compressed_key, compressed_value, gates, config, implementation
+    )
     common = {"scale": scale, "segment_ids": segment_ids, "implementation": implementation}
     compressed, lse = compressed_attention(
         query,
@@ -434,6 +444,22 @@ def native_sparse_attention(
     )
     window = sliding_window_attention(query, key, value, window_size=config.window_size, **common)
     return combine_branches(gates, compressed, selected, window)
+
+
+def _check_operator(
+    query, key, value, compressed_key, compressed_value, gates, config, implementation
+) -> None:
+    """What a branch would only find after others have done their work."""
+    _, compressed_key, compressed_value, _ = checks.attention_arrays(
+        query, compressed_key, compressed_value, config.kernel_stride
+    )
+    query, key, value, has_batch = checks.attention_arrays(query, key, value)
+    checks.same_widths(value=value, compressed_value=compressed_value)
+    checks.gates(gates, query, has_batch)
+    if implementation is not None:
+        reason = triton.selected_reason(query, key, value, block_size=config.block_size)
+        reason = reason or triton.select_reason(query, compressed_key, config)
+        resolve("native_sparse_attention", implementation, reason)
 
 
 def combine_branches(
@@ -453,12 +479,7 @@ def combine_branches(
     """
     out = branches[0]
     has_batch = out.ndim == 4
-    gates = checks.with_batch("gates", gates, "T N 3", has_batch)
-    expected = (*(out.shape if has_batch else (1, *out.shape))[:3], 3)
-    if gates.shape not in (expected, (*expected[:2], 1, 3)):
-        raise ValueError(
-            f"gates must have shape {expected} or {(*expected[:2], 1, 3)}, got {gates.shape}"
-        )
+    gates = checks.gates(gates, out if has_batch else out[None], has_batch)
     wide = wide_dtype(out)
     gates = rearrange((gates if has_batch else gates[0]).astype(wide), "... n c -> c ... n 1")
     total = sum(gate * branch.astype(wide) for gate, branch in zip(gates, branches, strict=True))

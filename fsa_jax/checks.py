@@ -72,6 +72,17 @@ def grouped(query, key, value, prefix: str = "") -> None:
     same_axes("B T K", **{f"{prefix}key": key, f"{prefix}value": value})
 
 
+def same_widths(**arrays) -> None:
+    """All the arrays have the last axis of the first."""
+    (first, x), *others = arrays.items()
+    for name, other in others:
+        if other.shape[-1] != x.shape[-1]:
+            raise ValueError(
+                f"{name} must have the head width of {first}, got {other.shape[-1]} and "
+                f"{x.shape[-1]}"
+            )
+
+
 def window_count(name: str, x, length: int, kernel_stride: int) -> None:
     """One slot for every kernel_stride tokens, as `compress` lays them out."""
     if x.shape[1] != length // kernel_stride:
@@ -125,11 +136,11 @@ def with_batch(name: str, x, axes: str, has_batch: bool, empty: str = "") -> jax
     return x if has_batch else x[None]
 
 
-def attention_arrays(query, key, value, segment_ids, kernel_stride: int | None = None):
+def attention_arrays(query, key, value, kernel_stride: int | None = None):
     """Canonical, checked arrays of an attention; keys are compressed if a stride is given.
 
     Returns:
-      query, key and value with a batch axis, the rows' documents, and whether there was a batch.
+      query, key and value with a batch axis, and whether there was a batch.
     """
     prefix = "" if kernel_stride is None else "compressed_"
     tokens = "T" if kernel_stride is None else "M"
@@ -143,7 +154,19 @@ def attention_arrays(query, key, value, segment_ids, kernel_stride: int | None =
     grouped(query, key, value, prefix)
     if kernel_stride is not None:
         window_count(f"{prefix}key", key, query.shape[1], kernel_stride)
-    return query, key, value, rows(query, segment_ids, has_batch), has_batch
+    return query, key, value, has_batch
+
+
+def gates(gates, query: jax.Array, has_batch: bool) -> jax.Array:
+    """Gates with a batch axis: one triple for each query head, or one for each token."""
+    gates = with_batch("gates", gates, "T N 3", has_batch)
+    batch, length, heads, _ = query.shape
+    if gates.shape not in ((batch, length, heads, 3), (batch, length, 1, 3)):
+        first = 0 if has_batch else 1
+        wanted = tuple((batch, length, n, 3)[first:] for n in (heads, 1))
+        got = gates.shape[first:]
+        raise ValueError(f"gates must have shape {wanted[0]} or {wanted[1]}, got {got}")
+    return gates
 
 
 def rows(x: jax.Array, segment_ids, has_batch: bool) -> Rows:

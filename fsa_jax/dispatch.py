@@ -17,8 +17,6 @@ _FUNCTIONS = (
     "sliding_window_attention",
     "native_sparse_attention",
 )
-#: The functions that the kernels serve.
-_ON_GPU = ("selected_attention",)
 _logged = set()
 
 
@@ -60,11 +58,7 @@ def resolve(function: str, implementation: str | None, reason: str | None = None
     check_name(implementation)
     if implementation in _MODULES:
         return implementation, "named by the caller"
-    if function == "native_sparse_attention" and implementation is None:
-        return "mixed", "each branch as listed above"
-    if function not in _ON_GPU:
-        reason = "this version has Pallas-Triton kernels for selected_attention alone"
-    elif implementation != "triton_interpret":
+    if implementation != "triton_interpret":
         reason = triton.device_reason() or reason
     if reason is None:
         return implementation or "triton", "named by the caller" if implementation else "a GPU"

@@ -108,6 +108,23 @@ def visible_tokens(rows: Rows, window_size: int) -> tuple[Int[Array, "B T"], Int
     return jnp.where(rows.valid, low, high), high
 
 
+def seers_of_windows(
+    rows: Rows, windows: Windows, kernel_size: int
+) -> tuple[Int[Array, "B M"], Int[Array, "B M"]]:
+    """The range of tokens [low, high) that see each slot; empty where the slot is."""
+    exists = windows.start < rows.start.shape[1]
+    start = jnp.where(exists, windows.start, 0)
+    end = jnp.take_along_axis(rows.end, start, axis=1)
+    return jnp.where(exists, start + (kernel_size - 1), 0), jnp.where(exists, end, 0)
+
+
+def seers_of_tokens(rows: Rows, window_size: int) -> tuple[Int[Array, "B T"], Int[Array, "B T"]]:
+    """The range of tokens [low, high) whose sliding window shows each token; empty at padding."""
+    low = jnp.broadcast_to(rows.token, rows.start.shape)
+    high = jnp.minimum(low + min(window_size, rows.start.shape[1]), rows.end)
+    return low, jnp.where(rows.valid, high, low)
+
+
 def listed_block_starts(
     rows: Rows, block_indices: Int[Array, "B T K S"], block_size: int
 ) -> Int[Array, "B T K S"]:

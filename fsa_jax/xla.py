@@ -47,14 +47,19 @@ PAIR_TILE = 128
 
 def compressed_attention(query, key, value, rows: Rows, *, kernel_size, kernel_stride, scale):
     """See fsa_jax.compressed_attention."""
-    low, high = visible_windows(describe_windows(rows, kernel_size, kernel_stride))
-    return _ungroup(_range_attention, query, key, value, (low, high), scale, "compressed")
+    visible = visible_windows(describe_windows(rows, kernel_size, kernel_stride))
+    return range_attention(query, key, value, visible, scale=scale, name="compressed")
 
 
 def sliding_window_attention(query, key, value, rows: Rows, *, window_size, scale):
     """See fsa_jax.sliding_window_attention."""
-    low, high = visible_tokens(rows, window_size)
-    return _ungroup(_range_attention, query, key, value, (low, high), scale, "window")
+    visible = visible_tokens(rows, window_size)
+    return range_attention(query, key, value, visible, scale=scale, name="window")
+
+
+def range_attention(query, key, value, visible, *, scale, name):
+    """Attention of each query to the keys low .. high-1 of `visible` = (low, high) [B, T]."""
+    return _ungroup(_range_attention, query, key, value, visible, scale, name)
 
 
 def selected_attention(query, key, value, block_indices, rows: Rows, *, block_size, scale):

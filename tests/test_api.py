@@ -129,6 +129,11 @@ BAD = [
         {"gates": GATES[:, :, :2]},
         ["gates", "(2, 40, 1, 3)", "(2, 40, 2, 3)"],
     ),
+    (
+        "native_sparse_attention",
+        {"compressed_value": COMPRESSED[..., :5]},
+        ["compressed_value", "head width of value", "5 and 6"],
+    ),
     ("compress", {"x": KEY[0, 0]}, ["x", "[B T K D]", "(2, 6)"]),
     ("compress", {"method": "max"}, ["method", "'linear'", "'max'"]),
     ("compress", {"weights": None}, ["weights", "(2, 48, 6)", "None"]),
@@ -190,13 +195,23 @@ def test_negative_ids_are_padding_where_values_cannot_be_read():
     np.testing.assert_array_equal(jax.jit(run)(ids), run(jnp.maximum(ids, 0)))
 
 
-@pytest.mark.parametrize("name", ["triton", "triton_interpret"])
-@pytest.mark.parametrize(
-    "function", [f for f in GOOD if f not in ("compress", "selected_attention")]
-)
-def test_a_named_implementation_that_cannot_serve_says_so(function, name):
-    with pytest.raises(NotImplementedError, match=f"{name}.*{function}.*selected_attention alone"):
-        getattr(fsa_jax, function)(**GOOD[function], implementation=name)
+@pytest.mark.parametrize("function", [f for f in GOOD if f != "compress"])
+def test_a_named_implementation_that_cannot_serve_says_so(function):
+    with pytest.raises(NotImplementedError, match=f"triton.*{function}.*need an NVIDIA GPU"):
+        getattr(fsa_jax, function)(**GOOD[function], implementation="triton")
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("function", [f for f in GOOD if f != "compress"])
+def test_arrays_that_the_kernels_do_not_take_are_named(function):
+    wide = {
+        name: x.astype(jnp.float64)
+        for name, x in GOOD[function].items()
+        if isinstance(x, jax.Array) and x.dtype == jnp.float32
+    }
+    with pytest.raises(NotImplementedError, match=f"{function}.*the dtype must be.*got float64"):
+        getattr(fsa_jax, function)(**GOOD[function] | wide, implementation="triton_interpret")
+    assert np.isfinite(getattr(fsa_jax, function)(**GOOD[function] | wide)).all()
 
 
 def test_the_default_choice_is_logged_once(caplog, monkeypatch):

@@ -23,6 +23,9 @@ def tables(ids, indices):
         "first": windows.first,
         "visible": windows.visible,
         "range": segments.visible_tokens(rows, 5),
+        "seen_windows": segments.visible_windows(windows),
+        "seers_of_windows": segments.seers_of_windows(rows, windows, 6),
+        "seers_of_tokens": segments.seers_of_tokens(rows, 5),
         "block_start": starts,
     }
 
@@ -33,6 +36,14 @@ def test_tables_of_any_segmentation(ids):
     indices = lists(0, 2, LENGTH, 1, 5, LENGTH // 6)
     table = jax.tree.map(np.asarray, tables(ids, indices))
     low, high = table["range"]
+    for seen, seers in (("range", "seers_of_tokens"), ("seen_windows", "seers_of_windows")):
+        sees, seen_by = (
+            np.stack([(at >= a) & (at < b) for at in range(LENGTH)])
+            for a, b in (table[seen], table[seers])
+        )  # [key, B, query] and [query, B, key]
+        keys = seen_by.shape[2]
+        np.testing.assert_array_equal(sees[:keys].transpose(2, 1, 0), seen_by)
+        assert not sees[keys:].any()
     for b, row in enumerate(ids):
         np.testing.assert_array_equal(table["valid"][b], row > 0)
         slots = []

@@ -8,11 +8,6 @@ from hypothesis import strategies as st
 import fsa_jax
 
 IMPLEMENTATIONS = ("reference", "xla")
-#: Pairs (branch, implementation): the kernels serve selected attention alone.
-BRANCHES = (
-    *((branch, name) for branch in ("selected", "window") for name in IMPLEMENTATIONS),
-    ("selected", "triton_interpret"),
-)
 
 
 def numbers(seed, *shape):

@@ -1,5 +1,6 @@
 """What every kernel of this package shares: calling, tile sizes, products, padding of widths."""
 
+import dataclasses
 import functools
 import math
 
@@ -86,7 +87,11 @@ def dot(a: jax.Array, b: jax.Array, contract: tuple[int, int]) -> jax.Array:
     )
 
 
-load = functools.partial(plgpu.load, other=0)
+def load(ref, *, mask=None, other=0) -> jax.Array:
+    """Loads what `mask` allows, all without a mask, and `other` elsewhere."""
+    return plgpu.load(ref, mask=mask, other=None if mask is None else other)
+
+
 store = plgpu.store
 
 
@@ -105,3 +110,30 @@ def product(a: list[jax.Array], b: list[jax.Array]) -> jax.Array:
     """Product a b^T of matrices that are cut into tiles of columns."""
     first, *others = (dot(x, y, (1, 1)) for x, y in zip(a, b, strict=True))
     return sum(others, first)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Sum:
+    """A float32 sum of many tiles; with `lost`, the rounding errors of its additions (Kahan).
+
+    Matrix products of float32 are exact enough that the order of long sums shows: thousands of terms
+    added in a row err several times more than what dense attention does in trees.
+    """
+
+    total: jax.Array
+    lost: jax.Array | None
+
+    @staticmethod
+    def zeros(shape: tuple[int, ...], exact: bool) -> "Sum":
+        zeros = jnp.zeros(shape, jnp.float32)
+        return Sum(zeros, zeros if exact else None)
+
+    def add(self, part: jax.Array, decay: jax.Array | None = None) -> "Sum":
+        """The sum times `decay`, plus `part`."""
+        total = self.total if decay is None else self.total * decay
+        if self.lost is None:
+            return Sum(total + part, None)
+        part = part - (self.lost if decay is None else self.lost * decay)
+        new = total + part
+        return Sum(new, (new - total) - part)

@@ -137,18 +137,13 @@ def plan_reason(
     tuning: SelectedTuning, query, key, value, block_size: int, capability: int
 ) -> str | None:
     """Why the kernels cannot serve a call on a GPU of that capability; None if they can."""
-    if query.dtype not in (jnp.float16, jnp.bfloat16, jnp.float32):
-        return f"the dtype must be float16, bfloat16 or float32, got {query.dtype}"
-    for name, x in (("key", key), ("value", value)):
-        if x.shape[3] > WIDEST:
-            return f"the head width of {name} must be at most {WIDEST}, got {x.shape[3]}"
+    if reason := arrays_reason(query, key, value):
+        return reason
     if block_size % 16:
         return f"block_size must be a multiple of 16, got {block_size}"
     if tuning.block_k is not None and block_size % tuning.block_k:
         return f"block_k={tuning.block_k} must divide block_size={block_size}"
     group = query.shape[2] // key.shape[2]
-    if group > MOST_ROWS:
-        return f"at most {MOST_ROWS} query heads may share a key head, got {group}"
     for tile in (tuning.forward, tuning.backward):
         if tile is not None and tile.rows < group:
             return f"rows={tile.rows} must hold the {group} heads of a group"
@@ -157,9 +152,22 @@ def plan_reason(
     if _tile_sizes(query, key, value, block_size, capability) is None:
         return (
             f"{group} query heads a key head of {query.dtype} and head widths {key.shape[3]} and "
-            f"{value.shape[3]} need more than the {_shared_memory(capability)} bytes of shared "
+            f"{value.shape[3]} need more than the {shared_memory(capability)} bytes of shared "
             "memory of the GPU"
         )
+    return None
+
+
+def arrays_reason(query, key, value) -> str | None:
+    """Why no kernel takes arrays of these shapes and dtypes; None if they do."""
+    if query.dtype not in (jnp.float16, jnp.bfloat16, jnp.float32):
+        return f"the dtype must be float16, bfloat16 or float32, got {query.dtype}"
+    for name, x in (("key", key), ("value", value)):
+        if x.shape[3] > WIDEST:
+            return f"the head width of {name} must be at most {WIDEST}, got {x.shape[3]}"
+    group = query.shape[2] // key.shape[2]
+    if group > MOST_ROWS:
+        return f"at most {MOST_ROWS} query heads may share a key head, got {group}"
     return None
 
 
@@ -207,7 +215,8 @@ def make_plan(
     )
 
 
-def _shared_memory(capability: int) -> int:
+def shared_memory(capability: int) -> int:
+    """Bytes of shared memory that one program may use on a GPU of that capability."""
     return SHARED_MEMORY[max(c for c in SHARED_MEMORY if c <= capability)]
 
 
@@ -218,8 +227,8 @@ def _tile_sizes(query, key, value, block_size: int, capability: int) -> tuple[in
     shared memory holds K and V, two stages of q and dout, and p and ds.
     """
     group, itemsize = query.shape[2] // key.shape[2], query.dtype.itemsize
-    widths = sum(_padded(x.shape[3]) for x in (key, value))
-    shared = _shared_memory(capability)
+    widths = sum(padded_width(x.shape[3]) for x in (key, value))
+    shared = shared_memory(capability)
     # wide heads, and older matrix units, need more registers a row
     most = 64 if widths <= 256 and capability >= 90 and itemsize == 2 else 32
     most = max(most, next_power_of_two(group))
@@ -231,7 +240,7 @@ def _tile_sizes(query, key, value, block_size: int, capability: int) -> tuple[in
     return None
 
 
-def _padded(width: int) -> int:
+def padded_width(width: int) -> int:
     """Columns that `common.cut_width` makes of `width`."""
     return sum(size for _, size in cut_width(width, 64))
 

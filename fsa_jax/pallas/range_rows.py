@@ -1,0 +1,271 @@
+"""Kernels whose programs own query rows: attention to one contiguous range of keys, and its dq.
+
+Serves compressed attention (keys are the windows that a query has behind it) and the sliding
+window. Row r of a head is query head r % G of token r // G, so R rows in a row fill a tile whatever
+G is, and the heads of a token share every key that is loaded.
+
+Dataflow of a program: R rows of q stay on chip; tiles of b keys go by, from the first that any row
+sees to the last. Tiles that all rows see whole take the short way, without a mask; those at the
+edges of the ranges are masked. Tiles that nobody sees are never loaded.
+
+Flops, with V the visible (row, key) pairs: forward 2*V*(D + E), dq 2*V*(2*D + E). Bytes: q, dout and
+the result once; K and V once for each tile of rows, from L2.
+
+Shapes: B rows of the batch, T tokens, N query heads, K key/value heads, G = N/K, M keys, D and E head
+widths, R rows and b keys of a tile.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+
+from fsa_jax.pallas.common import (
+    LOG2_E,
+    Sum,
+    call,
+    columns_of,
+    dot,
+    iota,
+    load,
+    product,
+    rows_mask,
+    softmax_weights,
+    split,
+    store,
+)
+
+
+def attention(query, key, value, visible, seers, *, plan, scale, interpret):
+    """Attention of each query to keys low .. high-1.
+
+    Args:
+      query: [B, T, N, D].
+      key: [B, M, K, D].
+      value: [B, M, K, E].
+      visible: (low, high), int32 [B, T]; empty where the query sees nothing.
+      seers: the range of tokens that see each key, int32 [B, M] each; empty where nobody does.
+      plan: `ranges.Plan`.
+      scale: factor of the logits.
+      interpret: run the kernel in interpret mode.
+
+    Returns:
+      out [B, T, N, E] in the dtype of `query` and lse float32 [B, T, N], natural logarithm; 0 and
+      -inf where a query sees nothing.
+    """
+    tile = plan.forward
+    exact = key.dtype == jnp.float32
+
+    def range_forward_kernel(
+        query_ref, key_ref, value_ref, low_ref, high_ref, *refs
+    ):  # fmt: skip
+        seers_refs, (out_ref, lse_ref) = refs[:2], refs[2:]
+        rows = _Rows(query_ref, key_ref, low_ref, high_ref, tile)
+        columns, value_columns = (columns_of(x.shape[3], 128) for x in (key, value))
+        queries = rows.load(query_ref, columns)
+
+        def step(start, state, masked):
+            top, total, out = state
+            keys, values = rows.load_keys(
+                start, (key_ref, value_ref), (columns, value_columns), seers_refs, masked
+            )
+            logits = product(queries, keys) * (scale * LOG2_E)
+            if masked:
+                logits = jnp.where(rows.sees(start), logits, -jnp.inf)
+            new_top = jnp.maximum(top, jnp.max(logits, axis=1))
+            # a row that has seen nothing yet: its weights and decay are 2^-inf = 0
+            safe = jnp.where(new_top == -jnp.inf, 0.0, new_top) if masked else new_top
+            p = jnp.exp2(logits - safe[:, None])
+            decay = jnp.exp2(top - safe)
+            p_cut = p.astype(value_ref.dtype)
+            out = [
+                x.add(dot(p_cut, v, (1, 0)), decay[:, None])
+                for x, v in zip(out, values, strict=True)
+            ]
+            return new_top, total * decay + jnp.sum(p, axis=1), out
+
+        zeros = jnp.zeros((tile.rows,), jnp.float32)
+        out = [Sum.zeros((tile.rows, e.size), exact) for e in value_columns]
+        top, total, out = rows.walk(step, (zeros - jnp.inf, zeros, out))
+        total = jnp.where(rows.sighted, total, 1.0)
+        for e, x in zip(value_columns, out, strict=True):
+            rows.store(out_ref, x.total / total[:, None], e)
+        lse = jnp.where(rows.sighted, (top + jnp.log2(total)) / LOG2_E, -jnp.inf)
+        store(lse_ref.at[*rows.target], lse, mask=rows.there)
+
+    return call(
+        range_forward_kernel,
+        query,
+        key,
+        value,
+        *visible,
+        *seers,
+        grid=_grid(query, key, tile.rows),
+        out_shape=(
+            jax.ShapeDtypeStruct((*query.shape[:3], value.shape[3]), query.dtype),
+            jax.ShapeDtypeStruct(query.shape[:3], jnp.float32),
+        ),
+        interpret=interpret,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+    )
+
+
+def query_gradient(
+    query, key, value, visible, seers, lse, delta, dout, *, plan, scale, interpret
+):  # fmt: skip
+    """Gradient [B, T, N, D] of the queries.
+
+    `lse` float32 [B, T, N], `delta` = sum(out * dout) - dlse, float32 [B, T, N], `dout` [B, T, N, E];
+    the other arguments are those of `attention`.
+    """
+    tile = plan.query_gradient
+    exact = key.dtype == jnp.float32
+
+    def range_query_gradient_kernel(
+        query_ref, key_ref, value_ref, low_ref, high_ref, *refs
+    ):  # fmt: skip
+        seers_refs, (lse_ref, delta_ref, dout_ref, dquery_ref) = refs[:2], refs[2:]
+        rows = _Rows(query_ref, key_ref, low_ref, high_ref, tile)
+        columns, value_columns = (columns_of(x.shape[3], 128) for x in (key, value))
+        queries, douts = rows.load(query_ref, columns), rows.load(dout_ref, value_columns)
+        lses = load(lse_ref.at[*rows.target], mask=rows.sighted)
+        deltas = load(delta_ref.at[*rows.target], mask=rows.sighted)
+
+        def step(start, dquery, masked):
+            keys, values = rows.load_keys(
+                start, (key_ref, value_ref), (columns, value_columns), seers_refs, masked
+            )
+            p = softmax_weights(product(queries, keys), lses[:, None], scale, key_ref.dtype)
+            if masked:
+                p = jnp.where(rows.sees(start), p, 0.0)
+            ds = (p * (product(douts, values) - deltas[:, None])).astype(key_ref.dtype)
+            return [x.add(dot(ds, k, (1, 0))) for x, k in zip(dquery, keys, strict=True)]
+
+        zeros = [Sum.zeros((tile.rows, d.size), exact) for d in columns]
+        for d, x in zip(columns, rows.walk(step, zeros), strict=True):
+            rows.store(dquery_ref, x.total * scale, d)
+
+    return call(
+        range_query_gradient_kernel,
+        query,
+        key,
+        value,
+        *visible,
+        *seers,
+        lse,
+        delta,
+        dout,
+        grid=_grid(query, key, tile.rows),
+        out_shape=jax.ShapeDtypeStruct(query.shape, query.dtype),
+        interpret=interpret,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+    )
+
+
+def _grid(query, key, rows):
+    batch, length, heads, _ = query.shape
+    kv_heads = key.shape[2]
+    return (-(-length * (heads // kv_heads) // rows), batch * kv_heads)
+
+
+class _Rows:
+    """The rows of a program.
+
+    Attributes:
+      there: bool [R], rows that exist.
+      target: batch row, token [R] and query head [R].
+      low, high: int32 [R], the range of keys of each row.
+      sighted: bool [R], rows that see something.
+    """
+
+    def __init__(self, query_ref, key_ref, low_ref, high_ref, tile):
+        _, length, heads, _ = query_ref.shape
+        _, self.keys, kv_heads, _ = key_ref.shape
+        self.block = tile.keys
+        group = heads // kv_heads
+        # the last rows see most keys: they start first
+        number = pl.num_programs(0) - 1 - pl.program_id(0)
+        token, g = split(number * tile.rows + iota(tile.rows), group)
+        self.batch, self.kv_head = split(pl.program_id(1), kv_heads)
+        self.there = token < length
+        self.target = (self.batch, token, self.kv_head * group + g)
+        self.low = load(low_ref.at[self.batch, token], mask=self.there)
+        self.high = load(high_ref.at[self.batch, token], mask=self.there)
+        self.sighted = self.high > self.low
+
+    def load(self, ref, columns):
+        """Tiles [R, columns] of the rows, 0 for those that see nothing."""
+        batch, token, head = self.target
+        width = ref.shape[3]
+        return [
+            load(
+                ref.at[batch, token[:, None], head[:, None], d[None, :]],
+                mask=rows_mask(self.sighted, d, width),
+            )
+            for d in columns
+        ]
+
+    def store(self, ref, x, columns):
+        """Stores a tile [R, columns] of results; 0 for rows that see nothing."""
+        batch, token, head = self.target
+        store(
+            ref.at[batch, token[:, None], head[:, None], columns[None, :]],
+            jnp.where(self.sighted[:, None], x, 0.0).astype(ref.dtype),
+            mask=rows_mask(self.there, columns, ref.shape[3]),
+        )
+
+    def walk(self, step, state):
+        """Folds `step(first key, state, masked)` over the tiles of keys that any row sees.
+
+        In tiles that all sighted rows see whole, `masked` is False; then rows that see nothing get
+        any result.
+        """
+        lows = jnp.where(self.sighted, self.low, self.keys)
+        highs = jnp.where(self.sighted, self.high, 0)
+        first, last = jnp.min(lows), jnp.max(highs)
+        all_low = jnp.max(jnp.where(self.sighted, self.low, 0))
+        all_high = jnp.min(jnp.where(self.sighted, self.high, last))
+        begin, end = jnp.minimum(first, last) // self.block, pl.cdiv(last, self.block)
+        inner_begin = pl.cdiv(all_low, self.block)
+        inner_end = jnp.maximum(all_high // self.block, inner_begin)
+
+        def whole(i, state):
+            return step(i * self.block, state, False)
+
+        def edge(i, state):
+            before = i < inner_begin - begin
+            tile = jnp.where(before, begin + i, inner_end + i - (inner_begin - begin))
+            return step(tile * self.block, state, True)
+
+        state = jax.lax.fori_loop(inner_begin, inner_end, whole, state)
+        edges = (inner_begin - begin) + (end - inner_end)
+        return jax.lax.fori_loop(0, edges, edge, state)
+
+    def sees(self, start):
+        column = (start + iota(self.block))[None, :]
+        return (column >= self.low[:, None]) & (column < self.high[:, None])
+
+    def load_keys(self, start, refs, columns, seers_refs, masked):
+        """Tiles [b, columns] of keys and of values; 0 where nobody at all sees them."""
+        column = start + iota(self.block)
+        seen = None
+        if masked:
+            inside = column < self.keys
+            from_token, to_token = (load(x.at[self.batch, column], mask=inside) for x in seers_refs)
+            seen = inside & (from_token < to_token)
+        tiles = []
+        for ref, cut in zip(refs, columns, strict=True):
+            width, batch, kv_head = ref.shape[3], self.batch, self.kv_head
+            whole = seen is None and sum(d.size for d in cut) == width
+            rows = jnp.full((self.block,), True) if seen is None else seen
+            tiles.append(
+                [
+                    load(
+                        ref.at[batch, column[:, None], kv_head, d[None, :]],
+                        mask=None if whole else rows_mask(rows, d, width),
+                    )
+                    for d in cut
+                ]
+            )
+        return tiles

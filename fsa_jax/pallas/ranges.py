@@ -1,0 +1,124 @@
+"""Attention to contiguous ranges of keys from kernels: sizes, and the two passes.
+
+Forward: one kernel. Backward: dq by one whose programs own rows, dK and dV by one whose programs own
+keys; seven matmuls instead of the five of a single pass, and no sums between programs but those of
+the splits, so the order of every sum is fixed.
+"""
+
+import dataclasses
+
+from fsa_jax.pallas import range_keys, range_rows
+from fsa_jax.pallas.tuning import Tile, arrays_reason, padded_width, shared_memory
+
+#: Programs of the kernel of dK and dV that keep a GPU busy, whatever the number of keys.
+PROGRAMS = 1024
+#: Fewest steps of one of them, if all rows see its keys.
+SHORTEST = 8
+#: Most bytes of the parts of dK and dV that they leave.
+PARTS_BYTES = 2**28
+#: Most programs of the second and third axis of a grid.
+MOST_HEADS = 65535
+
+
+#: Rows, keys, warps and stages of tiles, the fastest first, by what programs own and what they
+#: multiply: 16-bit numbers of D + E <= 256 or more, or float32, which has no matrix unit. Programs
+#: that own 128 rows or keys read the other side half as often as those of 64; L2 would not feed
+#: these. Stages are the most for which no register is spilled.
+TILES = {
+    ("rows", "narrow"): ((128, 64, 8, 3), (64, 64, 4, 3), (64, 32, 4, 3), (32, 32, 4, 3)),
+    ("rows", "wide"): ((64, 32, 4, 3), (32, 32, 4, 3), (16, 16, 4, 2)),
+    ("rows", "float32"): ((32, 32, 8, 2), (16, 16, 4, 2)),
+    ("keys", "narrow"): ((64, 128, 8, 2), (32, 64, 4, 3), (32, 32, 4, 3)),
+    ("keys", "wide"): ((32, 64, 8, 3), (32, 32, 4, 3), (16, 16, 4, 2)),
+    ("keys", "float32"): ((32, 32, 8, 2), (16, 16, 4, 2)),
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RangeTile(Tile):
+    """How a program is cut: like `Tile`, with the number of `keys` of a tile."""
+
+    keys: int = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Everything static about a call of the kernels.
+
+    Attributes:
+      forward, query_gradient, key_gradient: tiles of the kernels.
+      splits: parts of the rows that see a tile of keys.
+    """
+
+    forward: RangeTile
+    query_gradient: RangeTile
+    key_gradient: RangeTile
+    splits: int
+
+
+def plan_reason(query, key, value, capability: int) -> str | None:
+    """Why the kernels cannot serve a call on a GPU of that capability; None if they can."""
+    if reason := arrays_reason(query, key, value):
+        return reason
+    batch, length, heads, _ = query.shape
+    if batch * key.shape[2] > MOST_HEADS:
+        return f"batch * key heads must be at most {MOST_HEADS}, got shape {key.shape}"
+    if length * (heads // key.shape[2]) >= 2**30:
+        return f"tokens * query heads a key head must be below 2**30, got shape {query.shape}"
+    if make_plan(query, key, value, capability) is None:
+        return (
+            f"head widths {key.shape[3]} and {value.shape[3]} of {query.dtype} need more than the "
+            f"{shared_memory(capability)} bytes of shared memory of the GPU"
+        )
+    return None
+
+
+def make_plan(query, key, value, capability: int) -> Plan | None:
+    """The first of the tiles of `TILES` that fit on chip; None if none does."""
+    width, value_width = (padded_width(x.shape[3]) for x in (key, value))
+    both, itemsize = width + value_width, query.dtype.itemsize
+    kind = "float32" if itemsize == 4 else "wide" if both > 256 else "narrow"
+
+    def fitting(owned, elements):
+        """The first tile of which `elements(rows, keys, stages)` fit in shared memory."""
+        for rows, keys, num_warps, most in TILES[owned, kind]:
+            if num_warps == 8 and capability < 90 and kind == "narrow":
+                continue  # older matrix units need more registers
+            for stages in range(most, 1, -1):
+                needed = itemsize * elements(rows, keys, stages) + 2048
+                if needed <= shared_memory(capability):
+                    return RangeTile(rows=rows, keys=keys, num_warps=num_warps, num_stages=stages)
+        return None
+
+    forward = fitting("rows", lambda rows, keys, stages: rows * width + stages * keys * both)
+    dquery = fitting("rows", lambda rows, keys, stages: rows * (both + keys) + stages * keys * both)
+    dkeys = fitting("keys", lambda rows, keys, stages: keys * both + stages * rows * both)
+    if forward is None or dquery is None or dkeys is None:
+        return None
+    return Plan(forward, dquery, dkeys, splits=_splits(query, key, value, dkeys))
+
+
+def _splits(query, key, value, tile: RangeTile) -> int:
+    """Enough parts to keep a GPU busy, not so many that they are short or need much memory."""
+    batch, slots, kv_heads, _ = key.shape
+    programs = max(1, batch * kv_heads * -(-slots // tile.keys))
+    part_bytes = max(1, 4 * (key.size + value.size))
+    steps = -(-query.shape[1] * (query.shape[2] // kv_heads) // tile.rows)
+    return max(1, min(-(-PROGRAMS // programs), PARTS_BYTES // part_bytes, steps // SHORTEST))
+
+
+def attention(plan, query, key, value, visible, seers, *, scale, interpret):
+    """out [B, T, N, E] and lse float32 [B, T, N]; arguments as in `range_rows.attention`."""
+    return range_rows.attention(
+        query, key, value, visible, seers, plan=plan, scale=scale, interpret=interpret
+    )
+
+
+def gradients(
+    plan, query, key, value, visible, seers, lse, delta, dout, *, scale, interpret
+):  # fmt: skip
+    """(dq, dk, dv) in the dtypes of query, key and value; arguments as in `range_rows`."""
+    static = {"plan": plan, "scale": scale, "interpret": interpret}
+    rest = (lse, delta, dout)
+    dquery = range_rows.query_gradient(query, key, value, visible, seers, *rest, **static)
+    return dquery, *range_keys.key_gradients(query, key, value, seers, *rest, **static)

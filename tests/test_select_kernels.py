@@ -1,0 +1,280 @@
+"""The Pallas-Triton kernels of block selection in interpret mode, against scores in float64.
+
+A list is right if it holds the forced blocks, its length is right, and no block outside it scores
+higher than one inside by more than rounding. How equal scores are broken is tested on exact ties.
+Interpret mode fills what no kernel wrote with large negative numbers, which rank last.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from ahead_of_time import compile_for
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from util import normal, segmentations
+
+from fsa_jax import NSAConfig, xla
+from fsa_jax.pallas import select
+from fsa_jax.segments import describe_rows, describe_windows
+
+SCALE = 0.3
+
+
+def kernel(query, key, lse, segment_ids, config, interpret=True, capability=90, **sizes):
+    """Lists from the kernels; `sizes` replace those of the plan."""
+    rows = describe_rows(segment_ids, *query.shape[:2])
+    plan = select.make_plan(query, key, config, capability=capability)
+    assert plan is not None
+    return select.select_blocks(
+        query,
+        key,
+        lse,
+        rows,
+        describe_windows(rows, config.kernel_size, config.kernel_stride),
+        config=config,
+        scale=SCALE,
+        plan=dataclasses.replace(plan, **sizes),
+        interpret=interpret,
+    )
+
+
+def inputs(config, length, group, width, *, batch=1, kv_heads=2, dtype=jnp.float32, seed=0):
+    query = normal(seed, batch, length, group * kv_heads, width, dtype=dtype)
+    key = normal(seed + 1, batch, length // config.kernel_stride, kv_heads, width, dtype=dtype)
+    return query, key
+
+
+def exact(query, key, segment_ids, config):
+    """In float64: lse [B, T, N], scores [B, T, K, J], and the block of each token [B, T]."""
+    batch, length, heads, _ = query.shape
+    slots, kv_heads = key.shape[1:3]
+    rows = describe_rows(segment_ids, batch, length)
+    windows = describe_windows(rows, config.kernel_size, config.kernel_stride)
+    first, visible, position, valid = map(
+        np.asarray, (windows.first, windows.visible, rows.position, rows.valid)
+    )
+    query = np.asarray(query, np.float64).reshape(batch, length, kv_heads, -1, query.shape[3])
+    logits = SCALE * np.einsum("btkgd,bmkd->btkgm", query, np.asarray(key, np.float64))
+    window = np.arange(slots) - first[..., None]
+    sees = ((window >= 0) & (window < visible[..., None]))[:, :, None, None]
+    logits = np.where(sees, logits, -np.inf)
+    with np.errstate(divide="ignore"):
+        lse = np.log(np.exp(logits).sum(-1))
+    p = np.exp(np.where(sees, logits - np.where(np.isinf(lse), 0, lse)[..., None], -np.inf))
+    # window i is the units i .. i+q-1 of its document, block j the units j*r .. (j+1)*r-1
+    unit, block = window[..., None], np.arange(config.num_blocks(length))
+    per_window = config.kernel_size // config.kernel_stride
+    per_block = config.block_size // config.kernel_stride
+    shared = np.minimum(unit + per_window, (block + 1) * per_block)
+    shared = np.maximum(shared - np.maximum(unit, block * per_block), 0)
+    score = np.einsum("btkgm,btmj->btkj", p, shared, optimize=True)
+    own = np.where(valid, position // config.block_size, -1)
+    return lse.reshape(batch, length, heads), score, own
+
+
+def assert_best(lists, score, own, config):
+    """Every list holds the forced blocks and the best others, ascending, then -1."""
+    lists, own = np.asarray(lists), own[:, :, None, None]
+    blocks, count = score.shape[-1], np.minimum(own + 1, config.topk)
+    s = np.arange(config.topk)
+    assert lists.shape == (*score.shape[:3], config.topk)
+    assert lists.dtype == np.int32
+    assert (np.where(s < count, (lists >= 0) & (lists <= own), lists == -1)).all()
+    assert (np.diff(lists, axis=-1) > 0)[np.broadcast_to(s[1:] < count, lists[..., 1:].shape)].all()
+    chosen = (lists[..., None] == np.arange(blocks)).any(axis=-2)
+    forced = (np.arange(blocks) < config.init_blocks) | (
+        np.arange(blocks) > own - config.local_blocks
+    )
+    candidate = np.arange(blocks) <= own
+    assert (chosen | ~(forced & candidate)).all()
+    worst = np.where(chosen & ~forced, score, np.inf).min(-1)
+    best = np.where(candidate & ~chosen, score, -np.inf).max(-1)
+    assert (worst >= best - 1e-5 * score.max(-1)).all()
+
+
+def run(config, length, group, width, segment_ids=None, sizes=None, **kinds):
+    query, key = inputs(config, length, group, width, **kinds)
+    lse, score, own = exact(query, key, segment_ids, config)
+    lists = jax.jit(
+        lambda *args: kernel(*args, segment_ids=segment_ids, config=config, **(sizes or {}))
+    )(query, key, jnp.asarray(lse, jnp.float32))
+    assert_best(lists, score, own, config)
+    return lists
+
+
+DEFAULT = NSAConfig(kernel_size=8, kernel_stride=4, block_size=16, topk=6)
+PAPER = NSAConfig(topk=5)
+LONG_WINDOW = NSAConfig(kernel_size=16, kernel_stride=4, block_size=8, topk=5)
+LONGEST_WINDOW = NSAConfig(
+    kernel_size=24, kernel_stride=4, block_size=4, topk=2, init_blocks=0, local_blocks=0
+)
+SAME = NSAConfig(kernel_size=16, kernel_stride=16, block_size=16, topk=4, local_blocks=1)
+UNITS = NSAConfig(kernel_size=1, kernel_stride=1, block_size=2, topk=7, init_blocks=2)
+FREE = dataclasses.replace(DEFAULT, init_blocks=0, local_blocks=0)
+ONE = dataclasses.replace(FREE, topk=1)
+FORCED = dataclasses.replace(DEFAULT, topk=5, init_blocks=2, local_blocks=3)
+MANY = dataclasses.replace(DEFAULT, topk=100, init_blocks=3)
+TILES = NSAConfig(kernel_size=4, kernel_stride=2, block_size=4, topk=16)
+OFFSETS = NSAConfig(kernel_size=8, kernel_stride=2, block_size=32, topk=3, init_blocks=0)
+
+# Together: every group, width and kind of config that the kernels promise.
+CASES = {
+    "g1": (DEFAULT, 301, 1, 32, {"batch": 2}),
+    "g2": (PAPER, 700, 2, 128, {}),
+    "g3": (LONG_WINDOW, 203, 3, 80, {}),
+    "g4": (DEFAULT, 333, 4, 128, {"dtype": jnp.bfloat16}),
+    "g5": (SAME, 251, 5, 32, {"dtype": jnp.float16}),
+    "g8": (FREE, 257, 8, 80, {"dtype": jnp.bfloat16}),
+    "g16": (ONE, 199, 16, 32, {}),
+    "g128": (DEFAULT, 150, 128, 16, {"kv_heads": 1, "dtype": jnp.bfloat16}),
+    "wide": (DEFAULT, 130, 2, 256, {}),
+    "narrow": (DEFAULT, 130, 2, 5, {}),
+    "longest_window": (LONGEST_WINDOW, 150, 2, 32, {}),
+    "units": (UNITS, 140, 1, 32, {}),
+    "forced_only": (FORCED, 180, 2, 32, {}),
+    "fewer_blocks_than_topk": (MANY, 180, 2, 32, {}),
+    "many_chosen": (dataclasses.replace(TILES, topk=100, init_blocks=0), 500, 1, 16, {}),
+    "several_tiles": (TILES, 601, 3, 32, {"batch": 2}),
+    "offsets": (OFFSETS, 400, 2, 32, {}),
+    "one_window": (DEFAULT, 4, 2, 32, {}),
+    "one_token": (NSAConfig(kernel_size=1, kernel_stride=1, block_size=1), 1, 1, 32, {}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_best_blocks(case):
+    config, length, group, width, kinds = CASES[case]
+    run(config, length, group, width, **kinds)
+
+
+@pytest.mark.parametrize("config", [TILES, LONG_WINDOW, FREE, ONE, UNITS], ids=str)
+def test_equal_scores_go_to_the_lower_numbers(config):
+    length = 70 * config.block_size
+    query, key = inputs(config, length, 3, 16)
+    key = jnp.zeros_like(key) + key[:, :1]
+    lse = jnp.asarray(exact(query, key, None, config)[0], jnp.float32)
+    rows = describe_rows(None, 1, length)
+    lists = np.asarray(kernel(query, key, lse, None, config))
+    np.testing.assert_array_equal(
+        lists, xla.select_blocks(query, key, lse, rows, config=config, scale=SCALE)
+    )
+    if config is TILES:  # the last token: the lowest blocks, and two local ones
+        assert (lists[0, -1] == [*range(14), 68, 69]).all()
+
+
+def test_scores_of_zero_are_ties():
+    """Far from the maximum p is 0 in float32: a block of one such window is like the next."""
+    query, key = inputs(TILES, 400, 2, 16, seed=3)
+    key = key.at[:, 150].set(0) * 1e3
+    lse = jnp.asarray(exact(query / 1e3, key, None, TILES)[0] * 1e3, jnp.float32)
+    rows = describe_rows(None, 1, 400)
+    lists = kernel(query, key, lse, None, TILES)
+    wanted = xla.select_blocks(query, key, lse, rows, config=TILES, scale=SCALE)
+    np.testing.assert_array_equal(lists, wanted)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"heads": 2, "tokens": 240},
+        {"heads": 1, "tokens": 96},
+        {"heads": 1, "tokens": 35, "choose_tokens": 2},
+        {"heads": 4, "tokens": 300, "rows": 16, "choose_tokens": 64},
+    ],
+    ids=str,
+)
+def test_chunks_and_tiles_change_no_list(sizes, packed):
+    config = dataclasses.replace(TILES, topk=5)
+    ids = np.repeat([[1, 2, 0, 3], [4, 0, 4, 5]], [120, 60, 20, 40], axis=1) if packed else None
+    ids = None if ids is None else jnp.asarray(ids, jnp.int32)
+    kinds = (config, 240, 3, 16, ids)
+    np.testing.assert_array_equal(run(*kinds, sizes, batch=2), run(*kinds, batch=2))
+
+
+@functools.cache
+def compiled(config):
+    return jax.jit(functools.partial(kernel, config=config, rows=64))
+
+
+@pytest.mark.parametrize("config", [dataclasses.replace(TILES, topk=4), ONE], ids=str)
+@settings(deadline=None, max_examples=15)
+@given(segmentations(2, 90), st.integers(0, 2**31))
+def test_any_segmentation(config, segment_ids, seed):
+    """Documents of one token too, and NaN where nobody looks: padding, slots without a window."""
+    query, key = inputs(config, 90, 3, 16, batch=2, seed=seed)
+    lse, score, own = exact(query, key, segment_ids, config)
+    rows = describe_rows(segment_ids, 2, 90)
+    start = describe_windows(rows, config.kernel_size, config.kernel_stride).start
+    key = jnp.where((start < 90)[:, :, None, None], key, jnp.nan)
+    query = jnp.where(rows.valid[:, :, None, None], query, jnp.nan)
+    lists = compiled(config)(query, key, jnp.asarray(lse, jnp.float32), segment_ids)
+    assert_best(lists, score, own, config)
+
+
+def test_keys_of_later_windows_are_never_used():
+    """In a tile of many tokens, windows that its first tokens do not see yet are NaN."""
+    query, key = inputs(DEFAULT, 160, 2, 16)
+    lse, score, own = exact(query, key, None, DEFAULT)
+    key = key.at[:, 30:].set(jnp.nan)
+    seers = describe_windows(describe_rows(None, 1, 160), 8, 4).visible[0] <= 30
+    last = int(np.flatnonzero(seers)[-1]) + 1
+    assert 6 * 16 < last < 160
+    lists = kernel(query, key, jnp.asarray(lse, jnp.float32), None, DEFAULT)
+    assert_best(lists[:, :last], score[:, :last], own[:, :last], DEFAULT)
+
+
+@pytest.mark.parametrize("scratch_mib", [4, 256])
+@pytest.mark.parametrize("length", [1000, 2**16, 2**20])
+def test_a_chunk_fits_the_scratch_budget(length, scratch_mib):
+    query = jax.ShapeDtypeStruct((3, length, 12, 128), jnp.bfloat16)
+    key = jax.ShapeDtypeStruct((3, length // 16, 4, 128), jnp.bfloat16)
+    plan = select.make_plan(query, key, NSAConfig(), scratch_mib * 2**20)
+    assert plan is not None
+    blocks = -(-length // 64 // 64) * 64
+    used = 4 * plan.heads * plan.tokens * (blocks + blocks // 64)
+    assert used <= scratch_mib * 2**20
+    assert 12 % plan.heads == 0
+    # no more chunks than needed: the next larger one would not fit, or is everything
+    assert plan.heads == 12 or 2.1 * used >= scratch_mib * 2**20
+    chunks = -(-length // plan.tokens)
+    assert chunks * plan.tokens < length + 64 * chunks
+
+
+def test_what_does_not_fit():
+    shapes = (
+        jax.ShapeDtypeStruct((1, 2**20, 4, 128), jnp.bfloat16),
+        jax.ShapeDtypeStruct((1, 2**16, 4, 128), jnp.bfloat16),
+    )
+    with pytest.raises(ValueError, match="must hold the ranks of 128 tokens, 8519680, got 1048576"):
+        select.make_plan(*shapes, NSAConfig(), 2**20)
+    wide = [jax.ShapeDtypeStruct((1, 64, n, 256), jnp.float32) for n in (128, 1)]
+    assert select.make_plan(*wide, NSAConfig(), capability=86) is None
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("length", [1, 777, 65536, 2**20])
+@pytest.mark.parametrize("device", ["A100", "H200"])
+def test_compiles(device, length, packed):
+    config = NSAConfig(kernel_size=1, kernel_stride=1) if length == 1 else NSAConfig()
+    shapes = [
+        jax.ShapeDtypeStruct((1, length, 12, 80), jnp.bfloat16),
+        jax.ShapeDtypeStruct((1, length // config.kernel_stride, 4, 80), jnp.bfloat16),
+        jax.ShapeDtypeStruct((1, length, 12), jnp.float32),
+        jax.ShapeDtypeStruct((1, length), jnp.int32),
+    ]
+
+    def select_blocks(query, key, lse, ids):
+        capability = {"A100": 80, "H200": 90}[device]
+        ids = ids if packed else None
+        return kernel(query, key, lse, ids, config, interpret=False, capability=capability)
+
+    found = compile_for(device, select_blocks, *shapes).memory_analysis()
+    assert found is not None
+    # ranks of a chunk, and what is linear in the tokens: the documents and the lists
+    assert found.temp_size_in_bytes <= 2**28 + length * 4 * 80
