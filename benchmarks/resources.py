@@ -4,9 +4,9 @@
     python benchmarks/resources.py --devices H200 --groups 1 4
 
 Needs jax's plugin for CUDA 12 (`jax-cuda12-plugin`, `jax-cuda12-pjrt`) and NVIDIA's assembler
-(`nvidia-cuda-nvcc-cu12`), but no GPU. Compiles `fsa_jax.selected_attention` with its gradients at
-the `main` shape of tests/shapes.py with other numbers of query heads, asks ptxas about each kernel,
-writes JSON and prints it as a table.
+(`nvidia-cuda-nvcc-cu12`), but no GPU. Compiles selected attention, and compressed attention and
+the selection, with their gradients, at the `main` shape of tests/shapes.py with other numbers of
+query heads; asks ptxas about each kernel, writes JSON and prints it as a table.
 """
 
 import argparse
@@ -26,14 +26,20 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from fsa_jax.pallas import SelectedTuning  # noqa: E402
-from tests.ahead_of_time import TARGETS, compile_for, selected_gradients  # noqa: E402
+from tests.ahead_of_time import (  # noqa: E402
+    TARGETS,
+    compile_for,
+    compressed_gradients,
+    selected_gradients,
+)
 from tests.shapes import KERNELS  # noqa: E402
 
 OUT = ROOT / "benchmarks" / "results" / "resources.json"
 #: An H100 gets the code of an H200.
 DEVICES = ("A100", "L40", "H200", "B200")
 GROUPS = (1, 2, 3, 4, 5, 6, 7, 8, 12, 16)
-#: Kernels to look at, by method. With "query_outer" the backward kernel computes dK and dV alone.
+#: Kernels to look at: of the methods of selected attention (with "query_outer" the backward kernel
+#: computes dK and dV alone), and those of compressed attention, which the window shares.
 METHODS = {
     "kv_outer": (
         "forward_kernel",
@@ -44,6 +50,13 @@ METHODS = {
         "search_kernel",
     ),
     "query_outer": ("query_outer_kernel", "query_gradient_kernel", "backward_kernel"),
+    "compressed": (
+        "range_forward_kernel",
+        "range_query_gradient_kernel",
+        "range_key_gradient_kernel",
+        "score_kernel",
+        "choose_kernel",
+    ),
 }
 #: What ptxas reports, in numbers.
 REPORT = {
@@ -100,9 +113,11 @@ def measure(ptxas: str, device: str, group: int, method: str) -> list[dict]:
     """A row for each kernel of a method on a device, with `group` query heads of a key head."""
     main = KERNELS["main"]
     shape = dataclasses.replace(main, heads=group * main.kv_heads)
-    program = selected_gradients(
-        shape, implementation="triton", tuning=SelectedTuning(method=method)
-    )
+    if method == "compressed":
+        program = compressed_gradients(shape, implementation="triton")
+    else:
+        tuning = SelectedTuning(method=method)
+        program = selected_gradients(shape, implementation="triton", tuning=tuning)
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         dump = {"xla_dump_to": folder, "xla_dump_emitter_re": "ptx"}

@@ -123,3 +123,63 @@ def selected_gradients(shape, *, dtype=jnp.bfloat16, packed=False, **arguments):
     floats = [jax.ShapeDtypeStruct(x, dtype) for x in (shape.query, shape.key, shape.value, out)]
     ids = [jax.ShapeDtypeStruct(shape.query[:2], jnp.int32)] if packed else []
     return run, *floats, jax.ShapeDtypeStruct(shape.indices, jnp.int32), *ids
+
+
+def compressed_gradients(shape, *, dtype=jnp.bfloat16, **arguments):
+    """Compressed attention with its gradients, and the selection; arguments as in the others."""
+    config = config_of(shape)
+    windows = {"kernel_size": config.kernel_size, "kernel_stride": config.kernel_stride}
+
+    def run(query, key, value, dout):
+        def attend(query, key, value):
+            return fsa_jax.compressed_attention(
+                query, key, value, **windows, return_residuals=True, **arguments
+            )
+
+        (out, lse), pullback = jax.vjp(attend, query, key, value)
+        blocks = fsa_jax.select_blocks(query, key, lse, config=config, **arguments)
+        return out, pullback((dout, jnp.zeros_like(lse))), blocks
+
+    key, value = compressed_shapes(shape, config)
+    floats = (shape.query, key, value, (*shape.query[:3], shape.value_width))
+    return run, *(jax.ShapeDtypeStruct(x, dtype) for x in floats)
+
+
+def config_of(shape):
+    """The default configuration with the blocks of a shape."""
+    few = shape.slots < 3
+    return fsa_jax.NSAConfig(
+        block_size=shape.block_size,
+        topk=shape.slots,
+        init_blocks=0 if few else 1,
+        local_blocks=1 if few else 2,
+    )
+
+
+def compressed_shapes(shape, config):
+    slots = shape.length // config.kernel_stride
+    return ((x[0], slots, *x[2:]) for x in (shape.key, shape.value))
+
+
+def operator_gradients(shape, *, dtype=jnp.bfloat16, packed=False, **arguments):
+    """The whole operator with its gradients, and the shapes that it takes.
+
+    Arguments as in `selected_gradients`.
+    """
+    config = config_of(shape)
+
+    def run(query, key, value, compressed_key, compressed_value, gates, dout, segment_ids=None):
+        def attend(*arrays):
+            return fsa_jax.native_sparse_attention(
+                *arrays, config=config, segment_ids=segment_ids, **arguments
+            )
+
+        arrays = (query, key, value, compressed_key, compressed_value, gates)
+        out, pullback = jax.vjp(attend, *arrays)
+        return out, pullback(dout)
+
+    compressed = compressed_shapes(shape, config)
+    gates, out = (*shape.query[:3], 3), (*shape.query[:3], shape.value_width)
+    floats = (shape.query, shape.key, shape.value, *compressed, gates, out)
+    ids = [jax.ShapeDtypeStruct(shape.query[:2], jnp.int32)] if packed else []
+    return run, *(jax.ShapeDtypeStruct(x, dtype) for x in floats), *ids

@@ -11,7 +11,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
-from ahead_of_time import compile_for, lower_for, selected_gradients
+from ahead_of_time import compile_for, lower_for, operator_gradients, selected_gradients
 from shapes import KERNELS, Shape
 
 from fsa_jax.pallas import SelectedTuning
@@ -20,14 +20,17 @@ pytestmark = pytest.mark.compile
 ROOT = Path(__file__).resolve().parent.parent
 TRITON = "__gpu$xla.gpu.triton"
 QUERY_OUTER = {"tuning": SelectedTuning(method="query_outer")}
+# An H200 gets the code of an H100: they differ in memory alone.
+OPERATOR_CASES = [
+    *(("H100", name, {}) for name in KERNELS),
+    *((device, name, {}) for device in ("A100", "L40", "B200") for name in ("main", "g8_widest")),
+    ("A100", "g5_odd", {"dtype": jnp.float32}),
+    ("H200", "g1_mha", {"packed": True}),
+]
 CASES = [
-    # an H200 gets the code of an H100: they differ in memory alone
-    *((device, name, {}) for device in ("A100", "H100") for name in KERNELS),
-    *(
-        (device, name, {})
-        for device in ("L40", "B200")
-        for name in ("main", "g8_widest", "g32_mqa")
-    ),
+    *(("A100", name, {}) for name in KERNELS),
+    ("L40", "g32_mqa", {}),
+    ("B200", "g32_mqa", {}),
     ("A100", "main", {"dtype": jnp.float16}),
     ("H200", "g5_odd", {"dtype": jnp.float16}),
     ("L40", "g5_odd", {"dtype": jnp.float32}),
@@ -36,7 +39,6 @@ CASES = [
     ("L40", "g8_widest", QUERY_OUTER),
     ("H200", "main", QUERY_OUTER),
     ("B200", "g32_mqa", QUERY_OUTER),
-    ("H200", "g1_mha", {"packed": True}),
 ]
 
 
@@ -64,20 +66,28 @@ def array_sizes(text):
 
 
 @pytest.mark.parametrize("case", CASES, ids=case_id)
-def test_forward_and_backward_compile(case):
+def test_selected_attention_compiles(case):
     device, name, options = case
     program = selected_gradients(KERNELS[name], implementation="triton", **options)
     assert custom_calls(compiled_text(device, *program)) == {TRITON}
 
 
+@pytest.mark.parametrize("case", OPERATOR_CASES, ids=case_id)
+def test_the_operator_compiles(case):
+    """Forward and backward of all branches and of the selection."""
+    device, name, options = case
+    program = operator_gradients(KERNELS[name], implementation="triton", **options)
+    assert custom_calls(compiled_text(device, *program)) == {TRITON}
+
+
 def test_a_vmapped_call_compiles():
-    run, *shapes = selected_gradients(KERNELS["g2"], implementation="triton")
+    run, *shapes = operator_gradients(KERNELS["g2"], implementation="triton")
     shapes = [jax.ShapeDtypeStruct((2, *x.shape), x.dtype) for x in shapes]
     assert custom_calls(compiled_text("H200", jax.vmap(run), *shapes)) == {TRITON}
 
 
 def test_the_automatic_choice_is_by_the_device_compiled_for():
-    run, *shapes = selected_gradients(KERNELS["g2"])
+    run, *shapes = operator_gradients(KERNELS["g2"])
     assert custom_calls(compiled_text("H200", run, *shapes)) == {TRITON}
     assert "triton" not in jax.jit(run).lower(*shapes).as_text()
     # traced with a GPU in mind, lowered for a CPU after all
@@ -101,6 +111,26 @@ def test_memory_is_linear_in_the_tokens_and_within_the_scratch_budget():
     assert middle.temp_size_in_bytes <= 2**31
     less = memory(65536, SelectedTuning(scratch_bytes=2**28))
     assert less.temp_size_in_bytes < middle.temp_size_in_bytes
+
+
+def test_a_million_tokens_fit_one_gpu():
+    """Packed rows through the whole operator, forward and backward."""
+
+    def peak(length):
+        shape = Shape(
+            length=length, heads=8, kv_heads=2, width=128, value_width=128, block_size=64, slots=16
+        )
+        program = operator_gradients(shape, implementation="triton", packed=True)
+        found = compile_for("H200", *program).memory_analysis()
+        assert found is not None
+        return (
+            found.argument_size_in_bytes + found.output_size_in_bytes + found.temp_size_in_bytes
+        )
+
+    small, middle, large = peak(2**16), peak(2**18), peak(2**20)
+    assert middle <= 4.2 * small
+    assert large <= 4.2 * middle
+    assert large <= 40e9
 
 
 # Narrow heads and little scratch: then all that is linear in the tokens is smaller than the table.
@@ -133,11 +163,12 @@ def test_the_measure_sees_an_array_of_tokens_by_blocks():
 def test_matrix_kernels_stay_in_registers_and_use_the_wide_instructions(tmp_path):
     out = tmp_path / "resources.json"
     script = ROOT / "benchmarks" / "resources.py"
-    arguments = ["--devices", "H200", "--methods", "kv_outer", "--out", out]
+    arguments = ["--devices", "H200", "--methods", "kv_outer", "compressed", "--out", out]
     subprocess.run([sys.executable, script, *arguments], check=True)
     rows = json.loads(out.read_text())["rows"]
-    for kernel in ("forward_kernel", "backward_kernel"):
-        found = {row["group"]: row for row in rows if row["kernel"] == kernel}
+    kernels = ("forward", "backward", "range_forward", "range_query_gradient")
+    for kernel in (*kernels, "range_key_gradient", "score"):
+        found = {row["group"]: row for row in rows if row["kernel"] == f"{kernel}_kernel"}
         assert sorted(found) == [1, 2, 3, 4, 5, 6, 7, 8, 12, 16]
         for row in found.values():
             assert row["spill_store_bytes"] == row["spill_load_bytes"] == 0, row

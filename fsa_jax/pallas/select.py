@@ -1,9 +1,9 @@
 """Block selection from kernels: scores of the blocks, then the best of them.
 
-A query takes `init_blocks` first and `local_blocks` last blocks of its document whatever they
-score, and `free` = topk - init_blocks - local_blocks more by score. With no more than topk blocks it
-takes them all: such easy queries need no scores. For all others both forced lists are whole, so the
-numbers of forced and of free blocks are the same for every query.
+A query takes the first `init_blocks` and the last `local_blocks` blocks of its document whatever
+they score, and free = topk - init_blocks - local_blocks more by score. If it has no more than topk
+blocks it takes them all: such an easy query needs no scores. Any other has all the forced blocks,
+and they do not overlap, so `free` is one number for all.
 
 Dataflow, for each chunk of (row, KV head) pairs and tokens:
 
@@ -12,8 +12,8 @@ Dataflow, for each chunk of (row, KV head) pairs and tokens:
    each offset o, the keys of windows r*j + o of all blocks j of the tile. p from the logsumexp,
    times the units that such a window shares with its block, summed over offsets and heads. It
    writes ranks, int32 that order as the scores do, and the largest rank of each tile.
-2. `choose_kernel`. A program has some tokens, and keeps the largest ranks of their tiles on chip. It
-   takes the best block `free` times: the best tile, then the best block in it, by loading just
+2. `choose_kernel`. A program has some tokens, and keeps the largest ranks of their tiles on chip.
+   It takes the best block `free` times: the best tile, then the best block in it, by loading just
    that tile again. Blocks go in the order of (rank descending, number ascending).
 
 Flops: (r + q - 1) / r * T*N*D * M, where no rank is computed of a block after the query. Bytes: K
@@ -105,10 +105,10 @@ def make_plan(
         4 * tiles * (BLOCKS + 1),
     )
     # on chip: the largest ranks of all tiles, and a tile of ranks
-    choose_tokens = min(16, max(1, 1024 // max(next_power_of_two(tiles), BLOCKS)))
+    choose_tokens = min(16, max(1, 2048 // max(next_power_of_two(tiles), BLOCKS)))
     return SelectPlan(
         rows=rows,
-        num_warps=8 if rows > (32 if query.dtype.itemsize == 4 else 64) else 4,
+        num_warps=8 if rows >= (32 if query.dtype.itemsize == 4 else 128) else 4,
         num_stages=stages,
         heads=heads,
         tokens=tokens,
@@ -166,12 +166,9 @@ def select_blocks(
 def _rank(where, query, key, lse, own, first, visible, *, config, scale, plan, interpret):
     """Ranks of the blocks of a chunk.
 
-    Args:
-      where: int32 [2], first (row, KV head) and first token of the chunk.
-      query, key, lse, config, scale, plan, interpret: as in `select_blocks`.
-      own: int32 [B, T], block of each token; -1 at padding.
-      first: int32 [B, T], slot of the first window of the token's document.
-      visible: int32 [B, T], number of windows from it on that the token sees.
+    `where` int32 [2] is the first (row, KV head) and the first token of the chunk; `own`, `first`
+    and `visible`, int32 [B, T], are the token's block, -1 at padding, the slot of the first window
+    of its document, and how many windows from there on it sees. Others as in `select_blocks`.
 
     Returns:
       ranks int32 [H, C, Jp] and the largest of each tile [H, C, Jp/BLOCKS]; -1 where a block is not
@@ -218,9 +215,9 @@ def _rank(where, query, key, lse, own, first, visible, *, config, scale, plan, i
         row_live = (row_owns >= config.topk) & (g < group)
         row_head = kv_head * group + g
         row_seen = load(visible_ref.at[batch, row_token], mask=row_live)
-        # idle rows have no weight: exp(0 - inf) = 0
-        lses = load(lse_ref.at[batch, row_token, row_head], mask=row_live, other=jnp.inf)
+        lses = load(lse_ref.at[batch, row_token, row_head], mask=row_live)
         lses = jnp.where(lses == -jnp.inf, 0.0, lses)
+        lses = jnp.where(row_live, lses, jnp.inf)  # idle rows have no weight: exp(0 - inf) = 0
         columns = columns_of(width, COLUMNS[query.dtype.itemsize])
         queries = [
             load(
@@ -231,7 +228,7 @@ def _rank(where, query, key, lse, own, first, visible, *, config, scale, plan, i
         ]
 
         def weights(block, offset, masked):
-            """p [R, BLOCKS] of the windows at an offset from the blocks."""
+            """Softmax weights [R, BLOCKS] of the windows at an offset from the blocks."""
             window = block * per_block + offset
             inside = (window >= 0) & (window < most)
             whole = not masked and sum(d.size for d in columns) == width
@@ -264,7 +261,7 @@ def _rank(where, query, key, lse, own, first, visible, *, config, scale, plan, i
             store(tops_ref.at[head, of_chunk, tile], jnp.max(rank, axis=1), mask=live)
 
         def walk(count, tile_of, masked):
-            """Scores of `count` tiles: one loop over tiles and offsets, so that loads stay ahead."""
+            """Scores of `count` tiles: one loop over tiles and offsets, so that loads run ahead."""
 
             def step(number, score):
                 i, offset = split(number, offsets)
