@@ -74,7 +74,7 @@ def lower_for(device, function, *shapes, **options):
 
     Args:
       device: name of the GPU.
-      function: what to lower.
+      function: what to lower; a jitted one keeps its donations.
       *shapes: jax.ShapeDtypeStruct of each argument, or trees of them.
       **options: those of jax.stages.Traced.lower.
     """
@@ -86,7 +86,8 @@ def lower_for(device, function, *shapes, **options):
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), warnings.catch_warnings():
         # jax announces with each kernel that it will leave its Triton backend to another package
         warnings.filterwarnings("ignore", "The Pallas Triton backend", DeprecationWarning)
-        return jax.jit(function).trace(*shapes).lower(**options)
+        jitted = function if isinstance(function, jax.stages.Wrapped) else jax.jit(function)
+        return jitted.trace(*shapes).lower(**options)
 
 
 def compile_for(device, function, *shapes, compiler_options=None):

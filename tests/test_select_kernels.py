@@ -196,23 +196,23 @@ def test_scores_of_zero_are_ties():
 
 
 @functools.cache
-def lists_of_chunks(packed, **sizes):
+def lists_of_chunks(**sizes):
     ids = np.repeat([[1, 2, 0, 3], [4, 0, 4, 5]], [120, 60, 20, 40], axis=1)
-    ids = jnp.asarray(ids, jnp.int32) if packed else None
-    return run(dataclasses.replace(TILES, topk=5), 240, 3, 16, ids, sizes, batch=2)
+    config = dataclasses.replace(TILES, topk=5)
+    return run(config, 240, 3, 16, jnp.asarray(ids, jnp.int32), sizes, batch=2)
 
 
 @pytest.mark.parametrize(
-    ("packed", "sizes"),
+    "sizes",
     [
-        (False, {"heads": 2, "tokens": 96}),
-        (True, {"heads": 1, "tokens": 35, "choose_tokens": 2}),
-        (False, {"heads": 4, "tokens": 300, "rows": 16, "choose_tokens": 64}),
+        {"heads": 2, "tokens": 96},
+        {"heads": 1, "tokens": 35, "choose_tokens": 2},
+        {"heads": 4, "tokens": 300, "rows": 16, "choose_tokens": 64},
     ],
     ids=str,
 )
-def test_chunks_and_tiles_change_no_list(packed, sizes):
-    np.testing.assert_array_equal(lists_of_chunks(packed, **sizes), lists_of_chunks(packed))
+def test_chunks_and_tiles_change_no_list(sizes):
+    np.testing.assert_array_equal(lists_of_chunks(**sizes), lists_of_chunks())
 
 
 @functools.cache

@@ -1,0 +1,95 @@
+"""Layers and whole training steps compiled for a GPU: memory, and no copies of queries."""
+
+import dataclasses
+import functools
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+from ahead_of_time import compile_for
+from flax import nnx
+
+from fsa_jax.layers import NativeSparseAttention
+from fsa_jax.training.config import PRESETS
+from fsa_jax.training.step import abstract_model, init_state, make_train_step
+from fsa_jax.transformer import TransformerConfig
+
+pytestmark = pytest.mark.compile
+GIB = 2**30
+SMALL = PRESETS["small"]
+#: One decoder layer of Llama 3 8B, over one row of 131,072 tokens.
+LLAMA_LAYER = dataclasses.replace(
+    SMALL,
+    batch_size=1,
+    row_length=131072,
+    model=TransformerConfig(
+        vocab_size=257,
+        num_layers=1,
+        embed_dim=4096,
+        num_heads=32,
+        num_kv_heads=8,
+        head_dim=128,
+        mlp_dim=14336,
+        remat=True,
+        dtype="bfloat16",
+    ),
+)
+
+
+def training_step(config):
+    """Compiled for an H200: its peak memory in bytes, and its text."""
+    graphdef, params = abstract_model(config.model)
+    state = jax.eval_shape(functools.partial(init_state, config=config), params)
+    ids = jax.ShapeDtypeStruct((config.batch_size, config.row_length), jnp.int32)
+    compiled = compile_for("H200", make_train_step(graphdef, config), state, ids, ids)
+    found, text = compiled.memory_analysis(), compiled.as_text()
+    assert found is not None
+    assert text is not None
+    held = found.argument_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
+    return held + found.temp_size_in_bytes, text
+
+
+@pytest.mark.parametrize(
+    ("config", "limit"), [(SMALL, 20 * GIB), (LLAMA_LAYER, 40 * GIB)], ids=["small", "llama"]
+)
+def test_memory_of_a_training_step(config, limit):
+    """The figures of the README, with some room for other versions of the compiler."""
+    peak, text = training_step(config)
+    print(f"{peak / GIB:.1f} GiB")
+    assert limit / 3 < peak < limit
+    for kernel in ("range_forward", "score", "choose", "backward", "range_key_gradient"):
+        assert f"{kernel}_kernel" in text
+
+
+def test_no_copy_of_queries_between_the_kernels_of_a_layer():
+    """All kernels take [B, T, N, D] as the projections leave it."""
+    length, heads, kv_heads, width = 16384, 16, 4, 128
+
+    def build():
+        return NativeSparseAttention(
+            heads,
+            1024,
+            num_kv_heads=kv_heads,
+            head_dim=width,
+            dtype=jnp.bfloat16,
+            param_dtype=jnp.bfloat16,
+            implementation="triton",
+            rngs=nnx.Rngs(0),
+        )
+
+    graph, state = nnx.split(nnx.eval_shape(build))
+
+    def run(state, x):
+        def loss(state, x):
+            return jnp.sum(nnx.merge(graph, state)(x).astype(jnp.float32) ** 2)
+
+        return jax.value_and_grad(loss, argnums=(0, 1))(state, x)
+
+    x = jax.ShapeDtypeStruct((1, length, 1024), jnp.bfloat16)
+    text = compile_for("H200", run, state, x).as_text()
+    assert text is not None
+    moved = re.findall(r"= \w+\[([\d,]+)\]\S* (?:transpose|copy)\((%\S*)\)", text)
+    sizes = [math.prod(map(int, shape.split(","))) for shape, of in moved if "broadcast" not in of]
+    assert max(sizes) == length * kv_heads * width  # keys and values, for the matmul of phi
