@@ -1,4 +1,4 @@
-"""The command line: `fsa-jax train`, `fsa-jax sample`, `fsa-jax info`."""
+"""The command line: `fsa-jax train`, `fsa-jax sample`, `fsa-jax bench`, `fsa-jax info`."""
 
 import argparse
 import contextlib
@@ -47,6 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
         "train": (_train, "train a byte-level language model with sparse or full attention"),
         "sample": (_sample, "continue a prompt with a trained model"),
+        "bench": (_bench, "time kernels, the operator and models, and write a report"),
         "info": (_info, "show devices, versions, and which implementation serves each function"),
     }
     parser = _Parser(
@@ -81,7 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # The library raises these for bad calls, with messages made for the caller.
     except (ValueError, NotImplementedError) as error:
         return _complain(str(error))
-    except FloatingPointError as error:
+    except ArithmeticError as error:  # a loss that is not finite, a benchmark's wrong result
         _complain(str(error))
         return 1
     except BrokenPipeError:  # the reader of a pipe, `head` say, has seen enough
@@ -177,6 +178,18 @@ def _sample(arguments: Sequence[str]) -> None:
         # A terminal that is not UTF-8 gets question marks rather than an error.
         sys.stdout.reconfigure(errors="replace")
     print((prompt + added).decode("utf-8", "replace"))
+
+
+def _bench(arguments: Sequence[str]) -> None:
+    from fsa_jax.bench.report import report
+    from fsa_jax.bench.run import BenchConfig, bench
+
+    config = _parse(BenchConfig, "bench", arguments, BenchConfig())
+    if config.report is None:
+        for path in bench(config):
+            print(f"wrote {path}")
+    report(config.report or config.out, config.out)
+    print(f"wrote {config.out / 'benchmarks.md'}")
 
 
 def _info(arguments: Sequence[str]) -> None:

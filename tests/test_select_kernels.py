@@ -128,10 +128,10 @@ LONGEST_WINDOW = NSAConfig(
 )
 SAME = NSAConfig(kernel_size=16, kernel_stride=16, block_size=16, topk=4, local_blocks=1)
 UNITS = NSAConfig(kernel_size=1, kernel_stride=1, block_size=2, topk=7, init_blocks=2)
-ONE = dataclasses.replace(DEFAULT, topk=1, init_blocks=0, local_blocks=0)
+TILES = NSAConfig(kernel_size=4, kernel_stride=2, block_size=4, topk=16)
+FREE = dataclasses.replace(TILES, init_blocks=0, local_blocks=0)
 FORCED = dataclasses.replace(DEFAULT, topk=5, init_blocks=2, local_blocks=3)
 FEW_BLOCKS = dataclasses.replace(DEFAULT, topk=100, init_blocks=3)
-TILES = NSAConfig(kernel_size=4, kernel_stride=2, block_size=4, topk=16)
 OFFSETS = NSAConfig(
     kernel_size=8, kernel_stride=2, block_size=32, topk=3, init_blocks=0, local_blocks=0
 )
@@ -147,7 +147,7 @@ CASES = {
     "g16": (FEW_BLOCKS, 180, 16, 32, {}),
     "g128": (DEFAULT, 150, 128, 16, {"kv_heads": 1, "dtype": jnp.bfloat16}),
     "wide_and_all_forced": (FORCED, 180, 2, 256, {}),
-    "many_chosen": (dataclasses.replace(TILES, topk=100, init_blocks=0), 500, 1, 16, {}),
+    "many_chosen": (dataclasses.replace(FREE, topk=100), 500, 1, 16, {}),
     "several_tiles": (TILES, 601, 3, 32, {"batch": 2}),
     "one_token": (NSAConfig(kernel_size=1, kernel_stride=1, block_size=1), 1, 1, 32, {}),
 }
@@ -220,7 +220,9 @@ def compiled(config):
     return jax.jit(functools.partial(kernel, config=config), compiler_options=FAST)
 
 
-@pytest.mark.parametrize("config", [dataclasses.replace(TILES, topk=4), ONE], ids=str)
+@pytest.mark.parametrize(
+    "config", [dataclasses.replace(FREE, topk=1), dataclasses.replace(TILES, topk=4)], ids=str
+)
 @settings(deadline=None, max_examples=15)
 @given(segmentations(2, 90), st.integers(0, 2**31))
 def test_any_segmentation(config, segment_ids, seed):
@@ -235,14 +237,14 @@ def test_any_segmentation(config, segment_ids, seed):
 
 
 def test_keys_of_later_windows_are_never_used():
-    """In a tile of many tokens, windows that its first tokens do not see yet are NaN."""
-    query, key = inputs(DEFAULT, 160, 2, 16)
-    lse, score, own = exact(query, key, None, DEFAULT)
-    key = key.at[:, 30:].set(jnp.nan)
-    last = int((describe(None, 1, 160, DEFAULT)[1].visible[0] <= 30).sum())
-    assert 6 * 16 < last < 160
-    lists = jitted(None, DEFAULT)(query, key, jnp.asarray(lse, jnp.float32))
-    assert_best(lists[:, :last], score[:, :last], own[:, :last], DEFAULT)
+    """The last window of the second tile is NaN: tokens before and after it share a program."""
+    config, length, cut = dataclasses.replace(FREE, topk=5), 540, 2 * 128 - 1
+    query, key = inputs(config, length, 2, 16)
+    lse, score, own = exact(query, key, None, config)
+    key = key.at[:, cut:].set(jnp.nan)
+    last = int((describe(None, 1, length, config)[1].visible[0] <= cut).sum())
+    lists = jitted(None, config)(query, key, jnp.asarray(lse, jnp.float32))
+    assert_best(lists[:, :last], score[:, :last], own[:, :last], config)
 
 
 @pytest.mark.parametrize("scratch_mib", [4, 256])
@@ -272,9 +274,9 @@ def test_what_does_not_fit():
 
 
 @pytest.mark.compile
-@pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("length", [1, 777, 65536, 2**20])
-@pytest.mark.parametrize("device", ["A100", "H200"])
+@pytest.mark.parametrize(
+    ("device", "length", "packed"), [("A100", 777, True), ("H200", 1, False), ("H200", 2**20, True)]
+)
 def test_compiles(device, length, packed):
     config = NSAConfig(kernel_size=1, kernel_stride=1) if length == 1 else NSAConfig()
     shapes = [
@@ -292,4 +294,4 @@ def test_compiles(device, length, packed):
     found = compile_for(device, select_blocks, *shapes).memory_analysis()
     assert found is not None
     # ranks of a chunk, and what is linear in the tokens: the documents and the lists
-    assert found.temp_size_in_bytes <= 2**28 + length * 4 * 80
+    assert found.temp_size_in_bytes <= 2**29 + length * 4 * 80

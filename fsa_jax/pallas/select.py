@@ -80,7 +80,7 @@ class SelectPlan:
 
 
 def make_plan(
-    query, key, config: NSAConfig, scratch_bytes: int = 2**28, capability: int = 90
+    query, key, config: NSAConfig, scratch_bytes: int = 2**29, capability: int = 90
 ) -> SelectPlan | None:
     """Sizes from shapes, dtypes, the most bytes of ranks at a time, and the device's capability.
 

@@ -1,29 +1,31 @@
-"""What benchmarks on a GPU share: compiling in threads, timing both passes, naming the machine."""
+"""Compiling in threads, timing, and naming the machine: what every number of a benchmark needs."""
 
 import concurrent.futures
 import datetime
 import itertools
+import math
 import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from fsa_jax.environment import versions
 
-PASSES = ("forward", "backward")
 #: Calls before the first measured one.
 WARM_UP = 2
 #: Length of a round that is long against the clock and against one synchronisation, seconds.
 ROUND = 0.1
 #: Fewest and most calls of a round.
 REPS = (3, 10)
+#: Calls of which the profiler takes the time on the device.
+PROFILED = 3
 
 _BEGAN = time.perf_counter()
 
@@ -33,18 +35,12 @@ def say(message: str) -> None:
     print(f"[{time.perf_counter() - _BEGAN:6.1f} s] {message}", file=sys.stderr, flush=True)
 
 
-def say_row(row: dict) -> None:
-    """A row of results as progress: of measurements the median alone."""
-    short = {key: f"{x['ms']:.3f} ms" if isinstance(x, dict) else x for key, x in row.items()}
-    say(", ".join(f"{key} {value}" for key, value in short.items()))
-
-
 def seconds() -> float:
     """Seconds since the start."""
     return round(time.perf_counter() - _BEGAN, 1)
 
 
-def measure(function: Callable, argument_sets: Sequence[tuple], rounds: int) -> dict:
+def measure(function: Callable, argument_sets: Sequence[tuple], rounds: int) -> dict[str, Any]:
     """Milliseconds a call, over rounds of calls that are issued together and waited for once.
 
     Args:
@@ -54,9 +50,10 @@ def measure(function: Callable, argument_sets: Sequence[tuple], rounds: int) -> 
       rounds: how many rounds.
 
     Returns:
-      `ms` (median of the rounds), `min_ms`, `spread` ((slowest - fastest) / median), `dispatch_ms`
-      (how long the host took to issue a call: where it comes near `ms`, the GPU may have waited for
-      the host), `reps` (calls of a round).
+      `samples_ms` (a call, for each round), `ms` (their median), `spread` ((slowest - fastest) /
+      median), `dispatch_ms` (how long the host took to issue a call: where it comes near `ms`, the
+      device may have waited for the host), `device_ms` (how long the device was busy, by jax's
+      profiler; None where it tells nothing), `calls` (of a round).
     """
     arguments = itertools.cycle(argument_sets)
     for args in itertools.islice(arguments, WARM_UP):
@@ -64,25 +61,56 @@ def measure(function: Callable, argument_sets: Sequence[tuple], rounds: int) -> 
     began = time.perf_counter()
     jax.block_until_ready(function(*next(arguments)))
     once = time.perf_counter() - began
-    reps = min(max(round(ROUND / once), REPS[0]), REPS[1])
+    calls = min(max(round(ROUND / once), REPS[0]), REPS[1])
     times, issues = [], []
     for _ in range(rounds):
         result = None
         began = time.perf_counter()
-        for args in itertools.islice(arguments, reps):
+        for args in itertools.islice(arguments, calls):
             result = function(*args)
         issued = time.perf_counter()
         jax.block_until_ready(result)
-        times.append(1e3 * (time.perf_counter() - began) / reps)
-        issues.append(1e3 * (issued - began) / reps)
+        times.append(1e3 * (time.perf_counter() - began) / calls)
+        issues.append(1e3 * (issued - began) / calls)
     middle = statistics.median(times)
     return {
+        "samples_ms": times,
         "ms": middle,
-        "min_ms": min(times),
         "spread": (max(times) - min(times)) / middle,
         "dispatch_ms": statistics.median(issues),
-        "reps": reps,
+        "device_ms": device_ms(function, list(itertools.islice(arguments, PROFILED))),
+        "calls": calls,
     }
+
+
+def device_ms(function: Callable, argument_sets: Sequence[tuple]) -> float | None:
+    """Milliseconds a call that a GPU is busy, by the profiler; None where it shows no GPU."""
+    if jax.devices()[0].platform != "gpu":
+        return None
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            for args in argument_sets:
+                jax.block_until_ready(function(*args))
+        traces = [str(path) for path in Path(folder).rglob("*.xplane.pb")]
+        spans = [
+            (event.start_ns, event.start_ns + event.duration_ns)
+            for trace in traces
+            for plane in jax.profiler.ProfileData.from_file(trace).planes
+            if plane.name.startswith("/device:GPU")
+            for line in plane.lines
+            if line.name.startswith("Stream")
+            for event in line.events
+        ]
+    return busy_ns(spans) / len(argument_sets) / 1e6 if spans else None
+
+
+def busy_ns(spans: Iterable[tuple[float, float]]) -> float:
+    """Length of the union of intervals (start, end)."""
+    total, reached = 0.0, -math.inf
+    for start, end in sorted(spans):
+        total += max(0.0, end - max(start, reached))
+        reached = max(reached, end)
+    return total
 
 
 def compile_all[Name: Hashable, Result](
@@ -125,66 +153,25 @@ def compile_passes(function: Callable, differentiated: Sequence, others: Sequenc
     def backward(pullback, cotangent):
         return pullback(cotangent)
 
-    lowered = jax.jit(residuals).lower(*differentiated, *others)
-    # the tree of this very lowering: that of another one holds other function objects
-    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), lowered.out_info)
-    out, pullback = shapes
-    return {
-        "forward": jax.jit(function).lower(*differentiated, *others).compile(),
-        "residuals": lowered.compile(),
-        "backward": jax.jit(backward).lower(pullback, out).compile(),
-    }
-
-
-def compile_normal(arrays: Sequence):
-    """Compiled: standard normal arrays of these shapes and dtypes, from a random key."""
-
-    def make(seed):
-        pairs = zip(jax.random.split(seed, len(arrays)), arrays, strict=True)
-        return [jax.random.normal(seed, x.shape, x.dtype) for seed, x in pairs]
-
-    return jax.jit(make).lower(jax.random.key(0)).compile()
-
-
-def measure_passes(
-    compiled: dict | Exception, argument_sets: Sequence[tuple], cotangents, rounds: int
-) -> tuple[dict, Any]:
-    """Times of both passes of `compile_passes`, and (out, gradients) of the first argument set.
-
-    What does not compile or does not run gives {"error": ...} and None: the other measurements of
-    the same run are worth having all the same.
-    """
-    try:
-        if isinstance(compiled, Exception):
-            raise compiled
-        kept = [compiled["residuals"](*args) for args in argument_sets]
-        results = kept[0][0], compiled["backward"](kept[0][1], cotangents[0])
-        pullbacks = [(pullback, x) for (_, pullback), x in zip(kept, cotangents, strict=True)]
+    with jax.numpy_dtype_promotion("standard"):  # of which jax's own attention has need
+        lowered = jax.jit(residuals).lower(*differentiated, *others)
+        # the tree of this very lowering: that of another one holds other function objects
+        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), lowered.out_info)
+        out, pullback = shapes
         return {
-            "forward": measure(compiled["forward"], argument_sets, rounds),
-            "backward": measure(compiled["backward"], pullbacks, rounds),
-        }, results
-    except Exception as error:
-        return {"error": f"{type(error).__name__}: {error}"[:500]}, None
+            "forward": jax.jit(function).lower(*differentiated, *others).compile(),
+            "residuals": lowered.compile(),
+            "backward": jax.jit(backward).lower(pullback, out).compile(),
+        }
 
 
-@jax.jit
-def relative_error(got, wanted):
-    """Largest over the arrays of two trees of rms(got - wanted) / rms(wanted)."""
-
-    def rms(x):
-        return jnp.sqrt(jnp.mean(jnp.square(x)))
-
-    pairs = zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True)
-    wide = [(x.astype(jnp.float32), y.astype(jnp.float32)) for x, y in pairs]
-    return jnp.max(jnp.stack([rms(x - y) / rms(y) for x, y in wide]))
-
-
-def markdown(titles: Sequence[str], lines: Sequence[Sequence]) -> str:
-    """A table; numbers with two decimals."""
-    lines = [titles, ["---"] * len(titles), *lines]
-    texts = [[f"{x:.2f}" if isinstance(x, float) else str(x) for x in line] for line in lines]
-    return "\n".join("| " + " | ".join(line) + " |" for line in texts)
+def peak_bytes(compiled) -> int | None:
+    """Most memory that a compiled program holds, by the compiler's account."""
+    found = compiled.memory_analysis()
+    if found is None:
+        return None
+    held = found.argument_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
+    return held + found.temp_size_in_bytes
 
 
 def describe_machine() -> dict:
@@ -194,6 +181,8 @@ def describe_machine() -> dict:
     commit = ("git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
     query = ("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
     driver = _output(*query).splitlines()
+    clocks = "clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem,power.limit"
+    clocks = _output("nvidia-smi", f"--query-gpu={clocks}", "--format=csv").splitlines()
     device = jax.devices()[0]
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -202,6 +191,7 @@ def describe_machine() -> dict:
         "device": device.device_kind,
         "platform": device.client.platform_version,
         "driver": driver[0] if driver else "unknown",
+        "clocks": "; ".join(clocks) or "unknown",
         "versions": versions(),
     }
 

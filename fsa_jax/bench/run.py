@@ -1,0 +1,286 @@
+"""`fsa-jax bench`: runs suites, checks every result, times it, writes JSON after each case.
+
+A case that fails records why, and the others go on. A wrong result ends the run: nothing wrong is
+ever timed.
+"""
+
+import dataclasses
+import functools
+import itertools
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from fsa_jax import NSAConfig, checks, triton
+from fsa_jax.bench import cases, check, models, timing
+from fsa_jax.bench.cases import Case, Subject
+
+KERNELS = (
+    "selected_attention",
+    "compressed_attention",
+    "select_blocks",
+    "sliding_window_attention",
+    "native_sparse_attention",
+)
+OPERATOR = (
+    "compressed_attention",
+    "select_blocks",
+    "selected_attention",
+    "sliding_window_attention",
+    "combine_branches",
+    "native_sparse_attention",
+    "full_attention",
+)
+#: (query heads, key heads) of models that people train.
+HEADS = ((64, 4), (32, 8), (32, 32), (16, 8))
+GROUPS = (1, 2, 4, 8, 16)
+SUITES = ("kernels", "operator", "training", "prefill")
+TINY = NSAConfig(kernel_size=8, kernel_stride=4, block_size=16, topk=6, window_size=40)
+#: All input sets of a case together, bytes: several times the L2 cache.
+SETS_BYTES = 2**28
+#: Least share of the sampled queries whose blocks must be a right choice: bfloat16 kernels and the
+#: check add in other orders, so that near ties may differ.
+RIGHT_CHOICES = 0.95
+
+
+class WrongResult(ArithmeticError):
+    """A result that is not what the definition gives."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BenchConfig:
+    """Measures what this machine can run, and writes a report.
+
+    On a machine without an NVIDIA GPU the same code runs on tiny sizes, the kernels interpreted or
+    replaced by the portable implementation: that measures nothing, and the files say so.
+
+    Attributes:
+      suite: what to run. quick: the operator and the kernels that matter most, in the time of
+        `minutes`.
+      out: folder for the JSON files and the report.
+      report: only write the report anew from the JSON files below this folder; nothing is run.
+      lengths: tokens of a row; empty: those of the suite.
+      minutes: no new case starts after so many; 0: no limit. The cases left out are recorded.
+      rounds: timed rounds of 3 to 10 calls each.
+      threads: functions compiled at a time.
+    """
+
+    suite: Literal["quick", "kernels", "operator", "training", "prefill", "all"] = "quick"
+    out: Path = Path("runs/bench")
+    report: Path | None = None
+    lengths: tuple[int, ...] = ()
+    minutes: float = 10.0
+    rounds: int = 5
+    threads: int = 8
+
+    def __post_init__(self):
+        for name in ("rounds", "threads"):
+            checks.size(name, getattr(self, name))
+        for length in self.lengths:
+            checks.size("lengths", length)
+        if self.minutes < 0:
+            raise ValueError(f"minutes must not be negative, got {self.minutes}")
+
+
+@dataclasses.dataclass
+class _Run:
+    """A run: what is measured with, and what has been."""
+
+    config: BenchConfig
+    interpret: bool
+    began: float = dataclasses.field(default_factory=time.perf_counter)
+
+    def late(self) -> bool:
+        limit = 60 * self.config.minutes
+        return bool(limit) and time.perf_counter() - self.began > limit
+
+
+def bench(config: BenchConfig) -> list[Path]:
+    """Runs the suites; gives the files written.
+
+    Raises:
+      WrongResult: a result is not what the definition gives.
+      ValueError: a setting breaks its rule.
+    """
+    run = _Run(config, interpret=triton.device_reason() is not None)
+    config.out.mkdir(parents=True, exist_ok=True)
+    chosen = {"quick": ("operator", "kernels"), "all": SUITES}.get(config.suite, (config.suite,))
+    return [_suite(run, name) for name in chosen]
+
+
+def _suite(run: _Run, name: str) -> Path:
+    config = run.config
+    path = config.out / f"{name}.json"
+    machine = timing.describe_machine()
+    ceilings = cases.CEILINGS.get(machine["device"])
+    results: dict[str, Any] = {"what": "fsa-jax bench", "suite": name} | machine
+    results |= {
+        "measurement": not run.interpret,
+        "complete": False,
+        "arguments": dataclasses.asdict(config) | {"out": config.out.name, "report": None},
+        "ceilings": ceilings,
+        "rows": [],
+    }
+    rows = {
+        "kernels": _kernels,
+        "operator": _operator,
+        "training": functools.partial(models.rows, "training"),
+        "prefill": functools.partial(models.rows, "prefill"),
+    }[name]
+    for row in rows(run, ceilings):
+        results["rows"].append(row)
+        results["seconds"] = round(time.perf_counter() - run.began, 1)
+        path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    results["complete"] = not any("time budget" in row.get("error", "") for row in results["rows"])
+    path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    return path
+
+
+def _kernels(run: _Run, ceilings) -> Iterator[dict]:
+    """Kernels by group, at (block, topk) = (64, 16); then (128, 8), other selections, packed."""
+    if run.interpret:
+        tiny = Case(length=200, heads=6, kv_heads=2, width=16, config=TINY)
+        found = [
+            (dataclasses.replace(tiny, selection="skewed", packed=True), KERNELS[:1]),
+            (tiny, KERNELS[1:3]),
+        ]
+    else:
+        lengths = run.config.lengths or (65536, 32768, 8192)
+        main = [
+            Case(length=length, heads=4 * group, kv_heads=4)
+            for length, group in itertools.product(lengths, (4, 1, 8, 2, 16))
+        ]
+        wide = NSAConfig(block_size=128, topk=8)
+        others = [dataclasses.replace(case, config=wide) for case in main[:5]]
+        others += [
+            dataclasses.replace(case, selection=name)
+            for case in main[:5]
+            for name in ("uniform", "skewed")
+        ]
+        found = [(case, KERNELS[:1]) for case in main + others]
+        found += [(case, KERNELS[1:4]) for case in main]
+        found += [(dataclasses.replace(main[0], packed=True), KERNELS)]
+    implementation = "triton_interpret" if run.interpret else "triton"
+    for case, functions in found:
+        yield from measure_case(run, case, implementation, functions, ceilings)
+
+
+def _operator(run: _Run, ceilings) -> Iterator[dict]:
+    if run.interpret:
+        found = [Case(length=200, heads=6, kv_heads=2, width=16, config=TINY)]
+    else:
+        lengths = run.config.lengths or (65536, 8192, 32768, 131072, 16384)
+        found = [
+            Case(length=length, heads=heads, kv_heads=kv_heads)
+            for length, (heads, kv_heads) in itertools.product(lengths, HEADS)
+        ]
+    implementation = "xla" if run.interpret else "triton"
+    for case in found:
+        yield from measure_case(run, case, implementation, OPERATOR, ceilings)
+
+
+def measure_case(run, case: Case, implementation: str, functions, ceilings) -> Iterator[dict]:
+    """Rows of the subjects of a case: checked first, then timed."""
+    subjects = cases.subjects(case, implementation, functions)
+    if run.interpret:  # there is no cuDNN without a GPU
+        subjects = [subject for subject in subjects if subject.method != "cudnn"]
+    passes = [(s, name) for s in subjects for name in ("forward", "backward")]
+    passes = [(s, name) for s, name in passes if s.differentiated or name == "forward"]
+    rows = {
+        (s.function, s.method, name): case.row()
+        | {"function": s.function, "method": s.method, "pass": name}
+        for s, name in passes
+    }
+    if run.late():
+        reason = f"not run: the time budget of {run.config.minutes:g} minutes was spent"
+        yield from (row | {"error": reason} for row in rows.values())
+        return
+    timing.say(f"{case}")
+    shapes = case.shapes()
+    jobs = {
+        (s.function, s.method): functools.partial(
+            timing.compile_passes,
+            s.call,
+            [shapes[name] for name in s.differentiated],
+            [shapes[name] for name in s.others],
+        )
+        for s in subjects
+    }
+    try:
+        compiled = timing.compile_all(jobs, run.config.threads)
+        sets = [cases.make_inputs(case, 0, implementation)]
+        size = sum(x.nbytes for x in sets[0].values())
+        count = 1 if run.interpret else min(max(-(-SETS_BYTES // size), 2), 8)
+        sets += [cases.make_inputs(case, seed, implementation) for seed in range(1, count)]
+    except Exception as error:
+        yield from (row | {"error": describe(error)} for row in rows.values())
+        return
+    for subject in subjects:
+        programs = compiled[subject.function, subject.method]
+        try:
+            if isinstance(programs, Exception):
+                raise programs
+            measured = _measure_subject(run, case, subject, programs, sets)
+        except WrongResult:
+            raise
+        except Exception as error:
+            measured = {name: {"error": describe(error)} for name in ("forward", "backward")}
+        for name, found in measured.items():
+            key = (subject.function, subject.method, name)
+            if key not in rows:
+                continue
+            flops, moved = cases.work(case, subject.function, name == "backward")
+            floor = cases.floor_ms(flops, moved, ceilings)
+            row = rows[key] | {"flops": flops, "bytes": moved, "floor_ms": floor} | found
+            yield row
+            timing.say(f"{key}: {row.get('ms', row.get('error'))}")
+
+
+def _measure_subject(run, case: Case, subject: Subject, programs, sets) -> dict[str, dict]:
+    """Measurements of the passes of a subject; raises WrongResult if a sample is wrong."""
+    arguments = [[x[name] for name in (*subject.differentiated, *subject.others)] for x in sets]
+    rounds, first = run.config.rounds, sets[0]
+    if not subject.differentiated:
+        share = check.check_blocks(case, first, programs["forward"](*arguments[0]))
+        if share < RIGHT_CHOICES:
+            raise WrongResult(f"{subject.function}: {share:.1%} of the sampled lists are right")
+        return {"forward": _timed(programs["forward"], arguments, rounds) | {"right_lists": share}}
+    kept = [programs["residuals"](*args) for args in arguments]
+    cotangents = []
+    for x, (out, _) in zip(sets, kept, strict=True):
+        # any numbers will do, and those of the query have the shape of the output
+        dout = x["query"][:, ::-1]
+        with_lse = isinstance(out, tuple)
+        cotangents.append((dout, jnp.zeros_like(out[1])) if with_lse else dout)
+    out, gradients = kept[0][0], programs["backward"](kept[0][1], cotangents[0])
+    with_lse = isinstance(out, tuple)
+    result, lse = out if with_lse else (out, None)
+    dout = cotangents[0][0] if with_lse else cotangents[0]
+    error = check.check(case, subject, first, result, lse, dout, gradients)
+    if error is not None and not error <= check.TOLERANCE:
+        raise WrongResult(
+            f"{subject.function} by {subject.method} at {case}: relative error {error:.2e} of a "
+            f"sample, at most {check.TOLERANCE} is right"
+        )
+    backward = [(pullback, dout) for (_, pullback), dout in zip(kept, cotangents, strict=True)]
+    found = {
+        "forward": _timed(programs["forward"], arguments, rounds),
+        "backward": _timed(programs["backward"], backward, rounds),
+    }
+    return {name: row | {"relative_error": error} for name, row in found.items()}
+
+
+def _timed(program, argument_sets, rounds) -> dict[str, Any]:
+    return timing.measure(program, argument_sets, rounds) | {
+        "peak_bytes": timing.peak_bytes(program)
+    }
+
+
+def describe(error: Exception) -> str:
+    """An error in one line of at most 300 characters."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]

@@ -1,0 +1,125 @@
+"""The benchmark runner on a machine without a GPU: the whole path, counts, checks, failures."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fsa_jax.bench import cases, check, run, timing
+from fsa_jax.bench.cases import Case
+from fsa_jax.bench.run import BenchConfig, bench
+
+CASE = Case(length=120, heads=6, kv_heads=2, width=16, config=run.TINY)
+
+
+def rows_of(path):
+    results = json.loads(path.read_text())
+    assert results["what"] == "fsa-jax bench"
+    assert results["measurement"] is False
+    assert results["complete"] is True
+    return results["rows"]
+
+
+@pytest.mark.parametrize("suite", run.SUITES)
+def test_every_suite_runs_without_a_gpu_and_says_that_it_measures_nothing(suite, tmp_path):
+    (path,) = bench(BenchConfig(suite=suite, out=tmp_path, rounds=1, minutes=0, threads=2))
+    rows = rows_of(path)
+    assert not [row for row in rows if "error" in row]
+    for row in rows:
+        assert row["ms"] > 0
+        assert len(row["samples_ms"]) == 1
+        assert row["device_ms"] is None
+        assert row["peak_bytes"] > 0
+        assert row["floor_ms"] is None  # of a CPU nobody knows the ceilings
+    functions = {row["function"] for row in rows}
+    if suite == "operator":
+        assert functions == set(run.OPERATOR)
+    elif suite == "kernels":
+        methods = {r["method"] for r in rows if r["function"] == "selected_attention"}
+        assert methods == {"kv_outer", "query_outer", "triton"}
+    else:
+        assert {row["method"] for row in rows} == {"nsa", "full"}
+        assert all(row["tokens_per_s"] > 0 for row in rows)
+
+
+def test_a_failing_method_is_recorded_and_the_others_go_on(monkeypatch):
+    """cuDNN on a CPU: the error stands in its rows."""
+    state = run._Run(BenchConfig(rounds=1, threads=2), interpret=False)
+    rows = list(run.measure_case(state, CASE, "xla", ("full_attention",), None))
+    outcomes = {(row["method"], row["pass"]): "error" in row for row in rows}
+    assert outcomes == {
+        (method, name): method == "cudnn"
+        for method in ("cudnn", "xla")
+        for name in ("forward", "backward")
+    }
+
+
+def test_a_wrong_result_ends_the_run(monkeypatch):
+    state = run._Run(BenchConfig(rounds=1, threads=2), interpret=True)
+    right = cases.subjects
+
+    def wrong(*args):
+        (subject,) = right(*args)
+        call = subject.call
+        return [dataclasses.replace(subject, call=lambda *x: jax.tree.map(lambda y: 1.1 * y, call(*x)))]
+
+    monkeypatch.setattr(cases, "subjects", wrong)
+    with pytest.raises(run.WrongResult, match="sliding_window_attention by xla.*relative error"):
+        list(run.measure_case(state, CASE, "xla", ("sliding_window_attention",), None))
+
+
+def test_what_the_time_budget_leaves_out_is_recorded(tmp_path):
+    (path,) = bench(BenchConfig(suite="operator", out=tmp_path, minutes=1e-9))
+    results = json.loads(path.read_text())
+    assert results["complete"] is False
+    assert all("time budget" in row["error"] for row in results["rows"])
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("selection", cases.SELECTIONS)
+def test_work_counts_what_is_visible(packed, selection):
+    case = dataclasses.replace(CASE, packed=packed, selection=selection)
+    arrays = cases.make_inputs(case, 0, "xla")
+    tokens = jnp.arange(case.length, dtype=jnp.int32)
+    keys = {"compressed_attention": jnp.arange(30, dtype=jnp.int32)}  # of windows
+    for function in ("compressed_attention", "sliding_window_attention", "selected_attention"):
+        if function == "selected_attention" and selection == "skewed":
+            continue  # repeated blocks count once, so that there is less to do
+        seen = check.visible(case, function, arrays, tokens, keys.get(function, tokens))
+        pairs = np.broadcast_to(seen, (case.kv_heads, *seen.shape[1:])).sum() * case.group
+        flops, _ = cases.work(case, function, False)
+        assert flops == pytest.approx(4 * float(pairs) * case.width)
+        assert cases.work(case, function, True)[0] == 2.5 * flops
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_check_tells_right_from_wrong_blocks(packed):
+    case = dataclasses.replace(CASE, packed=packed, length=900)
+    arrays = cases.make_inputs(case, 0, "xla")
+    lists = arrays["block_indices"]
+    assert check.check_blocks(case, arrays, lists) == 1
+    worse = dataclasses.replace(case, selection="uniform")
+    wrong = cases.choose_blocks(worse, arrays, jax.random.key(0), "xla")
+    assert check.check_blocks(case, arrays, jnp.sort(wrong, axis=-1)) < run.RIGHT_CHOICES
+
+
+def test_busy_time_is_the_union_of_the_spans():
+    assert timing.busy_ns([(5, 7), (0, 3), (2, 4), (6, 6.5)]) == 6
+    assert timing.busy_ns([]) == 0
+
+
+def test_a_floor_takes_the_larger_of_both():
+    ceilings = {"flops": 1e12, "bytes": 1e9}
+    assert cases.floor_ms(1e12, 1e6, ceilings) == 1000
+    assert cases.floor_ms(None, 1e9, ceilings) == 1000
+    assert cases.floor_ms(None, None, ceilings) is None
+    assert cases.floor_ms(1e12, 1e6, None) is None
+
+
+@pytest.mark.parametrize(("field", "value"), [("rounds", 0), ("lengths", (0,)), ("minutes", -1.0)])
+def test_bad_settings_are_named(field, value):
+    with pytest.raises(ValueError, match=field):
+        BenchConfig(**{field: value})
