@@ -46,7 +46,7 @@ def test_every_suite_runs_without_a_gpu_and_says_that_it_measures_nothing(suite,
 
 
 def test_a_failing_method_is_recorded_and_the_others_go_on(monkeypatch):
-    """cuDNN on a CPU: the error stands in its rows."""
+    """CuDNN on a CPU: the error stands in its rows."""
     state = run._Run(BenchConfig(rounds=1, threads=2), interpret=False)
     rows = list(run.measure_case(state, CASE, "xla", ("full_attention",), None))
     outcomes = {(row["method"], row["pass"]): "error" in row for row in rows}
@@ -64,10 +64,11 @@ def test_a_wrong_result_ends_the_run(monkeypatch):
     def wrong(*args):
         (subject,) = right(*args)
         call = subject.call
-        return [dataclasses.replace(subject, call=lambda *x: jax.tree.map(lambda y: 1.1 * y, call(*x)))]
+        off = lambda *x: jax.tree.map(lambda y: 1.1 * y, call(*x))  # noqa: E731
+        return [dataclasses.replace(subject, call=off)]
 
     monkeypatch.setattr(cases, "subjects", wrong)
-    with pytest.raises(run.WrongResult, match="sliding_window_attention by xla.*relative error"):
+    with pytest.raises(run.WrongResult, match=r"sliding_window_attention by xla.*relative error"):
         list(run.measure_case(state, CASE, "xla", ("sliding_window_attention",), None))
 
 
@@ -91,6 +92,7 @@ def test_work_counts_what_is_visible(packed, selection):
         seen = check.visible(case, function, arrays, tokens, keys.get(function, tokens))
         pairs = np.broadcast_to(seen, (case.kv_heads, *seen.shape[1:])).sum() * case.group
         flops, _ = cases.work(case, function, False)
+        assert flops is not None
         assert flops == pytest.approx(4 * float(pairs) * case.width)
         assert cases.work(case, function, True)[0] == 2.5 * flops
 

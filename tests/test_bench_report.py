@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from fsa_jax.bench.report import BRANCHES, load, report
+from fsa_jax.bench.report import report
+from fsa_jax.bench.results import BRANCHES, load
 
 H200 = {"flops": 790e12, "bytes": 4.3e12, "source": "measured: products and a copy"}
 LENGTHS = (8192, 32768)
@@ -140,20 +141,20 @@ def test_sections_and_plots(made):
 def test_tables(made):
     gpu, cpu = sections((made / "out/benchmarks.md").read_text()).values()
     # triton, kv_outer, query_outer, peer_fsa; x floor; ours over the best peer
-    same = "selected_attention | forward | 8,192 | 4 | 4 | nsa | no |"
+    same = "selected_attention | forward | 8,192 | 4 | 4 | no |"
     assert f"| {same} 1.00 (2%) | 1.00 (2%) | 9.00 (2%) | - | 2.00 | 0.111 (query_outer) |" in gpu
-    packed = "selected_attention | forward | 8,192 | 16 | 4 | nsa | yes |"
+    packed = "selected_attention | forward | 8,192 | 16 | 4 | yes |"
     assert f"| {packed} - | 5.50 (2%) | - | 11.0 (2%) | 2.00 | 0.500 (peer_fsa) |" in gpu
-    assert "| select_blocks | forward | 8,192 | 16 | 4 | nsa | no | 0.0625 (2%) |" in gpu
-    assert "All rows: D 128, block size 64, blocks 16, bfloat16." in gpu
+    assert "| select_blocks | forward | 8,192 | 16 | 4 | no | 0.0625 (2%) |" in gpu
+    assert "All rows: D 128, block size 64, blocks 16, selection nsa, bfloat16." in gpu
     one = "1.00 / 1.00"
     branches = f"| 8,192 | 16 | 4 | {one} | 1.00 / - | {one} | {one} | {one} | 6.00 / 6.00 |"
     full = "3.00 / 3.00 | {} | 0.500 | 0.500 | 0.500 |"
     assert f"{branches} {full.format('cudnn')}" in gpu
     assert f"{branches} {full.format('xla')}" in cpu
-    model = r"| Llama\|8B | 8,192 | 32 |"
-    assert f"{model} step | nsa | 100 (2%) | 81,920 | 50.0% | 1.00 | - | 0.500 |" in gpu
-    assert f"{model} step | full | 50.0 (2%) | 163,840 | - | 1.00 | - | - |" in gpu
+    model = r"| Llama\|8B | 8,192 | 32 | 16 | 4 |"
+    assert f"{model} step | nsa | 100 (2%) | 81,920 | 50.0% | 1.00 | 0.500 |" in gpu
+    assert f"{model} step | full | 50.0 (2%) | 163,840 | - | 1.00 | - |" in gpu
 
 
 def test_errors_are_listed_with_their_reason(made):
@@ -214,8 +215,9 @@ def test_same_json_gives_the_same_bytes(made, tmp_path):
 
 
 def test_newest_run_comes_last_and_devices_keep_their_images(tmp_path):
-    old, new = (operator(date=f"2026-0{month}-01", commit=f"c{month}") for month in (1, 2))
-    twin = operator(device="nvidia h200")
+    rows = [a_row("sliding_window_attention", "triton", "forward", 1.0)]
+    old, new = (a_file("kernels", rows, date=f"2026-0{x}-01", commit=f"c{x}") for x in (1, 2))
+    twin = a_file("kernels", rows, device="nvidia h200")
     report(write(tmp_path / "deep/er", a=new, b=old, c=twin), tmp_path)
     assert [run.name for run in load(tmp_path)] == [
         "deep/er/b.json",

@@ -123,9 +123,7 @@ def test_a_million_tokens_fit_one_gpu():
         program = operator_gradients(shape, implementation="triton", packed=True)
         found = compile_for("H200", *program).memory_analysis()
         assert found is not None
-        return (
-            found.argument_size_in_bytes + found.output_size_in_bytes + found.temp_size_in_bytes
-        )
+        return found.argument_size_in_bytes + found.output_size_in_bytes + found.temp_size_in_bytes
 
     small, middle, large = peak(2**16), peak(2**18), peak(2**20)
     assert middle <= 4.2 * small

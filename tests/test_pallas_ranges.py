@@ -13,7 +13,14 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from util import assert_close, assert_same_bits, both_ways, normal, segmentations, value_and_gradients
+from util import (
+    assert_close,
+    assert_same_bits,
+    both_ways,
+    normal,
+    segmentations,
+    value_and_gradients,
+)
 
 import fsa_jax
 from fsa_jax import triton
@@ -23,7 +30,7 @@ KERNELS = "triton_interpret"
 TOLERANCE = {"float32": 2e-6, "float16": 4e-3, "bfloat16": 3e-2}
 
 
-def attend(branch, sizes, segment_ids=None, implementation=KERNELS, scale=None):
+def attend(branch, sizes, segment_ids=None, implementation: str | None = KERNELS, scale=None):
     """One of the two branches, with residuals, as a function of query, key and value."""
     function = {
         "compressed": fsa_jax.compressed_attention,
@@ -128,10 +135,13 @@ def test_any_segmentation(branch, segment_ids, seed):
 @pytest.mark.parametrize("splits", [1, 2, 7])
 @pytest.mark.parametrize("branch", ["compressed", "window"])
 def test_splits_change_no_result(branch, splits, monkeypatch):
-    def split(*args):
-        return dataclasses.replace(plan(*args), splits=splits)
+    make_plan = ranges.make_plan
 
-    plan = ranges.make_plan
+    def split(*args):
+        plan = make_plan(*args)
+        assert plan is not None
+        return dataclasses.replace(plan, splits=splits)
+
     monkeypatch.setattr(ranges, "make_plan", split)
     sizes = {"compressed": WINDOWS, "window": {"window_size": 70}}[branch]
     args = inputs(branch, sizes, 400, 2)
@@ -141,7 +151,9 @@ def test_splits_change_no_result(branch, splits, monkeypatch):
 
 
 def test_many_rows_of_few_keys_are_split():
-    shapes = [jax.ShapeDtypeStruct((1, n, h, 128), jnp.bfloat16) for n, h in ((65536, 16), (4096, 4))]
+    shapes = [
+        jax.ShapeDtypeStruct((1, n, h, 128), jnp.bfloat16) for n, h in ((65536, 16), (4096, 4))
+    ]
     query, key = shapes
     few = ranges.make_plan(query, key, key, 90)
     assert few is not None
@@ -175,9 +187,7 @@ def test_poison_that_nobody_sees_changes_no_bit(branch):
     for poison in (np.nan, np.inf, -np.inf):
         dirty = [
             jnp.where(jnp.asarray(mask)[None, :, None, None], poison, x)
-            for mask, x in zip(
-                (padding, padding, unseen, unseen), (cotangent, *args), strict=True
-            )
+            for mask, x in zip((padding, padding, unseen, unseen), (cotangent, *args), strict=True)
         ]
         assert_same_bits(run(*dirty), wanted)
     assert all(np.isfinite(x).all() and np.any(x) for x in wanted[2])
@@ -264,5 +274,7 @@ def test_vmap_of_the_operator_under_checkpoint():
     def looped(*args):
         return sum(loss(*(x[i] for x in args)) for i in range(3))
 
-    got, wanted = (jax.jit(jax.value_and_grad(f, argnums=(0, 1, 2, 3)))(*args) for f in (mapped, looped))
+    got, wanted = (
+        jax.jit(jax.value_and_grad(f, argnums=(0, 1, 2, 3)))(*args) for f in (mapped, looped)
+    )
     assert_close(got, wanted, 1e-6)

@@ -169,9 +169,7 @@ def subjects(case: Case, implementation: str, functions: Sequence[str]) -> list[
     # any three arrays of the output's shape will do
     call = lambda gates, query: combine_branches(gates, query, query + 1, query + 2)  # noqa: E731
     found.append(Subject("combine_branches", "xla", call, ("gates", "query")))
-    call = bound(
-        fsa_jax.native_sparse_attention, 6, config=config, implementation=implementation
-    )
+    call = bound(fsa_jax.native_sparse_attention, 6, config=config, implementation=implementation)
     arrays = (*keys, "compressed_key", "compressed_value", "gates")
     found.append(Subject("native_sparse_attention", ours, call, arrays, ids))
     if not packed:
@@ -204,7 +202,7 @@ def make_inputs(case: Case, seed: int, implementation: str) -> dict[str, jax.Arr
     keys = jax.random.split(jax.random.key(seed), 5)
     shapes = case.shapes()
     ids = case.segment_ids()
-    packed = {} if ids is None else {"segment_ids": jnp.asarray(ids)}
+    packed: dict[str, Any] = {} if ids is None else {"segment_ids": jnp.asarray(ids)}
     arrays: dict[str, Any] = {
         name: drifting(key, shapes[name].shape[1:])
         for name, key in zip(("query", "key", "value"), keys, strict=False)
@@ -314,6 +312,6 @@ def work(case: Case, function: str, backward: bool) -> tuple[float | None, float
 
 def floor_ms(flops: float | None, moved: float | None, ceilings: dict | None) -> float | None:
     """Milliseconds that the larger of both takes at the ceilings."""
-    if ceilings is None or flops is None and moved is None:
+    if ceilings is None or (flops is None and moved is None):
         return None
     return 1e3 * max((flops or 0) / ceilings["flops"], (moved or 0) / ceilings["bytes"])

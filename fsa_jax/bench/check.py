@@ -34,7 +34,7 @@ def check(case: Case, subject: Subject, arrays, out, lse, cotangent, gradients) 
       subject: what was run.
       arrays: those of `cases.make_inputs`.
       out: its output [1, T, N, D].
-      lse: its logsumexp [1, T, N], None for full attention, whose gradients of keys are not checked.
+      lse: its logsumexp [1, T, N]; None for full attention: its dK and dV are not checked.
       cotangent: of `out`.
       gradients: those of query, key and value.
     """
@@ -59,7 +59,7 @@ def check(case: Case, subject: Subject, arrays, out, lse, cotangent, gradients) 
     return max(relative_error(a, b) for a, b in zip(found, wanted, strict=True))
 
 
-def relative_error(got: Array, wanted: Array) -> float:
+def relative_error(got, wanted) -> float:
     """Root of the mean square of the difference, over that of what was wanted; 0 if both are 0."""
     got, wanted = (np.asarray(x, np.float64) for x in (got, wanted))
     size = np.sqrt(np.mean(wanted**2))
@@ -106,7 +106,7 @@ def _rows(query, key, value, cotangent, seen):
 
 @jax.jit
 def _keys(query, key, value, cotangent, out, lse, seen):
-    """dK and dV of some keys."""
+    """DK and dV of some keys."""
     cotangent = cotangent.astype(jnp.float32)
     delta = jnp.sum(out.astype(jnp.float32) * cotangent, axis=-1)
     heads = functools.partial(rearrange, pattern="t (k g) -> k g t 1", k=key.shape[1])

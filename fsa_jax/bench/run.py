@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-import jax
 import jax.numpy as jnp
 
 from fsa_jax import NSAConfig, checks, triton

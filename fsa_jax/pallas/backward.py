@@ -22,6 +22,8 @@ Shapes: H heads of a chunk, C tokens of it, P = C*S pairs of a head, G query hea
 b keys of a block, D and E head widths, I items, X extra items.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
@@ -122,7 +124,8 @@ def partial_gradients(
     def backward_kernel(*refs):
         item_refs, refs = refs[: len(items)], refs[len(items) :]
         query_ref, key_ref, value_ref, dout_ref, lse_ref, delta_ref, *refs = refs
-        inverse_ref, part_ref = refs.pop(0) if want_dq else None, refs.pop() if want_dq else None
+        inverse_ref: Any = refs.pop(0) if want_dq else None
+        part_ref: Any = refs.pop() if want_dq else None
         dkey_ref, dvalue_ref = refs
         item = Item(item_refs, rows=tile.rows, **sizes)
         columns, value_columns = columns_of(width, COLUMNS), columns_of(value_width, COLUMNS)
@@ -136,6 +139,7 @@ def partial_gradients(
             queries = item.load_rows(query_ref, rows, columns)
             douts = item.load_rows(dout_ref, rows, value_columns)
             lses = load(lse_ref.at[item.batch, token, query_head], mask=live)
+
             def read_inverses():
                 return load(inverse_ref.at[item.batch, token, query_head], mask=live)
 

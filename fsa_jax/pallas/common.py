@@ -1,7 +1,6 @@
 """What every kernel of this package shares: calling, tile sizes, products, padding of widths."""
 
 import dataclasses
-import functools
 import math
 
 import jax
@@ -87,7 +86,7 @@ def dot(a: jax.Array, b: jax.Array, contract: tuple[int, int]) -> jax.Array:
     )
 
 
-def load(ref, *, mask=None, other=0) -> jax.Array:
+def load(ref, *, mask=None, other: float = 0) -> jax.Array:
     """Loads what `mask` allows, all without a mask, and `other` elsewhere."""
     return plgpu.load(ref, mask=mask, other=None if mask is None else other)
 
@@ -117,8 +116,8 @@ def product(a: list[jax.Array], b: list[jax.Array]) -> jax.Array:
 class Sum:
     """A float32 sum of many tiles; with `lost`, the rounding errors of its additions (Kahan).
 
-    Matrix products of float32 are exact enough that the order of long sums shows: thousands of terms
-    added in a row err several times more than what dense attention does in trees.
+    Products of float32 are exact enough that the order of long sums shows: thousands of terms added
+    in a row err several times more than what dense attention adds in trees.
     """
 
     total: jax.Array

@@ -1,9 +1,9 @@
 """The kernel whose programs own keys: dK and dV of attention to contiguous ranges of keys.
 
 The tokens that see a key are a contiguous range, too, so a program walks the rows from the first to
-the last token that sees any of its keys. Rows of steps are as in `range_rows.py`: query head r % G of
-token r // G. Scores are [b, rows], so that p and ds stay in registers for the products that
-add to dK [b, D] and dV [b, E]; the G heads of a group are added up with them.
+the last token that sees any of its keys. Rows of steps are as in `range_rows.py`: query head r % G
+of token r // G. Scores are [b, rows], so that p and ds stay in registers for the products that add
+to dK [b, D] and dV [b, E]; the G heads of a group are added up with them.
 
 Early keys are seen by many more rows than late ones. So the rows of each tile of keys are cut into
 `splits` even parts, a program each; the parts are added in their order afterwards.
@@ -11,8 +11,8 @@ Early keys are seen by many more rows than late ones. So the rows of each tile o
 Flops, with V the visible (row, key) pairs: 2*V*(2*D + 2*E). Bytes: q and dout once for each tile of
 keys, from L2; with more than one split, 4*splits*M*(D + E) bytes of parts, written and read.
 
-Shapes: B rows of the batch, T tokens, N query heads, K key/value heads, G = N/K, M keys, D and E head
-widths, R rows and b keys of a tile.
+Shapes: B rows of the batch, T tokens, N query heads, K key/value heads, G = N/K, M keys, D and E
+head widths, R rows and b keys of a tile.
 """
 
 import jax
@@ -91,9 +91,7 @@ def key_gradients(
                 ]
 
             queries, douts = load_rows(query_ref, columns), load_rows(dout_ref, value_columns)
-            deltas = load(
-                delta_ref.at[row_of_batch, token, head], mask=live if masked else None
-            )
+            deltas = load(delta_ref.at[row_of_batch, token, head], mask=live if masked else None)
             dkeys, dvalues = sums
             p = softmax_weights(product(tiles, queries), lses[None, :], scale, key_ref.dtype)
             if masked:
@@ -128,9 +126,7 @@ def key_gradients(
         sums = tuple(
             [Sum.zeros((block, d.size), exact) for d in cut] for cut in (columns, value_columns)
         )
-        sums = jax.lax.fori_loop(
-            inner_begin, inner_end, lambda i, sums: step(i, sums, False), sums
-        )
+        sums = jax.lax.fori_loop(inner_begin, inner_end, lambda i, sums: step(i, sums, False), sums)
         edges = (inner_begin - begin) + (end - inner_end)
         dkeys, dvalues = jax.lax.fori_loop(0, edges, edge, sums)
         for ref, cut, total, factor in (
@@ -155,9 +151,7 @@ def key_gradients(
         delta,
         dout,
         grid=(-(-keys // block), plan.splits, batch * kv_heads),
-        out_shape=tuple(
-            jax.ShapeDtypeStruct((plan.splits, *x.shape), dtype) for x in (key, value)
-        ),
+        out_shape=tuple(jax.ShapeDtypeStruct((plan.splits, *x.shape), dtype) for x in (key, value)),
         interpret=interpret,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,

@@ -8,11 +8,11 @@ Dataflow of a program: R rows of q stay on chip; tiles of b keys go by, from the
 sees to the last. Tiles that all rows see whole take the short way, without a mask; those at the
 edges of the ranges are masked. Tiles that nobody sees are never loaded.
 
-Flops, with V the visible (row, key) pairs: forward 2*V*(D + E), dq 2*V*(2*D + E). Bytes: q, dout and
-the result once; K and V once for each tile of rows, from L2.
+Flops, with V the visible (row, key) pairs: forward 2*V*(D + E), dq 2*V*(2*D + E). Bytes: q, dout
+and the result once; K and V once for each tile of rows, from L2.
 
-Shapes: B rows of the batch, T tokens, N query heads, K key/value heads, G = N/K, M keys, D and E head
-widths, R rows and b keys of a tile.
+Shapes: B rows of the batch, T tokens, N query heads, K key/value heads, G = N/K, M keys, D and E
+head widths, R rows and b keys of a tile.
 """
 
 import jax
@@ -115,8 +115,8 @@ def query_gradient(
 ):  # fmt: skip
     """Gradient [B, T, N, D] of the queries.
 
-    `lse` float32 [B, T, N], `delta` = sum(out * dout) - dlse, float32 [B, T, N], `dout` [B, T, N, E];
-    the other arguments are those of `attention`.
+    `lse` is float32 [B, T, N], `delta` = sum(out * dout) - dlse likewise, `dout` [B, T, N, E]; the
+    other arguments are those of `attention`.
     """
     tile = plan.query_gradient
     exact = key.dtype == jnp.float32

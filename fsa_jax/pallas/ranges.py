@@ -1,8 +1,8 @@
 """Attention to contiguous ranges of keys from kernels: sizes, and the two passes.
 
-Forward: one kernel. Backward: dq by one whose programs own rows, dK and dV by one whose programs own
-keys; seven matmuls instead of the five of a single pass, and no sums between programs but those of
-the splits, so the order of every sum is fixed.
+Forward: one kernel. Backward: dq by one whose programs own rows, dK and dV by one whose programs
+own keys; seven matmuls instead of the five of a single pass, and no sums between programs but those
+of the splits, so the order of every sum is fixed.
 """
 
 import dataclasses
@@ -108,7 +108,7 @@ def _splits(query, key, value, tile: RangeTile) -> int:
 
 
 def attention(plan, query, key, value, visible, seers, *, scale, interpret):
-    """out [B, T, N, E] and lse float32 [B, T, N]; arguments as in `range_rows.attention`."""
+    """Out [B, T, N, E] and lse float32 [B, T, N]; arguments as in `range_rows.attention`."""
     return range_rows.attention(
         query, key, value, visible, seers, plan=plan, scale=scale, interpret=interpret
     )
