@@ -220,16 +220,6 @@ def test_bitwise_the_same_on_every_rerun(branch):
         assert_same_bits(run(*args), first)
 
 
-def test_on_a_cpu_the_choice_for_either_device_is_the_portable_implementation(monkeypatch):
-    """What None does in a process that has a GPU, lowered for a CPU: values and gradients."""
-    sizes = {"window_size": 20}
-    args = inputs("window", sizes, 100, 2)
-    wanted = value_and_gradients(attend("window", sizes, None, "xla"), 3, *args)
-    monkeypatch.setattr(triton, "capability", lambda: 90)
-    got = value_and_gradients(attend("window", sizes, None, None), 3, *args)
-    assert_close(got, wanted, 1e-6)
-
-
 CONFIG = fsa_jax.NSAConfig(
     kernel_size=8, kernel_stride=4, block_size=16, topk=4, init_blocks=1, local_blocks=2,
     window_size=20,
@@ -277,4 +267,14 @@ def test_vmap_of_the_operator_under_checkpoint():
     got, wanted = (
         jax.jit(jax.value_and_grad(f, argnums=(0, 1, 2, 3)))(*args) for f in (mapped, looped)
     )
+    assert_close(got, wanted, 1e-6)
+
+
+def test_on_a_cpu_the_choice_for_either_device_is_the_portable_implementation(monkeypatch):
+    """What None does in a process that has a GPU, lowered for a CPU: values and gradients."""
+    args = [normal(i, 1, 90, *shape) for i, shape in enumerate(((4, 8), (2, 8), (2, 8), (4, 3)))]
+    ids = documents(1, 90)
+    wanted = value_and_gradients(functools.partial(operator, "xla", ids), 3, *args)
+    monkeypatch.setattr(triton, "capability", lambda: 90)
+    got = value_and_gradients(functools.partial(operator, None, ids), 3, *args)
     assert_close(got, wanted, 1e-6)

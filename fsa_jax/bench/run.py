@@ -144,10 +144,7 @@ def _kernels(run: _Run, ceilings) -> Iterator[dict]:
     """Kernels by group, at (block, topk) = (64, 16); then (128, 8), other selections, packed."""
     if run.interpret:
         tiny = Case(length=200, heads=6, kv_heads=2, width=16, config=TINY)
-        found = [
-            (dataclasses.replace(tiny, selection="skewed", packed=True), KERNELS[:1]),
-            (tiny, KERNELS[1:3]),
-        ]
+        found = [(dataclasses.replace(tiny, selection="skewed", packed=True), KERNELS[:1])]
     else:
         lengths = run.config.lengths or (65536, 32768, 8192)
         main = [
