@@ -34,6 +34,8 @@ def test_every_suite_runs_without_a_gpu_and_says_that_it_measures_nothing(suite,
         assert row["device_ms"] is None
         assert row["peak_bytes"] > 0
         assert row["floor_ms"] is None  # of a CPU nobody knows the ceilings
+        checked = row["function"] not in ("combine_branches", "select_blocks", "model")
+        assert (row.get("relative_error") is not None) == checked
     functions = {row["function"] for row in rows}
     if suite == "operator":
         assert functions == set(run.OPERATOR)
@@ -57,7 +59,8 @@ def test_a_failing_method_is_recorded_and_the_others_go_on(monkeypatch):
     }
 
 
-def test_a_wrong_result_ends_the_run(monkeypatch):
+@pytest.mark.parametrize("function", ["sliding_window_attention", "native_sparse_attention"])
+def test_a_wrong_result_ends_the_run(function, monkeypatch):
     state = run._Run(BenchConfig(rounds=1, threads=2), interpret=True)
     right = cases.subjects
 
@@ -68,8 +71,8 @@ def test_a_wrong_result_ends_the_run(monkeypatch):
         return [dataclasses.replace(subject, call=off)]
 
     monkeypatch.setattr(cases, "subjects", wrong)
-    with pytest.raises(run.WrongResult, match=r"sliding_window_attention by xla.*relative error"):
-        list(run.measure_case(state, CASE, "xla", ("sliding_window_attention",), None))
+    with pytest.raises(run.WrongResult, match=f"{function} by xla.*relative error"):
+        list(run.measure_case(state, CASE, "xla", (function,), None))
 
 
 def test_what_the_time_budget_leaves_out_is_recorded(tmp_path):

@@ -38,14 +38,12 @@ def check(case: Case, subject: Subject, arrays, out, lse, cotangent, gradients) 
       cotangent: of `out`.
       gradients: those of query, key and value.
     """
-    if subject.differentiated[:1] != ("query",) or len(subject.differentiated) != 3:
+    if subject.function == "native_sparse_attention":
+        return _check_operator(case, arrays, out, cotangent, gradients)
+    if subject.differentiated[:1] != ("query",):
         return None
     query, key, value = (arrays[name][0] for name in subject.differentiated)
-    rng = np.random.default_rng(0)
-    rows, keys = (
-        jnp.asarray(np.unique(np.append(rng.integers(0, size, SAMPLE), size - 1)), jnp.int32)
-        for size in (query.shape[0], key.shape[0])
-    )
+    rows, keys = _sample(query.shape[0]), _sample(key.shape[0])
     see = functools.partial(visible, case, subject.function, arrays)
     every = jnp.arange(query.shape[0], dtype=jnp.int32)
     found = [out[0, rows], gradients[0][0, rows]]
@@ -57,6 +55,36 @@ def check(case: Case, subject: Subject, arrays, out, lse, cotangent, gradients) 
             query, key[keys], value[keys], cotangent[0], out[0], lse[0], see(every, keys)
         )
     return max(relative_error(a, b) for a, b in zip(found, wanted, strict=True))
+
+
+def _check_operator(case: Case, arrays, out, cotangent, gradients) -> float | None:
+    """The same for the whole operator: its output and dq, if the blocks are those it chooses."""
+    if case.selection != "nsa":
+        return None
+    rows = _sample(case.length)
+    gates = arrays["gates"][0, rows].astype(jnp.float32)
+    wanted_out, wanted_dq = jnp.zeros(()), jnp.zeros(())
+    for number, (function, prefix) in enumerate(
+        (
+            ("compressed_attention", "compressed_"),
+            ("selected_attention", ""),
+            ("sliding_window_attention", ""),
+        )
+    ):
+        key, value = (arrays[f"{prefix}{name}"][0] for name in ("key", "value"))
+        seen = visible(case, function, arrays, rows, jnp.arange(key.shape[0], dtype=jnp.int32))
+        gate = gates[..., number, None]
+        dout = gate * cotangent[0, rows].astype(jnp.float32)
+        branch, dquery = _rows(arrays["query"][0, rows], key, value, dout, seen)
+        wanted_out, wanted_dq = wanted_out + gate * branch, wanted_dq + dquery
+    pairs = ((out[0, rows], wanted_out), (gradients[0][0, rows], wanted_dq))
+    return max(relative_error(got, wanted) for got, wanted in pairs)
+
+
+def _sample(size: int) -> Array:
+    """Some numbers below `size`, the last one among them."""
+    numbers = np.random.default_rng(0).integers(0, size, SAMPLE)
+    return jnp.asarray(np.unique(np.append(numbers, size - 1)), jnp.int32)
 
 
 def relative_error(got, wanted) -> float:
@@ -133,10 +161,9 @@ def check_blocks(case: Case, arrays, lists: Array) -> float:
     more than rounding.
     """
     config = case.config
-    rng = np.random.default_rng(1)
-    rows = np.unique(np.append(rng.integers(0, case.length, SAMPLE), case.length - 1))
+    sample = _sample(case.length)
+    rows = np.asarray(sample)
     slots = jnp.arange(arrays["compressed_key"].shape[1], dtype=jnp.int32)
-    sample = jnp.asarray(rows, jnp.int32)
     seen = visible(case, "compressed_attention", arrays, sample, slots)
     logits = _logits(arrays["query"][0, sample], arrays["compressed_key"][0])
     lse = rearrange(arrays["lse"][0, sample], "n (k g) -> k g n 1", k=case.kv_heads)

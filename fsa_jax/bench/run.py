@@ -64,7 +64,8 @@ class BenchConfig:
       out: folder for the JSON files and the report.
       report: only write the report anew from the JSON files below this folder; nothing is run.
       lengths: tokens of a row; empty: those of the suite.
-      minutes: no new case starts after so many; 0: no limit. The cases left out are recorded.
+      minutes: no new case starts after so many, or after its share of them where there are more
+        suites; 0: no limit. The cases left out are recorded.
       rounds: timed rounds of 3 to 10 calls each.
       threads: functions compiled at a time.
     """
@@ -73,7 +74,7 @@ class BenchConfig:
     out: Path = Path("runs/bench")
     report: Path | None = None
     lengths: tuple[int, ...] = ()
-    minutes: float = 10.0
+    minutes: float = 9.0
     rounds: int = 5
     threads: int = 8
 
@@ -92,10 +93,12 @@ class _Run:
 
     config: BenchConfig
     interpret: bool
+    share: float = 1.0
     began: float = dataclasses.field(default_factory=time.perf_counter)
 
     def late(self) -> bool:
-        limit = 60 * self.config.minutes
+        """Whether the time for this suite, a share of all the time, is over."""
+        limit = 60 * self.config.minutes * self.share
         return bool(limit) and time.perf_counter() - self.began > limit
 
 
@@ -109,7 +112,11 @@ def bench(config: BenchConfig) -> list[Path]:
     run = _Run(config, interpret=triton.device_reason() is not None)
     config.out.mkdir(parents=True, exist_ok=True)
     chosen = {"quick": ("operator", "kernels"), "all": SUITES}.get(config.suite, (config.suite,))
-    return [_suite(run, name) for name in chosen]
+    paths = []
+    for number, name in enumerate(chosen, start=1):
+        run.share = number / len(chosen)
+        paths.append(_suite(run, name))
+    return paths
 
 
 def _suite(run: _Run, name: str) -> Path:
