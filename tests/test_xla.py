@@ -13,6 +13,7 @@ from shapes import SMALL, Shape
 from util import (
     IMPLEMENTATIONS,
     assert_close,
+    assert_errors_are_at_most_twice_those_of_dense,
     assert_same_bits,
     both_ways,
     lists,
@@ -253,14 +254,7 @@ def test_error_is_at_most_twice_that_of_dense_attention(branch, implementation, 
         exact = jax.tree.map(
             np.asarray, value_and_gradients(make(implementation="reference"), 7, *wide)
         )
-    for a, b, c in zip(*map(jax.tree.leaves, (ours, dense, exact)), strict=True):
-        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-        finite = np.isfinite(c)
-        np.testing.assert_array_equal(np.isneginf(a), np.isneginf(c))
-        for norm in (np.max, np.mean):
-            error = norm(np.abs(a[finite] - c[finite]))
-            bound = norm(np.abs(b[finite] - c[finite]))
-            assert error <= 2 * bound + 1e-7 * np.abs(c[finite]).max()
+    assert_errors_are_at_most_twice_those_of_dense(ours, dense, exact)
 
 
 @pytest.mark.parametrize("implementation", [*IMPLEMENTATIONS, "triton_interpret"])

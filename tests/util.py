@@ -97,3 +97,16 @@ def selected(
         return_residuals=True,
         tuning=tuning,
     )
+
+
+def assert_errors_are_at_most_twice_those_of_dense(ours, dense, exact):
+    """The error rule: largest and mean error of every array against float64, both alike."""
+    leaves = (jax.tree.leaves(x) for x in (ours, dense, exact))
+    for number, (a, b, c) in enumerate(zip(*leaves, strict=True)):
+        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+        finite = np.isfinite(c)
+        np.testing.assert_array_equal(np.isneginf(a), np.isneginf(c))
+        for norm in (np.max, np.mean):
+            error = norm(np.abs(a[finite] - c[finite]))
+            bound = 2 * norm(np.abs(b[finite] - c[finite])) + 1e-7 * np.abs(c[finite]).max()
+            assert error <= bound, (number, norm.__name__, error / bound * 2)

@@ -94,6 +94,31 @@ def load(ref, *, mask=None, other: float = 0) -> jax.Array:
 store = plgpu.store
 
 
+def load_tiles(ref, batch, token, head, columns: list[jax.Array], rows=None) -> list[jax.Array]:
+    """Tiles [R, columns] of `ref` [B, T, H, D] at R tokens of one row, cut as `columns` say.
+
+    Args:
+      ref: the array.
+      batch: row of the batch.
+      token: int32 [R].
+      head: one head, or one for each token.
+      columns: what `columns_of` gives.
+      rows: bool [R], rows that are loaded, 0 elsewhere; None for all.
+    """
+    width = ref.shape[3]
+    head = head[:, None] if head.ndim else head
+    # without anything to leave out there is no mask to compute
+    masked = rows is not None or sum(d.size for d in columns) != width
+    rows = jnp.full(token.shape, True) if rows is None else rows
+    return [
+        load(
+            ref.at[batch, token[:, None], head, d[None, :]],
+            mask=rows_mask(rows, d, width) if masked else None,
+        )
+        for d in columns
+    ]
+
+
 def softmax_weights(logits: jax.Array, lse: jax.Array, scale: float, dtype) -> jax.Array:
     """Weights exp(scale * logits - lse) of a softmax whose logsumexp is known.
 

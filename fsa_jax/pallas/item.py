@@ -9,7 +9,7 @@ group. Row r of a step is head r % G of pair r // G; the last R % G rows of a st
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from fsa_jax.pallas.common import iota, load, rows_mask, split
+from fsa_jax.pallas.common import iota, load, load_tiles, split
 
 
 def arrays(where, lists):
@@ -53,14 +53,7 @@ class Item:
 
     def load_block(self, ref, columns):
         """Tiles [b, columns] of the block's keys or values, 0 where nobody sees them."""
-        column, width = self.column[:, None], ref.shape[3]
-        return [
-            load(
-                ref.at[self.batch, column, self.kv_head, d[None, :]],
-                mask=rows_mask(self.visible, d, width),
-            )
-            for d in columns
-        ]
+        return load_tiles(ref, self.batch, self.column, self.kv_head, columns, self.visible)
 
     def steps(self):
         return pl.cdiv(self.count, self.rows // self.group)
@@ -86,11 +79,4 @@ class Item:
     def load_rows(self, ref, step, columns):
         """Tiles [R, columns] of a step's queries or their cotangents, 0 where there is none."""
         live, token, query_head, _ = step
-        width = ref.shape[3]
-        return [
-            load(
-                ref.at[self.batch, token[:, None], query_head[:, None], d[None, :]],
-                mask=rows_mask(live, d, width),
-            )
-            for d in columns
-        ]
+        return load_tiles(ref, self.batch, token, query_head, columns, live)

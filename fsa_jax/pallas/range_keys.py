@@ -26,6 +26,7 @@ from fsa_jax.pallas.common import (
     dot,
     iota,
     load,
+    load_tiles,
     product,
     rows_mask,
     softmax_weights,
@@ -61,13 +62,7 @@ def key_gradients(
         seen = high > low
         columns, value_columns = (columns_of(x.shape[3], 128) for x in (key, value))
         tiles, value_tiles = (
-            [
-                load(
-                    ref.at[row_of_batch, column[:, None], kv_head, d[None, :]],
-                    mask=rows_mask(seen, d, ref.shape[3]),
-                )
-                for d in cut
-            ]
+            load_tiles(ref, row_of_batch, column, kv_head, cut, seen)
             for ref, cut in ((key_ref, columns), (value_ref, value_columns))
         )
         first, last = jnp.min(jnp.where(seen, low, 2**30)), jnp.max(jnp.where(seen, high, 0))
@@ -78,23 +73,14 @@ def key_gradients(
             inside = token < last if masked else None
             lses = load(lse_ref.at[row_of_batch, token, head], mask=inside, other=-jnp.inf)
             # what sees nothing may hold anything
-            live = lses > -jnp.inf if masked else jnp.full((tile.rows,), True)
-
-            def load_rows(ref, cut):
-                whole = not masked and sum(d.size for d in cut) == ref.shape[3]
-                return [
-                    load(
-                        ref.at[row_of_batch, token[:, None], head[:, None], d[None, :]],
-                        mask=None if whole else rows_mask(live, d, ref.shape[3]),
-                    )
-                    for d in cut
-                ]
-
-            queries, douts = load_rows(query_ref, columns), load_rows(dout_ref, value_columns)
-            deltas = load(delta_ref.at[row_of_batch, token, head], mask=live if masked else None)
+            live = lses > -jnp.inf if masked else None
+            at = (row_of_batch, token, head)
+            queries = load_tiles(query_ref, *at, columns, live)
+            douts = load_tiles(dout_ref, *at, value_columns, live)
+            deltas = load(delta_ref.at[*at], mask=live)
             dkeys, dvalues = sums
             p = softmax_weights(product(tiles, queries), lses[None, :], scale, key_ref.dtype)
-            if masked:
+            if live is not None:
                 sees = (token[None, :] >= low[:, None]) & (token[None, :] < high[:, None])
                 p = jnp.where(sees & live[None, :], p, 0.0)
             p_cut = p.astype(dout_ref.dtype)

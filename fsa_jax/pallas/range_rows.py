@@ -27,6 +27,7 @@ from fsa_jax.pallas.common import (
     dot,
     iota,
     load,
+    load_tiles,
     product,
     rows_mask,
     softmax_weights,
@@ -196,15 +197,7 @@ class _Rows:
 
     def load(self, ref, columns):
         """Tiles [R, columns] of the rows, 0 for those that see nothing."""
-        batch, token, head = self.target
-        width = ref.shape[3]
-        return [
-            load(
-                ref.at[batch, token[:, None], head[:, None], d[None, :]],
-                mask=rows_mask(self.sighted, d, width),
-            )
-            for d in columns
-        ]
+        return load_tiles(ref, *self.target, columns, self.sighted)
 
     def store(self, ref, x, columns):
         """Stores a tile [R, columns] of results; 0 for rows that see nothing."""
@@ -254,18 +247,7 @@ class _Rows:
             inside = column < self.keys
             from_token, to_token = (load(x.at[self.batch, column], mask=inside) for x in seers_refs)
             seen = inside & (from_token < to_token)
-        tiles = []
-        for ref, cut in zip(refs, columns, strict=True):
-            width, batch, kv_head = ref.shape[3], self.batch, self.kv_head
-            whole = seen is None and sum(d.size for d in cut) == width
-            rows = jnp.full((self.block,), True) if seen is None else seen
-            tiles.append(
-                [
-                    load(
-                        ref.at[batch, column[:, None], kv_head, d[None, :]],
-                        mask=None if whole else rows_mask(rows, d, width),
-                    )
-                    for d in cut
-                ]
-            )
-        return tiles
+        return [
+            load_tiles(ref, self.batch, column, self.kv_head, cut, seen)
+            for ref, cut in zip(refs, columns, strict=True)
+        ]

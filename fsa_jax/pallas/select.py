@@ -38,6 +38,7 @@ from fsa_jax.pallas.common import (
     columns_of,
     iota,
     load,
+    load_tiles,
     next_power_of_two,
     product,
     rows_mask,
@@ -219,27 +220,14 @@ def _rank(where, query, key, lse, own, first, visible, *, config, scale, plan, i
         lses = jnp.where(lses == -jnp.inf, 0.0, lses)
         lses = jnp.where(row_live, lses, jnp.inf)  # idle rows have no weight: exp(0 - inf) = 0
         columns = columns_of(width, COLUMNS[query.dtype.itemsize])
-        queries = [
-            load(
-                query_ref.at[batch, row_token[:, None], row_head[:, None], d[None, :]],
-                mask=rows_mask(row_seen > 0, d, width),
-            )
-            for d in columns
-        ]
+        queries = load_tiles(query_ref, batch, row_token, row_head, columns, row_seen > 0)
 
         def weights(block, offset, masked):
             """Softmax weights [R, BLOCKS] of the windows at an offset from the blocks."""
             window = block * per_block + offset
             inside = (window >= 0) & (window < most)
-            whole = not masked and sum(d.size for d in columns) == width
-            at = (slot + window)[:, None]
-            keys = [
-                load(
-                    key_ref.at[batch, at, kv_head, d[None, :]],
-                    mask=None if whole else rows_mask(inside, d, width),
-                )
-                for d in columns
-            ]
+            at = slot + window
+            keys = load_tiles(key_ref, batch, at, kv_head, columns, inside if masked else None)
             p = softmax_weights(product(queries, keys), lses[:, None], scale, query.dtype)
             if masked:
                 p = jnp.where(inside[None, :] & (window[None, :] < row_seen[:, None]), p, 0.0)
