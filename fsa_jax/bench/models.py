@@ -54,8 +54,7 @@ def rows(kind: str, run, ceilings) -> Iterator[dict]:
                     with jax.numpy_dtype_promotion("standard"):  # of which jax itself has need
                         found = _measure(kind, run, length, layers, sizes, attention)
                 except Exception as error:
-                    text = " ".join(str(error).split())
-                    yield row | {"error": f"{type(error).__name__}: {text}"[:300]}
+                    yield row | {"error": timing.describe_error(error)}
                     continue
                 flops = found.pop("flops_per_token") * length
                 row |= found | {"flops": flops, "bytes": None, "floor_ms": None}
@@ -85,7 +84,8 @@ def _measure(kind, run, length, layers, sizes, attention) -> dict[str, Any]:
         )
         params = count - params  # of the last layer alone, when the loop ends
         del program, argument_sets
-    first, second = (np_ms(x) for x in found)
+    # in ascending order, so that the two depths are paired by rank
+    first, second = (sorted(x["samples_ms"]) for x in found)
     samples = [a + (layers - 1) * max(b - a, 0.0) for a, b in zip(first, second, strict=True)]
     middle = sorted(samples)[len(samples) // 2]
     # 6 (or 2) flops a parameter and token; attention counts as sparse or full as it is
@@ -101,11 +101,6 @@ def _measure(kind, run, length, layers, sizes, attention) -> dict[str, Any]:
         "relative_error": None,
         "flops_per_token": per_parameter * params * layers,
     }
-
-
-def np_ms(measured: dict) -> list[float]:
-    """Samples in ascending order, so that two depths are paired by rank."""
-    return sorted(measured["samples_ms"])
 
 
 def _implementation(run, attention):

@@ -221,7 +221,7 @@ def measure_case(run, case: Case, implementation: str, functions, ceilings) -> I
         count = 1 if run.interpret else min(max(-(-SETS_BYTES // size), 2), 8)
         sets += [cases.make_inputs(case, seed, implementation) for seed in range(1, count)]
     except Exception as error:
-        yield from (row | {"error": describe(error)} for row in rows.values())
+        yield from (row | {"error": timing.describe_error(error)} for row in rows.values())
         return
     for subject in subjects:
         programs = compiled[subject.function, subject.method]
@@ -232,7 +232,9 @@ def measure_case(run, case: Case, implementation: str, functions, ceilings) -> I
         except WrongResult:
             raise
         except Exception as error:
-            measured = {name: {"error": describe(error)} for name in ("forward", "backward")}
+            measured = {
+                name: {"error": timing.describe_error(error)} for name in ("forward", "backward")
+            }
         for name, found in measured.items():
             key = (subject.function, subject.method, name)
             if key not in rows:
@@ -282,8 +284,3 @@ def _timed(program, argument_sets, rounds) -> dict[str, Any]:
     return timing.measure(program, argument_sets, rounds) | {
         "peak_bytes": timing.peak_bytes(program)
     }
-
-
-def describe(error: Exception) -> str:
-    """An error in one line of at most 300 characters."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]

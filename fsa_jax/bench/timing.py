@@ -174,6 +174,11 @@ def peak_bytes(compiled) -> int | None:
     return held + found.temp_size_in_bytes
 
 
+def describe_error(error: Exception) -> str:
+    """An error in one line of at most 300 characters."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
+
+
 def describe_machine() -> dict:
     """Date, commit, device, driver and versions: what a number is worth nothing without."""
     folder = Path(__file__).resolve().parent

@@ -136,6 +136,21 @@ def product(a: list[jax.Array], b: list[jax.Array]) -> jax.Array:
     return sum(others, first)
 
 
+def fold_tiles(step, state, begin, inner_begin, inner_end, end):
+    """Folds `step(number, state, masked)` over the tiles begin .. end-1.
+
+    Those from inner_begin to inner_end-1 need no mask, and come first; then those before and after.
+    """
+    before = inner_begin - begin
+
+    def edge(i, state):
+        return step(jnp.where(i < before, begin + i, inner_end + i - before), state, True)
+
+    whole = lambda i, state: step(i, state, False)  # noqa: E731
+    state = jax.lax.fori_loop(inner_begin, inner_end, whole, state)
+    return jax.lax.fori_loop(0, before + (end - inner_end), edge, state)
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Sum:

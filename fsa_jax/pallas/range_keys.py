@@ -24,6 +24,7 @@ from fsa_jax.pallas.common import (
     call,
     columns_of,
     dot,
+    fold_tiles,
     iota,
     load,
     load_tiles,
@@ -104,17 +105,10 @@ def key_gradients(
         inner_begin = jnp.clip(inner_begin, begin, end)
         inner_end = jnp.clip(inner_end, inner_begin, end)
 
-        def edge(i, sums):
-            before = i < inner_begin - begin
-            number = jnp.where(before, begin + i, inner_end + i - (inner_begin - begin))
-            return step(number, sums, True)
-
         sums = tuple(
             [Sum.zeros((block, d.size), exact) for d in cut] for cut in (columns, value_columns)
         )
-        sums = jax.lax.fori_loop(inner_begin, inner_end, lambda i, sums: step(i, sums, False), sums)
-        edges = (inner_begin - begin) + (end - inner_end)
-        dkeys, dvalues = jax.lax.fori_loop(0, edges, edge, sums)
+        dkeys, dvalues = fold_tiles(step, sums, begin, inner_begin, inner_end, end)
         for ref, cut, total, factor in (
             (dkey_ref, columns, dkeys, scale),
             (dvalue_ref, value_columns, dvalues, 1.0),

@@ -25,6 +25,7 @@ from fsa_jax.pallas.common import (
     call,
     columns_of,
     dot,
+    fold_tiles,
     iota,
     load,
     load_tiles,
@@ -223,17 +224,10 @@ class _Rows:
         inner_begin = pl.cdiv(all_low, self.block)
         inner_end = jnp.maximum(all_high // self.block, inner_begin)
 
-        def whole(i, state):
-            return step(i * self.block, state, False)
+        def tile(number, state, masked):
+            return step(number * self.block, state, masked)
 
-        def edge(i, state):
-            before = i < inner_begin - begin
-            tile = jnp.where(before, begin + i, inner_end + i - (inner_begin - begin))
-            return step(tile * self.block, state, True)
-
-        state = jax.lax.fori_loop(inner_begin, inner_end, whole, state)
-        edges = (inner_begin - begin) + (end - inner_end)
-        return jax.lax.fori_loop(0, edges, edge, state)
+        return fold_tiles(tile, state, begin, inner_begin, inner_end, end)
 
     def sees(self, start):
         column = (start + iota(self.block))[None, :]
