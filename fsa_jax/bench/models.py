@@ -95,6 +95,7 @@ def _measure(kind, run, length, layers, sizes, attention) -> dict[str, Any]:
         "ms": middle,
         "spread": (max(samples) - min(samples)) / middle,
         "device_ms": None,
+        "kernels_ms": None,
         "measured_layers": list(DEPTHS),
         "measured_ms": [x["ms"] for x in found],
         "peak_bytes": found[-1]["peak_bytes"],

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +53,8 @@ def measure(function: Callable, argument_sets: Sequence[tuple], rounds: int) -> 
       `samples_ms` (a call, for each round), `ms` (their median), `spread` ((slowest - fastest) /
       median), `dispatch_ms` (how long the host took to issue a call: where it comes near `ms`, the
       device may have waited for the host), `device_ms` (how long the device was busy, by jax's
-      profiler; None where it tells nothing), `calls` (of a round).
+      profiler; None where it tells nothing), `kernels_ms` (the same by kernel, longest first),
+      `calls` (of a round).
     """
     arguments = itertools.cycle(argument_sets)
     for args in itertools.islice(arguments, WARM_UP):
@@ -78,30 +79,40 @@ def measure(function: Callable, argument_sets: Sequence[tuple], rounds: int) -> 
         "ms": middle,
         "spread": (max(times) - min(times)) / middle,
         "dispatch_ms": statistics.median(issues),
-        "device_ms": device_ms(function, list(itertools.islice(arguments, PROFILED))),
+        **profile(function, list(itertools.islice(arguments, PROFILED))),
         "calls": calls,
     }
 
 
-def device_ms(function: Callable, argument_sets: Sequence[tuple]) -> float | None:
-    """Milliseconds a call that a GPU is busy, by the profiler; None where it shows no GPU."""
-    if jax.devices()[0].platform != "gpu":
-        return None
-    with tempfile.TemporaryDirectory() as folder:
-        with jax.profiler.trace(folder):
-            for args in argument_sets:
-                jax.block_until_ready(function(*args))
-        traces = [str(path) for path in Path(folder).rglob("*.xplane.pb")]
-        spans = [
-            (event.start_ns, event.start_ns + event.duration_ns)
-            for trace in traces
-            for plane in jax.profiler.ProfileData.from_file(trace).planes
-            if plane.name.startswith("/device:GPU")
-            for line in plane.lines
-            if line.name.startswith("Stream")
-            for event in line.events
-        ]
-    return busy_ns(spans) / len(argument_sets) / 1e6 if spans else None
+def profile(function: Callable, argument_sets: Sequence[tuple]) -> dict[str, Any]:
+    """Milliseconds a call that a GPU is busy, in all and by kernel; None where there is no GPU."""
+    spans = {}
+    if jax.devices()[0].platform == "gpu":
+        with tempfile.TemporaryDirectory() as folder:
+            with jax.profiler.trace(folder):
+                for args in argument_sets:
+                    jax.block_until_ready(function(*args))
+            for trace in Path(folder).rglob("*.xplane.pb"):
+                for name, span in _spans(trace):
+                    spans.setdefault(name, []).append(span)
+    if not spans:
+        return {"device_ms": None, "kernels_ms": None}
+    each = 1e6 * len(argument_sets)
+    by_kernel = {name: busy_ns(found) / each for name, found in spans.items()}
+    return {
+        "device_ms": busy_ns(itertools.chain.from_iterable(spans.values())) / each,
+        "kernels_ms": dict(sorted(by_kernel.items(), key=lambda item: -item[1])),
+    }
+
+
+def _spans(trace: Path) -> Iterator[tuple[str, tuple[float, float]]]:
+    """Name and (start, end) in ns of everything that a GPU did in a trace of jax's profiler."""
+    for plane in jax.profiler.ProfileData.from_file(str(trace)).planes:
+        if plane.name.startswith("/device:GPU"):
+            for line in plane.lines:
+                if line.name.startswith("Stream"):
+                    for event in line.events:
+                        yield event.name, (event.start_ns, event.start_ns + event.duration_ns)
 
 
 def busy_ns(spans: Iterable[tuple[float, float]]) -> float:
