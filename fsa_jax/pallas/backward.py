@@ -86,7 +86,7 @@ def inverse_units(key, value, dout, delta, valid):
 
 def partial_gradients(
     where, lists, query, key, value, dout, lse, delta, inverse, *,
-    heads, tokens, slots, block, scale, tile, extras, partial_dtype, interpret,
+    heads, tokens, slots, block, pairs, scale, tile, extras, partial_dtype, interpret,
 ):  # fmt: skip
     """Gradients of each pair of a chunk.
 
@@ -104,6 +104,7 @@ def partial_gradients(
       tokens: C.
       slots: S.
       block: b, a power of two.
+      pairs: the most pairs of an item.
       scale: factor of the logits.
       tile: `tuning.Tile`.
       extras: X.
@@ -117,7 +118,8 @@ def partial_gradients(
     _, length, kv_heads, width = key.shape
     value_width = value.shape[3]
     group = query.shape[2] // kv_heads
-    sizes = {"length": length, "group": group, "kv_heads": kv_heads, "slots": slots, "block": block}
+    sizes = {"length": length, "group": group, "kv_heads": kv_heads, "slots": slots}
+    sizes |= {"block": block, "pairs": pairs}
     items, inputs = item_arrays(where, lists), (query, key, value, dout, lse, delta)
     want_dq = inverse is not None
 
@@ -150,8 +152,8 @@ def partial_gradients(
             dp = product(douts, values)
             p = softmax_weights(product(queries, keys), lses[:, None], scale, key_ref.dtype)
             # idle rows see all keys; their dout and delta are 0, and so is what they add
-            seen = item.column[None, :] <= token[:, None]
-            p = jnp.where(seen, p, 0.0)
+            # (a loop of its own for the steps that need no mask spills registers)
+            p = jnp.where(item.column[None, :] <= token[:, None], p, 0.0)
             p_cut = p.astype(dout_ref.dtype)
             dvalues = [x + dot(do, p_cut, (0, 0)) for x, do in zip(dvalues, douts, strict=True)]
             ds = (p * (dp - deltas[:, None])).astype(key_ref.dtype)

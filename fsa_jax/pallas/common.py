@@ -1,5 +1,7 @@
 """What every kernel of this package shares: calling, tile sizes, products, padding of widths."""
 
+import contextlib
+import contextvars
 import dataclasses
 import math
 
@@ -9,6 +11,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 LOG2_E = math.log2(math.e)
+#: Whether the kernel that is being traced is for interpret mode, which knows no instructions of a
+#: GPU.
+_interpreted = contextvars.ContextVar("interpreted", default=False)
 
 
 def next_power_of_two(size: int) -> int:
@@ -23,15 +28,77 @@ def tile_width(width: int) -> int:
 
 def call(kernel, *arrays, grid, out_shape, interpret, num_warps=4, num_stages=2, aliases=None):
     """`pallas_call` through Triton: whole arrays in device memory, one program a grid point."""
-    return pl.pallas_call(
-        kernel,
-        grid=grid,
-        out_shape=out_shape,
-        interpret=interpret,
-        name=kernel.__name__,
-        input_output_aliases=aliases or {},
-        compiler_params=plgpu.CompilerParams(num_warps=num_warps, num_stages=num_stages),
-    )(*arrays)
+    with _tracing(interpret):
+        return pl.pallas_call(
+            kernel,
+            grid=grid,
+            out_shape=out_shape,
+            interpret=interpret,
+            name=kernel.__name__,
+            input_output_aliases=aliases or {},
+            compiler_params=plgpu.CompilerParams(num_warps=num_warps, num_stages=num_stages),
+        )(*arrays)
+
+
+@contextlib.contextmanager
+def _tracing(interpret: bool):
+    token = _interpreted.set(interpret)
+    try:
+        yield
+    finally:
+        _interpreted.reset(token)
+
+
+def exp2(x: jax.Array) -> jax.Array:
+    """2^x of float32 as one instruction; 0 where the result is below 2^-126.
+
+    jnp.exp2 takes care of smaller results, which a softmax adds to nothing: four instructions.
+    """
+    return _instruction("ex2.approx.ftz.f32 $0, $1;", jnp.exp2, x)
+
+
+def reciprocal(x: jax.Array) -> jax.Array:
+    """1 / x of float32 as one instruction, right to the last bit but one."""
+    return _instruction("rcp.approx.ftz.f32 $0, $1;", lambda x: 1 / x, x)
+
+
+def log2(x: jax.Array) -> jax.Array:
+    """Binary logarithm of float32 as one instruction, right to 2^-22."""
+    return _instruction("lg2.approx.ftz.f32 $0, $1;", jnp.log2, x)
+
+
+def multiply_add(a, b, c) -> jax.Array:
+    """The sum a * b + c of float32, broadcast, rounded once: one instruction instead of two.
+
+    The compiler may not fuse the two by itself, since that changes the rounding.
+    """
+    return _instruction("fma.rn.f32 $0, $1, $2, $3;", lambda a, b, c: a * b + c, a, b, c)
+
+
+def settled(x: jax.Array) -> jax.Array:
+    """The float32 `x` itself: products that were added to it have ended when it is used.
+
+    A sum of products over a loop may be left running on the matrix unit into the next step. Where
+    the assembler then finds other instructions on its registers, it makes every product wait for
+    the one before it. The instruction costs nothing: the assembler drops it.
+    """
+    return _instruction("mov.b32 $0, $1;", lambda x: x, x)
+
+
+def _instruction(assembly: str, interpreted, *args) -> jax.Array:
+    """An elementwise PTX instruction; what `interpreted` computes in interpret mode."""
+    args = [jnp.asarray(x, jnp.float32) for x in args]
+    shape = jnp.broadcast_shapes(*(x.shape for x in args))
+    args = [jnp.broadcast_to(x, shape) for x in args]
+    if _interpreted.get():
+        return interpreted(*args)
+    return plgpu.elementwise_inline_asm(
+        assembly,
+        args=args,
+        constraints=",".join(["=f", *("f" for _ in args)]),
+        pack=1,
+        result_shape_dtypes=[jax.ShapeDtypeStruct(shape, jnp.float32)],
+    )[0]
 
 
 def cut_width(width: int, most: int) -> list[tuple[int, int]]:
@@ -119,15 +186,52 @@ def load_tiles(ref, batch, token, head, columns: list[jax.Array], rows=None) -> 
     ]
 
 
-def softmax_weights(logits: jax.Array, lse: jax.Array, scale: float, dtype) -> jax.Array:
-    """Weights exp(scale * logits - lse) of a softmax whose logsumexp is known.
+@dataclasses.dataclass(frozen=True)
+class Softmax:
+    """A softmax over scale * logits, in the fewest instructions a logit.
 
-    For float32 inputs the difference is taken first: scaled to base 2 before it, both numbers would
-    be rounded once more, which doubles the error of dq.
+    float32 inputs get a few more: the largest weight of a row is exactly 1, so that a query that
+    sees one key gives back its value, and numbers are rounded in the unit in which they are kept.
     """
+
+    scale: float
+    exact: bool
+
+    @property
+    def factor(self) -> float:
+        """Of the logits that `signed` gives, to the unit of the exponents."""
+        return (abs(self.scale) or 1.0) * (1 if self.exact else LOG2_E)
+
+    def signed(self, logits: jax.Array) -> jax.Array:
+        """The logits, so that larger ones get larger weights."""
+        if self.scale == 0:
+            return logits * 0.0
+        return logits if self.scale > 0 else -logits
+
+    def top(self, logits: jax.Array) -> jax.Array:
+        """The largest exponent of each row."""
+        return jnp.max(logits, axis=1) * self.factor
+
+    def weights(self, logits: jax.Array, top: jax.Array) -> jax.Array:
+        """exp(scale * logits) in units of that of an exponent `top`."""
+        if self.exact:
+            return exp2((logits * self.factor - top) * LOG2_E)
+        return exp2(multiply_add(logits, self.factor, -top))
+
+    def decay(self, top: jax.Array, new_top: jax.Array) -> jax.Array:
+        """What the unit of `top` is in that of `new_top`."""
+        return exp2((top - new_top) * (LOG2_E if self.exact else 1.0))
+
+    def lse(self, top: jax.Array, total: jax.Array) -> jax.Array:
+        """Natural logarithm of a sum of weights, `total` in the unit of `top`."""
+        return (top if self.exact else top * (1 / LOG2_E)) + log2(total) * (1 / LOG2_E)
+
+
+def softmax_weights(logits: jax.Array, lse: jax.Array, scale: float, dtype) -> jax.Array:
+    """Weights exp(scale * logits - lse) of a softmax whose natural logsumexp is known."""
     if dtype == jnp.float32:
-        return jnp.exp2((logits * scale - lse) * LOG2_E)
-    return jnp.exp2(logits * (scale * LOG2_E) - lse * LOG2_E)
+        return exp2((logits * scale - lse) * LOG2_E)
+    return exp2(multiply_add(logits, scale * LOG2_E, lse * -LOG2_E))
 
 
 def product(a: list[jax.Array], b: list[jax.Array]) -> jax.Array:
@@ -176,3 +280,7 @@ class Sum:
         part = part - (self.lost if decay is None else self.lost * decay)
         new = total + part
         return Sum(new, (new - total) - part)
+
+    def settled(self) -> "Sum":
+        """The same sum; its products have ended here, see `settled`."""
+        return self if self.lost is not None else Sum(settled(self.total), None)

@@ -5,7 +5,7 @@ Tiling. A step takes `rows // G` pairs; the G heads of a pair are neighbouring r
 stay on chip for all steps of an item. Widths are cut into tiles of powers of two.
 
 Dataflow of a step: order -> token -> gather q [rows, D] -> q K^T -> softmax within the block ->
-p V -> the normalised partial output and its base-2 logsumexp, to the slot of the pair. No two
+p V -> the normalised partial output and its logsumexp, to the slot of the pair. No two
 programs write the same slot. `merge.py` reads the slots once.
 
 Flops: 2 * P * G * b * (D + E). Device memory, besides K and V once an item: q is gathered once a
@@ -18,7 +18,17 @@ b keys of a block, D and E head widths, I items.
 import jax
 import jax.numpy as jnp
 
-from fsa_jax.pallas.common import LOG2_E, call, columns_of, dot, product, rows_mask, store
+from fsa_jax.pallas.common import (
+    Softmax,
+    call,
+    columns_of,
+    dot,
+    fold_tiles,
+    product,
+    reciprocal,
+    rows_mask,
+    store,
+)
 from fsa_jax.pallas.item import Item
 from fsa_jax.pallas.item import arrays as item_arrays
 
@@ -27,7 +37,7 @@ COLUMNS = 128
 
 
 def partial_attention(
-    where, lists, query, key, value, *, heads, tokens, slots, block, scale, tile,
+    where, lists, query, key, value, *, heads, tokens, slots, block, pairs, scale, tile,
     partial_dtype, interpret,
 ):  # fmt: skip
     """Attention of each pair of a chunk to its block alone.
@@ -42,19 +52,23 @@ def partial_attention(
       tokens: C.
       slots: S.
       block: b, a power of two.
+      pairs: the most pairs of an item.
       scale: factor of the logits.
       tile: `tuning.Tile`.
       partial_dtype: dtype of the partial outputs.
       interpret: run the kernel in interpret mode.
 
     Returns:
-      out [H, P*G, E] and lse float32 [H, P*G], base 2; row pair*G + g. Unwritten where a pair does
+      out [H, P*G, E] and lse float32 [H, P*G]; row pair*G + g. Unwritten where a pair does
       not count.
     """
     _, length, kv_heads, width = key.shape
     value_width = value.shape[3]
     group = query.shape[2] // kv_heads
-    sizes = {"length": length, "group": group, "kv_heads": kv_heads, "slots": slots, "block": block}
+    sizes = {"length": length, "group": group, "kv_heads": kv_heads, "slots": slots}
+    sizes |= {"block": block, "pairs": pairs}
+
+    softmax = Softmax(scale, exact=key.dtype == jnp.float32)
 
     def forward_kernel(*refs):
         *item_refs, query_ref, key_ref, value_ref, out_ref, lse_ref = refs
@@ -63,27 +77,30 @@ def partial_attention(
         keys = item.load_block(key_ref, columns)
         values = item.load_block(value_ref, value_columns)
 
-        def step(number, _):
+        def step(number, _, masked):
             rows = item.step(number)
             live, token, _, slot = rows
             queries = item.load_rows(query_ref, rows, columns)
-            logits = product(queries, keys) * (scale * LOG2_E)
-            logits = jnp.where(item.column[None, :] <= token[:, None], logits, -jnp.inf)
-            top = jnp.max(logits, axis=1)
-            p = jnp.exp2(logits - top[:, None])
+            logits = softmax.signed(product(queries, keys))
+            if masked:
+                logits = jnp.where(item.column[None, :] <= token[:, None], logits, -jnp.inf)
+            top = softmax.top(logits)
+            p = softmax.weights(logits, top[:, None])
             total = jnp.sum(p, axis=1)
+            share = reciprocal(total)
             p = p.astype(value_ref.dtype)
             for e, tile_values in zip(value_columns, values, strict=True):
-                out = dot(p, tile_values, (1, 0)) / total[:, None]
+                out = dot(p, tile_values, (1, 0)) * share[:, None]
                 store(
                     out_ref.at[item.head, slot[:, None], e[None, :]],
                     out.astype(out_ref.dtype),
                     mask=rows_mask(live, e, value_width),
                 )
-            store(lse_ref.at[item.head, slot], top + jnp.log2(total), mask=live)
+            store(lse_ref.at[item.head, slot], softmax.lse(top, total), mask=live)
             return ()
 
-        jax.lax.fori_loop(0, item.steps(), step, ())
+        steps = item.steps()
+        fold_tiles(step, (), 0, item.steps_at_edge(), steps, steps)
 
     slots_of_head = tokens * slots * group
     return call(

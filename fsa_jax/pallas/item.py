@@ -37,10 +37,11 @@ class Item:
       inside: bool [b], which of them are in the block's document.
     """
 
-    def __init__(self, refs, *, length, group, kv_heads, slots, block, rows):
+    def __init__(self, refs, *, length, group, kv_heads, slots, block, pairs, rows):
         where, start, stop, head, first, count, extra, self.order = refs
         item = pl.program_id(0)
         self.length, self.group, self.slots, self.rows = length, group, slots, rows
+        self.block, self.pairs = block, pairs
         self.head, self.first, self.count = head[item], first[item], count[item]
         self.extra = extra[item]
         self.batch, self.kv_head = split(where[0] + self.head, kv_heads)
@@ -57,6 +58,15 @@ class Item:
 
     def steps(self):
         return pl.cdiv(self.count, self.rows // self.group)
+
+    def steps_at_edge(self):
+        """How many steps need a mask, the first ones; the queries of the others see all keys.
+
+        Queries that do not see the whole block are in it: fewer than b, and its first pairs.
+        """
+        some = jnp.minimum(pl.cdiv(self.block - 1, self.rows // self.group), self.steps())
+        others = 0 if self.pairs >= self.block else self.steps()  # of other items of the block
+        return jnp.where(self.extra < 0, some, others)
 
     def step(self, number):
         """Rows of a step: do they exist, their token, query head and slot; [R] each.

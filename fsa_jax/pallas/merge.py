@@ -15,9 +15,12 @@ from jax.experimental import pallas as pl
 from fsa_jax.pallas.common import (
     LOG2_E,
     call,
+    exp2,
     iota,
     load,
+    log2,
     next_power_of_two,
+    reciprocal,
     rows_mask,
     split,
     store,
@@ -57,10 +60,10 @@ def merge_outputs(where, starts, part, part_lse, out, lse, *, kv_heads, elements
                 new_top = jnp.maximum(new_top, lse)
             # before the first slot that counts, weights and decay are 2^-inf = 0
             safe = jnp.where(new_top == -jnp.inf, 0.0, new_top)
-            decay = jnp.exp2(top - safe)
+            decay = exp2((top - safe) * LOG2_E)
             total, result = total * decay, result * decay[:, None]
             for (at, live), lse in zip(slots, lses, strict=True):
-                weight = jnp.exp2(lse - safe)
+                weight = exp2((lse - safe) * LOG2_E)
                 total += weight
                 result += weight[:, None] * place.part(part_ref, at, live, e)
             return new_top, total, result
@@ -70,8 +73,8 @@ def merge_outputs(where, starts, part, part_lse, out, lse, *, kv_heads, elements
         top, total, result = place.walk(add, state)
         some = total > 0
         total = jnp.where(some, total, 1.0)
-        place.store(out_ref, result / total[:, None], e)
-        result_lse = jnp.where(some, (top + jnp.log2(total)) / LOG2_E, -jnp.inf)
+        place.store(out_ref, result * reciprocal(total)[:, None], e)
+        result_lse = jnp.where(some, top + log2(total) * (1 / LOG2_E), -jnp.inf)
         store(lse_ref.at[*place.target], result_lse, mask=place.there)
 
     return call(

@@ -15,11 +15,12 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from fsa_jax.pallas.common import (
-    LOG2_E,
+    Softmax,
     call,
     dot,
     iota,
     load,
+    reciprocal,
     rows_mask,
     softmax_weights,
     split,
@@ -44,6 +45,7 @@ def attention(starts, query, key, value, *, block, scale, tile, interpret):
     Returns:
       out [B, T, N, E] in the dtype of `query` and lse float32 [B, T, N], natural logarithm.
     """
+    softmax = Softmax(scale, exact=key.dtype == jnp.float32)
 
     def query_outer_kernel(starts_ref, query_ref, key_ref, value_ref, out_ref, lse_ref):
         batch, kv_head, token, query_head, there = _place(query_ref, key_ref)
@@ -55,12 +57,12 @@ def attention(starts, query, key, value, *, block, scale, tile, interpret):
             column, seen = _block(starts_ref, batch, token, kv_head, slot, block)
             keys = _load_block(key_ref, batch, column, kv_head, seen, d)
             values = _load_block(value_ref, batch, column, kv_head, seen, e)
-            logits = dot(queries, keys, (1, 1)) * (scale * LOG2_E)
+            logits = softmax.signed(dot(queries, keys, (1, 1)))
             logits = jnp.where(seen[None, :], logits, -jnp.inf)
-            new_top = jnp.maximum(top, jnp.max(logits, axis=1))
+            new_top = jnp.maximum(top, softmax.top(logits))
             safe = jnp.where(new_top == -jnp.inf, 0.0, new_top)
-            p = jnp.exp2(logits - safe[:, None])
-            decay = jnp.exp2(top - safe)
+            p = softmax.weights(logits, safe[:, None])
+            decay = softmax.decay(top, safe)
             out = out * decay[:, None] + dot(p.astype(values.dtype), values, (1, 0))
             return new_top, total * decay + jnp.sum(p, axis=1), out
 
@@ -72,8 +74,8 @@ def attention(starts, query, key, value, *, block, scale, tile, interpret):
         total = jnp.where(some, total, 1.0)
         target = out_ref.at[batch, token, query_head[:, None], e[None, :]]
         mask = rows_mask(there, e, out_ref.shape[3])
-        store(target, (out / total[:, None]).astype(out_ref.dtype), mask=mask)
-        lse = jnp.where(some, (top + jnp.log2(total)) / LOG2_E, -jnp.inf)
+        store(target, (out * reciprocal(total)[:, None]).astype(out_ref.dtype), mask=mask)
+        lse = jnp.where(some, softmax.lse(top, total), -jnp.inf)
         store(lse_ref.at[batch, token, query_head], lse, mask=there)
 
     return call(

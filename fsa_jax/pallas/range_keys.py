@@ -85,10 +85,14 @@ def key_gradients(
                 sees = (token[None, :] >= low[:, None]) & (token[None, :] < high[:, None])
                 p = jnp.where(sees & live[None, :], p, 0.0)
             p_cut = p.astype(dout_ref.dtype)
-            dvalues = [x.add(dot(p_cut, y, (1, 0))) for x, y in zip(dvalues, douts, strict=True)]
+            dvalues = [
+                x.add(dot(p_cut, y, (1, 0))).settled() for x, y in zip(dvalues, douts, strict=True)
+            ]
             dp = product(value_tiles, douts)
             ds = (p * (dp - deltas[None, :])).astype(key_ref.dtype)
-            dkeys = [x.add(dot(ds, y, (1, 0))) for x, y in zip(dkeys, queries, strict=True)]
+            dkeys = [
+                x.add(dot(ds, y, (1, 0))).settled() for x, y in zip(dkeys, queries, strict=True)
+            ]
             return dkeys, dvalues
 
         # steps that this part takes, and of those the ones whose rows see all of the keys

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from fsa_jax.pallas.common import (
-    LOG2_E,
+    Softmax,
     Sum,
     call,
     columns_of,
@@ -30,6 +30,7 @@ from fsa_jax.pallas.common import (
     load,
     load_tiles,
     product,
+    reciprocal,
     rows_mask,
     softmax_weights,
     split,
@@ -56,6 +57,7 @@ def attention(query, key, value, visible, seers, *, plan, scale, interpret):
     """
     tile = plan.forward
     exact = key.dtype == jnp.float32
+    softmax = Softmax(scale, exact)
 
     def range_forward_kernel(
         query_ref, key_ref, value_ref, low_ref, high_ref, *refs
@@ -70,14 +72,14 @@ def attention(query, key, value, visible, seers, *, plan, scale, interpret):
             keys, values = rows.load_keys(
                 start, (key_ref, value_ref), (columns, value_columns), seers_refs, masked
             )
-            logits = product(queries, keys) * (scale * LOG2_E)
+            logits = softmax.signed(product(queries, keys))
             if masked:
                 logits = jnp.where(rows.sees(start), logits, -jnp.inf)
-            new_top = jnp.maximum(top, jnp.max(logits, axis=1))
+            new_top = jnp.maximum(top, softmax.top(logits))
             # a row that has seen nothing yet: its weights and decay are 2^-inf = 0
             safe = jnp.where(new_top == -jnp.inf, 0.0, new_top) if masked else new_top
-            p = jnp.exp2(logits - safe[:, None])
-            decay = jnp.exp2(top - safe)
+            p = softmax.weights(logits, safe[:, None])
+            decay = softmax.decay(top, safe)
             p_cut = p.astype(value_ref.dtype)
             out = [
                 x.add(dot(p_cut, v, (1, 0)), decay[:, None])
@@ -89,9 +91,10 @@ def attention(query, key, value, visible, seers, *, plan, scale, interpret):
         out = [Sum.zeros((tile.rows, e.size), exact) for e in value_columns]
         top, total, out = rows.walk(step, (zeros - jnp.inf, zeros, out))
         total = jnp.where(rows.sighted, total, 1.0)
+        share = reciprocal(total)[:, None]
         for e, x in zip(value_columns, out, strict=True):
-            rows.store(out_ref, x.total / total[:, None], e)
-        lse = jnp.where(rows.sighted, (top + jnp.log2(total)) / LOG2_E, -jnp.inf)
+            rows.store(out_ref, x.total * share, e)
+        lse = jnp.where(rows.sighted, softmax.lse(top, total), -jnp.inf)
         store(lse_ref.at[*rows.target], lse, mask=rows.there)
 
     return call(

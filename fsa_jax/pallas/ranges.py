@@ -20,17 +20,20 @@ PARTS_BYTES = 2**28
 MOST_HEADS = 65535
 
 
-#: Rows, keys, warps and stages of tiles, the fastest first, by what programs own and what they
-#: multiply: 16-bit numbers of D + E <= 256 or more, or float32, which has no matrix unit. Programs
-#: that own 128 rows or keys read the other side half as often as those of 64; L2 would not feed
-#: these. Stages are the most for which no register is spilled.
+#: Rows, keys, warps and stages of tiles, the fastest first, by kernel and what it multiplies:
+#: 16-bit numbers of D + E <= 256 or more, or float32, which has no matrix unit. Measured on an H100
+#: (benchmarks/NOTES.md): two programs of 4 warps on a multiprocessor, one of which multiplies while
+#: the other one takes exponents, beat one of 8.
 TILES = {
-    ("rows", "narrow"): ((128, 64, 8, 3), (64, 64, 4, 3), (64, 32, 4, 3), (32, 32, 4, 3)),
-    ("rows", "wide"): ((64, 32, 4, 3), (32, 32, 4, 3), (16, 16, 4, 2)),
-    ("rows", "float32"): ((32, 32, 8, 2), (16, 16, 4, 2)),
-    ("keys", "narrow"): ((64, 128, 8, 2), (32, 64, 4, 3), (32, 32, 4, 3)),
-    ("keys", "wide"): ((32, 64, 8, 3), (32, 32, 4, 3), (16, 16, 4, 2)),
-    ("keys", "float32"): ((32, 32, 8, 2), (16, 16, 4, 2)),
+    ("forward", "narrow"): ((64, 64, 4, 3), (64, 32, 4, 3), (32, 32, 4, 3)),
+    ("forward", "wide"): ((64, 32, 4, 3), (32, 32, 4, 3), (16, 16, 4, 2)),
+    ("forward", "float32"): ((32, 32, 8, 2), (16, 16, 4, 2)),
+    ("query_gradient", "narrow"): ((64, 64, 4, 2), (64, 32, 4, 3), (32, 32, 4, 3)),
+    ("query_gradient", "wide"): ((64, 32, 4, 3), (32, 32, 4, 3), (16, 16, 4, 2)),
+    ("query_gradient", "float32"): ((32, 32, 8, 2), (16, 16, 4, 2)),
+    ("key_gradient", "narrow"): ((64, 128, 8, 2), (32, 64, 4, 3), (32, 32, 4, 3)),
+    ("key_gradient", "wide"): ((32, 64, 8, 3), (32, 32, 4, 3), (16, 16, 4, 2)),
+    ("key_gradient", "float32"): ((32, 32, 8, 2), (16, 16, 4, 2)),
 }
 
 
@@ -79,9 +82,9 @@ def make_plan(query, key, value, capability: int) -> Plan | None:
     both, itemsize = width + value_width, query.dtype.itemsize
     kind = "float32" if itemsize == 4 else "wide" if both > 256 else "narrow"
 
-    def fitting(owned, elements):
+    def fitting(kernel, elements):
         """The first tile of which `elements(rows, keys, stages)` fit in shared memory."""
-        for rows, keys, num_warps, most in TILES[owned, kind]:
+        for rows, keys, num_warps, most in TILES[kernel, kind]:
             if num_warps == 8 and capability < 90 and kind == "narrow":
                 continue  # older matrix units need more registers
             for stages in range(most, 1, -1):
@@ -90,9 +93,12 @@ def make_plan(query, key, value, capability: int) -> Plan | None:
                     return RangeTile(rows=rows, keys=keys, num_warps=num_warps, num_stages=stages)
         return None
 
-    forward = fitting("rows", lambda rows, keys, stages: rows * width + stages * keys * both)
-    dquery = fitting("rows", lambda rows, keys, stages: rows * (both + keys) + stages * keys * both)
-    dkeys = fitting("keys", lambda rows, keys, stages: keys * both + stages * rows * both)
+    forward = fitting("forward", lambda rows, keys, stages: rows * width + stages * keys * both)
+    dquery = fitting(
+        "query_gradient",
+        lambda rows, keys, stages: rows * (both + keys) + stages * keys * both,
+    )
+    dkeys = fitting("key_gradient", lambda rows, keys, stages: keys * both + stages * rows * both)
     if forward is None or dquery is None or dkeys is None:
         return None
     return Plan(forward, dquery, dkeys, splits=_splits(query, key, value, dkeys))

@@ -39,6 +39,7 @@ from fsa_jax.pallas.common import (
     iota,
     load,
     load_tiles,
+    multiply_add,
     next_power_of_two,
     product,
     rows_mask,
@@ -256,7 +257,7 @@ def _rank(where, query, key, lse, own, first, visible, *, config, scale, plan, i
                 tile, offset = tile_of(i), offset - (per_window - 1)
                 p = weights(tile * BLOCKS + iota(BLOCKS), offset, masked)
                 shared = jnp.minimum(offset + per_window, per_block) - jnp.maximum(offset, 0)
-                score += p * shared.astype(jnp.float32)
+                score = multiply_add(p, shared.astype(jnp.float32), score)
 
                 def last(score):
                     finish(tile, score)
