@@ -69,6 +69,7 @@ TUNINGS = {
     "default": None,
     "kv_outer": SelectedTuning(method="kv_outer"),
     "query_outer": SelectedTuning(method="query_outer"),
+    "query_tile": SelectedTuning(method="query_tile"),
     "chunks": SelectedTuning(method="kv_outer", scratch_bytes=2**21, pairs=48),
 }
 
@@ -82,7 +83,7 @@ TUNINGS = {
         *((name, "float32", "default", False) for name in ("g1", "g4", "g6_widest", "g16")),
         *(("g4", "bfloat16", tuning, True) for tuning in TUNINGS if tuning != "default"),
         ("g16", "bfloat16", "kv_outer", False),
-        ("g4", "float32", "query_outer", True),
+        *(("g4", "float32", f"query_{name}", True) for name in ("outer", "tile")),
         ("g4", "float32", "chunks", True),
     ],
 )
@@ -99,7 +100,7 @@ def test_error_is_at_most_twice_that_of_dense_attention(name, dtype, tuning, pac
     assert_errors_are_at_most_twice_those_of_dense(ours, dense, exact)
 
 
-@pytest.mark.parametrize("tuning", ["kv_outer", "query_outer", "chunks"])
+@pytest.mark.parametrize("tuning", ["kv_outer", "query_outer", "query_tile", "chunks"])
 def test_a_hundred_reruns_give_the_same_bits(tuning):
     args, indices, block_size = case(4, jnp.bfloat16)
     ids = segments(LENGTH)

@@ -29,7 +29,7 @@ import fsa_jax
 from fsa_jax import dispatch, triton
 from fsa_jax.pallas import SelectedTuning, Tile
 from fsa_jax.pallas.index import build_index, search
-from fsa_jax.pallas.tuning import make_plan
+from fsa_jax.pallas.tuning import METHODS, make_plan
 from fsa_jax.segments import describe_rows
 
 kernel_attention = functools.partial(selected, implementation="triton_interpret")
@@ -94,6 +94,7 @@ def test_values_and_gradients_are_those_of_the_reference(case):
 SMALL = Shape(batch=2, length=90, heads=6, kv_heads=2, width=32, value_width=16, slots=5)
 TUNINGS = {
     "query_outer": SelectedTuning(method="query_outer"),
+    "query_tile": SelectedTuning(method="query_tile"),
     "kv_outer": SelectedTuning(method="kv_outer"),
     "split_blocks": SelectedTuning(block_k=16),
     "small_items": SelectedTuning(pairs=3),
@@ -165,7 +166,7 @@ def compiled(implementation, method):
     return jax.jit(run)
 
 
-@pytest.mark.parametrize("method", ["kv_outer", "query_outer"])
+@pytest.mark.parametrize("method", METHODS)
 @settings(deadline=None, max_examples=25)
 @given(segmentations(SMALL.batch, SMALL.length), st.integers(0, 2**31))
 def test_any_segmentation_and_any_lists(method, segment_ids, seed):

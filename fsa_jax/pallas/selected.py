@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from einops import rearrange
 from jaxtyping import Array, Float, Int
 
-from fsa_jax.pallas import backward, forward, index, merge, query_outer
+from fsa_jax.pallas import backward, forward, index, merge, query_outer, query_tile
 from fsa_jax.pallas.tuning import Plan
 from fsa_jax.segments import Rows
 
@@ -73,6 +73,10 @@ def attention(
     static = {"block": plan.block, "scale": scale, "interpret": interpret}
     if plan.forward_method == "query_outer":
         return query_outer.attention(starts, query, key, value, tile=plan.query_outer, **static)
+    if plan.forward_method == "query_tile":
+        static |= {"tokens": query_tile.tile_tokens(plan.query_tile.rows, _group(query, key))}
+        merged = query_tile.merge_lists(starts, static["tokens"], interpret=interpret)
+        return query_tile.attention(merged, query, key, value, tile=plan.query_tile, **static)
     where, starts = _chunk_lists(plan, starts)
 
     def step(results, chunk):
@@ -123,10 +127,17 @@ def gradients(
     kv_outer = plan.backward_method == "kv_outer"
     if kv_outer:
         dquery = jnp.zeros(query.shape, query.dtype)
-    else:
+    elif plan.backward_method == "query_outer":
         dquery = query_outer.query_gradient(
             starts, query, key, value, dout, lse, delta, tile=plan.query_outer_backward, **static
         )
+    else:
+        tile = plan.query_tile_backward
+        tokens = query_tile.tile_tokens(tile.rows, _group(query, key))
+        dquery = query_tile.query_gradient(
+            query_tile.merge_lists(starts, tokens, interpret=interpret),
+            query, key, value, dout, lse, delta, tokens=tokens, tile=tile, **static,
+        )  # fmt: skip
     where, starts = _chunk_lists(plan, starts)
     inverse = backward.inverse_units(key, value, dout, delta, rows.valid) if kv_outer else None
     first = rows.token - rows.position % plan.block
@@ -184,6 +195,10 @@ def gradients(
     sums = [jnp.zeros(x.shape, x.dtype if whole else jnp.float32) for x in (key, value)]
     dquery, dkey, dvalue = _fold(step, (dquery, *sums), (where, starts, lists))
     return dquery, dkey.astype(key.dtype), dvalue.astype(value.dtype)
+
+
+def _group(query, key):
+    return query.shape[2] // key.shape[2]
 
 
 def _split_blocks(starts, block_size, block):

@@ -12,7 +12,7 @@ from fsa_jax.pallas.common import cut_width, next_power_of_two
 
 #: Shared memory that one program may use, bytes, by compute capability; the least of a family.
 SHARED_MEMORY = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
-METHODS = ("kv_outer", "query_outer")
+METHODS = ("kv_outer", "query_outer", "query_tile")
 #: Widest head, and most query heads of a key head.
 WIDEST, MOST_ROWS = 256, 128
 #: Elements of K and V of a tile, so that dK and dV stay in registers.
@@ -50,7 +50,8 @@ class SelectedTuning:
     """How the Pallas-Triton kernels of selected attention run.
 
     Attributes:
-      method: "kv_outer" (FSA), "query_outer" (vanilla NSA) or None for the faster one.
+      method: "kv_outer" (FSA), "query_outer" (vanilla NSA), "query_tile" (neighbouring queries
+        share what they load) or None for the fastest one.
       forward: tile of the forward kernel, None for the heuristic one.
       backward: tile of the backward kernel, likewise.
       pairs: the most (query, block) pairs that one program walks; None for the heuristic number.
@@ -106,10 +107,11 @@ class Plan:
     """Everything static about a call of the kernels.
 
     Attributes:
-      forward_method, backward_method: "kv_outer" or "query_outer".
+      forward_method, backward_method: of `METHODS`.
       block: keys of a tile; a listed block is `block_size // block` of them.
       forward, backward: tiles of the KV-outer kernels.
       query_outer, query_outer_backward: tiles of the query-outer kernels.
+      query_tile, query_tile_backward: tiles of the query-tile kernels.
       pairs: the most pairs of an item.
       heads, tokens: (row, KV head) pairs and tokens of a chunk.
       sort_pairs: the most pairs that are sorted at a time.
@@ -124,6 +126,8 @@ class Plan:
     backward: Tile
     query_outer: Tile
     query_outer_backward: Tile
+    query_tile: Tile
+    query_tile_backward: Tile
     pairs: int
     heads: int
     tokens: int
@@ -177,6 +181,7 @@ def make_plan(
     """Fills what `tuning` leaves open, from shapes, dtypes and the device's capability."""
     batch, length, kv_heads, width = key.shape
     group, value_width = query.shape[2] // kv_heads, value.shape[3]
+    widths = padded_width(width) + padded_width(value_width)
     dtype = jnp.dtype(tuning.partial_dtype or query.dtype)
     # partial dq need more bits than the dq that they are summed to
     gradient_dtype = jnp.dtype(jnp.float16 if dtype == jnp.bfloat16 else jnp.float32)
@@ -186,6 +191,11 @@ def make_plan(
     block, rows = tuning.block_k or sizes[0], sizes[1]
     # float32: short sums, since one of thousands of terms in a row loses what float32 is chosen for
     pairs = tuning.pairs or (64 if query.dtype == jnp.float32 else 1024)
+    # a tile of queries holds its sums in registers, float32 products theirs too
+    narrow = query.dtype.itemsize == 2 and widths <= 256
+    most = max(64 if narrow else 32 if widths <= 256 else 16, next_power_of_two(group))
+    query_tile = Tile(rows=most, num_warps=max(4, most // 16), num_stages=3 if narrow else 2)
+    others = "query_tile" if narrow else "query_outer"
     heads, tokens = _chunk(
         tuning.scratch_bytes,
         batch * kv_heads,
@@ -197,14 +207,16 @@ def make_plan(
         + 4 * block * (width + value_width) // pairs,
     )
     return Plan(
-        forward_method=tuning.method or METHODS[group > KV_OUTER_FORWARD],
-        backward_method=tuning.method or METHODS[group > KV_OUTER_BACKWARD],
+        forward_method=tuning.method or ("kv_outer" if group <= KV_OUTER_FORWARD else others),
+        backward_method=tuning.method or ("kv_outer" if group <= KV_OUTER_BACKWARD else others),
         block=block,
         forward=tuning.forward or Tile(rows=rows),
         # a third stage pays, but costs registers that groups other than powers of two do not leave
         backward=tuning.backward or Tile(rows=rows, num_stages=2 if rows % group else 3),
         query_outer=tuning.forward or Tile(num_warps=2, num_stages=2),
         query_outer_backward=tuning.backward or Tile(num_stages=2),
+        query_tile=tuning.forward or query_tile,
+        query_tile_backward=tuning.backward or dataclasses.replace(query_tile, num_stages=2),
         pairs=pairs,
         heads=heads,
         tokens=tokens,

@@ -1,0 +1,298 @@
+"""Query-tile kernels: a program owns the heads of neighbouring tokens and walks all their blocks.
+
+Neighbouring queries choose much the same blocks. So a program takes as many tokens as fill the rows
+of a matrix unit, and loads each block that any of them chose once, for all of them; a mask hides it
+from the others. As with query-outer kernels there are no partial results; unlike there, K and V
+cross L2 once a tile, and no row is padding. The worst case, tokens that share no block, moves as
+many bytes as query-outer kernels do, and multiplies `tokens` times as much.
+
+Dataflow: `merge_lists` walks the ascending lists of a tile's tokens side by side and writes the
+blocks of the tile, ascending, each with the set of tokens that chose it. The main kernels then are
+those of `range_rows.py`, but for the blocks they load and the mask.
+
+Flops, with U the blocks of all tiles: forward 2*U*R*b*(D + E), dq 2*U*R*b*(2*D + E). Bytes: q, dout
+and the result once, U*b*(D + E) elements of K and V from L2; 8*T*K*S bytes of lists written, and
+those of U read.
+
+Shapes: B rows of the batch, T tokens, N query heads, K key/value heads, G = N/K, S slots, n tokens
+of a tile, R >= n*G rows of it, b keys of a block, D and E head widths.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jaxtyping import Array, Int
+
+from fsa_jax.pallas.common import (
+    Softmax,
+    call,
+    columns_of,
+    dot,
+    iota,
+    load,
+    load_tiles,
+    product,
+    reciprocal,
+    rows_mask,
+    softmax_weights,
+    split,
+    store,
+)
+
+#: Most tokens of a tile: a set of them is 16 bits, which a float32 holds exactly.
+MOST_TOKENS = 16
+#: Tiles whose lists one program merges.
+MERGED = 64
+#: Widest tile of columns.
+COLUMNS = 128
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Lists:
+    """The blocks of all tiles; int32.
+
+    Attributes:
+      start: first token of each block of a tile, ascending; unwritten behind the last one.
+      members: bit i is set where token i of the tile chose the block.
+      count: number of blocks.
+    """
+
+    start: Int[Array, "B K M nS"]
+    members: Int[Array, "B K M nS"]
+    count: Int[Array, "B K M"]
+
+
+def tile_tokens(rows: int, group: int) -> int:
+    """Tokens of a tile of rows."""
+    return min(rows // group, MOST_TOKENS)
+
+
+def merge_lists(starts: Int[Array, "B T K S"], tokens: int, *, interpret: bool) -> Lists:
+    """Merges the lists of each `tokens` neighbouring tokens.
+
+    `starts` holds the first token of each listed block, T where the entry does not count.
+    """
+    batch, length, kv_heads, slots = starts.shape
+    tiles = -(-length // tokens)
+    ascending = jnp.sort(starts, axis=-1)
+
+    def merge_lists_kernel(starts_ref, start_ref, members_ref, count_ref):
+        row, kv_head = split(pl.program_id(1), kv_heads)
+        tile = pl.program_id(0) * MERGED + iota(MERGED)
+        of_tile = iota(max(1, 1 << (tokens - 1).bit_length()))[None, :]
+        token = tile[:, None] * tokens + of_tile
+        there = (token < length) & (of_tile < tokens)
+        bits = jnp.left_shift(jnp.ones_like(of_tile), of_tile)
+
+        def heads_of(position):
+            """The next block of each token; T behind its last one."""
+            mask = there & (position < slots)
+            return load(starts_ref.at[row, token, kv_head, position], mask=mask, other=length)
+
+        def more(state):
+            _, _, heads = state
+            return jnp.min(heads) < length
+
+        def step(state):
+            number, position, heads = state
+            first = jnp.min(heads, axis=1)
+            chosen = heads == first[:, None]
+            at = (row, kv_head, tile, number)
+            live = first < length
+            store(start_ref.at[*at], first, mask=live)
+            members = jnp.sum(jnp.where(chosen, bits, 0), axis=1)
+            store(members_ref.at[*at], members, mask=live)
+            position += (chosen & live[:, None]).astype(jnp.int32)
+            return number + live.astype(jnp.int32), position, heads_of(position)
+
+        position = jnp.zeros(token.shape, jnp.int32)
+        state = (jnp.zeros((MERGED,), jnp.int32), position, heads_of(position))
+        count, _, _ = jax.lax.while_loop(more, step, state)
+        store(count_ref.at[row, kv_head, tile], count, mask=tile < tiles)
+
+    wide = jax.ShapeDtypeStruct((batch, kv_heads, tiles, tokens * slots), jnp.int32)
+    return Lists(
+        *call(
+            merge_lists_kernel,
+            ascending,
+            grid=(-(-tiles // MERGED), batch * kv_heads),
+            out_shape=(wide, wide, jax.ShapeDtypeStruct((batch, kv_heads, tiles), jnp.int32)),
+            interpret=interpret,
+            num_warps=2,
+            num_stages=1,
+        )
+    )
+
+
+def attention(lists: Lists, query, key, value, *, tokens, block, scale, tile, interpret):
+    """Attention of each query to its listed blocks.
+
+    Args:
+      lists: what `merge_lists` gives.
+      query: [B, T, N, D].
+      key: [B, T, K, D].
+      value: [B, T, K, E].
+      tokens: n.
+      block: b, a power of two.
+      scale: factor of the logits.
+      tile: `tuning.Tile`.
+      interpret: run the kernel in interpret mode.
+
+    Returns:
+      out [B, T, N, E] in the dtype of `query` and lse float32 [B, T, N], natural logarithm.
+    """
+    softmax = Softmax(scale, exact=key.dtype == jnp.float32)
+
+    def query_tile_kernel(query_ref, key_ref, value_ref, *refs):
+        *list_refs, out_ref, lse_ref = refs
+        rows = _Rows(list_refs, query_ref, key_ref, tokens, block, tile.rows)
+        columns, value_columns = (columns_of(x.shape[3], COLUMNS) for x in (key, value))
+        queries = load_tiles(query_ref, *rows.target, columns, rows.there)
+
+        def step(number, state):
+            top, total, out = state
+            keys, values, seen = rows.load_block(
+                number, (key_ref, value_ref), (columns, value_columns)
+            )
+            logits = jnp.where(seen, softmax.signed(product(queries, keys)), -jnp.inf)
+            new_top = jnp.maximum(top, softmax.top(logits))
+            # a row that has seen nothing yet: its weights and decay are 2^-inf = 0
+            safe = jnp.where(new_top == -jnp.inf, 0.0, new_top)
+            p = softmax.weights(logits, safe[:, None])
+            decay = softmax.decay(top, safe)
+            p_cut = p.astype(value_ref.dtype)
+            out = [
+                x * decay[:, None] + dot(p_cut, v, (1, 0)) for x, v in zip(out, values, strict=True)
+            ]
+            return new_top, total * decay + jnp.sum(p, axis=1), out
+
+        zeros = jnp.zeros((tile.rows,), jnp.float32)
+        out = [jnp.zeros((tile.rows, e.size), jnp.float32) for e in value_columns]
+        state = (zeros - jnp.inf, zeros, out)
+        top, total, out = jax.lax.fori_loop(0, rows.count, step, state)
+        some = total > 0
+        total = jnp.where(some, total, 1.0)
+        share = reciprocal(total)[:, None]
+        for e, x in zip(value_columns, out, strict=True):
+            rows.store(out_ref, x * share, e)
+        lse = jnp.where(some, softmax.lse(top, total), -jnp.inf)
+        store(lse_ref.at[*rows.target], lse, mask=rows.there)
+
+    return call(
+        query_tile_kernel,
+        query,
+        key,
+        value,
+        *dataclasses.astuple(lists),
+        grid=_grid(lists),
+        out_shape=(
+            jax.ShapeDtypeStruct((*query.shape[:3], value.shape[3]), query.dtype),
+            jax.ShapeDtypeStruct(query.shape[:3], jnp.float32),
+        ),
+        interpret=interpret,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+    )
+
+
+def query_gradient(
+    lists: Lists, query, key, value, dout, lse, delta, *, tokens, block, scale, tile, interpret
+):  # fmt: skip
+    """Gradient [B, T, N, D] of the queries; arguments as in `attention` and `backward.py`."""
+
+    def query_tile_gradient_kernel(query_ref, key_ref, value_ref, *refs):
+        *list_refs, dout_ref, lse_ref, delta_ref, dquery_ref = refs
+        rows = _Rows(list_refs, query_ref, key_ref, tokens, block, tile.rows)
+        columns, value_columns = (columns_of(x.shape[3], COLUMNS) for x in (key, value))
+        lses = load(lse_ref.at[*rows.target], mask=rows.there, other=-jnp.inf)
+        live = lses > -jnp.inf  # what sees nothing may hold anything
+        queries = load_tiles(query_ref, *rows.target, columns, live)
+        douts = load_tiles(dout_ref, *rows.target, value_columns, live)
+        deltas = load(delta_ref.at[*rows.target], mask=live)
+
+        def step(number, dquery):
+            keys, values, seen = rows.load_block(
+                number, (key_ref, value_ref), (columns, value_columns)
+            )
+            p = softmax_weights(product(queries, keys), lses[:, None], scale, key_ref.dtype)
+            p = jnp.where(seen, p, 0.0)
+            ds = (p * (product(douts, values) - deltas[:, None])).astype(key_ref.dtype)
+            return [x + dot(ds, k, (1, 0)) for x, k in zip(dquery, keys, strict=True)]
+
+        zeros = [jnp.zeros((tile.rows, d.size), jnp.float32) for d in columns]
+        for d, x in zip(columns, jax.lax.fori_loop(0, rows.count, step, zeros), strict=True):
+            rows.store(dquery_ref, x * scale, d)
+
+    return call(
+        query_tile_gradient_kernel,
+        query,
+        key,
+        value,
+        *dataclasses.astuple(lists),
+        dout,
+        lse,
+        delta,
+        grid=_grid(lists),
+        out_shape=jax.ShapeDtypeStruct(query.shape, query.dtype),
+        interpret=interpret,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+    )
+
+
+def _grid(lists):
+    batch, kv_heads, tiles = lists.count.shape
+    return (tiles, batch * kv_heads)
+
+
+class _Rows:
+    """The rows of a program: row r is query head r % G of token r // G of the tile.
+
+    Attributes:
+      count: number of blocks of the tile.
+      there: bool [R], rows that exist.
+      target: batch row, token [R] and query head [R].
+    """
+
+    def __init__(self, list_refs, query_ref, key_ref, tokens, block, rows):
+        _, length, heads, _ = query_ref.shape
+        kv_heads = key_ref.shape[2]
+        group = heads // kv_heads
+        self.start_ref, self.members_ref, count_ref = list_refs
+        self.tile, self.block = pl.program_id(0), block
+        self.batch, self.kv_head = split(pl.program_id(1), kv_heads)
+        self.count = count_ref[self.batch, self.kv_head, self.tile]
+        self.of_tile, g = split(iota(rows), group)
+        self.first = self.tile * tokens
+        self.token = self.first + self.of_tile
+        self.there = (self.of_tile < tokens) & (self.token < length)
+        self.target = (self.batch, self.token, self.kv_head * group + g)
+
+    def load_block(self, number, refs, columns):
+        """Tiles [b, columns] of the keys and values of a block, and who sees them, bool [R, b]."""
+        at = (self.batch, self.kv_head, self.tile, number)
+        column = self.start_ref[*at] + iota(self.block)
+        members = self.members_ref[*at]
+        chosen = (jnp.right_shift(jnp.full_like(self.of_tile, members), self.of_tile) & 1) > 0
+        # the last token that chose the block, from the exponent of the set as a number
+        exponent = jax.lax.bitcast_convert_type(members.astype(jnp.float32), jnp.int32) >> 23
+        # keys that nobody sees may hold anything
+        visible = column <= self.first + exponent - 127
+        tiles = (
+            load_tiles(ref, self.batch, column, self.kv_head, cut, visible)
+            for ref, cut in zip(refs, columns, strict=True)
+        )
+        last = jnp.where(chosen, self.token, -1)
+        return *tiles, column[None, :] <= last[:, None]
+
+    def store(self, ref, x, columns):
+        """Stores a tile [R, columns] of results."""
+        batch, token, head = self.target
+        store(
+            ref.at[batch, token[:, None], head[:, None], columns[None, :]],
+            x.astype(ref.dtype),
+            mask=rows_mask(self.there, columns, ref.shape[3]),
+        )
