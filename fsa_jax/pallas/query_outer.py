@@ -28,7 +28,7 @@ from fsa_jax.pallas.common import (
 )
 
 
-def attention(starts, query, key, value, *, block, scale, tile, interpret):
+def attention(starts, query, key, value, offset, *, block, scale, tile, interpret):
     """Attention of each query to its listed blocks.
 
     Args:
@@ -36,6 +36,7 @@ def attention(starts, query, key, value, *, block, scale, tile, interpret):
       query: [B, T, N, D].
       key: [B, T, K, D].
       value: [B, T, K, E].
+      offset: int32 [1], the token of the keys' row that query token 0 is.
       block: b, a power of two.
       scale: factor of the logits.
       tile: `tuning.Tile`; its rows are not used.
@@ -45,14 +46,16 @@ def attention(starts, query, key, value, *, block, scale, tile, interpret):
       out [B, T, N, E] in the dtype of `query` and lse float32 [B, T, N], natural logarithm.
     """
 
-    def query_outer_kernel(starts_ref, query_ref, key_ref, value_ref, out_ref, lse_ref):
+    def query_outer_kernel(
+        starts_ref, query_ref, key_ref, value_ref, offset_ref, out_ref, lse_ref
+    ):  # fmt: skip
         batch, kv_head, token, query_head, there = _place(query_ref, key_ref)
         d, e = _columns(key_ref), _columns(value_ref)
         queries = _load_rows(query_ref, batch, token, query_head, there)
 
         def step(slot, state):
             top, total, out = state
-            column, seen = _block(starts_ref, batch, token, kv_head, slot, block)
+            column, seen = _block(starts_ref, offset_ref, batch, token, kv_head, slot, block)
             keys = _load_block(key_ref, batch, column, kv_head, seen, d)
             values = _load_block(value_ref, batch, column, kv_head, seen, e)
             logits = dot(queries, keys, (1, 1)) * (scale * LOG2_E)
@@ -82,7 +85,8 @@ def attention(starts, query, key, value, *, block, scale, tile, interpret):
         query,
         key,
         value,
-        grid=_grid(key),
+        offset,
+        grid=_grid(query, key),
         out_shape=(
             jax.ShapeDtypeStruct((*query.shape[:3], value.shape[3]), query.dtype),
             jax.ShapeDtypeStruct(query.shape[:3], jnp.float32),
@@ -94,12 +98,13 @@ def attention(starts, query, key, value, *, block, scale, tile, interpret):
 
 
 def query_gradient(
-    starts, query, key, value, dout, lse, delta, *, block, scale, tile, interpret
+    starts, query, key, value, dout, lse, delta, offset, *, block, scale, tile, interpret
 ):  # fmt: skip
     """Gradient [B, T, N, D] of the queries; arguments as in `attention` and `backward.py`."""
 
     def query_gradient_kernel(
-        starts_ref, query_ref, key_ref, value_ref, dout_ref, lse_ref, delta_ref, dquery_ref
+        starts_ref, query_ref, key_ref, value_ref, dout_ref, lse_ref, delta_ref, offset_ref,
+        dquery_ref,
     ):  # fmt: skip
         batch, kv_head, token, query_head, there = _place(query_ref, key_ref)
         d, e = _columns(key_ref), _columns(value_ref)
@@ -109,7 +114,7 @@ def query_gradient(
         deltas = load(delta_ref.at[batch, token, query_head], mask=there)
 
         def step(slot, dquery):
-            column, seen = _block(starts_ref, batch, token, kv_head, slot, block)
+            column, seen = _block(starts_ref, offset_ref, batch, token, kv_head, slot, block)
             keys = _load_block(key_ref, batch, column, kv_head, seen, d)
             values = _load_block(value_ref, batch, column, kv_head, seen, e)
             p = softmax_weights(dot(keys, queries, (1, 1)), lses[None, :], scale, key_ref.dtype)
@@ -132,7 +137,8 @@ def query_gradient(
         dout,
         lse,
         delta,
-        grid=_grid(key),
+        offset,
+        grid=_grid(query, key),
         out_shape=jax.ShapeDtypeStruct(query.shape, query.dtype),
         interpret=interpret,
         num_warps=tile.num_warps,
@@ -140,9 +146,8 @@ def query_gradient(
     )
 
 
-def _grid(key):
-    batch, length, kv_heads, _ = key.shape
-    return (length, batch * kv_heads)
+def _grid(query, key):
+    return (query.shape[1], key.shape[0] * key.shape[2])
 
 
 def _place(query_ref, key_ref):
@@ -158,11 +163,11 @@ def _columns(array_ref):
     return iota(tile_width(array_ref.shape[3]))
 
 
-def _block(starts_ref, batch, token, kv_head, slot, block):
+def _block(starts_ref, offset_ref, batch, token, kv_head, slot, block):
     """Tokens of a listed block, and which of them the query sees."""
     start = starts_ref[batch, token, kv_head, slot]
     column = start + iota(block)
-    return column, column <= token
+    return column, column <= token + offset_ref[0]
 
 
 def _load_block(array_ref, batch, column, kv_head, seen, d):

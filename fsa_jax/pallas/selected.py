@@ -22,11 +22,12 @@ from fsa_jax.segments import Rows
 
 
 def build_lists(
-    plan: Plan, starts: Int[Array, "B T K S"], rows: Rows, *, block_size: int, interpret: bool
+    plan: Plan, starts: Int[Array, "B T K S"], offset, rows: Rows, *, block_size, interpret
 ) -> index.Index:
     """The query index of all chunks; arguments as in `attention`."""
-    kv_heads = starts.shape[2]
-    where, starts = _chunk_lists(plan, _split_blocks(starts, block_size, plan.block))
+    kv_heads, length = starts.shape[2], rows.start.shape[1]
+    starts = _split_blocks(starts, offset, length, block_size, plan.block)
+    where, starts = _chunk_lists(plan, starts, offset, length)
     build = functools.partial(
         index.build_index,
         rows=rows,
@@ -48,6 +49,7 @@ def attention(
     value: Float[Array, "B T K E"],
     starts: Int[Array, "B T K S"],
     lists: index.Index,
+    offset: Int[Array, "1"],
     *,
     block_size: int,
     scale: float,
@@ -62,6 +64,7 @@ def attention(
       value: [B, T, K, E].
       starts: first token of each listed block, T where the entry does not count.
       lists: what `build_lists` gives.
+      offset: the token of the keys' row that query token 0 is; queries may be part of the row.
       block_size: tokens of a block.
       scale: factor of the logits.
       interpret: run the kernels in interpret mode.
@@ -69,11 +72,13 @@ def attention(
     Returns:
       out [B, T, N, E] in the dtype of `query`, and lse float32 [B, T, N].
     """
-    starts = _split_blocks(starts, block_size, plan.block)
+    starts = _split_blocks(starts, offset, key.shape[1], block_size, plan.block)
     static = {"block": plan.block, "scale": scale, "interpret": interpret}
     if plan.forward_method == "query_outer":
-        return query_outer.attention(starts, query, key, value, tile=plan.query_outer, **static)
-    where, starts = _chunk_lists(plan, starts)
+        return query_outer.attention(
+            starts, query, key, value, offset, tile=plan.query_outer, **static
+        )
+    where, starts = _chunk_lists(plan, starts, offset, key.shape[1])
 
     def step(results, chunk):
         where, starts, lists = chunk
@@ -92,7 +97,7 @@ def attention(
         )
         return merge.merge_outputs(
             where,
-            starts,
+            _counted(starts, query, key),
             *parts,
             *results,
             kv_heads=key.shape[2],
@@ -108,7 +113,7 @@ def attention(
 
 
 def gradients(
-    plan: Plan, query, key, value, starts, lists, rows, lse, delta, dout, *,
+    plan: Plan, query, key, value, starts, lists, offset, rows, lse, delta, dout, *,
     block_size, scale, interpret,
 ):  # fmt: skip
     """Backward pass: (dq, dk, dv) in the dtypes of query, key and value.
@@ -116,7 +121,7 @@ def gradients(
     Args are those of `attention`, the documents, what `attention` returned, and
     delta = sum(out * dout) - dlse, float32 [B, T, N].
     """
-    starts = _split_blocks(starts, block_size, plan.block)
+    starts = _split_blocks(starts, offset, key.shape[1], block_size, plan.block)
     static = {"block": plan.block, "scale": scale, "interpret": interpret}
     kv_heads, spacing = key.shape[2], _spacing(plan, rows)
     kv_outer = plan.backward_method == "kv_outer"
@@ -124,10 +129,14 @@ def gradients(
         dquery = jnp.zeros(query.shape, query.dtype)
     else:
         dquery = query_outer.query_gradient(
-            starts, query, key, value, dout, lse, delta, tile=plan.query_outer_backward, **static
-        )
-    where, starts = _chunk_lists(plan, starts)
-    inverse = backward.inverse_units(key, value, dout, delta, rows.valid) if kv_outer else None
+            starts, query, key, value, dout, lse, delta, offset, tile=plan.query_outer_backward,
+            **static,
+        )  # fmt: skip
+    where, starts = _chunk_lists(plan, starts, offset, key.shape[1])
+    inverse = None
+    if kv_outer:
+        valid = jax.lax.dynamic_slice_in_dim(rows.valid, offset[0], query.shape[1], axis=1)
+        inverse = backward.inverse_units(key, value, dout, delta, rows.valid, valid)
     first = rows.token - rows.position % plan.block
     block_start = jnp.where(rows.valid, first, rows.start.shape[1])
 
@@ -166,7 +175,7 @@ def gradients(
         if kv_outer:
             dquery = merge.sum_gradients(
                 where,
-                starts,
+                _counted(starts, query, key),
                 part[0],
                 inverse,
                 dquery,
@@ -184,28 +193,41 @@ def gradients(
     return dquery, dkey.astype(key.dtype), dvalue.astype(value.dtype)
 
 
-def _split_blocks(starts, block_size, block):
+def _counted(starts, query, key):
+    """The lists as `merge.py` takes them: the entries that do not count are T of the queries."""
+    if query.shape[1] == key.shape[1]:
+        return starts
+    return jnp.where(starts < key.shape[1], 0, query.shape[1])
+
+
+def _split_blocks(starts, offset, length, block_size, block):
     """Lists of smaller blocks: those of `block` tokens that make up the listed ones."""
     if block == block_size:
         return starts
-    length = starts.shape[1]
-    offset = jnp.arange(0, block_size, block, dtype=jnp.int32)[None, None, None, None]
-    token = jnp.arange(length, dtype=jnp.int32)[None, :, None, None, None]
-    parts = starts[..., None] + offset
+    part = jnp.arange(0, block_size, block, dtype=jnp.int32)[None, None, None, None]
+    token = offset + jnp.arange(starts.shape[1], dtype=jnp.int32)
+    token = token[None, :, None, None, None]
+    parts = starts[..., None] + part
     return rearrange(jnp.where(parts <= token, parts, length), "b t k s p -> b t k (s p)")
 
 
-def _chunk_lists(plan, starts):
-    """Cuts the lists: first (row, KV head) and token [c, 2], and starts [c, H, C, S]."""
-    _, length, _, _ = starts.shape
-    missing = -length % plan.tokens
+def _chunk_lists(plan, starts, offset, length):
+    """Cuts the lists of rows of `length` keys.
+
+    Returns:
+      where [c, 3]: first (row, KV head) and token, and the offset; starts [c, H, C, S].
+    """
+    tokens = starts.shape[1]
+    missing = -tokens % plan.tokens
     padding = ((0, 0), (0, missing), (0, 0), (0, 0))
     starts = jnp.pad(starts, padding, constant_values=length)
     starts = rearrange(starts, "b (m c) k s -> (b k) m c s", c=plan.tokens)
     heads = starts.shape[0]
     starts = rearrange(starts, "(n h) m c s -> (n m) h c s", h=plan.heads)
-    where = jnp.mgrid[0 : heads : plan.heads, 0 : length : plan.tokens]
-    return where.astype(jnp.int32).reshape(2, -1).T, starts
+    where = jnp.mgrid[0 : heads : plan.heads, 0 : tokens : plan.tokens]
+    where = where.astype(jnp.int32).reshape(2, -1).T
+    where = jnp.concatenate([where, jnp.broadcast_to(offset[None], (where.shape[0], 1))], axis=1)
+    return where, starts
 
 
 def _spacing(plan, rows):

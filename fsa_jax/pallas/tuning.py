@@ -175,7 +175,7 @@ def make_plan(
     tuning: SelectedTuning, query, key, value, slots: int, block_size: int, capability: int
 ) -> Plan:
     """Fills what `tuning` leaves open, from shapes, dtypes and the device's capability."""
-    batch, length, kv_heads, width = key.shape
+    batch, _, kv_heads, width = key.shape
     group, value_width = query.shape[2] // kv_heads, value.shape[3]
     dtype = jnp.dtype(tuning.partial_dtype or query.dtype)
     # partial dq need more bits than the dq that they are summed to
@@ -189,7 +189,7 @@ def make_plan(
     heads, tokens = _chunk(
         tuning.scratch_bytes,
         batch * kv_heads,
-        length,
+        query.shape[1],
         slots * (block_size // block),
         group * max(width * gradient_dtype.itemsize, value_width * dtype.itemsize)
         + 4 * group
