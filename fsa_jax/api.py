@@ -19,6 +19,7 @@ from fsa_jax.config import NSAConfig, check_window
 from fsa_jax.dispatch import check_name, choose, resolve
 from fsa_jax.pallas import SelectedTuning
 from fsa_jax.precision import wide_dtype
+from fsa_jax.sharding import partitions_itself
 
 #: Names that outputs carry for remat policies such as
 #: ``jax.checkpoint_policies.save_only_these_names(*CHECKPOINT_NAMES)``.
@@ -32,6 +33,7 @@ CHECKPOINT_NAMES = (
 )
 
 
+@partitions_itself(x="t k d", segment_ids="t")
 def compress(
     x: Float[Array, "*B T K D"],
     *,
@@ -111,6 +113,7 @@ def compress(
     return out if has_batch else out[0]
 
 
+@partitions_itself(query="t n d", compressed_key="m k d", compressed_value="m k e", segment_ids="t")
 def compressed_attention(
     query: Float[Array, "*B T N D"],
     compressed_key: Float[Array, "*B M K D"],
@@ -178,6 +181,7 @@ def compressed_attention(
     return _result(result, has_batch, return_residuals)
 
 
+@partitions_itself(query="t n d", compressed_key="m k d", lse="t n", segment_ids="t")
 def select_blocks(
     query: Float[Array, "*B T N D"],
     compressed_key: Float[Array, "*B M K D"],
@@ -242,6 +246,9 @@ def select_blocks(
     return indices if has_batch else indices[0]
 
 
+@partitions_itself(
+    query="t n d", key="t k d", value="t k e", block_indices="t k s", segment_ids="t"
+)
 def selected_attention(
     query: Float[Array, "*B T N D"],
     key: Float[Array, "*B T K D"],
@@ -317,6 +324,7 @@ def selected_attention(
     return _result(result, has_batch, return_residuals)
 
 
+@partitions_itself(query="t n d", key="t k d", value="t k e", segment_ids="t")
 def sliding_window_attention(
     query: Float[Array, "*B T N D"],
     key: Float[Array, "*B T K D"],
@@ -371,6 +379,15 @@ def sliding_window_attention(
     return _result(result, has_batch, return_residuals)
 
 
+@partitions_itself(
+    query="t n d",
+    key="t k d",
+    value="t k e",
+    compressed_key="m k d",
+    compressed_value="m k e",
+    gates="t n c",
+    segment_ids="t",
+)
 def native_sparse_attention(
     query: Float[Array, "*B T N D"],
     key: Float[Array, "*B T K D"],

@@ -26,7 +26,7 @@ from util import (
 )
 
 import fsa_jax
-from fsa_jax import dispatch, triton
+from fsa_jax import dispatch, operators, triton
 from fsa_jax.pallas import SelectedTuning, Tile
 from fsa_jax.pallas.index import build_index, search
 from fsa_jax.pallas.tuning import make_plan
@@ -123,7 +123,9 @@ def test_chunks_change_no_result(heads, tokens, sort_pairs, packed, monkeypatch)
         plan = make_plan(*args, **sizes)
         return dataclasses.replace(plan, heads=heads, tokens=tokens, sort_pairs=sort_pairs)
 
-    monkeypatch.setattr(triton, "make_plan", chunked)
+    monkeypatch.setattr(operators, "make_plan", chunked)
+    for compiled in (operators._block_forward_on, operators._block_backward_on):
+        compiled.cache_clear()
     ids, indices = packed_ids(SMALL) if packed else None, lists(3, *SMALL.indices, SMALL.blocks)
     make = functools.partial(selected, indices, SMALL.block_size, ids)
     args = inputs(SMALL)
@@ -359,7 +361,7 @@ def test_on_a_cpu_the_choice_for_either_device_is_the_portable_implementation():
     indices = lists(0, *SMALL.indices, SMALL.blocks)
     rows = describe_rows(packed_ids(SMALL), SMALL.batch, SMALL.length)
     either = functools.partial(
-        triton.selected_attention,
+        operators.selected_attention,
         block_indices=indices, rows=rows, block_size=16, scale=0.3, mode="either",
     )  # fmt: skip
     portable = selected(indices, 16, packed_ids(SMALL), "xla", scale=0.3)
