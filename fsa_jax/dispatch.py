@@ -77,13 +77,19 @@ def choose(
 
     `options` are arguments that the kernels take and the other implementations do not.
     """
+    mode = mode_of(function, implementation, reason)
+    if mode == "reference":
+        return getattr(reference, function)
+    options = {} if mode == "portable" else options
+    return functools.partial(getattr(operators, function), mode=mode, **options)
+
+
+def mode_of(function: str, implementation: str | None, reason: str | None = None) -> str:
+    """What computes `function`: "reference", or a mode of `operators.Call`; logged as `choose`."""
     name, why = resolve(function, implementation, reason)
     if implementation is None and (function, why) not in _logged:
         _logged.add((function, why))
         _LOG.info("%s uses implementation %r: %s", function, name, why)
-    if name == "reference":
-        return getattr(reference, function)
-    if name == "xla":
-        return functools.partial(getattr(operators, function), mode="portable")
-    mode = "either" if implementation is None else _KERNELS[name]
-    return functools.partial(getattr(operators, function), mode=mode, **options)
+    if name in _PORTABLE:
+        return "portable" if name == "xla" else name
+    return "either" if implementation is None else _KERNELS[name]

@@ -20,6 +20,7 @@ compressed windows.
 import dataclasses
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -126,7 +127,7 @@ def sliding_window_attention(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def range_attention(call: Call, query, key, value, visible, seers):
+def range_attention(call: Call, query, key, value, visible, seers) -> Any:
     """Attention of each query to keys low .. high-1.
 
     `visible` = (low, high), int32 [B, T] each; `seers` the range of queries that see each key,
@@ -145,9 +146,14 @@ def _range_attention_fwd(call, *args):
 
 
 def _range_attention_bwd(call, residuals, cotangents):
+    return *range_gradients(call, residuals, cotangents), None, None
+
+
+def range_gradients(call: Call, residuals, cotangents):
+    """(dq, dk, dv) of `range_attention`: residuals are its arguments and its results."""
     query, key, value, visible, seers, out, lse = residuals
     arrays = (query, key, value, *visible, *seers, out, lse, *cotangents)
-    return *_range_backward_on(call)(*arrays), None, None
+    return _range_backward_on(call)(*arrays)
 
 
 range_attention.defvjp(_range_attention_fwd, _range_attention_bwd)
@@ -264,7 +270,7 @@ def selected_attention(
 
 # `documents` are the arrays of a Rows: custom_vjp fills pytrees with objects that are no arrays
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def block_attention(call: Call, query, key, value, starts, documents, offset):
+def block_attention(call: Call, query, key, value, starts, documents, offset) -> Any:
     """Attention of each query to the blocks that start at the tokens `starts` [B, T, K, S].
 
     Query t is token offset[b, 0] + t of the row of keys, whose documents are given; all rows b
@@ -290,6 +296,16 @@ def _block_attention_bwd(call, residuals, cotangents):
     arrays = (query, key, value, starts, *documents, offset, out, lse, *cotangents, *lists)
     run = _block_backward_on(call, _lists_of(call, query, key, value, starts, documents, offset))
     return *run(*arrays), None, None, None
+
+
+def block_gradients(call: Call, residuals, cotangents):
+    """(dq, dk, dv) of `block_attention`: residuals are its arguments and its results.
+
+    The index is built again: for whoever cannot keep it.
+    """
+    query, key, value, starts, documents, offset, out, lse = residuals
+    arrays = (query, key, value, starts, *documents, offset, out, lse, *cotangents)
+    return _block_backward_on(call, ())(*arrays)
 
 
 block_attention.defvjp(_block_attention_fwd, _block_attention_bwd)
@@ -378,7 +394,8 @@ def _block_backward_on(call, room):
         query, key, value, starts, start, end, valid, offset, out, lse, dout, dlse, *packed
     ):
         documents = (start, end, valid)
-        lists = _unpack(call, packed, query, key, value, starts, documents, offset)
+        arrays = (query, key, value, starts, documents, offset)
+        lists = _unpack(call, packed, *arrays) if room else _build_lists(call, *arrays)
         rows, delta = Rows(*documents, packed=call.packed), _delta(out, dout, dlse)
         return selected.gradients(
             _plan_of(call, query, key, value, starts),

@@ -15,18 +15,23 @@ Shapes: b rows of the batch, n query heads, k key/value heads; other letters are
 
 import functools
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jax.custom_batching import custom_vmap
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec, use_abstract_mesh
 
 
 def partitioned(
-    function: Callable, operands: dict[str, str], results: tuple[str, ...]
+    function: Callable,
+    operands: dict[str, str],
+    results: tuple[str, ...],
+    sequence: tuple[Callable, str, int] | None = None,
 ) -> Callable[..., Any]:
     """`function`, computed on each device for its rows and heads.
 
@@ -35,16 +40,19 @@ def partitioned(
         what depends on shapes is decided inside. It has no derivative.
       operands: name and axes of each argument, for example {"query": "b t n d"}.
       results: axes of each result.
+      sequence: what a device computes of `function`, with collectives, when tokens t and windows m
+        are split over a mesh axis; the axis; and how many tokens there are to a window.
 
     Returns:
       A function of the same arrays. `vmap` makes its axis part of the batch.
     """
-    device = jax.sharding.get_abstract_mesh().abstract_device
+    part, sequence_axis, stride = sequence or (function, None, 1)
 
     def on_one_device(*arrays):
         # The partitioner calls at a time when any mesh may be set; the arrays are on none.
+        device = jax.sharding.get_abstract_mesh().abstract_device
         with use_abstract_mesh(AbstractMesh((), (), (), abstract_device=device)):
-            return function(*arrays)
+            return tuple(part(*arrays))
 
     split = custom_partitioning(lambda *arrays: function(*arrays))
 
@@ -52,7 +60,7 @@ def partitioned(
         del outs
         specs = {name: x.sharding.spec for name, x in zip(operands, arrays, strict=True)}
         shapes = {name: x.shape for name, x in zip(operands, arrays, strict=True)}
-        place = _places(operands, specs, shapes, dict(mesh.shape))
+        place = _places(operands, specs, shapes, dict(mesh.shape), sequence_axis)
         shardings = tuple(NamedSharding(mesh, place(axes)) for axes in operands.values())
         return (
             mesh,
@@ -61,9 +69,12 @@ def partitioned(
             shardings,
         )
 
-    split.def_partition(
-        partition, sharding_rule=f"{', '.join(operands.values())} -> {', '.join(results)}"
-    )
+    rule = f"{', '.join(operands.values())} -> {', '.join(results)}"
+    factors: dict[str, Any] = {}
+    if stride > 1 and re.search(r"\bm\b", rule):
+        # split together: tokens are windows times the stride
+        rule, factors = re.sub(r"\bt\b", "(m stride)", rule), {"stride": stride}
+    split.def_partition(partition, sharding_rule=rule, **factors)
 
     @custom_vmap
     def call(*arrays):
@@ -84,12 +95,16 @@ def partitioned(
     return jax.jit(call)
 
 
-def _places(operands, specs, shapes, sizes):
+def _places(operands, specs, shapes, sizes, sequence_axis=None):
     """Checks how arguments are split, and says how each array must be, from its axes.
 
     Raises:
       ValueError: an axis is split that cannot be.
     """
+    if sequence_axis is not None and sequence_axis not in sizes:
+        raise ValueError(
+            f"sequence_axis must be an axis of the mesh {tuple(sizes)}, got {sequence_axis!r}"
+        )
     found: dict[str, tuple[str, ...]] = {}
     lengths = {"b": 0}
     for name, axes in operands.items():
@@ -99,6 +114,8 @@ def _places(operands, specs, shapes, sizes):
             mesh_axes = entry if isinstance(entry, tuple) else (entry,) if entry else ()
             mesh_axes = tuple(x for x in mesh_axes if sizes[x] > 1)
             if not mesh_axes:
+                continue
+            if axis in ("t", "m") and mesh_axes == (sequence_axis,):
                 continue
             if axis not in ("b", "n", "k"):
                 raise ValueError(_refusal(name, axis, axes, mesh_axes))
@@ -117,6 +134,7 @@ def _places(operands, specs, shapes, sizes):
             f"the {lengths['b']} rows must be a multiple of the devices of mesh axis {_words(rows)}"
         )
     split = {"b": rows or None, "n": heads or None, "k": heads or None}
+    split |= {"t": sequence_axis, "m": sequence_axis}
 
     def place(axes: str) -> PartitionSpec:
         return PartitionSpec(*(split.get(axis) for axis in axes.split()))
@@ -177,7 +195,8 @@ def partitions_itself(**operands: str) -> Callable[[Callable], Callable]:
                     axes[name] = ("b " if x.ndim > rank else "") + operands[name]
                     specs[name], shapes[name] = jax.typeof(x).sharding.spec, x.shape
             first = next(iter(operands))
-            place = _places(axes, specs, shapes, dict(mesh.shape))(axes[first])
+            axis = kwargs.get("sequence_axis")
+            place = _places(axes, specs, shapes, dict(mesh.shape), axis)(axes[first])
             out = place
             if kwargs.get("return_residuals"):
                 out = (place, PartitionSpec(*place[:-1]))
@@ -207,3 +226,21 @@ def explicit_mesh(x: Any) -> AbstractMesh | None:
         return None
     mesh = jax.typeof(x).sharding.mesh
     return mesh if mesh.explicit_axes else None
+
+
+def layer_call(layer: Any, sequence_axis: str | None, x: jax.Array, *others) -> jax.Array:
+    """`layer.apply_part(x, *others)`, also where x [B, T, C] is split over Explicit axes.
+
+    The parameters are then arguments: what a function closes over keeps its Explicit axes.
+    """
+    mesh = explicit_mesh(x)
+    if mesh is None:
+        return layer.apply_part(x, *others)
+    spec = PartitionSpec(*jax.typeof(x).sharding.spec)
+    _places({"x": "b t"}, {"x": spec[:2]}, {"x": x.shape[:2]}, dict(mesh.shape), sequence_axis)
+    graphdef, state = nnx.split(layer)
+
+    def call(state, *arrays):
+        return nnx.merge(graphdef, state).apply_part(*arrays)
+
+    return on_auto_axes(call, mesh, PartitionSpec(*spec[:2], None))(state, x, *others)
