@@ -154,7 +154,7 @@ def partial_gradients(
             p = softmax_weights(product(queries, keys), lses[:, None], scale, key_ref.dtype)
             # idle rows see all keys; their dout and delta are 0, and so is what they add
             # (a loop of its own for the steps that need no mask spills registers)
-            p = jnp.where(item.column[None, :] <= (token + item.offset)[:, None], p, 0.0)
+            p = jnp.where(item.sees(token), p, 0.0)
             p_cut = p.astype(dout_ref.dtype)
             dvalues = [x + dot(do, p_cut, (0, 0)) for x, do in zip(dvalues, douts, strict=True)]
             ds = (p * (dp - deltas[:, None])).astype(key_ref.dtype)
