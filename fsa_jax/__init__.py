@@ -10,6 +10,7 @@ from fsa_jax.api import (
     sliding_window_attention,
 )
 from fsa_jax.config import NSAConfig
+from fsa_jax.context import from_stripes, to_stripes
 from fsa_jax.dispatch import explain
 
 __version__ = "0.1.0"
@@ -20,8 +21,10 @@ __all__ = [
     "compress",
     "compressed_attention",
     "explain",
+    "from_stripes",
     "native_sparse_attention",
     "select_blocks",
     "selected_attention",
     "sliding_window_attention",
+    "to_stripes",
 ]

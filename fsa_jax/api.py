@@ -14,11 +14,12 @@ from einops import rearrange
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from fsa_jax import checks, compression, triton
+from fsa_jax import checks, compression, context, triton
 from fsa_jax.config import NSAConfig, check_window
-from fsa_jax.dispatch import check_name, choose, resolve
+from fsa_jax.dispatch import check_name, choose, mode_of, resolve
 from fsa_jax.pallas import SelectedTuning
 from fsa_jax.precision import wide_dtype
+from fsa_jax.sharding import partitions_itself
 
 #: Names that outputs carry for remat policies such as
 #: ``jax.checkpoint_policies.save_only_these_names(*CHECKPOINT_NAMES)``.
@@ -32,6 +33,7 @@ CHECKPOINT_NAMES = (
 )
 
 
+@partitions_itself(x="t k d", segment_ids="t")
 def compress(
     x: Float[Array, "*B T K D"],
     *,
@@ -41,6 +43,7 @@ def compress(
     weights: Array | tuple[Array, Array] | None = None,
     positions: Float[Array, "K l D"] | None = None,
     segment_ids: Int[Array, "*B T"] | None = None,
+    sequence_axis: str | None = None,
 ) -> Float[Array, "*B M K D"]:
     """Compresses each window of `kernel_size` tokens of a document into one key or value.
 
@@ -59,10 +62,11 @@ def compress(
       weights: the parameters of the method, as above, in the dtype of `x`.
       positions: table added to the tokens of each window, [K, l, D], in the dtype of `x`.
       segment_ids: int32 [B, T], equal ids in a run are one document, 0 is padding.
+      sequence_axis: mesh axis that splits the tokens; see `native_sparse_attention`.
 
     Returns:
       [B, M, K, D] in the dtype of `x`: the existing windows of a row first, in order, the rest
-      zero. Only whole windows exist.
+      zero. Only whole windows exist. With `sequence_axis` the same for each stripe of tokens.
 
     Raises:
       ValueError: an argument has a wrong shape, dtype or value; the message names it.
@@ -99,6 +103,8 @@ def compress(
     if positions is not None:
         positions = checks.parameter("positions", positions, x, (heads, kernel_size, width))
     rows = checks.rows(x, segment_ids, has_batch)
+    if sequence_axis is not None:
+        checks.sequence(sequence_axis, has_batch, x.shape[1], kernel_stride)
     out = compression.compress(
         x,
         rows,
@@ -107,10 +113,12 @@ def compress(
         method=method,
         weights=weights,
         positions=positions,
+        sequence=None if sequence_axis is None else (segment_ids, sequence_axis),
     )
     return out if has_batch else out[0]
 
 
+@partitions_itself(query="t n d", compressed_key="m k d", compressed_value="m k e", segment_ids="t")
 def compressed_attention(
     query: Float[Array, "*B T N D"],
     compressed_key: Float[Array, "*B M K D"],
@@ -178,6 +186,7 @@ def compressed_attention(
     return _result(result, has_batch, return_residuals)
 
 
+@partitions_itself(query="t n d", compressed_key="m k d", lse="t n", segment_ids="t")
 def select_blocks(
     query: Float[Array, "*B T N D"],
     compressed_key: Float[Array, "*B M K D"],
@@ -242,6 +251,9 @@ def select_blocks(
     return indices if has_batch else indices[0]
 
 
+@partitions_itself(
+    query="t n d", key="t k d", value="t k e", block_indices="t k s", segment_ids="t"
+)
 def selected_attention(
     query: Float[Array, "*B T N D"],
     key: Float[Array, "*B T K D"],
@@ -317,6 +329,7 @@ def selected_attention(
     return _result(result, has_batch, return_residuals)
 
 
+@partitions_itself(query="t n d", key="t k d", value="t k e", segment_ids="t")
 def sliding_window_attention(
     query: Float[Array, "*B T N D"],
     key: Float[Array, "*B T K D"],
@@ -371,6 +384,15 @@ def sliding_window_attention(
     return _result(result, has_batch, return_residuals)
 
 
+@partitions_itself(
+    query="t n d",
+    key="t k d",
+    value="t k e",
+    compressed_key="m k d",
+    compressed_value="m k e",
+    gates="t n c",
+    segment_ids="t",
+)
 def native_sparse_attention(
     query: Float[Array, "*B T N D"],
     key: Float[Array, "*B T K D"],
@@ -383,6 +405,7 @@ def native_sparse_attention(
     scale: float | None = None,
     segment_ids: Int[Array, "*B T"] | None = None,
     implementation: str | None = None,
+    sequence_axis: str | None = None,
 ) -> Float[Array, "*B T N E"]:
     """Native sparse attention: compressed, selected and window attention, summed with gates.
 
@@ -404,6 +427,10 @@ def native_sparse_attention(
       scale: factor of the logits, by default D ** -0.5.
       segment_ids: int32 [B, T], equal ids in a run are one document, 0 is padding.
       implementation: "triton", "triton_interpret", "xla", "reference", or None for the best.
+      sequence_axis: name of the mesh axis that splits the tokens of each row, for rows that are too
+        long for one device. All arrays of tokens are then in the order of `to_stripes`, and
+        `compressed_key` and `compressed_value` come from `compress` with the same axis. T is a
+        multiple of 2 * devices * kernel_stride.
 
     Returns:
       [B, T, N, E] in the dtype of `query`; 0 at padding.
@@ -428,6 +455,18 @@ def native_sparse_attention(
     _check_operator(
         query, key, value, compressed_key, compressed_value, gates, config, implementation
     )
+    if sequence_axis is not None:
+        branches = attention_branches(
+            query,
+            (compressed_key, compressed_value),
+            ((key, value),),
+            config=config,
+            scale=scale,
+            segment_ids=segment_ids,
+            implementation=implementation,
+            sequence_axis=sequence_axis,
+        )
+        return combine_branches(gates, *branches)
     common = {"scale": scale, "segment_ids": segment_ids, "implementation": implementation}
     compressed, lse = compressed_attention(
         query,
@@ -444,6 +483,35 @@ def native_sparse_attention(
     )
     window = sliding_window_attention(query, key, value, window_size=config.window_size, **common)
     return combine_branches(gates, compressed, selected, window)
+
+
+def attention_branches(
+    query, compressed, sources, *, config, scale, segment_ids, implementation, sequence_axis
+) -> Any:  # fmt: skip
+    """The branches of `native_sparse_attention` over a sequence axis; see `context.attention`."""
+    checks.sequence(sequence_axis, query.ndim == 4, query.shape[1], config.kernel_stride)
+    checks.rows(query, segment_ids, True)
+    reasons = [triton.select_reason(query, compressed[0], config)]
+    reasons += [
+        triton.selected_reason(query, *pair, block_size=config.block_size) for pair in sources
+    ]
+    reason = next(filter(None, reasons), None)
+    mode = mode_of("native_sparse_attention", implementation, reason)
+    if mode == "reference":
+        raise NotImplementedError(
+            f"implementation='reference' cannot serve sequence_axis={sequence_axis!r}: it is "
+            "for one device; use 'xla', 'triton' or None"
+        )
+    return context.attention(
+        query,
+        compressed,
+        sources,
+        segment_ids,
+        config=config,
+        scale=checks.scale(scale, query.shape[-1]),
+        mode=mode,
+        axis=sequence_axis,
+    )
 
 
 def _check_operator(

@@ -101,6 +101,19 @@ def integers(name: str, x, axes: str) -> jax.Array:
     return x
 
 
+def sequence(axis, has_batch: bool, length: int, stride: int) -> None:
+    """The name of a mesh axis that splits rows of `length` tokens; rows come in a batch."""
+    if not isinstance(axis, str):
+        raise ValueError(f"sequence_axis must be None or the name of a mesh axis, got {axis!r}")
+    if not has_batch:
+        raise ValueError(f"arrays must have a batch axis with sequence_axis={axis!r}, got none")
+    if length % (2 * stride):
+        raise ValueError(
+            f"tokens must be a multiple of 2 * devices * kernel_stride with sequence_axis={axis!r} "
+            f"(kernel_stride={stride}), got {length}"
+        )
+
+
 def size(name: str, value) -> int:
     """A positive Python integer."""
     if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:

@@ -13,8 +13,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
+from fsa_jax import context
 from fsa_jax.precision import einsum
 from fsa_jax.segments import Rows, Windows, describe_windows
 
@@ -30,10 +31,19 @@ def compress(
     method: str,
     weights: Any = None,
     positions: Float[Array, "K l D"] | None = None,
+    sequence: tuple[Int[Array, "B T"] | None, str] | None = None,
 ) -> Float[Array, "B M K D"]:
-    """Compresses every window; empty slots are zero. Arguments are already checked."""
-    windows = describe_windows(rows, kernel_size, kernel_stride)
-    units = _unit_reader(x, rows, windows, kernel_size, kernel_stride)
+    """Compresses every window; empty slots are zero. Arguments are already checked.
+
+    `sequence` is (segment_ids, mesh axis) where an axis splits the tokens; `rows` is then not read.
+    """
+    if sequence is None:
+        windows = describe_windows(rows, kernel_size, kernel_stride)
+        units = _unit_reader(x, rows, windows, kernel_size, kernel_stride)
+        exists = windows.start < x.shape[1]
+    else:
+        ids, axis = sequence
+        units, exists = context.unit_reader(x, ids, kernel_size, kernel_stride, axis)
 
     def fold(equation, weight, table_equation):
         """Sum over the tokens of a window of token times weight, and the same for the table."""
@@ -55,8 +65,7 @@ def compress(
         out = fold("bmlkd,kldh->bmkh", matrix, "kld,kldh->kh")
         if method == "mlp":
             out = einsum("bmkh,khd->bmkd", jax.nn.gelu(out).astype(x.dtype), weights[1])
-    exists = (windows.start < x.shape[1])[:, :, None, None]
-    return jnp.where(exists, out, 0).astype(x.dtype)
+    return jnp.where(exists[:, :, None, None], out, 0).astype(x.dtype)
 
 
 def _unit_reader(

@@ -74,7 +74,10 @@ class Compressor(nnx.Module):
             self.positions = parameter(positions_init, (heads, window, head_dim))
 
     def __call__(
-        self, x: Float[Array, "B T K D"], segment_ids: Int[Array, "B T"] | None = None
+        self,
+        x: Float[Array, "B T K D"],
+        segment_ids: Int[Array, "B T"] | None = None,
+        sequence_axis: str | None = None,
     ) -> Float[Array, "B M K D"]:
         """Compresses x, in the dtype of x; M = T // kernel_stride. See ``fsa_jax.compress``."""
         weights, weights_out = _cast(self.weights, x), _cast(self.weights_out, x)
@@ -86,6 +89,7 @@ class Compressor(nnx.Module):
             weights=(weights, weights_out) if self.method == "mlp" else weights,
             positions=_cast(self.positions, x),
             segment_ids=segment_ids,
+            sequence_axis=sequence_axis,
         )
 
 

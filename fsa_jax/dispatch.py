@@ -4,11 +4,11 @@ import functools
 import logging
 from collections.abc import Callable
 
-from fsa_jax import reference, triton, xla
+from fsa_jax import operators, reference, triton
 
 _LOG = logging.getLogger("fsa_jax")
-_MODULES = {"xla": xla, "reference": reference}
-#: Names of the Pallas-Triton kernels, and what `triton.py` calls them.
+_PORTABLE = ("xla", "reference")
+#: Names of the Pallas-Triton kernels, and what `operators.py` calls them.
 _KERNELS = {"triton": "gpu", "triton_interpret": "interpret"}
 _FUNCTIONS = (
     "compressed_attention",
@@ -42,8 +42,8 @@ def explain(implementation: str | None = None) -> dict[str, tuple[str, str]]:
 
 def check_name(implementation: str | None) -> None:
     """Raises ValueError where no implementation has that name."""
-    if implementation is not None and implementation not in {**_KERNELS, **_MODULES}:
-        known = ", ".join(repr(name) for name in (*_KERNELS, *_MODULES))
+    if implementation is not None and implementation not in (*_KERNELS, *_PORTABLE):
+        known = ", ".join(repr(name) for name in (*_KERNELS, *_PORTABLE))
         raise ValueError(f"implementation must be None or one of {known}, got {implementation!r}")
 
 
@@ -56,7 +56,7 @@ def resolve(function: str, implementation: str | None, reason: str | None = None
       reason: why the kernels cannot serve the call at hand, if they cannot.
     """
     check_name(implementation)
-    if implementation in _MODULES:
+    if implementation in _PORTABLE:
         return implementation, "named by the caller"
     if implementation != "triton_interpret":
         reason = triton.device_reason() or reason
@@ -77,11 +77,19 @@ def choose(
 
     `options` are arguments that the kernels take and the other implementations do not.
     """
+    mode = mode_of(function, implementation, reason)
+    if mode == "reference":
+        return getattr(reference, function)
+    options = {} if mode == "portable" else options
+    return functools.partial(getattr(operators, function), mode=mode, **options)
+
+
+def mode_of(function: str, implementation: str | None, reason: str | None = None) -> str:
+    """What computes `function`: "reference", or a mode of `operators.Call`; logged as `choose`."""
     name, why = resolve(function, implementation, reason)
     if implementation is None and (function, why) not in _logged:
         _logged.add((function, why))
         _LOG.info("%s uses implementation %r: %s", function, name, why)
-    if name in _MODULES:
-        return getattr(_MODULES[name], function)
-    mode = "either" if implementation is None else _KERNELS[name]
-    return functools.partial(getattr(triton, function), mode=mode, **options)
+    if name in _PORTABLE:
+        return "portable" if name == "xla" else name
+    return "either" if implementation is None else _KERNELS[name]

@@ -21,7 +21,7 @@ from flax.nnx.nn import initializers
 from flax.typing import Dtype, Initializer, PrecisionLike
 from jaxtyping import Array, Float, Int
 
-from fsa_jax import api, checks
+from fsa_jax import api, checks, context, sharding
 from fsa_jax.compression import METHODS
 from fsa_jax.compressor import Compressor
 from fsa_jax.config import NSAConfig
@@ -189,6 +189,8 @@ class NativeSparseAttention(_Attention):
         ``linear`` and ``weighted``, LeCun normal for ``mlp``.
       positions_init: initialiser of the intra-block positional table [K, l, D].
       implementation: passed on to the functions of fsa_jax; None: the best that fits.
+      sequence_axis: mesh axis that splits the tokens of each row, see
+        ``fsa_jax.native_sparse_attention``: all arrays of a call are then in stripe order.
       rngs: random keys.
 
     Raises:
@@ -228,6 +230,7 @@ class NativeSparseAttention(_Attention):
         compression_init: Initializer | None = None,
         positions_init: Initializer = _POSITIONS_INIT,
         implementation: str | None = None,
+        sequence_axis: str | None = None,
         rngs: nnx.Rngs,
     ):
         check_choice("compression", compression, METHODS)
@@ -256,6 +259,7 @@ class NativeSparseAttention(_Attention):
         )
         self.config = config
         self.kv_per_branch = kv_per_branch
+        self.sequence_axis = sequence_axis
         gates = (num_heads, 3) if gate == "head" else (1, 3)
         gate_names = ("heads" if gate == "head" else None, None)
         self.gate = _linear((in_features,), gates, (("embed",), gate_names), **options)
@@ -295,10 +299,24 @@ class NativeSparseAttention(_Attention):
         Raises:
           ValueError: a shape or dtype does not fit.
         """
+        return sharding.layer_call(self, self.sequence_axis, x, segment_ids, positions)
+
+    def apply_part(self, x, segment_ids, positions) -> jax.Array:
         rows, positions = self._describe(x, segment_ids, positions)
         inputs = self._inputs(x, rows, segment_ids, positions)
         gates = jax.nn.sigmoid(self.gate(x))
         shared = self._shared(segment_ids)
+        if self.sequence_axis is not None:
+            sources = (inputs.selected, inputs.window)[: 2 if self.kv_per_branch else 1]
+            branches = api.attention_branches(
+                inputs.query,
+                inputs.compressed,
+                sources,
+                config=self.config,
+                sequence_axis=self.sequence_axis,
+                **shared,
+            )
+            return self._project_out(api.combine_branches(gates, *branches), rows)
         if not self.kv_per_branch:
             heads = api.native_sparse_attention(
                 inputs.query,
@@ -331,7 +349,15 @@ class NativeSparseAttention(_Attention):
         """The blocks that each query selects: int32 [B, T, K, topk], ascending, -1 at the tail.
 
         Block numbers count from the start of the query's own document. Arguments as in a call.
+
+        Raises:
+          ValueError: the layer has a `sequence_axis`; one without it takes the same parameters.
         """
+        if self.sequence_axis is not None:
+            raise ValueError(
+                "selected_blocks needs a layer without sequence_axis, got "
+                f"sequence_axis={self.sequence_axis!r}"
+            )
         rows, positions = self._describe(x, segment_ids, positions)
         return self._select(self._inputs(x, rows, segment_ids, positions), segment_ids)[1]
 
@@ -347,20 +373,34 @@ class NativeSparseAttention(_Attention):
             keys, values = (jnp.unstack(array, axis=2) for array in (key, value))
         else:
             keys, values = (key,) * 3, (value,) * 3
-        starts = describe_windows(rows, self.config.kernel_size, self.config.kernel_stride).start
-        read = jax.vmap(lambda row, start: row.at[start].get(mode="fill", fill_value=0))
-        compressed_key = self.compress_key(keys[0], segment_ids)
+        axis = self.sequence_axis
+        compressed_key = self.compress_key(keys[0], segment_ids, axis)
         selected_key = self._turn(keys[1], positions)
         window_key = self._turn(keys[2], positions) if self.kv_per_branch else selected_key
         return _Inputs(
             query=query,
             compressed=(
-                self._turn(compressed_key, read(positions, starts)),
-                self.compress_value(values[0], segment_ids),
+                self._turn(compressed_key, self._window_positions(rows, segment_ids, positions)),
+                self.compress_value(values[0], segment_ids, axis),
             ),
             selected=(selected_key, values[1]),
             window=(window_key, values[2]),
         )
+
+    def _describe(self, x, segment_ids, positions) -> tuple[Rows, jax.Array]:
+        rows, counted = super()._describe(x, segment_ids, positions)
+        if self.sequence_axis is None or positions is not None:
+            return rows, counted
+        checks.sequence(self.sequence_axis, True, x.shape[1], self.config.kernel_stride)
+        return rows, context.positions(segment_ids, x.shape[:2], self.sequence_axis)
+
+    def _window_positions(self, rows: Rows, segment_ids, positions: jax.Array) -> jax.Array:
+        """The position of each window's first token, int32 [B, M]."""
+        sizes = (self.config.kernel_size, self.config.kernel_stride)
+        if self.sequence_axis is not None:
+            return context.window_positions(positions, segment_ids, *sizes, self.sequence_axis)
+        read = jax.vmap(lambda row, start: row.at[start].get(mode="fill", fill_value=0))
+        return read(positions, describe_windows(rows, *sizes).start)
 
     def _shared(self, segment_ids: jax.Array | None) -> dict[str, Any]:
         """Arguments that every attention function takes."""
@@ -463,6 +503,9 @@ class FullAttention(_Attention):
         positions: Int[Array, "B T"] | None = None,
     ) -> Float[Array, "B T O"]:
         """Applies the layer; arguments and result as in ``NativeSparseAttention``."""
+        return sharding.layer_call(self, None, x, segment_ids, positions)
+
+    def apply_part(self, x, segment_ids, positions) -> jax.Array:
         rows, positions = self._describe(x, segment_ids, positions)
         mask = None
         if segment_ids is not None:

@@ -60,6 +60,7 @@ class TransformerConfig:
       dtype: dtype of the computation.
       param_dtype: dtype in which the parameters are stored.
       implementation: see the attention layers; None: the best that fits.
+      sequence_axis: mesh axis that splits the tokens, see ``NativeSparseAttention``.
 
     Raises:
       ValueError: a value breaks its rule; the message names it.
@@ -90,6 +91,7 @@ class TransformerConfig:
     dtype: str = "float32"
     param_dtype: str = "float32"
     implementation: str | None = None
+    sequence_axis: str | None = None
 
     def __post_init__(self):
         sizes = ("vocab_size", "num_layers", "embed_dim", "num_heads", "num_kv_heads", "head_dim")
@@ -104,6 +106,7 @@ class TransformerConfig:
         check_choice("dtype", self.dtype, DTYPES)
         check_choice("param_dtype", self.param_dtype, DTYPES)
         if self.attention == "full":
+            check_choice("sequence_axis", self.sequence_axis, (None,))
             check_choice("implementation", self.implementation, FULL_IMPLEMENTATIONS)
         else:
             # a config may be built where it cannot run, so only the name counts here
@@ -205,6 +208,7 @@ class Block(nnx.Module):
                 compression=config.compression,
                 gate=config.gate,
                 kv_per_branch=config.kv_per_branch,
+                sequence_axis=config.sequence_axis,
                 **shared,
             )
         self.mlp = SwiGLU(config, rngs=rngs)

@@ -1,11 +1,11 @@
 """The portable implementation: plain XLA for any device, memory linear in the tokens.
 
 Dataflow. Every function works on one flat axis H of (row, KV head) pairs. Two loops do the work,
-each with its own backward that recomputes the softmax from the saved logsumexp:
+each with its own backward that recomputes the softmax from the logsumexp:
 
-* `_range_attention`: a query sees one contiguous range of keys (compressed windows, or the
+* `range_attention`: a query sees one contiguous range of keys (compressed windows, or the
   tokens of a sliding window). Tiles of queries walk the tiles of keys that any of them sees.
-* `_block_attention`: a query sees a list of blocks. The (query, block) pairs are sorted by block
+* `block_attention`: a query sees a list of blocks. The (query, block) pairs are sorted by block
   and cut into tiles of one block each; a tile gathers its queries, and merges its result into
   running maxima, sums and outputs of those queries. No tile holds a query twice, and tiles run one
   after another, so sums have a fixed order and no partial result is ever stored.
@@ -13,30 +13,18 @@ each with its own backward that recomputes the softmax from the saved logsumexp:
 What a tile's queries cannot see is set to zero before use, so NaN and Inf in padding or in blocks
 that nobody chose can reach neither outputs nor gradients.
 
-Residuals of both loops: their inputs, out [H, T, G, E] in the input dtype and lse [H, T, G] in
-float32 (float64 for float64 inputs).
-
 Shapes: B batch, T tokens, N query heads, K key/value heads, G = N/K, H = B*K, D and E head widths,
-M keys of a loop, S listed blocks, P = T*S pairs, R pairs of a tile.
+M keys, S listed blocks, P = T*S pairs, R pairs of a tile.
 """
-
-import functools
 
 import jax
 import jax.numpy as jnp
 from einops import rearrange, repeat
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from fsa_jax.config import NSAConfig
 from fsa_jax.precision import einsum, wide_dtype
-from fsa_jax.segments import (
-    Rows,
-    describe_windows,
-    listed_block_starts,
-    visible_tokens,
-    visible_windows,
-)
+from fsa_jax.segments import Rows, Windows
 
 # Tiles: large enough that the matmuls outweigh the loop, small enough to stay in cache and to skip
 # most of what is masked. The fastest of a few powers of two on two CPU cores, 512 to 8192 tokens.
@@ -45,33 +33,49 @@ KEY_TILE = 64
 PAIR_TILE = 128
 
 
-def compressed_attention(query, key, value, rows: Rows, *, kernel_size, kernel_stride, scale):
-    """See fsa_jax.compressed_attention."""
-    visible = visible_windows(describe_windows(rows, kernel_size, kernel_stride))
-    return range_attention(query, key, value, visible, scale=scale, name="compressed")
+def range_attention(query, key, value, visible, *, scale):
+    """Attention of each query to the keys low .. high-1 of `visible` = (low, high) [B, T].
+
+    Returns:
+      out [B, T, N, E] in the dtype of `query` and lse [B, T, N]. There must be a key.
+    """
+    kv_heads = key.shape[2]
+    flat = _flatten(kv_heads, query, key, value, *visible)
+    out, lse = _range_forward(scale, *flat)
+    return _unflatten(kv_heads, out), _unflatten(kv_heads, lse)
 
 
-def sliding_window_attention(query, key, value, rows: Rows, *, window_size, scale):
-    """See fsa_jax.sliding_window_attention."""
-    visible = visible_tokens(rows, window_size)
-    return range_attention(query, key, value, visible, scale=scale, name="window")
+def range_gradients(query, key, value, visible, out, lse, dout, dlse, *, scale):
+    """(dq, dk, dv) of `range_attention`, whose results and their cotangents are given."""
+    kv_heads = key.shape[2]
+    flat = _flatten(kv_heads, query, key, value, *visible)
+    rest = _flatten_heads(kv_heads, out, lse, dout, dlse)
+    dquery, *dkeys = _range_backward(scale, *flat, *rest)
+    return _unflatten(kv_heads, dquery), *(_keys_back(kv_heads, x) for x in dkeys)
 
 
-def range_attention(query, key, value, visible, *, scale, name):
-    """Attention of each query to the keys low .. high-1 of `visible` = (low, high) [B, T]."""
-    return _ungroup(_range_attention, query, key, value, visible, scale, name)
+def block_attention(query, key, value, starts, offset, *, block_size, scale):
+    """Attention of each query to the blocks that start at the tokens `starts` [B, T, K, S].
+
+    Query t is token offset[0] + t of the row of keys. Results as in `range_attention`.
+    """
+    kv_heads = key.shape[2]
+    query, key, value = _flatten(kv_heads, query, key, value)
+    starts = rearrange(starts, "b t k s -> (b k) t s")
+    out, lse = _block_forward(block_size, scale, query, key, value, starts, offset[0])
+    return _unflatten(kv_heads, out), _unflatten(kv_heads, lse)
 
 
-def selected_attention(query, key, value, block_indices, rows: Rows, *, block_size, scale):
-    """See fsa_jax.selected_attention."""
-    starts = listed_block_starts(rows, block_indices, block_size)
-    return block_attention(query, key, value, starts, block_size=block_size, scale=scale)
-
-
-def block_attention(query, key, value, starts, *, block_size, scale):
-    """`selected_attention` of lists that `listed_block_starts` has turned into first tokens."""
-    attend = functools.partial(_block_attention, block_size)
-    return _ungroup(attend, query, key, value, (starts,), scale, "selected")
+def block_gradients(
+    query, key, value, starts, offset, out, lse, dout, dlse, *, block_size, scale
+):  # fmt: skip
+    """(dq, dk, dv) of `block_attention`, whose results and their cotangents are given."""
+    kv_heads = key.shape[2]
+    query, key, value = _flatten(kv_heads, query, key, value)
+    starts = rearrange(starts, "b t k s -> (b k) t s")
+    rest = _flatten_heads(kv_heads, out, lse, dout, dlse)
+    dquery, *dkeys = _block_backward(block_size, scale, query, key, value, starts, offset[0], *rest)
+    return _unflatten(kv_heads, dquery), *(_keys_back(kv_heads, x) for x in dkeys)
 
 
 def select_blocks(
@@ -79,13 +83,18 @@ def select_blocks(
     key: Float[Array, "B M K D"],
     lse: Float[Array, "B T N"],
     rows: Rows,
+    windows: Windows,
     *,
     config: NSAConfig,
     scale: float,
 ) -> Int[Array, "B T K S"]:
-    """See fsa_jax.select_blocks. Scores exist for one tile of queries at a time."""
+    """See fsa_jax.select_blocks. Scores exist for one tile of queries at a time.
+
+    `rows` and `windows` are those of the queries, which may be part of the row.
+    """
     length, kv_heads, slots = query.shape[1], key.shape[2], key.shape[1]
-    windows = describe_windows(rows, config.kernel_size, config.kernel_stride)
+    # the row of M windows has less than M + 1 strides of tokens
+    blocks = config.num_blocks((slots + 1) * config.kernel_stride - 1)
     wide = wide_dtype(query)
     tile = min(QUERY_TILE, length)
 
@@ -102,7 +111,7 @@ def select_blocks(
             p = jnp.take_along_axis(p, slot[:, None], axis=-1)
             p = jnp.where((window < visible[..., None])[:, None], p, 0)
         own = jnp.where(valid, position // config.block_size, -1)[:, None]
-        return rearrange(_best_blocks(_fold(p, length, config), own, config), "b k q s -> b q k s")
+        return rearrange(_best_blocks(_fold(p, blocks, config), own, config), "b k q s -> b q k s")
 
     query = rearrange(query, "b t (k g) d -> b t k g d", k=kv_heads)
     lse = rearrange(lse, "b t (k g) -> b t k g", k=kv_heads)
@@ -111,11 +120,10 @@ def select_blocks(
     return rearrange(tiles, "n b q k s -> b (n q) k s")[:, :length]
 
 
-def _fold(p: Float[Array, "B K Q M"], length: int, config: NSAConfig) -> Float[Array, "B K Q J"]:
+def _fold(p: Float[Array, "B K Q M"], blocks: int, config: NSAConfig) -> Float[Array, "B K Q J"]:
     """Scores of blocks: each window counts by the units of kernel_stride that it shares."""
     per_window = config.kernel_size // config.kernel_stride
     per_block = config.block_size // config.kernel_stride
-    blocks = config.num_blocks(length)
     before = per_window - 1
     after = max(0, blocks * per_block - p.shape[-1])
     padded = jnp.pad(p, ((0, 0), (0, 0), (0, 0), (before, after)))
@@ -147,23 +155,24 @@ def _best_blocks(
     return jnp.pad(chosen, ((0, 0), (0, 0), (0, 0), (0, config.topk - kept)), constant_values=-1)
 
 
-def _ungroup(attend, query, key, value, visibility, scale, name):
-    """Runs `attend` on the flat axis H of (row, KV head) pairs and restores the layout."""
-    batch, length, heads, _ = query.shape
-    kv_heads, width = key.shape[2], value.shape[3]
-    if key.shape[1] == 0:  # a row too short for even one window
-        wide = wide_dtype(query)
-        out = jnp.zeros((batch, length, heads, width), query.dtype)
-        return out, jnp.full((batch, length, heads), -jnp.inf, wide)
-    query = rearrange(query, "b t (k g) d -> (b k) t g d", k=kv_heads)
-    key, value = (rearrange(x, "b m k d -> (b k) m d") for x in (key, value))
-    if visibility[0].ndim == 2:
-        visibility = tuple(repeat(x, "b t -> (b k) t", k=kv_heads) for x in visibility)
-    else:
-        visibility = tuple(rearrange(x, "b t k s -> (b k) t s") for x in visibility)
-    out, lse = attend(scale, name, query, key, value, *visibility)
-    out = rearrange(out, "(b k) t g e -> b t (k g) e", b=batch)
-    return out, rearrange(lse, "(b k) t g -> b t (k g)", b=batch)
+def _flatten(kv_heads, query, key, value, *ranges):
+    """Query [H, T, G, D], key and value [H, M, D or E], and [H, T] of arrays [B, T]."""
+    keys = (rearrange(x, "b m k d -> (b k) m d") for x in (key, value))
+    ranges = (repeat(x, "b t -> (b k) t", k=kv_heads) for x in ranges)
+    return *_flatten_heads(kv_heads, query), *keys, *ranges
+
+
+def _flatten_heads(kv_heads, *arrays):
+    """[B, T, N, ...] to [H, T, G, ...]."""
+    return tuple(rearrange(x, "b t (k g) ... -> (b k) t g ...", k=kv_heads) for x in arrays)
+
+
+def _unflatten(kv_heads, x):
+    return rearrange(x, "(b k) t g ... -> b t (k g) ...", k=kv_heads)
+
+
+def _keys_back(kv_heads, x):
+    return rearrange(x, "(b k) m d -> b m k d", k=kv_heads)
 
 
 def _pad_tokens(x: Array, missing: int) -> Array:
@@ -237,21 +246,15 @@ def _delta(out, dout, dlse):
 # Attention to a contiguous range of keys
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _range_attention(
+def _range_forward(
     scale: float,
-    name: str,
     query: Float[Array, "H T G D"],
     key: Float[Array, "H M D"],
     value: Float[Array, "H M E"],
     low: Int[Array, "H T"],
     high: Int[Array, "H T"],
 ) -> tuple[Float[Array, "H T G E"], Float[Array, "H T G"]]:
-    """Softmax attention of each query to keys low .. high-1; `name` is for remat policies."""
-    return _range_forward(scale, name, query, key, value, low, high)
-
-
-def _range_forward(scale, name, query, key, value, low, high):
+    """Softmax attention of each query to keys low .. high-1."""
     length = query.shape[1]
     tile = min(QUERY_TILE, length)
     key_tile = min(KEY_TILE, key.shape[1])
@@ -270,18 +273,11 @@ def _range_forward(scale, name, query, key, value, low, high):
         return _finish(top, total, out, query.dtype)
 
     out, lse = jax.lax.map(one_tile, tuple(_tiles(x, tile) for x in (query, low, high)))
-    out, lse = _untile(out, length), _untile(lse, length)
-    return checkpoint_name(out, f"{name}_out"), checkpoint_name(lse, f"{name}_lse")
+    return _untile(out, length), _untile(lse, length)
 
 
-def _range_attention_fwd(scale, name, query, key, value, low, high):
-    out, lse = _range_forward(scale, name, query, key, value, low, high)
-    return (out, lse), (query, key, value, low, high, out, lse)
-
-
-def _range_attention_bwd(scale, name, residuals, cotangents):
-    query, key, value, low, high, out, lse = residuals
-    dout, dlse = cotangents
+def _range_backward(scale, query, key, value, low, high, out, lse, dout, dlse):
+    """Gradients (dq, dk, dv)."""
     length, keys = query.shape[1], key.shape[1]
     tile, key_tile = min(QUERY_TILE, length), min(KEY_TILE, keys)
     padded_key, padded_value = (_pad_tokens(x, -x.shape[1] % key_tile) for x in (key, value))
@@ -307,10 +303,7 @@ def _range_attention_bwd(scale, name, residuals, cotangents):
     tokenwise = (query, low, high, lse, dout, _delta(out, dout, dlse))
     (dk, dv), dq = jax.lax.scan(one_tile, zeros, tuple(_tiles(x, tile) for x in tokenwise))
     dk, dv = dk[:, :keys].astype(key.dtype), dv[:, :keys].astype(value.dtype)
-    return _untile(dq, length), dk, dv, None, None
-
-
-_range_attention.defvjp(_range_attention_fwd, _range_attention_bwd)
+    return _untile(dq, length), dk, dv
 
 
 def _empty_state(query: Array, width: int):
@@ -347,22 +340,17 @@ def _add_slice(total: Array, part: Array, start) -> Array:
 # Attention to listed blocks
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _block_attention(
+def _block_forward(
     block_size: int,
     scale: float,
-    name: str,
     query: Float[Array, "H T G D"],
-    key: Float[Array, "H T D"],
-    value: Float[Array, "H T E"],
+    key: Float[Array, "H M D"],
+    value: Float[Array, "H M E"],
     starts: Int[Array, "H T S"],
+    offset: Int[Array, ""],
 ) -> tuple[Float[Array, "H T G E"], Float[Array, "H T G"]]:
-    """Softmax attention of query t to tokens up to t of the blocks that start at starts[t]."""
-    return _block_forward(block_size, scale, name, query, key, value, starts)
-
-
-def _block_forward(block_size, scale, name, query, key, value, starts):
-    count, read_tile = _block_tiles(starts, block_size)
+    """Attention of query t to tokens up to offset + t of the blocks that start at starts[t]."""
+    count, read_tile = _block_tiles(starts, offset, key.shape[1], block_size)
     # room for the last block to pass the end of the row, and for the block of an empty tile
     key, value = (_pad_tokens(x, block_size) for x in (key, value))
 
@@ -375,20 +363,15 @@ def _block_forward(block_size, scale, name, query, key, value, starts):
 
     state = _empty_state(query, value.shape[-1])
     top, total, out = jax.lax.fori_loop(0, count, step, state)
-    out, lse = _finish(top, total, out, query.dtype)
-    return checkpoint_name(out, f"{name}_out"), checkpoint_name(lse, f"{name}_lse")
+    return _finish(top, total, out, query.dtype)
 
 
-def _block_attention_fwd(block_size, scale, name, query, key, value, starts):
-    out, lse = _block_forward(block_size, scale, name, query, key, value, starts)
-    return (out, lse), (query, key, value, starts, out, lse)
-
-
-def _block_attention_bwd(block_size, scale, name, residuals, cotangents):
-    query, key, value, starts, out, lse = residuals
-    dout, dlse = cotangents
-    length = query.shape[1]
-    count, read_tile = _block_tiles(starts, block_size)
+def _block_backward(
+    block_size, scale, query, key, value, starts, offset, out, lse, dout, dlse
+):  # fmt: skip
+    """Gradients (dq, dk, dv)."""
+    length = key.shape[1]
+    count, read_tile = _block_tiles(starts, offset, length, block_size)
     padded_key, padded_value = (_pad_tokens(x, block_size) for x in (key, value))
     delta = _delta(out, dout, dlse)
 
@@ -407,13 +390,10 @@ def _block_attention_bwd(block_size, scale, name, residuals, cotangents):
     zeros = tuple(jnp.zeros_like(query, lse.dtype, shape=shape) for shape in shapes)
     dq, dk, dv = jax.lax.fori_loop(0, count, step, zeros)
     dk, dv = dk[:, :length].astype(key.dtype), dv[:, :length].astype(value.dtype)
-    return dq.astype(query.dtype), dk, dv, None
+    return dq.astype(query.dtype), dk, dv
 
 
-_block_attention.defvjp(_block_attention_fwd, _block_attention_bwd)
-
-
-def _block_tiles(starts: Int[Array, "H T S"], block_size: int):
+def _block_tiles(starts: Int[Array, "H T S"], offset: Int[Array, ""], length: int, block_size: int):
     """Sorts the pairs by block and cuts each block's pairs into tiles.
 
     Returns:
@@ -421,8 +401,8 @@ def _block_tiles(starts: Int[Array, "H T S"], block_size: int):
       tokens [H, R] (T where the tile has no more pairs), its block's first token [H] and the
       visibility [H, R, block_size].
     """
-    heads, length, slots = starts.shape
-    pairs = length * slots
+    heads, tokens, slots = starts.shape
+    pairs = tokens * slots
     tile = min(PAIR_TILE, pairs)
     index = jnp.broadcast_to(jnp.arange(pairs, dtype=jnp.int32)[None], (heads, pairs))
     start, order = jax.lax.sort(
@@ -443,9 +423,9 @@ def _block_tiles(starts: Int[Array, "H T S"], block_size: int):
         pair = first[:, number][:, None] + jnp.arange(tile, dtype=jnp.int32)[None]
         base = _gather(start, pair, fill=length)
         live = (base == base[:, :1]) & (base < length)
-        rows = jnp.where(live, _gather(token, pair), length)
+        rows = jnp.where(live, _gather(token, pair), tokens)
         column = base[:, :1, None] + jnp.arange(block_size, dtype=jnp.int32)[None, None]
-        visible = live[..., None] & (column <= rows[..., None])
+        visible = live[..., None] & (column <= (rows + offset)[..., None])
         return rows, base[:, 0], visible
 
     return jnp.max(number[:, -1]) + 1, read_tile

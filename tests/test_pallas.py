@@ -26,8 +26,8 @@ from util import (
 )
 
 import fsa_jax
-from fsa_jax import dispatch, triton
-from fsa_jax.pallas import SelectedTuning, Tile
+from fsa_jax import dispatch, operators, triton
+from fsa_jax.pallas import SelectedTuning, Tile, query_tile
 from fsa_jax.pallas.index import build_index, search
 from fsa_jax.pallas.tuning import METHODS, make_plan
 from fsa_jax.segments import describe_rows
@@ -134,6 +134,31 @@ def test_tuning_changes_no_result(name):
     assert_close(got, exact_small(indices, ids, *args, block_size=32), TOLERANCE["bfloat16"])
 
 
+@pytest.mark.parametrize("alike", [True, False])
+@pytest.mark.parametrize("group", [4, 16])
+def test_the_lists_decide_which_kernels_run(group, alike, monkeypatch):
+    """Group 4: query tiles or KV-outer kernels forward; 16: query tiles or query-outer for dq."""
+    shape = Shape(length=480, heads=2 * group, kv_heads=2, width=32, value_width=32, slots=1)
+    args = inputs(shape, jnp.bfloat16)
+    token = jnp.arange(shape.length, dtype=jnp.int32)
+    chosen = token * (0 if alike else 7) % (token // shape.block_size + 1)
+    indices = jnp.broadcast_to(chosen[None, :, None, None], shape.indices)
+    decisions = []
+
+    def noted(*arguments):
+        decided = pays(*arguments)
+        jax.debug.callback(lambda x: decisions.append(int(x[0])), decided)
+        return decided
+
+    pays = query_tile.pays
+    monkeypatch.setattr(query_tile, "pays", noted)
+    make = functools.partial(selected, indices, shape.block_size, None)
+    got = value_and_gradients(make("triton_interpret"), 7, *args)
+    assert_close(got, exact(make, 7, *args), TOLERANCE["bfloat16"])
+    jax.effects_barrier()
+    assert set(decisions) == {int(alike)}
+
+
 @pytest.mark.parametrize(
     ("heads", "tokens", "sort_pairs", "packed"),
     [(2, 90, 2**20, True), (2, 34, 2**20, False), (1, 34, 1, True), (4, 7, 1, False)],
@@ -145,7 +170,9 @@ def test_chunks_change_no_result(heads, tokens, sort_pairs, packed, monkeypatch)
         plan = make_plan(*args, **sizes)
         return dataclasses.replace(plan, heads=heads, tokens=tokens, sort_pairs=sort_pairs)
 
-    monkeypatch.setattr(triton, "make_plan", chunked)
+    monkeypatch.setattr(operators, "make_plan", chunked)
+    for compiled in (operators._block_forward_on, operators._block_backward_on):
+        compiled.cache_clear()
     ids, indices = packed_ids(SMALL) if packed else None, lists(3, *SMALL.indices, SMALL.blocks)
     make = functools.partial(selected, indices, SMALL.block_size, ids)
     args = inputs(SMALL)
@@ -367,7 +394,7 @@ def test_on_a_cpu_the_choice_for_either_device_is_the_portable_implementation():
     indices = lists(0, *SMALL.indices, SMALL.blocks)
     rows = describe_rows(packed_ids(SMALL), SMALL.batch, SMALL.length)
     either = functools.partial(
-        triton.selected_attention,
+        operators.selected_attention,
         block_indices=indices, rows=rows, block_size=16, scale=0.3, mode="either",
     )  # fmt: skip
     portable = selected(indices, 16, packed_ids(SMALL), "xla", scale=0.3)

@@ -187,9 +187,9 @@ def test_scores_of_zero_are_ties():
     query, key = inputs(TILES, 400, 2, 16, seed=3)
     key = key.at[:, 150].set(0) * 1e3
     lse = jnp.asarray(exact(query / 1e3, key, None, TILES)[0] * 1e3, jnp.float32)
-    rows, _ = describe(None, 1, 400, TILES)
+    described = describe(None, 1, 400, TILES)
     lists = jitted(None, TILES)(query, key, lse)
-    wanted = xla.select_blocks(query, key, lse, rows, config=TILES, scale=SCALE)
+    wanted = xla.select_blocks(query, key, lse, *described, config=TILES, scale=SCALE)
     np.testing.assert_array_equal(lists, wanted)
 
 

@@ -50,7 +50,7 @@ COLUMNS = 64
 SUM_ROWS = 16
 
 
-def inverse_units(key, value, dout, delta, valid):
+def inverse_units(key, value, dout, delta, key_valid, valid):
     """Factor of each query's partial dq / scale that keeps all of them within float16.
 
     |sum over j of p_j (dout . v_j - delta) k_j| <= (|dout|_1 max|v| + |delta|) max|k|, since the
@@ -63,7 +63,8 @@ def inverse_units(key, value, dout, delta, valid):
       value: [B, T, K, E].
       dout: [B, T, N, E].
       delta: float32 [B, T, N].
-      valid: bool [B, T], False at padding, which may hold anything.
+      key_valid: bool [B, T], False at padding, which may hold anything.
+      valid: that of the queries, which may be part of the row.
 
     Returns:
       float32 [B, T, N]; 0 where the bound is 0, as then dq is; NaN where it is not finite.
@@ -71,7 +72,7 @@ def inverse_units(key, value, dout, delta, valid):
 
     def largest(x):
         size = jnp.abs(x.astype(jnp.float32))
-        size = jnp.where(jnp.isfinite(size) & valid[:, :, None, None], size, 0)
+        size = jnp.where(jnp.isfinite(size) & key_valid[:, :, None, None], size, 0)
         return jnp.repeat(size.max(axis=(1, 3)), dout.shape[2] // x.shape[2], axis=1)[:, None]
 
     size = jnp.sum(jnp.abs(dout.astype(jnp.float32)), axis=-1)
@@ -91,7 +92,7 @@ def partial_gradients(
     """Gradients of each pair of a chunk.
 
     Args:
-      where: int32 [2], first (row, KV head) and first token of the chunk.
+      where: int32 [3], as in `forward.partial_attention`.
       lists: `index.Index` of the chunk.
       query: [B, T, N, D].
       key: [B, T, K, D].
@@ -153,7 +154,7 @@ def partial_gradients(
             p = softmax_weights(product(queries, keys), lses[:, None], scale, key_ref.dtype)
             # idle rows see all keys; their dout and delta are 0, and so is what they add
             # (a loop of its own for the steps that need no mask spills registers)
-            p = jnp.where(item.column[None, :] <= token[:, None], p, 0.0)
+            p = jnp.where(item.column[None, :] <= (token + item.offset)[:, None], p, 0.0)
             p_cut = p.astype(dout_ref.dtype)
             dvalues = [x + dot(do, p_cut, (0, 0)) for x, do in zip(dvalues, douts, strict=True)]
             ds = (p * (dp - deltas[:, None])).astype(key_ref.dtype)

@@ -43,7 +43,8 @@ def partial_attention(
     """Attention of each pair of a chunk to its block alone.
 
     Args:
-      where: int32 [2], first (row, KV head) and first token of the chunk.
+      where: int32 [3], first (row, KV head) and first token of the chunk, and the token of the
+        keys' row that query token 0 is.
       lists: `index.Index` of the chunk.
       query: [B, T, N, D].
       key: [B, T, K, D].
@@ -83,7 +84,8 @@ def partial_attention(
             queries = item.load_rows(query_ref, rows, columns)
             logits = softmax.signed(product(queries, keys))
             if masked:
-                logits = jnp.where(item.column[None, :] <= token[:, None], logits, -jnp.inf)
+                seen = item.column[None, :] <= (token + item.offset)[:, None]
+                logits = jnp.where(seen, logits, -jnp.inf)
             top = softmax.top(logits)
             p = softmax.weights(logits, top[:, None])
             total = jnp.sum(p, axis=1)

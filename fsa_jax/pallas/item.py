@@ -13,7 +13,7 @@ from fsa_jax.pallas.common import iota, load, load_tiles, split
 
 
 def arrays(where, lists):
-    """The arrays that `Item` reads, in its order: `where` int32 [2] and those of `index.Index`."""
+    """The arrays that `Item` reads, in its order: `where` int32 [3] and those of `index.Index`."""
     return (
         where,
         lists.start,
@@ -35,6 +35,7 @@ class Item:
       extra: -1 for the first item of its block, else its number.
       column: int32 [b], tokens of the block.
       inside: bool [b], which of them are in the block's document.
+      offset: token of the keys' row that query token 0 is.
     """
 
     def __init__(self, refs, *, length, group, kv_heads, slots, block, pairs, rows):
@@ -46,11 +47,12 @@ class Item:
         self.extra = extra[item]
         self.batch, self.kv_head = split(where[0] + self.head, kv_heads)
         self.base = where[1] * (slots * group)  # slot of the chunk's first pair
+        self.offset = where[2]
         self.column = start[item] + iota(block)
         self.inside = (self.column < stop[item]) & (self.count > 0)
         # Keys after the item's last query are seen by nobody: they may hold anything.
         last, _ = split(self.order[self.first + jnp.maximum(self.count - 1, 0)], slots)
-        self.visible = self.inside & (self.column <= last)
+        self.visible = self.inside & (self.column <= last + self.offset)
 
     def load_block(self, ref, columns):
         """Tiles [b, columns] of the block's keys or values, 0 where nobody sees them."""

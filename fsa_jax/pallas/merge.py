@@ -30,7 +30,9 @@ from fsa_jax.pallas.common import (
 SLOTS = 16
 
 
-def merge_outputs(where, starts, part, part_lse, out, lse, *, kv_heads, elements, interpret):
+def merge_outputs(
+    where, starts, part, part_lse, out, lse, done, *, kv_heads, elements, interpret
+):  # fmt: skip
     """Merges outputs: lse = log(sum of exp(lse_s)), out = sum of exp(lse_s - lse) out_s.
 
     Args:
@@ -40,13 +42,17 @@ def merge_outputs(where, starts, part, part_lse, out, lse, *, kv_heads, elements
       part_lse: [H, P*G], likewise.
       out: [B, T, N, E], updated in place at the chunk's tokens and heads; 0 where nothing counts.
       lse: float32 [B, T, N], likewise, natural logarithm; -inf where nothing counts.
+      done: int32 [1]; where it is not 0, nothing is written.
       kv_heads: K.
       elements: size of a program's tile of results.
       interpret: run the kernel in interpret mode.
     """
 
-    def merge_kernel(where_ref, starts_ref, part_ref, part_lse_ref, _out, _lse, out_ref, lse_ref):
+    def merge_kernel(
+        where_ref, starts_ref, part_ref, part_lse_ref, _out, _lse, done_ref, out_ref, lse_ref
+    ):  # fmt: skip
         place = _Place(where_ref, starts_ref, out_ref, kv_heads, elements)
+        place.there &= done_ref[0] == 0
         e = iota(next_power_of_two(place.width))
 
         def add(state, slots):
@@ -85,6 +91,7 @@ def merge_outputs(where, starts, part, part_lse, out, lse, *, kv_heads, elements
         part_lse,
         out,
         lse,
+        done,
         grid=_grid(starts, out, kv_heads, elements),
         out_shape=(
             jax.ShapeDtypeStruct(out.shape, out.dtype),

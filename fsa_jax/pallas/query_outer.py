@@ -29,7 +29,7 @@ from fsa_jax.pallas.common import (
 )
 
 
-def attention(starts, query, key, value, *, block, scale, tile, interpret):
+def attention(starts, query, key, value, offset, *, block, scale, tile, interpret):
     """Attention of each query to its listed blocks.
 
     Args:
@@ -37,6 +37,7 @@ def attention(starts, query, key, value, *, block, scale, tile, interpret):
       query: [B, T, N, D].
       key: [B, T, K, D].
       value: [B, T, K, E].
+      offset: int32 [1], the token of the keys' row that query token 0 is.
       block: b, a power of two.
       scale: factor of the logits.
       tile: `tuning.Tile`; its rows are not used.
@@ -47,14 +48,16 @@ def attention(starts, query, key, value, *, block, scale, tile, interpret):
     """
     softmax = Softmax(scale, exact=key.dtype == jnp.float32)
 
-    def query_outer_kernel(starts_ref, query_ref, key_ref, value_ref, out_ref, lse_ref):
+    def query_outer_kernel(
+        starts_ref, query_ref, key_ref, value_ref, offset_ref, out_ref, lse_ref
+    ):  # fmt: skip
         batch, kv_head, token, query_head, there = _place(query_ref, key_ref)
         d, e = _columns(key_ref), _columns(value_ref)
         queries = _load_rows(query_ref, batch, token, query_head, there)
 
         def step(slot, state):
             top, total, out = state
-            column, seen = _block(starts_ref, batch, token, kv_head, slot, block)
+            column, seen = _block(starts_ref, offset_ref, batch, token, kv_head, slot, block)
             keys = _load_block(key_ref, batch, column, kv_head, seen, d)
             values = _load_block(value_ref, batch, column, kv_head, seen, e)
             logits = softmax.signed(dot(queries, keys, (1, 1)))
@@ -84,7 +87,8 @@ def attention(starts, query, key, value, *, block, scale, tile, interpret):
         query,
         key,
         value,
-        grid=_grid(key),
+        offset,
+        grid=_grid(query, key),
         out_shape=(
             jax.ShapeDtypeStruct((*query.shape[:3], value.shape[3]), query.dtype),
             jax.ShapeDtypeStruct(query.shape[:3], jnp.float32),
@@ -96,14 +100,23 @@ def attention(starts, query, key, value, *, block, scale, tile, interpret):
 
 
 def query_gradient(
-    starts, query, key, value, dout, lse, delta, *, block, scale, tile, interpret
+    starts, query, key, value, dout, lse, delta, offset, *, block, scale, tile, interpret,
+    done=None, into=None,
 ):  # fmt: skip
-    """Gradient [B, T, N, D] of the queries; arguments as in `attention` and `backward.py`."""
+    """Gradient [B, T, N, D] of the queries; arguments as in `attention` and `backward.py`.
+
+    Where `done`, int32 [1], is not 0, the gradient is there already: `into`, given back as it is.
+    """
+    given = () if done is None else (done, into)
 
     def query_gradient_kernel(
-        starts_ref, query_ref, key_ref, value_ref, dout_ref, lse_ref, delta_ref, dquery_ref
+        starts_ref, query_ref, key_ref, value_ref, dout_ref, lse_ref, delta_ref, offset_ref, *refs
     ):  # fmt: skip
+        dquery_ref, slots = refs[-1], starts_ref.shape[3]
         batch, kv_head, token, query_head, there = _place(query_ref, key_ref)
+        if given:
+            wanted = refs[0][0] == 0
+            there, slots = there & wanted, jnp.where(wanted, slots, 0)
         d, e = _columns(key_ref), _columns(value_ref)
         queries = _load_rows(query_ref, batch, token, query_head, there)
         douts = _load_rows(dout_ref, batch, token, query_head, there)
@@ -111,7 +124,7 @@ def query_gradient(
         deltas = load(delta_ref.at[batch, token, query_head], mask=there)
 
         def step(slot, dquery):
-            column, seen = _block(starts_ref, batch, token, kv_head, slot, block)
+            column, seen = _block(starts_ref, offset_ref, batch, token, kv_head, slot, block)
             keys = _load_block(key_ref, batch, column, kv_head, seen, d)
             values = _load_block(value_ref, batch, column, kv_head, seen, e)
             p = softmax_weights(dot(keys, queries, (1, 1)), lses[None, :], scale, key_ref.dtype)
@@ -120,7 +133,7 @@ def query_gradient(
             return dquery + dot(keys, ds.astype(keys.dtype), (0, 0))
 
         zeros = jnp.zeros((d.size, query_head.size), jnp.float32)
-        dquery = jax.lax.fori_loop(0, starts_ref.shape[3], step, zeros) * scale
+        dquery = jax.lax.fori_loop(0, slots, step, zeros) * scale
         target = dquery_ref.at[batch, token, query_head[None, :], d[:, None]]
         mask = rows_mask(there, d, dquery_ref.shape[3]).T
         store(target, dquery.astype(dquery_ref.dtype), mask=mask)
@@ -134,17 +147,19 @@ def query_gradient(
         dout,
         lse,
         delta,
-        grid=_grid(key),
+        offset,
+        *given,
+        grid=_grid(query, key),
         out_shape=jax.ShapeDtypeStruct(query.shape, query.dtype),
+        aliases={9: 0} if given else None,
         interpret=interpret,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
     )
 
 
-def _grid(key):
-    batch, length, kv_heads, _ = key.shape
-    return (length, batch * kv_heads)
+def _grid(query, key):
+    return (query.shape[1], key.shape[0] * key.shape[2])
 
 
 def _place(query_ref, key_ref):
@@ -160,11 +175,11 @@ def _columns(array_ref):
     return iota(tile_width(array_ref.shape[3]))
 
 
-def _block(starts_ref, batch, token, kv_head, slot, block):
+def _block(starts_ref, offset_ref, batch, token, kv_head, slot, block):
     """Tokens of a listed block, and which of them the query sees."""
     start = starts_ref[batch, token, kv_head, slot]
     column = start + iota(block)
-    return column, column <= token
+    return column, column <= token + offset_ref[0]
 
 
 def _load_block(array_ref, batch, column, kv_head, seen, d):

@@ -33,6 +33,7 @@ from fsa_jax.pallas.common import (
     iota,
     load,
     load_tiles,
+    next_power_of_two,
     product,
     reciprocal,
     rows_mask,
@@ -40,6 +41,7 @@ from fsa_jax.pallas.common import (
     split,
     store,
 )
+from fsa_jax.pallas.tuning import Tile
 
 #: Most tokens of a tile: a set of them is 16 bits, which a float32 holds exactly.
 MOST_TOKENS = 16
@@ -65,43 +67,63 @@ class Lists:
     count: Int[Array, "B K M"]
 
 
-def tile_tokens(rows: int, group: int) -> int:
-    """Tokens of a tile of rows."""
-    return min(rows // group, MOST_TOKENS)
+def tile_tokens(tile: Tile, group: int) -> int:
+    """Tokens of a tile."""
+    return min(tile.rows // group, MOST_TOKENS)
 
 
-def merge_lists(starts: Int[Array, "B T K S"], tokens: int, *, interpret: bool) -> Lists:
-    """Merges the lists of each `tokens` neighbouring tokens.
+def pays(lists: Lists, starts: Int[Array, "B T K S"], end: int, pairs: float) -> Int[Array, "1"]:
+    """Whether tiles share so many blocks that one costs less than the `pairs` that it stands for.
 
-    `starts` holds the first token of each listed block, T where the entry does not count.
+    Args:
+      lists: the blocks of the tiles.
+      starts: what they were merged from.
+      end: marks the entries of `starts` that do not count.
+      pairs: how many (query, block) pairs another kernel serves in the time of a tile's block.
+
+    Returns:
+      1 or 0.
+    """
+    blocks = jnp.sum(lists.count.astype(jnp.float32))
+    listed = jnp.sum((starts < end).astype(jnp.float32))
+    return (blocks * pairs < listed).astype(jnp.int32)[None]
+
+
+def merge_lists(
+    starts: Int[Array, "B T K S"], end: int, tile: Tile, group: int, *, interpret: bool
+) -> Lists:
+    """Merges the lists of the neighbouring tokens of each tile of `group` heads a token.
+
+    `starts` holds the first token of each listed block, `end` where the entry does not count.
     """
     batch, length, kv_heads, slots = starts.shape
+    tokens = tile_tokens(tile, group)
     tiles = -(-length // tokens)
     ascending = jnp.sort(starts, axis=-1)
 
     def merge_lists_kernel(starts_ref, start_ref, members_ref, count_ref):
         row, kv_head = split(pl.program_id(1), kv_heads)
-        tile = pl.program_id(0) * MERGED + iota(MERGED)
-        of_tile = iota(max(1, 1 << (tokens - 1).bit_length()))[None, :]
-        token = tile[:, None] * tokens + of_tile
+        number_of_tile = pl.program_id(0) * MERGED + iota(MERGED)
+        of_tile = iota(next_power_of_two(tokens))[None, :]
+        token = number_of_tile[:, None] * tokens + of_tile
         there = (token < length) & (of_tile < tokens)
         bits = jnp.left_shift(jnp.ones_like(of_tile), of_tile)
 
         def heads_of(position):
-            """The next block of each token; T behind its last one."""
+            """The next block of each token; `end` behind its last one."""
             mask = there & (position < slots)
-            return load(starts_ref.at[row, token, kv_head, position], mask=mask, other=length)
+            return load(starts_ref.at[row, token, kv_head, position], mask=mask, other=end)
 
         def more(state):
             _, _, heads = state
-            return jnp.min(heads) < length
+            return jnp.min(heads) < end
 
         def step(state):
             number, position, heads = state
             first = jnp.min(heads, axis=1)
             chosen = heads == first[:, None]
-            at = (row, kv_head, tile, number)
-            live = first < length
+            at = (row, kv_head, number_of_tile, number)
+            live = first < end
             store(start_ref.at[*at], first, mask=live)
             members = jnp.sum(jnp.where(chosen, bits, 0), axis=1)
             store(members_ref.at[*at], members, mask=live)
@@ -111,7 +133,7 @@ def merge_lists(starts: Int[Array, "B T K S"], tokens: int, *, interpret: bool) 
         position = jnp.zeros(token.shape, jnp.int32)
         state = (jnp.zeros((MERGED,), jnp.int32), position, heads_of(position))
         count, _, _ = jax.lax.while_loop(more, step, state)
-        store(count_ref.at[row, kv_head, tile], count, mask=tile < tiles)
+        store(count_ref.at[row, kv_head, number_of_tile], count, mask=number_of_tile < tiles)
 
     wide = jax.ShapeDtypeStruct((batch, kv_heads, tiles, tokens * slots), jnp.int32)
     return Lists(
@@ -127,7 +149,9 @@ def merge_lists(starts: Int[Array, "B T K S"], tokens: int, *, interpret: bool) 
     )
 
 
-def attention(lists: Lists, query, key, value, *, tokens, block, scale, tile, interpret):
+def attention(
+    lists: Lists, query, key, value, offset, enabled, *, block, scale, tile, interpret
+):  # fmt: skip
     """Attention of each query to its listed blocks.
 
     Args:
@@ -135,7 +159,8 @@ def attention(lists: Lists, query, key, value, *, tokens, block, scale, tile, in
       query: [B, T, N, D].
       key: [B, T, K, D].
       value: [B, T, K, E].
-      tokens: n.
+      offset: int32 [1], the token of the keys' row that query token 0 is.
+      enabled: int32 [1]; where it is 0, nothing is computed, and the results are unwritten.
       block: b, a power of two.
       scale: factor of the logits.
       tile: `tuning.Tile`.
@@ -148,7 +173,7 @@ def attention(lists: Lists, query, key, value, *, tokens, block, scale, tile, in
 
     def query_tile_kernel(query_ref, key_ref, value_ref, *refs):
         *list_refs, out_ref, lse_ref = refs
-        rows = _Rows(list_refs, query_ref, key_ref, tokens, block, tile.rows)
+        rows = _Rows(list_refs, query_ref, key_ref, block, tile)
         columns, value_columns = (columns_of(x.shape[3], COLUMNS) for x in (key, value))
         queries = load_tiles(query_ref, *rows.target, columns, rows.there)
 
@@ -186,7 +211,7 @@ def attention(lists: Lists, query, key, value, *, tokens, block, scale, tile, in
         query,
         key,
         value,
-        *dataclasses.astuple(lists),
+        *_list_arrays(lists, offset, enabled),
         grid=_grid(lists),
         out_shape=(
             jax.ShapeDtypeStruct((*query.shape[:3], value.shape[3]), query.dtype),
@@ -199,13 +224,14 @@ def attention(lists: Lists, query, key, value, *, tokens, block, scale, tile, in
 
 
 def query_gradient(
-    lists: Lists, query, key, value, dout, lse, delta, *, tokens, block, scale, tile, interpret
+    lists: Lists, query, key, value, dout, lse, delta, offset, enabled, *,
+    block, scale, tile, interpret,
 ):  # fmt: skip
     """Gradient [B, T, N, D] of the queries; arguments as in `attention` and `backward.py`."""
 
     def query_tile_gradient_kernel(query_ref, key_ref, value_ref, *refs):
         *list_refs, dout_ref, lse_ref, delta_ref, dquery_ref = refs
-        rows = _Rows(list_refs, query_ref, key_ref, tokens, block, tile.rows)
+        rows = _Rows(list_refs, query_ref, key_ref, block, tile)
         columns, value_columns = (columns_of(x.shape[3], COLUMNS) for x in (key, value))
         lses = load(lse_ref.at[*rows.target], mask=rows.there, other=-jnp.inf)
         live = lses > -jnp.inf  # what sees nothing may hold anything
@@ -231,7 +257,7 @@ def query_gradient(
         query,
         key,
         value,
-        *dataclasses.astuple(lists),
+        *_list_arrays(lists, offset, enabled),
         dout,
         lse,
         delta,
@@ -241,6 +267,11 @@ def query_gradient(
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
     )
+
+
+def _list_arrays(lists, offset, enabled):
+    """What `_Rows` reads, in its order."""
+    return lists.start, lists.members, lists.count, offset, enabled
 
 
 def _grid(lists):
@@ -253,23 +284,29 @@ class _Rows:
 
     Attributes:
       count: number of blocks of the tile.
-      there: bool [R], rows that exist.
+      there: bool [R], rows that exist and are wanted.
       target: batch row, token [R] and query head [R].
+      column: int32 [R], the token of each row in the row of keys.
     """
 
-    def __init__(self, list_refs, query_ref, key_ref, tokens, block, rows):
+    def __init__(self, list_refs, query_ref, key_ref, block, tile):
         _, length, heads, _ = query_ref.shape
         kv_heads = key_ref.shape[2]
         group = heads // kv_heads
-        self.start_ref, self.members_ref, count_ref = list_refs
+        tokens = tile_tokens(tile, group)
+        self.start_ref, self.members_ref, count_ref, offset_ref, enabled_ref = list_refs
+        enabled = enabled_ref[0] > 0
         self.tile, self.block = pl.program_id(0), block
         self.batch, self.kv_head = split(pl.program_id(1), kv_heads)
-        self.count = count_ref[self.batch, self.kv_head, self.tile]
-        self.of_tile, g = split(iota(rows), group)
-        self.first = self.tile * tokens
-        self.token = self.first + self.of_tile
-        self.there = (self.of_tile < tokens) & (self.token < length)
-        self.target = (self.batch, self.token, self.kv_head * group + g)
+        count = count_ref[self.batch, self.kv_head, self.tile]
+        self.count = jnp.where(enabled, count, 0)
+        self.of_tile, g = split(iota(tile.rows), group)
+        token = self.tile * tokens + self.of_tile
+        self.there = (self.of_tile < tokens) & (token < length) & enabled
+        self.target = (self.batch, token, self.kv_head * group + g)
+        # where the tile and its queries are in the row of keys
+        self.first = self.tile * tokens + offset_ref[0]
+        self.column = token + offset_ref[0]
 
     def load_block(self, number, refs, columns):
         """Tiles [b, columns] of the keys and values of a block, and who sees them, bool [R, b]."""
@@ -285,7 +322,7 @@ class _Rows:
             load_tiles(ref, self.batch, column, self.kv_head, cut, visible)
             for ref, cut in zip(refs, columns, strict=True)
         )
-        last = jnp.where(chosen, self.token, -1)
+        last = jnp.where(chosen, self.column, -1)
         return *tiles, column[None, :] <= last[:, None]
 
     def store(self, ref, x, columns):

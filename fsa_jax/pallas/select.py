@@ -98,7 +98,7 @@ def make_plan(
         return None
     rows, stages = sizes
     step = _tile_tokens(rows, query_heads // kv_heads, config)[0]
-    tiles = _tiles(length, config)
+    tiles = _tiles(key, config)
     heads, tokens = _chunk(
         min(scratch_bytes, 2**32),  # offsets of ranks have 32 bits
         batch * kv_heads,
@@ -274,7 +274,7 @@ def _rank(where, query, key, lse, own, first, visible, *, config, scale, plan, i
         walk(end - begin, lambda i: begin + i, masked=False)
         walk(begin + tiles - end, lambda i: jnp.where(i < begin, i, end - begin + i), masked=True)
 
-    tiles = _tiles(length, config)
+    tiles = _tiles(key, config)
     return call(
         score_kernel,
         where,
@@ -381,9 +381,11 @@ def _choose(where, own, ranks, tops, lists, *, config, plan, interpret):
     )
 
 
-def _tiles(length: int, config: NSAConfig) -> int:
+def _tiles(key, config: NSAConfig) -> int:
     """Tiles of BLOCKS blocks of a row."""
-    return -(-config.num_blocks(length) // BLOCKS)
+    # The queries may be part of the row: that of M windows has less than M + 1 strides.
+    most = (key.shape[1] + 1) * config.kernel_stride - 1
+    return -(-config.num_blocks(most) // BLOCKS)
 
 
 def _tile_tokens(rows: int, group: int, config: NSAConfig) -> tuple[int, int]:

@@ -1,6 +1,8 @@
 """Selected attention from kernels: chunks, the order of the kernels, and the two passes.
 
-Forward: build_index, then per chunk partial_attention -> merge_outputs.
+Forward: build_index, then per chunk partial_attention -> merge_outputs; or, where neighbouring
+queries share enough of their blocks, query_tile. Which of them is decided on the device, by the
+lists themselves: the other one finds no work and ends.
 Backward: per chunk partial_gradients -> sum_blocks (dK, dV) and sum_gradients (dQ).
 A chunk is some (row, KV head) pairs and some tokens of all queries; its partial results fit the
 scratch budget. Chunks run one after another in a scan, and update the results in place.
@@ -9,6 +11,7 @@ Shapes: B rows, T tokens, N query heads, K key/value heads, S listed blocks; H h
 of a chunk, c chunks.
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -20,13 +23,19 @@ from fsa_jax.pallas import backward, forward, index, merge, query_outer, query_t
 from fsa_jax.pallas.tuning import Plan
 from fsa_jax.segments import Rows
 
+#: What a block of a tile of 64 rows costs the query-tile kernel: as much as so many rows of pairs
+#: cost the KV-outer forward kernels, and as so many pairs cost the query-outer kernel of dq.
+#: Measured on an H100 at 65,536 tokens, 4 key heads of width 128 (benchmarks/NOTES.md).
+KV_OUTER_ROWS, QUERY_OUTER_PAIRS = 13, 1.27
+
 
 def build_lists(
-    plan: Plan, starts: Int[Array, "B T K S"], rows: Rows, *, block_size: int, interpret: bool
+    plan: Plan, starts: Int[Array, "B T K S"], offset, rows: Rows, *, block_size, interpret
 ) -> index.Index:
     """The query index of all chunks; arguments as in `attention`."""
-    kv_heads = starts.shape[2]
-    where, starts = _chunk_lists(plan, _split_blocks(starts, block_size, plan.block))
+    kv_heads, length = starts.shape[2], rows.start.shape[1]
+    starts = _split_blocks(starts, offset, length, block_size, plan.block)
+    where, starts = _chunk_lists(plan, starts, offset, length)
     build = functools.partial(
         index.build_index,
         rows=rows,
@@ -48,6 +57,7 @@ def attention(
     value: Float[Array, "B T K E"],
     starts: Int[Array, "B T K S"],
     lists: index.Index,
+    offset: Int[Array, "1"],
     *,
     block_size: int,
     scale: float,
@@ -62,6 +72,7 @@ def attention(
       value: [B, T, K, E].
       starts: first token of each listed block, T where the entry does not count.
       lists: what `build_lists` gives.
+      offset: the token of the keys' row that query token 0 is; queries may be part of the row.
       block_size: tokens of a block.
       scale: factor of the logits.
       interpret: run the kernels in interpret mode.
@@ -69,15 +80,29 @@ def attention(
     Returns:
       out [B, T, N, E] in the dtype of `query`, and lse float32 [B, T, N].
     """
-    starts = _split_blocks(starts, block_size, plan.block)
+    starts = _split_blocks(starts, offset, key.shape[1], block_size, plan.block)
     static = {"block": plan.block, "scale": scale, "interpret": interpret}
+    arrays = (query, key, value)
     if plan.forward_method == "query_outer":
-        return query_outer.attention(starts, query, key, value, tile=plan.query_outer, **static)
-    if plan.forward_method == "query_tile":
-        static |= {"tokens": query_tile.tile_tokens(plan.query_tile.rows, _group(query, key))}
-        merged = query_tile.merge_lists(starts, static["tokens"], interpret=interpret)
-        return query_tile.attention(merged, query, key, value, tile=plan.query_tile, **static)
-    where, starts = _chunk_lists(plan, starts)
+        return query_outer.attention(starts, *arrays, offset, tile=plan.query_outer, **static)
+    results = (
+        jnp.zeros((*query.shape[:3], value.shape[3]), query.dtype),
+        jnp.zeros(query.shape[:3], jnp.float32),
+    )
+    done = jnp.zeros((1,), jnp.int32)
+    if plan.forward_method in ("query_tile", "either"):
+        group, tile = query.shape[2] // key.shape[2], plan.query_tile
+        tiles = query_tile.merge_lists(starts, key.shape[1], tile, group, interpret=interpret)
+        if plan.forward_method == "either":
+            done = query_tile.pays(tiles, starts, key.shape[1], KV_OUTER_ROWS / group)
+        else:
+            done = jnp.ones_like(done)
+        results = query_tile.attention(tiles, *arrays, offset, done, tile=tile, **static)
+        if plan.forward_method == "query_tile":
+            return results
+        # items without pairs: no kernel below does anything where the results are there already
+        lists = dataclasses.replace(lists, count=jnp.where(done > 0, 0, lists.count))
+    where, starts = _chunk_lists(plan, starts, offset, key.shape[1])
 
     def step(results, chunk):
         where, starts, lists = chunk
@@ -97,23 +122,20 @@ def attention(
         )
         return merge.merge_outputs(
             where,
-            starts,
+            _counted(starts, query, key),
             *parts,
             *results,
+            done,
             kv_heads=key.shape[2],
             elements=plan.merge_elements,
             interpret=interpret,
         )
 
-    zeros = (
-        jnp.zeros((*query.shape[:3], value.shape[3]), query.dtype),
-        jnp.zeros(query.shape[:3], jnp.float32),
-    )
-    return _fold(step, zeros, (where, starts, lists))
+    return _fold(step, results, (where, starts, lists))
 
 
 def gradients(
-    plan: Plan, query, key, value, starts, lists, rows, lse, delta, dout, *,
+    plan: Plan, query, key, value, starts, lists, offset, rows, lse, delta, dout, *,
     block_size, scale, interpret,
 ):  # fmt: skip
     """Backward pass: (dq, dk, dv) in the dtypes of query, key and value.
@@ -121,25 +143,20 @@ def gradients(
     Args are those of `attention`, the documents, what `attention` returned, and
     delta = sum(out * dout) - dlse, float32 [B, T, N].
     """
-    starts = _split_blocks(starts, block_size, plan.block)
+    starts = _split_blocks(starts, offset, key.shape[1], block_size, plan.block)
     static = {"block": plan.block, "scale": scale, "interpret": interpret}
     kv_heads, spacing = key.shape[2], _spacing(plan, rows)
     kv_outer = plan.backward_method == "kv_outer"
     if kv_outer:
         dquery = jnp.zeros(query.shape, query.dtype)
-    elif plan.backward_method == "query_outer":
-        dquery = query_outer.query_gradient(
-            starts, query, key, value, dout, lse, delta, tile=plan.query_outer_backward, **static
-        )
     else:
-        tile = plan.query_tile_backward
-        tokens = query_tile.tile_tokens(tile.rows, _group(query, key))
-        dquery = query_tile.query_gradient(
-            query_tile.merge_lists(starts, tokens, interpret=interpret),
-            query, key, value, dout, lse, delta, tokens=tokens, tile=tile, **static,
-        )  # fmt: skip
-    where, starts = _chunk_lists(plan, starts)
-    inverse = backward.inverse_units(key, value, dout, delta, rows.valid) if kv_outer else None
+        arrays = (query, key, value, dout, lse, delta, offset)
+        dquery = _query_gradient(plan, starts, arrays, static)
+    where, starts = _chunk_lists(plan, starts, offset, key.shape[1])
+    inverse = None
+    if kv_outer:
+        valid = jax.lax.dynamic_slice_in_dim(rows.valid, offset[0], query.shape[1], axis=1)
+        inverse = backward.inverse_units(key, value, dout, delta, rows.valid, valid)
     first = rows.token - rows.position % plan.block
     block_start = jnp.where(rows.valid, first, rows.start.shape[1])
 
@@ -179,7 +196,7 @@ def gradients(
         if kv_outer:
             dquery = merge.sum_gradients(
                 where,
-                starts,
+                _counted(starts, query, key),
                 part[0],
                 inverse,
                 dquery,
@@ -197,32 +214,60 @@ def gradients(
     return dquery, dkey.astype(key.dtype), dvalue.astype(value.dtype)
 
 
-def _group(query, key):
-    return query.shape[2] // key.shape[2]
+def _query_gradient(plan, starts, arrays, static):
+    """Dq by kernels whose programs own queries; `arrays` are those of `query_outer`."""
+    outer = functools.partial(
+        query_outer.query_gradient, starts, *arrays, tile=plan.query_outer_backward, **static
+    )
+    if plan.backward_method == "query_outer":
+        return outer()
+    query, key, *_ = arrays
+    group, tile = query.shape[2] // key.shape[2], plan.query_tile_backward
+    interpret = static["interpret"]
+    tiles = query_tile.merge_lists(starts, key.shape[1], tile, group, interpret=interpret)
+    either = plan.backward_method == "either"
+    done = jnp.ones((1,), jnp.int32)
+    if either:
+        done = query_tile.pays(tiles, starts, key.shape[1], QUERY_OUTER_PAIRS)
+    dquery = query_tile.query_gradient(tiles, *arrays, done, tile=tile, **static)
+    return outer(done=done, into=dquery) if either else dquery
 
 
-def _split_blocks(starts, block_size, block):
+def _counted(starts, query, key):
+    """The lists as `merge.py` takes them: the entries that do not count are T of the queries."""
+    if query.shape[1] == key.shape[1]:
+        return starts
+    return jnp.where(starts < key.shape[1], 0, query.shape[1])
+
+
+def _split_blocks(starts, offset, length, block_size, block):
     """Lists of smaller blocks: those of `block` tokens that make up the listed ones."""
     if block == block_size:
         return starts
-    length = starts.shape[1]
-    offset = jnp.arange(0, block_size, block, dtype=jnp.int32)[None, None, None, None]
-    token = jnp.arange(length, dtype=jnp.int32)[None, :, None, None, None]
-    parts = starts[..., None] + offset
+    part = jnp.arange(0, block_size, block, dtype=jnp.int32)[None, None, None, None]
+    token = offset + jnp.arange(starts.shape[1], dtype=jnp.int32)
+    token = token[None, :, None, None, None]
+    parts = starts[..., None] + part
     return rearrange(jnp.where(parts <= token, parts, length), "b t k s p -> b t k (s p)")
 
 
-def _chunk_lists(plan, starts):
-    """Cuts the lists: first (row, KV head) and token [c, 2], and starts [c, H, C, S]."""
-    _, length, _, _ = starts.shape
-    missing = -length % plan.tokens
+def _chunk_lists(plan, starts, offset, length):
+    """Cuts the lists of rows of `length` keys.
+
+    Returns:
+      where [c, 3]: first (row, KV head) and token, and the offset; starts [c, H, C, S].
+    """
+    tokens = starts.shape[1]
+    missing = -tokens % plan.tokens
     padding = ((0, 0), (0, missing), (0, 0), (0, 0))
     starts = jnp.pad(starts, padding, constant_values=length)
     starts = rearrange(starts, "b (m c) k s -> (b k) m c s", c=plan.tokens)
     heads = starts.shape[0]
     starts = rearrange(starts, "(n h) m c s -> (n m) h c s", h=plan.heads)
-    where = jnp.mgrid[0 : heads : plan.heads, 0 : length : plan.tokens]
-    return where.astype(jnp.int32).reshape(2, -1).T, starts
+    where = jnp.mgrid[0 : heads : plan.heads, 0 : tokens : plan.tokens]
+    where = where.astype(jnp.int32).reshape(2, -1).T
+    where = jnp.concatenate([where, jnp.broadcast_to(offset[None], (where.shape[0], 1))], axis=1)
+    return where, starts
 
 
 def _spacing(plan, rows):

@@ -17,9 +17,13 @@ METHODS = ("kv_outer", "query_outer", "query_tile")
 WIDEST, MOST_ROWS = 256, 128
 #: Elements of K and V of a tile, so that dK and dV stay in registers.
 ON_CHIP = 20480
-#: Largest groups for which the KV-outer kernels are the faster ones. On an H200 the query-outer
-#: kernels take as long for 1 head as for 16, and the KV-outer ones grow with them.
-KV_OUTER_FORWARD, KV_OUTER_BACKWARD = 10, 15
+#: Largest groups for which the KV-outer kernels are always taken, and for which the lists decide
+#: between them and the query-tile kernels; larger ones take query-tile kernels, which here beat
+#: query-outer ones on any lists. Measured on an H100 (benchmarks/NOTES.md).
+KV_OUTER_FORWARD, EITHER_FORWARD = 2, 10
+#: Largest group for which the KV-outer backward kernel makes dq too. For larger ones the lists
+#: decide between query-tile and query-outer kernels.
+KV_OUTER_BACKWARD = 15
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -107,7 +111,8 @@ class Plan:
     """Everything static about a call of the kernels.
 
     Attributes:
-      forward_method, backward_method: of `METHODS`.
+      forward_method, backward_method: of `METHODS`, or "either" of those that the lists decide
+        between on the device.
       block: keys of a tile; a listed block is `block_size // block` of them.
       forward, backward: tiles of the KV-outer kernels.
       query_outer, query_outer_backward: tiles of the query-outer kernels.
@@ -179,7 +184,7 @@ def make_plan(
     tuning: SelectedTuning, query, key, value, slots: int, block_size: int, capability: int
 ) -> Plan:
     """Fills what `tuning` leaves open, from shapes, dtypes and the device's capability."""
-    batch, length, kv_heads, width = key.shape
+    batch, _, kv_heads, width = key.shape
     group, value_width = query.shape[2] // kv_heads, value.shape[3]
     widths = padded_width(width) + padded_width(value_width)
     dtype = jnp.dtype(tuning.partial_dtype or query.dtype)
@@ -195,11 +200,17 @@ def make_plan(
     narrow = query.dtype.itemsize == 2 and widths <= 256
     most = max(64 if narrow else 32 if widths <= 256 else 16, next_power_of_two(group))
     query_tile = Tile(rows=most, num_warps=max(4, most // 16), num_stages=3 if narrow else 2)
-    others = "query_tile" if narrow else "query_outer"
+    forward = "kv_outer" if group <= KV_OUTER_FORWARD else "either"
+    backward = "kv_outer" if group <= KV_OUTER_BACKWARD else "either"
+    if group > EITHER_FORWARD:
+        forward = "query_tile"
+    if not narrow:  # query tiles are for matrix units, and small heads
+        forward = "kv_outer" if group <= EITHER_FORWARD else "query_outer"
+        backward = "kv_outer" if group <= KV_OUTER_BACKWARD else "query_outer"
     heads, tokens = _chunk(
         tuning.scratch_bytes,
         batch * kv_heads,
-        length,
+        query.shape[1],
         slots * (block_size // block),
         group * max(width * gradient_dtype.itemsize, value_width * dtype.itemsize)
         + 4 * group
@@ -207,8 +218,8 @@ def make_plan(
         + 4 * block * (width + value_width) // pairs,
     )
     return Plan(
-        forward_method=tuning.method or ("kv_outer" if group <= KV_OUTER_FORWARD else others),
-        backward_method=tuning.method or ("kv_outer" if group <= KV_OUTER_BACKWARD else others),
+        forward_method=tuning.method or forward,
+        backward_method=tuning.method or backward,
         block=block,
         forward=tuning.forward or Tile(rows=rows),
         # a third stage pays, but costs registers that groups other than powers of two do not leave

@@ -1,0 +1,246 @@
+"""How the functions of this package divide over the devices of a mesh.
+
+Rows of the batch and KV heads are independent, so a function whose arrays are split over them is
+the same function on each device's part, without a word between devices. XLA does not see that of a
+kernel, and not always of a loop. So each computation stands in a `partitioned` function:
+
+* axes of type Auto: XLA's partitioner asks `jax.experimental.custom_partitioning` for the program
+  of one device when it has decided how the arrays are split;
+* axes of type Explicit: the shardings are part of the types. `partitions_itself` checks them, and
+  hands the axes over to the partitioner for the length of the call;
+* inside `shard_map` or `pmap` the arrays are one device's part already.
+
+Shapes: b rows of the batch, n query heads, k key/value heads; other letters are never split.
+"""
+
+import functools
+import math
+import re
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.custom_batching import custom_vmap
+from jax.experimental.custom_partitioning import custom_partitioning
+from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec, use_abstract_mesh
+
+
+def partitioned(
+    function: Callable,
+    operands: dict[str, str],
+    results: tuple[str, ...],
+    sequence: tuple[Callable, str, int] | None = None,
+) -> Callable[..., Any]:
+    """`function`, computed on each device for its rows and heads.
+
+    Args:
+      function: from arrays to a tuple of arrays. It is called with the parts of a device too, so
+        what depends on shapes is decided inside. It has no derivative.
+      operands: name and axes of each argument, for example {"query": "b t n d"}.
+      results: axes of each result.
+      sequence: what a device computes of `function`, with collectives, when tokens t and windows m
+        are split over a mesh axis; the axis; and how many tokens there are to a window.
+
+    Returns:
+      A function of the same arrays. `vmap` makes its axis part of the batch.
+    """
+    part, sequence_axis, stride = sequence or (function, None, 1)
+
+    def on_one_device(*arrays):
+        # The partitioner calls at a time when any mesh may be set; the arrays are on none.
+        device = jax.sharding.get_abstract_mesh().abstract_device
+        with use_abstract_mesh(AbstractMesh((), (), (), abstract_device=device)):
+            return tuple(part(*arrays))
+
+    split = custom_partitioning(lambda *arrays: function(*arrays))
+
+    def partition(mesh, arrays, outs):
+        del outs
+        specs = {name: x.sharding.spec for name, x in zip(operands, arrays, strict=True)}
+        shapes = {name: x.shape for name, x in zip(operands, arrays, strict=True)}
+        place = _places(operands, specs, shapes, dict(mesh.shape), sequence_axis)
+        shardings = tuple(NamedSharding(mesh, place(axes)) for axes in operands.values())
+        return (
+            mesh,
+            on_one_device,
+            tuple(NamedSharding(mesh, place(axes)) for axes in results),
+            shardings,
+        )
+
+    rule = f"{', '.join(operands.values())} -> {', '.join(results)}"
+    factors: dict[str, Any] = {}
+    if stride > 1 and re.search(r"\bm\b", rule):
+        # split together: tokens are windows times the stride
+        rule, factors = re.sub(r"\bt\b", "(m stride)", rule), {"stride": stride}
+    split.def_partition(partition, sharding_rule=rule, **factors)
+
+    @custom_vmap
+    def call(*arrays):
+        _refuse_partly_manual()
+        return split(*arrays)
+
+    @call.def_vmap
+    def _(size, batched, *arrays):
+        def merge(x, mapped):
+            x = x if mapped else jnp.broadcast_to(x[None], (size, *x.shape))
+            return x.reshape(-1, *x.shape[2:])
+
+        outs = call(*map(merge, arrays, batched))
+        outs = tuple(x.reshape(size, -1, *x.shape[1:]) for x in outs)
+        return outs, (True,) * len(outs)
+
+    # compiled as a whole where it is called outside jit: one by one, operations would gather
+    return jax.jit(call)
+
+
+def _places(operands, specs, shapes, sizes, sequence_axis=None):
+    """Checks how arguments are split, and says how each array must be, from its axes.
+
+    Raises:
+      ValueError: an axis is split that cannot be.
+    """
+    if sequence_axis is not None and sequence_axis not in sizes:
+        raise ValueError(
+            f"sequence_axis must be an axis of the mesh {tuple(sizes)}, got {sequence_axis!r}"
+        )
+    found: dict[str, tuple[str, ...]] = {}
+    lengths = {"b": 0}
+    for name, axes in operands.items():
+        entries = tuple(specs[name]) + (None,) * (len(shapes[name]) - len(specs[name]))
+        for axis, length, entry in zip(axes.split(), shapes[name], entries, strict=True):
+            lengths[axis] = length
+            mesh_axes = entry if isinstance(entry, tuple) else (entry,) if entry else ()
+            mesh_axes = tuple(x for x in mesh_axes if sizes[x] > 1)
+            if not mesh_axes:
+                continue
+            if axis in ("t", "m") and mesh_axes == (sequence_axis,):
+                continue
+            if axis not in ("b", "n", "k"):
+                raise ValueError(_refusal(name, axis, axes, mesh_axes))
+            found.setdefault(axis, mesh_axes)
+    heads = found.get("n") or found.get("k", ())
+    kv_heads, parts = lengths.get("k"), math.prod(sizes[x] for x in heads)
+    if kv_heads is not None and kv_heads % parts:
+        raise ValueError(
+            f"the {kv_heads} KV heads must be a multiple of the {parts} devices of mesh axis "
+            f"{_words(heads)}, or query heads of one group would be apart: split the heads over at "
+            f"most {kv_heads} devices, and the batch over the others"
+        )
+    rows = found.get("b", ())
+    if lengths["b"] % math.prod(sizes[x] for x in rows):
+        raise ValueError(
+            f"the {lengths['b']} rows must be a multiple of the devices of mesh axis {_words(rows)}"
+        )
+    split = {"b": rows or None, "n": heads or None, "k": heads or None}
+    split |= {"t": sequence_axis, "m": sequence_axis}
+
+    def place(axes: str) -> PartitionSpec:
+        return PartitionSpec(*(split.get(axis) for axis in axes.split()))
+
+    return place
+
+
+def _refusal(name: str, axis: str, axes: str, mesh_axes: tuple[str, ...]) -> str:
+    words = {"t": "tokens", "d": "head width", "e": "head width", "m": "windows"}
+    cure = "split rows (the batch) and KV heads instead"
+    if axis in "tm":
+        cure += ", or give sequence_axis"
+    return (
+        f"the axis of {words.get(axis, axis)} of {name} [{axes.upper()}] must not be split, got "
+        f"mesh axis {_words(mesh_axes)}: {cure}"
+    )
+
+
+def _words(mesh_axes: tuple[str, ...]) -> str:
+    return " and ".join(map(repr, mesh_axes))
+
+
+def _refuse_partly_manual() -> None:
+    mesh = jax.sharding.get_abstract_mesh()
+    if not mesh.manual_axes:
+        return
+    sizes = dict(mesh.shape)
+    others = tuple(x for x in mesh.axis_names if x not in mesh.manual_axes and sizes[x] > 1)
+    if others:
+        raise ValueError(
+            "a shard_map around a function of fsa_jax must be over all axes of the mesh, got "
+            f"{_words(others)} left out: name all of them in axis_names"
+        )
+
+
+def partitions_itself(**operands: str) -> Callable[[Callable], Callable]:
+    """Decorator of a public function: serves arrays that are split over Explicit axes of a mesh.
+
+    Args:
+      **operands: the array arguments and their axes but the batch. The first result is split as the
+        first argument, and a second one, if asked for, as that without its last axis.
+    """
+
+    def decorate(function):
+        @functools.wraps(function)
+        def wrapper(*args, **kwargs):
+            given = dict(zip(operands, args, strict=False)) | kwargs
+            meshes = {name: explicit_mesh(x) for name, x in given.items()}
+            mesh = next(filter(None, meshes.values()), None)
+            if mesh is None:
+                return function(*args, **kwargs)
+            arrays = {name: x for name, x in given.items() if meshes[name] is not None}
+            others = {name: x for name, x in given.items() if name not in arrays}
+            specs, shapes, axes = {}, {}, {}
+            for name, x in arrays.items():
+                if name in operands:
+                    rank = len(operands[name].split())
+                    axes[name] = ("b " if x.ndim > rank else "") + operands[name]
+                    specs[name], shapes[name] = jax.typeof(x).sharding.spec, x.shape
+            first = next(iter(operands))
+            axis = kwargs.get("sequence_axis")
+            place = _places(axes, specs, shapes, dict(mesh.shape), axis)(axes[first])
+            out = place
+            if kwargs.get("return_residuals"):
+                out = (place, PartitionSpec(*place[:-1]))
+            call = functools.partial(function, **others)
+            return on_auto_axes(lambda arrays: call(**arrays), mesh, out)(arrays)
+
+        return wrapper
+
+    return decorate
+
+
+def on_auto_axes(function: Callable, mesh: AbstractMesh, out_specs: Any) -> Callable:
+    """`function` with the Explicit axes of a mesh handed over to the partitioner.
+
+    Args:
+      function: of positional arguments that are trees of arrays.
+      mesh: the mesh of their types.
+      out_specs: PartitionSpec of each result.
+    """
+    shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), out_specs)
+    return jax.sharding.auto_axes(function, axes=mesh.explicit_axes, out_sharding=shardings)
+
+
+def explicit_mesh(x: Any) -> AbstractMesh | None:
+    """The mesh that the type of an array names, if it has Explicit axes."""
+    if not isinstance(x, jax.Array):
+        return None
+    mesh = jax.typeof(x).sharding.mesh
+    return mesh if mesh.explicit_axes else None
+
+
+def layer_call(layer: Any, sequence_axis: str | None, x: jax.Array, *others) -> jax.Array:
+    """`layer.apply_part(x, *others)`, also where x [B, T, C] is split over Explicit axes.
+
+    The parameters are then arguments: what a function closes over keeps its Explicit axes.
+    """
+    mesh = explicit_mesh(x)
+    if mesh is None:
+        return layer.apply_part(x, *others)
+    spec = PartitionSpec(*jax.typeof(x).sharding.spec)
+    _places({"x": "b t"}, {"x": spec[:2]}, {"x": x.shape[:2]}, dict(mesh.shape), sequence_axis)
+    graphdef, state = nnx.split(layer)
+
+    def call(state, *arrays):
+        return nnx.merge(graphdef, state).apply_part(*arrays)
+
+    return on_auto_axes(call, mesh, PartitionSpec(*spec[:2], None))(state, x, *others)
