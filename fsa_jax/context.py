@@ -28,6 +28,7 @@ from jax.ad_checkpoint import checkpoint_name
 from fsa_jax import operators, segments
 from fsa_jax.config import NSAConfig
 from fsa_jax.operators import Call
+from fsa_jax.pallas import tuned
 from fsa_jax.segments import Rows, Windows
 from fsa_jax.sharding import partitioned
 
@@ -296,6 +297,7 @@ class _Static:
     shared: bool
     axis: str
     capability: int = dataclasses.field(default_factory=operators.planned_capability)
+    table: str | None = dataclasses.field(default_factory=tuned.table)
 
     def call(self, name: str) -> Call:
         return Call(
@@ -306,6 +308,7 @@ class _Static:
             block_size=self.config.block_size,
             packed=self.packed,
             config=self.config,
+            table=self.table,
         )
 
 
