@@ -1,4 +1,4 @@
-"""The command line: `fsa-jax train`, `fsa-jax sample`, `fsa-jax bench`, `fsa-jax info`."""
+"""The command line: `fsa-jax train`, `fsa-jax sample`, `fsa-jax bench`, `fsa-jax tune`, `info`."""
 
 import argparse
 import contextlib
@@ -48,6 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "train": (_train, "train a byte-level language model with sparse or full attention"),
         "sample": (_sample, "continue a prompt with a trained model"),
         "bench": (_bench, "time kernels, the operator and models, and write a report"),
+        "tune": (_tune, "measure the kernels' tiles on this GPU and write a table of the fastest"),
         "info": (_info, "show devices, versions, and which implementation serves each function"),
     }
     parser = _Parser(
@@ -190,6 +191,12 @@ def _bench(arguments: Sequence[str]) -> None:
             print(f"wrote {path}")
     report(config.report or config.out, config.out)
     print(f"wrote {config.out / 'benchmarks.md'}")
+
+
+def _tune(arguments: Sequence[str]) -> None:
+    from fsa_jax.bench.tune import TuneConfig, tune
+
+    print(f"wrote {tune(_parse(TuneConfig, 'tune', arguments, TuneConfig()))}")
 
 
 def _info(arguments: Sequence[str]) -> None:

@@ -28,7 +28,7 @@ from jax.ad_checkpoint import checkpoint_name
 from fsa_jax import operators, segments
 from fsa_jax.config import NSAConfig
 from fsa_jax.operators import Call
-from fsa_jax.pallas import SelectedTuning
+from fsa_jax.pallas import SelectedTuning, tuned
 from fsa_jax.segments import Rows, Windows
 from fsa_jax.sharding import partitioned
 
@@ -300,6 +300,7 @@ class _Static:
     shared: bool
     axis: str
     capability: int = dataclasses.field(default_factory=operators.planned_capability)
+    table: str | None = dataclasses.field(default_factory=tuned.table)
 
     def call(self, name: str) -> Call:
         return Call(
@@ -311,6 +312,7 @@ class _Static:
             packed=self.packed,
             tuning=None if self.mode == "portable" else SelectedTuning(scratch_bytes=SCRATCH_BYTES),
             config=self.config,
+            table=self.table,
         )
 
 

@@ -29,7 +29,7 @@ from jaxtyping import Array, Float, Int
 
 from fsa_jax import segments, xla
 from fsa_jax.config import NSAConfig
-from fsa_jax.pallas import ranges, select, selected
+from fsa_jax.pallas import ranges, select, selected, tuned
 from fsa_jax.pallas.tuning import SelectedTuning, make_plan
 from fsa_jax.precision import wide_dtype
 from fsa_jax.segments import Rows, Windows
@@ -54,6 +54,7 @@ class Call:
       name: of the outputs, for remat policies.
       block_size, packed, tuning: of selected attention.
       config: of the selection.
+      table: of measured tiles.
     """
 
     mode: str
@@ -64,6 +65,7 @@ class Call:
     packed: bool = False
     tuning: SelectedTuning | None = None
     config: NSAConfig | None = None
+    table: str | None = dataclasses.field(default_factory=tuned.table)
 
     @property
     def static(self):
@@ -164,7 +166,7 @@ _RANGES = _ATTENTION | {"low": "b t", "high": "b t", "first": "b m", "last": "b 
 @functools.cache
 def _range_forward_on(call):
     def kernels(query, key, value, low, high, first, last):
-        plan = ranges.make_plan(query, key, value, call.capability)
+        plan = ranges.make_plan(query, key, value, call.capability, call.table)
         return ranges.attention(plan, query, key, value, (low, high), (first, last), **call.static)
 
     def portable(query, key, value, low, high, first, last):
@@ -177,7 +179,7 @@ def _range_forward_on(call):
 @functools.cache
 def _range_backward_on(call):
     def kernels(query, key, value, low, high, first, last, out, lse, dout, dlse):
-        plan = ranges.make_plan(query, key, value, call.capability)
+        plan = ranges.make_plan(query, key, value, call.capability, call.table)
         delta = _delta(out, dout, dlse)
         return ranges.gradients(
             plan, query, key, value, (low, high), (first, last), lse, delta, dout, **call.static
@@ -228,7 +230,7 @@ def _select_on(call):
 
     def kernels(query, key, lse, *documents):
         rows, windows = described(*documents)
-        plan = select.make_plan(query, key, config, capability=call.capability)
+        plan = select.make_plan(query, key, config, capability=call.capability, table=call.table)
         assert plan is not None
         return (
             select.select_blocks(
@@ -315,7 +317,9 @@ _BLOCKS = _ATTENTION | {"starts": "b t k s"} | _KEY_ROWS | {"offset": "b one"}
 
 def _plan_of(call, query, key, value, starts):
     sizes = (starts.shape[3], call.block_size, call.capability)
-    return make_plan(call.tuning or SelectedTuning(), query, key, value, *sizes)
+    tuning = call.tuning or SelectedTuning()
+    plan = make_plan(tuning, query, key, value, *sizes)
+    return tuned.fill(plan, tuning, call.table, query, key, value, call.block_size)
 
 
 def _build_lists(call, query, key, value, starts, documents, offset):

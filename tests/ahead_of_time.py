@@ -60,6 +60,9 @@ TARGETS = {
     },
 }  # fmt: skip
 
+#: What a user gets; the tests let XLA optimise less.
+_OPTIMISED = {"xla_backend_optimization_level": 3}
+
 
 def mesh_of(device):
     """A mesh of one GPU named in TARGETS."""
@@ -92,7 +95,7 @@ def lower_for(device, function, *shapes, **options):
 
 def compile_for(device, function, *shapes, compiler_options=None):
     """Compiles a function of arrays with those shapes for a GPU; arguments as in `lower_for`."""
-    return lower_for(device, function, *shapes).compile(compiler_options)
+    return lower_for(device, function, *shapes).compile(_OPTIMISED | (compiler_options or {}))
 
 
 def selected_gradients(shape, *, dtype=jnp.bfloat16, packed=False, **arguments):

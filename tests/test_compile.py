@@ -22,13 +22,15 @@ TRITON = "__gpu$xla.gpu.triton"
 QUERY_OUTER = {"tuning": SelectedTuning(method="query_outer")}
 # An H200 gets the code of an H100: they differ in memory alone.
 OPERATOR_CASES = [
-    *(("H100", name, {}) for name in KERNELS),
+    # g1_mha below, g2 under vmap
+    *(("H100", name, {}) for name in KERNELS if name not in ("g1_mha", "g2")),
     *((device, name, {}) for device in ("A100", "L40", "B200") for name in ("main", "g8_widest")),
     ("A100", "g5_odd", {"dtype": jnp.float32}),
     ("H200", "g1_mha", {"packed": True}),
 ]
 CASES = [
-    *(("A100", name, {}) for name in KERNELS),
+    # the others with the whole operator
+    *(("A100", name, {}) for name in KERNELS if name not in ("main", "g8_widest")),
     ("L40", "g32_mqa", {}),
     ("B200", "g32_mqa", {}),
     ("A100", "main", {"dtype": jnp.float16}),
@@ -88,7 +90,8 @@ def test_a_vmapped_call_compiles():
 
 def test_the_automatic_choice_is_by_the_device_compiled_for():
     run, *shapes = operator_gradients(KERNELS["g2"])
-    assert custom_calls(compiled_text("H200", run, *shapes)) == {TRITON}
+    lowered = lower_for("H200", run, *shapes).as_text()
+    assert set(re.findall(r"custom_call @([\w.$]+)", lowered)) == {TRITON}
     assert "triton" not in jax.jit(run).lower(*shapes).as_text()
     # traced with a GPU in mind, lowered for a CPU after all
     assert "triton" not in lower_for("H200", run, *shapes, lowering_platforms=("cpu",)).as_text()

@@ -22,8 +22,6 @@ from fsa_jax.pallas import select
 from fsa_jax.segments import describe_rows, describe_windows
 
 SCALE = 0.3
-#: Most of the time of these tests is compilation.
-FAST = {"xla_backend_optimization_level": 0}
 
 
 def kernel(query, key, lse, segment_ids, config, interpret=True, capability=90, **sizes):
@@ -108,7 +106,7 @@ def assert_best(lists, score, own, config):
 
 def jitted(segment_ids, config, **sizes):
     function = functools.partial(kernel, segment_ids=segment_ids, config=config, **sizes)
-    return jax.jit(function, compiler_options=FAST)
+    return jax.jit(function)
 
 
 def run(config, length, group, width, segment_ids=None, sizes=None, **kinds):
@@ -217,7 +215,7 @@ def test_chunks_and_tiles_change_no_list(sizes):
 
 @functools.cache
 def compiled(config):
-    return jax.jit(functools.partial(kernel, config=config), compiler_options=FAST)
+    return jax.jit(functools.partial(kernel, config=config))
 
 
 @pytest.mark.parametrize(

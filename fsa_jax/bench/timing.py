@@ -144,13 +144,19 @@ def compile_all[Name: Hashable, Result](
     return done
 
 
-def compile_passes(function: Callable, differentiated: Sequence, others: Sequence = ()) -> dict:
+def compile_passes(
+    function: Callable,
+    differentiated: Sequence,
+    others: Sequence = (),
+    names: Sequence[str] = ("forward", "residuals", "backward"),
+) -> dict:
     """Compiles both passes of a function of arrays, each as a function of its own.
 
     Args:
       function: of all arrays, those that it is differentiated by first.
       differentiated: their shapes and dtypes.
       others: shapes and dtypes of the other arguments.
+      names: which of the results are wanted.
 
     Returns:
       `forward`; `residuals`, which gives (out, pullback); `backward`, of a pullback and the
@@ -165,12 +171,16 @@ def compile_passes(function: Callable, differentiated: Sequence, others: Sequenc
         return pullback(cotangent)
 
     with jax.numpy_dtype_promotion("standard"):  # of which jax's own attention has need
+        found = {}
+        if "forward" in names:
+            found["forward"] = jax.jit(function).lower(*differentiated, *others).compile()
+        if "backward" not in names:
+            return found
         lowered = jax.jit(residuals).lower(*differentiated, *others)
         # the tree of this very lowering: that of another one holds other function objects
         shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), lowered.out_info)
         out, pullback = shapes
-        return {
-            "forward": jax.jit(function).lower(*differentiated, *others).compile(),
+        return found | {
             "residuals": lowered.compile(),
             "backward": jax.jit(backward).lower(pullback, out).compile(),
         }

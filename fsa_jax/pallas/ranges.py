@@ -7,7 +7,7 @@ of the splits, so the order of every sum is fixed.
 
 import dataclasses
 
-from fsa_jax.pallas import range_keys, range_rows
+from fsa_jax.pallas import range_keys, range_rows, tuned
 from fsa_jax.pallas.tuning import Tile, arrays_reason, padded_width, shared_memory
 
 #: Programs of the kernel of dK and dV that keep a GPU busy, whatever the number of keys.
@@ -76,29 +76,36 @@ def plan_reason(query, key, value, capability: int) -> str | None:
     return None
 
 
-def make_plan(query, key, value, capability: int) -> Plan | None:
-    """The first of the tiles of `TILES` that fit on chip; None if none does."""
-    width, value_width = (padded_width(x.shape[3]) for x in (key, value))
-    both, itemsize = width + value_width, query.dtype.itemsize
-    kind = "float32" if itemsize == 4 else "wide" if both > 256 else "narrow"
+def shared_bytes(kernel: str, tile: RangeTile, query, key, value) -> int:
+    """Shared memory that a kernel takes, bytes."""
+    width = padded_width(key.shape[3])
+    both = width + padded_width(value.shape[3])
+    rows, keys, stages = tile.rows, tile.keys, tile.num_stages
+    elements = {
+        "forward": rows * width + stages * keys * both,
+        "query_gradient": rows * (both + keys) + stages * keys * both,
+        "key_gradient": keys * both + stages * rows * both,
+    }
+    return query.dtype.itemsize * elements[kernel] + 2048
 
-    def fitting(kernel, elements):
-        """The first tile of which `elements(rows, keys, stages)` fit in shared memory."""
+
+def make_plan(query, key, value, capability: int, table: str | None = None) -> Plan | None:
+    """The tiles of the table, else the first of `TILES` that fit on chip; None if none does."""
+    both = sum(padded_width(x.shape[3]) for x in (key, value))
+    kind = "float32" if query.dtype.itemsize == 4 else "wide" if both > 256 else "narrow"
+
+    def fitting(kernel):
+        """The first tile that fits in shared memory, unless a faster one is known."""
         for rows, keys, num_warps, most in TILES[kernel, kind]:
             if num_warps == 8 and capability < 90 and kind == "narrow":
                 continue  # older matrix units need more registers
             for stages in range(most, 1, -1):
-                needed = itemsize * elements(rows, keys, stages) + 2048
-                if needed <= shared_memory(capability):
-                    return RangeTile(rows=rows, keys=keys, num_warps=num_warps, num_stages=stages)
+                tile = RangeTile(rows=rows, keys=keys, num_warps=num_warps, num_stages=stages)
+                if shared_bytes(kernel, tile, query, key, value) <= shared_memory(capability):
+                    return tuned.choose(f"range_{kernel}", table, tile, query, key, value)
         return None
 
-    forward = fitting("forward", lambda rows, keys, stages: rows * width + stages * keys * both)
-    dquery = fitting(
-        "query_gradient",
-        lambda rows, keys, stages: rows * (both + keys) + stages * keys * both,
-    )
-    dkeys = fitting("key_gradient", lambda rows, keys, stages: keys * both + stages * rows * both)
+    forward, dquery, dkeys = map(fitting, ("forward", "query_gradient", "key_gradient"))
     if forward is None or dquery is None or dkeys is None:
         return None
     return Plan(forward, dquery, dkeys, splits=_splits(query, key, value, dkeys))

@@ -33,6 +33,7 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int
 
 from fsa_jax.config import NSAConfig
+from fsa_jax.pallas import tuned
 from fsa_jax.pallas.common import (
     call,
     columns_of,
@@ -47,7 +48,7 @@ from fsa_jax.pallas.common import (
     split,
     store,
 )
-from fsa_jax.pallas.tuning import padded_width, shared_memory
+from fsa_jax.pallas.tuning import Tile, padded_width, shared_memory
 from fsa_jax.segments import Rows, Windows
 
 #: Blocks of a tile.
@@ -82,7 +83,12 @@ class SelectPlan:
 
 
 def make_plan(
-    query, key, config: NSAConfig, scratch_bytes: int = 2**29, capability: int = 90
+    query,
+    key,
+    config: NSAConfig,
+    scratch_bytes: int = 2**29,
+    capability: int = 90,
+    table: str | None = None,
 ) -> SelectPlan | None:
     """Sizes from shapes, dtypes, the most bytes of ranks at a time, and the device's capability.
 
@@ -96,7 +102,13 @@ def make_plan(
     sizes = _tile_sizes(query, key, config, capability)
     if sizes is None:
         return None
-    rows, stages = sizes
+    tile = Tile(
+        rows=sizes[0],
+        num_warps=8 if sizes[0] >= (32 if query.dtype.itemsize == 4 else 128) else 4,
+        num_stages=sizes[1],
+    )
+    tile = tuned.choose("score", table, tile, query, key, key)
+    rows = tile.rows
     step = _tile_tokens(rows, query_heads // kv_heads, config)[0]
     tiles = _tiles(key, config)
     heads, tokens = _chunk(
@@ -110,8 +122,8 @@ def make_plan(
     choose_tokens = min(16, max(1, 2048 // max(next_power_of_two(tiles), BLOCKS)))
     return SelectPlan(
         rows=rows,
-        num_warps=8 if rows >= (32 if query.dtype.itemsize == 4 else 128) else 4,
-        num_stages=stages,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
         heads=heads,
         tokens=tokens,
         choose_tokens=choose_tokens,

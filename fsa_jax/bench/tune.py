@@ -1,0 +1,285 @@
+"""`fsa-jax tune`: measures tiles of the kernels on this GPU and writes a table of the fastest.
+
+One kernel at a time, all others with the tiles of the heuristics: every candidate that fits in
+shared memory is compiled, its results are compared with those of the heuristic tile, and the pass
+that the kernel is part of is timed. A candidate is taken if it is faster by more than the spread
+of both; else the heuristic tile stays. `fsa_jax/pallas/tuned.py` says which calls an entry serves.
+"""
+
+import dataclasses
+import functools
+import itertools
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fsa_jax import NSAConfig, checks, triton
+from fsa_jax.bench import cases, check, timing
+from fsa_jax.bench.cases import Case, Subject
+from fsa_jax.bench.run import RIGHT_CHOICES, TINY
+from fsa_jax.pallas import ranges, select, tuned
+from fsa_jax.pallas.ranges import RangeTile
+from fsa_jax.pallas.tuned import Key
+from fsa_jax.pallas.tuning import SelectedTuning, Tile, make_plan, shared_memory
+
+#: Sizes of candidates.
+ROWS, KEYS, WARPS, STAGES = (32, 64, 128), (32, 64, 128), (4, 8), (2, 3)
+#: (block size, blocks of a query).
+BLOCKS = ((64, 16), (128, 8))
+_RANGES = {
+    "range_forward": "forward",
+    "range_query_gradient": "backward",
+    "range_key_gradient": "backward",
+}
+_FUNCTIONS = {"compressed": "compressed_attention", "window": "sliding_window_attention"}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TuneConfig:
+    """Measures tiles of the kernels on this GPU and writes a table of the fastest.
+
+    `FSA_JAX_TUNING=FILE` has the table taken; in `fsa_jax/pallas/devices/` it serves everyone with
+    such a device. Without an NVIDIA GPU the same code runs on tiny sizes with interpreted kernels:
+    that measures nothing, the file says so, and nothing takes it.
+
+    Attributes:
+      out: the file to write.
+      groups: query heads of a key head to measure, those that matter most first.
+      widths: head widths, of queries, keys and values.
+      length: tokens of a row.
+      minutes: no new kernel starts after so many; 0: no limit.
+      rounds: timed rounds of 3 to 10 calls each.
+      threads: candidates compiled at a time.
+    """
+
+    out: Path = Path("runs/tuning.json")
+    groups: tuple[int, ...] = (4, 1, 8, 2, 16)
+    widths: tuple[int, ...] = (128,)
+    length: int = 32768
+    minutes: float = 20.0
+    rounds: int = 5
+    threads: int = 8
+
+    def __post_init__(self):
+        for name in ("length", "rounds", "threads"):
+            checks.size(name, getattr(self, name))
+        for name in ("groups", "widths"):
+            for size in getattr(self, name):
+                checks.size(name, size)
+        if self.minutes < 0:
+            raise ValueError(f"minutes must not be negative, got {self.minutes}")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Job:
+    """A kernel of a case: what runs it, its key, and its tiles, that of the heuristics first."""
+
+    case: Case
+    function: str
+    method: str
+    name: str
+    key: Key
+    tiles: tuple[Tile, ...]
+
+
+def tune(config: TuneConfig) -> Path:
+    """Measures; gives the file written."""
+    interpret = triton.device_reason() is not None
+    began = time.perf_counter()
+    results: dict[str, Any] = {"what": tuned.WHAT} | timing.describe_machine()
+    results |= {
+        "measurement": not interpret,
+        "arguments": dataclasses.asdict(config) | {"out": config.out.name},
+        "left_out": [],
+        "tiles": [],
+    }
+    config.out.parent.mkdir(parents=True, exist_ok=True)
+    inputs = functools.lru_cache(1)(functools.partial(_inputs, interpret))
+    for job in jobs(config, interpret):
+        if config.minutes and time.perf_counter() - began > 60 * config.minutes:
+            results["left_out"].append(dataclasses.asdict(job.key))
+        else:
+            results["tiles"].append(_measure(job, config, inputs(job.case), interpret))
+        results["seconds"] = round(time.perf_counter() - began, 1)
+        config.out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    return config.out
+
+
+def jobs(config: TuneConfig, interpret: bool) -> list[_Job]:
+    """What is measured, in order."""
+    if interpret:
+        found = [Case(length=200, heads=4, kv_heads=2, width=16, config=TINY)]
+    else:
+        found = [
+            Case(
+                length=config.length,
+                heads=4 * group,
+                kv_heads=4,
+                width=width,
+                config=NSAConfig(block_size=block_size, topk=topk),
+            )
+            for width, group, (block_size, topk) in itertools.product(
+                config.widths, config.groups, BLOCKS
+            )
+        ]
+    listed = [job for case in found for job in _jobs_of(case)]
+    # what does not depend on the blocks is measured once
+    once = {job.key: job for job in reversed(listed)}
+    return [job for job in listed if once[job.key] is job]
+
+
+def _jobs_of(case: Case) -> list[_Job]:
+    shapes, capability = case.shapes(), triton.planned_capability()
+    query, key, value = (shapes[name] for name in ("query", "key", "value"))
+    group, block_size = case.group, case.config.block_size
+    tuning, topk = SelectedTuning(), case.config.topk
+    plan = make_plan(tuning, query, key, value, topk, block_size, capability)
+    found = []
+    plain = [
+        Tile(rows=rows, num_warps=warps, num_stages=stages)
+        for rows, warps, stages in itertools.product(ROWS, WARPS, STAGES)
+        if rows >= group
+    ]
+
+    def add(function, method, name, kernel, arrays, heuristic, others, block=None):
+        tiles = tuple(dict.fromkeys([heuristic, *others]))
+        of = tuned.key_of(kernel, *arrays, block)
+        found.append(_Job(case, function, method, name, of, tiles))
+
+    for kernel, (method, name, field) in tuned.SELECTED.items():
+        heuristic, arrays = getattr(plan, field), (query, key, value)
+        add("selected_attention", method, name, kernel, arrays, heuristic, plain, block_size)
+    for branch, function in _FUNCTIONS.items():
+        arrays = (query, key, value)
+        if branch == "compressed":
+            arrays = (query, shapes["compressed_key"], shapes["compressed_value"])
+        heuristics = ranges.make_plan(*arrays, capability)
+        assert heuristics is not None
+        for kernel, name in _RANGES.items():
+            short = kernel.removeprefix("range_")
+            tiles = [
+                RangeTile(rows=rows, keys=keys, num_warps=warps, num_stages=stages)
+                for rows, keys, warps, stages in itertools.product(ROWS, KEYS, WARPS, STAGES)
+                if rows >= group
+            ]
+            fits = shared_memory(capability)
+            tiles = [t for t in tiles if ranges.shared_bytes(short, t, *arrays) <= fits]
+            add(function, "triton", name, kernel, arrays, getattr(heuristics, short), tiles)
+    compressed = shapes["compressed_key"]
+    scores = select.make_plan(query, compressed, case.config, capability=capability)
+    assert scores is not None
+    heuristic = Tile(rows=scores.rows, num_warps=scores.num_warps, num_stages=scores.num_stages)
+    arrays = (query, compressed, compressed)
+    add("select_blocks", "triton", "forward", "score", arrays, heuristic, plain)
+    return found
+
+
+def _inputs(interpret: bool, case: Case) -> list[dict[str, jax.Array]]:
+    implementation = "triton_interpret" if interpret else "triton"
+    with tuned.using({}):
+        seeds = range(1 if interpret else 2)
+        return [cases.make_inputs(case, seed, implementation) for seed in seeds]
+
+
+def subject_of(job: _Job, interpret: bool) -> Subject:
+    """The function that runs the kernel."""
+    implementation = "triton_interpret" if interpret else "triton"
+    found = cases.subjects(job.case, implementation, (job.function,))
+    return next(subject for subject in found if subject.method == job.method)
+
+
+def compile_with(job: _Job, subject: Subject, tile: Tile) -> dict[str, Any]:
+    """The pass compiled with a tile."""
+    shapes = job.case.shapes()
+    with tuned.using({job.key: tile}):
+        return timing.compile_passes(
+            # a function of its own: jax keeps what it has traced, with other tiles
+            lambda *args: subject.call(*args),
+            [shapes[name] for name in subject.differentiated],
+            [shapes[name] for name in subject.others],
+            names=("forward",) if job.name == "forward" else ("residuals", "backward"),
+        )
+
+
+def _measure(job: _Job, config: TuneConfig, sets, interpret: bool) -> dict[str, Any]:
+    """The entry of a kernel: the tile taken, and what was measured of every candidate."""
+    subject = subject_of(job, interpret)
+    tiles = job.tiles[:2] if interpret else job.tiles
+    todo = {tile: functools.partial(compile_with, job, subject, tile) for tile in tiles}
+    programs = timing.compile_all(todo, config.threads)
+    names = (*subject.differentiated, *subject.others)
+    sets = [tuple(x[name] for name in names) for x in sets]
+    wanted, candidates = None, []
+    for tile in tiles:
+        found: dict[str, Any] = {"tile": dataclasses.asdict(tile)}
+        candidates.append(found)
+        try:
+            if isinstance(program := programs[tile], Exception):
+                raise program
+            run, arguments = _call_of(job, program, sets)
+            got = run(*arguments[0])
+        except Exception as error:
+            if wanted is None:
+                raise  # without the heuristic tile there is nothing to compare with
+            found["error"] = timing.describe_error(error)
+            continue
+        wanted = got if wanted is None else wanted
+        if (wrong := difference(got, wanted)) is not None:
+            found["error"] = f"WRONG RESULT, dropped: {wrong}"
+            timing.say(f"{job.key} {tile}: {found['error']}")
+            continue
+        found |= {
+            name: value
+            for name, value in timing.measure(run, arguments, config.rounds).items()
+            if name in ("samples_ms", "ms", "spread", "device_ms")
+        }
+    best = fastest(candidates)
+    timing.say(f"{job.key}: {tiles[best]}, {candidates[best]['ms']:.3f} ms")
+    return tuned.entry(job.key, tiles[best]) | {"chosen": best, "candidates": candidates}
+
+
+def _call_of(job: _Job, program, sets):
+    """The compiled pass and its sets of arguments."""
+    if job.name == "forward":
+        return program["forward"], sets
+    arguments = []
+    for args in sets:
+        out, pullback = program["residuals"](*args)
+        cotangent = jax.tree.map(jnp.zeros_like, out)
+        arguments.append((pullback, (args[0][:, ::-1], *cotangent[1:])))
+    return program["backward"], arguments
+
+
+def difference(got, wanted) -> str | None:
+    """What is wrong with results, lists of blocks or floating point; None if nothing is."""
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
+        a, b = np.asarray(a), np.asarray(b)
+        if a.dtype == np.int32:
+            share = float(np.mean((a == b).all(axis=-1)))
+            if share < RIGHT_CHOICES:
+                return f"{share:.1%} of the lists are those of the heuristic tile"
+            continue
+        a, b = (x.astype(np.float64) for x in (a, b))
+        if not np.array_equal(np.isfinite(a), np.isfinite(b)):
+            return "other numbers are finite"
+        error = check.relative_error(np.where(np.isfinite(a), a, 0), np.where(np.isfinite(b), b, 0))
+        if not error <= check.TOLERANCE:
+            return f"relative error {error:.2e}, at most {check.TOLERANCE} is right"
+    return None
+
+
+def fastest(candidates: list[dict[str, Any]]) -> int:
+    """Number of the tile to take: the heuristic one, the first, unless beaten beyond the spread."""
+    first = candidates[0]
+
+    def beats(found):
+        margin = max(found["spread"], first["spread"])
+        return found["ms"] < first["ms"] * (1 - margin)
+
+    numbers = [i for i, x in enumerate(candidates) if i and "error" not in x and beats(x)]
+    return min(numbers, key=lambda i: (candidates[i]["ms"], i), default=0)

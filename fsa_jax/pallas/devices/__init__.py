@@ -1,0 +1,1 @@
+"""Tables of `fsa-jax tune`, a JSON file a device, that the kernels take; see `tuned.py`."""

@@ -1,0 +1,256 @@
+"""Measured tiles: what `fsa-jax tune` found to be the fastest on a device.
+
+A table is a JSON file of one device. There are those that the package ships (`devices/*.json`), and
+the user's own, which the environment variable FSA_JAX_TUNING names; of two tables of one device the
+user's is taken. No table, or no entry that fits a call: the heuristics of the plans stay. A table
+picks tiles and nothing else, so that results mean the same with and without it.
+
+An entry serves calls of its kernel, branch, bits of a number, padded head widths and block size. Of
+those that serve, the one whose group is nearest is taken, by ratio, at most a factor of 2 away; of
+two equally near ones that of the smaller group.
+"""
+
+import contextlib
+import contextvars
+import dataclasses
+import functools
+import importlib.resources
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from fsa_jax.pallas.tuning import Plan, SelectedTuning, Tile, padded_width
+
+WHAT = "fsa-jax tune"
+VARIABLE = "FSA_JAX_TUNING"
+#: Kernels of selected attention of which a table may hold tiles: their method, pass, and field of
+#: the plan.
+SELECTED = {
+    "kv_outer_forward": ("kv_outer", "forward", "forward"),
+    "kv_outer_backward": ("kv_outer", "backward", "backward"),
+    "query_tile_forward": ("query_tile", "forward", "query_tile"),
+    "query_tile_backward": ("query_tile", "backward", "query_tile_backward"),
+}
+KERNELS = (
+    *SELECTED,
+    "range_forward",
+    "range_query_gradient",
+    "range_key_gradient",
+    "score",
+)
+BRANCHES = ("compressed", "window")
+_SIZES = ("rows", "num_warps", "num_stages")
+#: Largest ratio of the group of a call to that of the entry that serves it.
+_NEAR = 2
+
+#: Tables that `using` has made, by name, and the one in use.
+_TEMPORARY: dict[str, tuple[dict, ...]] = {}
+_IN_USE: contextvars.ContextVar[str | None] = contextvars.ContextVar("tiles", default=None)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Key:
+    """What an entry is of.
+
+    Attributes:
+      kernel: of `KERNELS`.
+      branch: of `BRANCHES` for the kernels of ranges, else None.
+      bits: of a number, 16 or 32.
+      width, value_width: padded head widths D and E.
+      group: query heads of a key head.
+      block_size: of selected attention, else None.
+    """
+
+    kernel: str
+    branch: str | None
+    bits: int
+    width: int
+    value_width: int
+    group: int
+    block_size: int | None
+
+
+def key_of(kernel: str, query, key, value, block_size: int | None = None) -> Key:
+    """The key of a call; arrays as the plans take them.
+
+    The branch of a range is told by its keys: compressed ones are at most half as many as queries.
+    """
+    branch = None
+    if kernel.startswith("range"):
+        branch = BRANCHES[2 * key.shape[1] > query.shape[1]]
+    return Key(
+        kernel=kernel,
+        branch=branch,
+        bits=8 * query.dtype.itemsize,
+        width=padded_width(key.shape[3]),
+        value_width=padded_width(value.shape[3]),
+        group=query.shape[2] // key.shape[2],
+        block_size=block_size,
+    )
+
+
+def table() -> str | None:
+    """Name of the table for the device to compile for; None where there is none.
+
+    The device is that of the abstract mesh in use (ahead-of-time compilation), or the default one.
+
+    Raises:
+      ValueError: the user's file is broken.
+    """
+    if (name := _IN_USE.get()) is not None:
+        return name
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    kind = device.device_kind if device is not None else _default_device_kind()
+    user = os.environ.get(VARIABLE)
+    if user and _load(user)["device"] == kind:
+        return user
+    return kind if kind in _shipped() else None
+
+
+def _default_device_kind() -> str:
+    device = jax.config.jax_default_device  # pyright: ignore[reportAttributeAccessIssue]
+    return device.device_kind if isinstance(device, jax.Device) else jax.devices()[0].device_kind
+
+
+@contextlib.contextmanager
+def using(tiles: Mapping[Key, Tile]) -> Iterator[None]:
+    """Takes these tiles, and heuristics for the rest, in what this thread traces meanwhile."""
+    name = f"temporary {len(_TEMPORARY)}"
+    _TEMPORARY[name] = tuple(entry(key, tile) for key, tile in tiles.items())
+    token = _IN_USE.set(name)
+    try:
+        yield
+    finally:
+        _IN_USE.reset(token)
+
+
+def entry(key: Key, tile: Tile) -> dict[str, Any]:
+    """A key and its tile as a table holds them."""
+    return dataclasses.asdict(key) | dataclasses.asdict(tile)
+
+
+def choose[Some: Tile](
+    kernel: str, name: str | None, heuristic: Some, query, key, value, block_size: int | None = None
+) -> Some:
+    """The tile of a kernel for a call: the measured one of the table, else the heuristic one.
+
+    Args:
+      kernel: of `KERNELS`.
+      name: of the table, from `table`; None: there is none.
+      heuristic: what the plan would take.
+      query: of the call, like `key` and `value`.
+      key: [B, M, K, D].
+      value: [B, M, K, E].
+      block_size: of selected attention.
+    """
+    if name is None:
+        return heuristic
+    wanted = key_of(kernel, query, key, value, block_size)
+    same = dataclasses.asdict(wanted)
+    del same["group"]
+
+    def distance(found):
+        return abs(math.log2(found["group"] / wanted.group))
+
+    serve = [
+        found
+        for found in _entries(name)
+        if all(found[field] == size for field, size in same.items())
+        and distance(found) <= math.log2(_NEAR)
+        and found["rows"] >= wanted.group
+    ]
+    if not serve:
+        return heuristic
+    best = min(serve, key=lambda found: (distance(found), found["group"]))
+    sizes = {field.name: best[field.name] for field in dataclasses.fields(heuristic)}
+    return dataclasses.replace(heuristic, **sizes)
+
+
+def fill(
+    plan: Plan, tuning: SelectedTuning, name: str | None, query, key, value, block_size: int
+) -> Plan:
+    """A plan of selected attention with measured tiles where `tuning` asks for nothing else."""
+    if name is None or tuning.block_k is not None:
+        return plan
+    tiles = {
+        field: choose(kernel, name, getattr(plan, field), query, key, value, block_size)
+        for kernel, (_, name_of_pass, field) in SELECTED.items()
+        if getattr(tuning, name_of_pass) is None
+    }
+    return dataclasses.replace(plan, **tiles)
+
+
+def _entries(name: str) -> tuple[dict, ...]:
+    if name in _TEMPORARY:
+        return _TEMPORARY[name]
+    return _shipped()[name] if name in _shipped() else tuple(_load(name)["tiles"])
+
+
+@functools.cache
+def _shipped() -> dict[str, tuple[dict, ...]]:
+    """Entries by device of the tables in the package."""
+    folder = importlib.resources.files("fsa_jax.pallas") / "devices"
+    paths = [path for path in folder.iterdir() if path.name.endswith(".json")]
+    tables = [read(path.read_text(encoding="utf-8"), path.name) for path in paths]
+    return {content["device"]: tuple(content["tiles"]) for content in tables}
+
+
+@functools.cache
+def _load(path: str) -> dict[str, Any]:
+    """The user's table; read once a process, so that every call of it takes the same tiles."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise ValueError(f"{VARIABLE} must name a file that can be read, got {path!r}") from error
+    return read(text, path)
+
+
+def read(text: str, where: str) -> dict[str, Any]:
+    """The content of a table, checked.
+
+    Raises:
+      ValueError: it is no table, measures nothing, or an entry is not what `entry` writes.
+    """
+    try:
+        content = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{where} is not JSON: {error}") from error
+    if not isinstance(content, dict) or content.get("what") != WHAT:
+        raise ValueError(f"{where} is no table of `{WHAT}`: 'what' must be {WHAT!r}")
+    if content.get("measurement") is not True:
+        raise ValueError(f"{where} measures nothing: it was not made on a GPU")
+    if not isinstance(content.get("device"), str) or not isinstance(content.get("tiles"), list):
+        raise ValueError(f"{where} must have a 'device' and a list of 'tiles'")
+    for number, found in enumerate(content["tiles"]):
+        _check_entry(f"{where}, tile {number}", found)
+    return content
+
+
+def _check_entry(where: str, found: object) -> None:
+    if not isinstance(found, dict):
+        raise ValueError(f"{where} must be an object, got {found!r}")
+    ranged = str(found.get("kernel")).startswith("range")
+    names = [field.name for field in dataclasses.fields(Key)]
+    for name in (*names, *_SIZES, *(["keys"] if ranged else [])):
+        if name not in found:
+            raise ValueError(f"{where}: key {name!r} is missing")
+    if found["kernel"] not in KERNELS:
+        raise ValueError(f"{where}: kernel must be one of {KERNELS}, got {found['kernel']!r}")
+    if found["branch"] not in (BRANCHES if ranged else (None,)):
+        raise ValueError(f"{where}: bad value of key 'branch': {found['branch']!r}")
+    for name in ("bits", "width", "value_width", "group", *(["keys"] if ranged else [])):
+        if type(found[name]) is not int or found[name] < 1:
+            raise ValueError(f"{where}: bad value of key {name!r}: {found[name]!r}")
+    try:
+        Tile(**{name: found[name] for name in _SIZES})
+        if ranged:
+            Tile(rows=found["keys"])
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+    if found["rows"] < found["group"]:
+        raise ValueError(f"{where}: rows={found['rows']} must hold the {found['group']} heads")

@@ -1,0 +1,245 @@
+"""Measured tiles: which calls a table serves, what is refused, and how tiles are chosen."""
+
+import dataclasses
+import json
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import fsa_jax
+from fsa_jax import operators
+from fsa_jax.bench import tune as tuner
+from fsa_jax.bench.tune import TuneConfig, difference, fastest, tune
+from fsa_jax.cli import main
+from fsa_jax.pallas import SelectedTuning, Tile, ranges, select, tuned
+from fsa_jax.pallas.ranges import RangeTile
+from fsa_jax.pallas.tuning import make_plan
+
+
+def arrays(group=4, width=128, keys=1024, dtype=jnp.bfloat16):
+    query = jax.ShapeDtypeStruct((1, 1024, 2 * group, width), dtype)
+    key = jax.ShapeDtypeStruct((1, keys, 2, width), dtype)
+    return query, key, key
+
+
+WIDE = RangeTile(rows=128, keys=32, num_warps=8, num_stages=2)
+PLAIN = Tile(rows=32, num_warps=2, num_stages=4)
+
+
+def a_table(*tiles, **changes):
+    return {"what": "fsa-jax tune", "device": "cpu", "measurement": True, "tiles": list(tiles)} | (
+        changes
+    )
+
+
+@pytest.fixture
+def user_table(tmp_path, monkeypatch):
+    """Writes the user's table; gives its name."""
+
+    def write(*tiles, **changes):
+        path = tmp_path / "mine.json"
+        path.write_text(json.dumps(a_table(*tiles, **changes)))
+        monkeypatch.setenv(tuned.VARIABLE, str(path))
+        tuned._load.cache_clear()
+        return str(path)
+
+    return write
+
+
+def test_without_a_table_the_heuristics_stay():
+    assert tuned.table() is None
+    args = arrays()
+    assert tuned.choose("range_forward", None, WIDE, *args) is WIDE
+
+
+def test_the_users_table_is_taken_for_its_device_alone(user_table):
+    key = tuned.key_of("range_forward", *arrays())
+    name = user_table(tuned.entry(key, WIDE))
+    assert tuned.table() == name
+    heuristic = ranges.make_plan(*arrays(), 90)
+    assert heuristic is not None
+    plan = ranges.make_plan(*arrays(), 90, name)
+    assert plan == dataclasses.replace(heuristic, forward=WIDE)
+    user_table(tuned.entry(key, WIDE), device="NVIDIA H100 80GB HBM3")
+    assert tuned.table() is None
+
+
+@pytest.mark.parametrize(
+    ("call", "served"),
+    [
+        ({}, True),
+        ({"group": 8}, True),
+        ({"group": 2}, True),
+        ({"group": 9}, False),
+        ({"group": 1}, False),
+        ({"width": 64}, False),
+        ({"width": 120}, True),  # padded to 128
+        ({"dtype": jnp.float16}, True),
+        ({"dtype": jnp.float32}, False),
+        ({"keys": 64}, False),  # the other branch
+    ],
+)
+def test_which_calls_an_entry_serves(call, served):
+    with tuned.using({tuned.key_of("range_forward", *arrays()): WIDE}):
+        got = tuned.choose("range_forward", tuned.table(), RangeTile(), *arrays(**call))
+    assert (got == WIDE) == served
+    assert served or got == RangeTile()
+
+
+def test_the_nearest_group_serves_and_its_tile_holds_the_group():
+    tiles = {
+        tuned.key_of("score", *arrays(group)): dataclasses.replace(PLAIN, rows=rows)
+        for group, rows in ((2, 16), (8, 32), (32, 64))
+    }
+    with tuned.using(tiles):
+        chosen = {
+            group: tuned.choose("score", tuned.table(), Tile(rows=256), *arrays(group)).rows
+            for group in (1, 2, 3, 4, 6, 12, 33, 64)
+        }
+    assert chosen == {1: 16, 2: 16, 3: 16, 4: 16, 6: 32, 12: 32, 33: 64, 64: 64}
+
+
+def test_plans_of_all_kernels_take_their_tiles():
+    query, key, value = arrays()
+    call = operators.Call("gpu", 1.0, block_size=64)
+    starts = jnp.zeros((1, 1024, 2, 16), jnp.int32)
+    tiles = {tuned.key_of(kernel, *arrays(), 64): PLAIN for kernel in tuned.SELECTED}
+    tiles[tuned.key_of("score", query, key, key)] = PLAIN
+    with tuned.using(tiles):
+        call = dataclasses.replace(call, table=tuned.table())
+        plan = operators._plan_of(call, query, key, value, starts)
+        scores = select.make_plan(query, key, fsa_jax.NSAConfig(), table=tuned.table())
+        asked = SelectedTuning(forward=Tile(rows=128))
+        mine = operators._plan_of(
+            dataclasses.replace(call, tuning=asked), query, key, value, starts
+        )
+    for _, _, field in tuned.SELECTED.values():
+        assert getattr(plan, field) == PLAIN
+    assert scores is not None
+    assert (scores.rows, scores.num_warps, scores.num_stages) == (32, 2, 4)
+    assert mine.forward == mine.query_tile == asked.forward  # what is asked for comes first
+    assert mine.backward == PLAIN
+    assert make_plan(SelectedTuning(), query, key, value, 16, 64, 90).forward != PLAIN
+
+
+@pytest.mark.parametrize("kernel", ["range_forward", "range_key_gradient"])
+def test_a_tile_changes_the_program_and_not_the_result(kernel):
+    """Nothing stays traced with the tile of the candidate before."""
+    of_window = [job for job in tuner.jobs(TuneConfig(), True) if job.key.branch == "window"]
+    (job,) = (job for job in of_window if job.key.kernel == kernel)
+    subject = tuner.subject_of(job, True)
+    first, second = (tuner.compile_with(job, subject, tile) for tile in job.tiles[:2])
+    name = "forward" if kernel == "range_forward" else "backward"
+    again = tuner.compile_with(job, subject, job.tiles[0])
+
+    def instructions(programs):  # without the places in the source
+        lines = programs[name].as_text().splitlines()
+        return [re.sub(r", metadata=.*", "", line) for line in lines if " = " in line]
+
+    assert instructions(first) != instructions(second)
+    assert instructions(first) == instructions(again)
+    sets = tuner._inputs(True, job.case)
+    sets = [[x[name] for name in (*subject.differentiated, *subject.others)] for x in sets]
+    got, wanted = (
+        run(*args[0]) for run, args in (tuner._call_of(job, x, sets) for x in (second, first))
+    )
+    assert difference(got, wanted) is None
+
+
+GOOD = tuned.entry(tuned.key_of("range_forward", *arrays()), WIDE)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rows": 48}, "rows must be a power of two, got 48"),
+        ({"keys": 0}, "bad value of key 'keys': 0"),
+        ({"kernel": "other"}, "kernel must be one of"),
+        ({"branch": None}, "bad value of key 'branch': None"),
+        ({"group": 129}, "rows=128 must hold the 129 heads"),
+        ({"num_stages": None}, "num_stages must be an integer, got None"),
+    ],
+)
+def test_a_bad_entry_is_named(user_table, changes, message):
+    user_table(GOOD | changes)
+    with pytest.raises(ValueError, match=f"mine.json, tile 0.*{message}"):
+        tuned.table()
+
+
+def test_a_bad_file_is_named(user_table, tmp_path, monkeypatch):
+    user_table({name: size for name, size in GOOD.items() if name != "bits"})
+    with pytest.raises(ValueError, match="key 'bits' is missing"):
+        tuned.table()
+    user_table(measurement=False)
+    with pytest.raises(ValueError, match="measures nothing"):
+        tuned.table()
+    user_table(what="other")
+    with pytest.raises(ValueError, match="'what' must be 'fsa-jax tune'"):
+        tuned.table()
+    monkeypatch.setenv(tuned.VARIABLE, str(tmp_path / "missing.json"))
+    with pytest.raises(ValueError, match=r"FSA_JAX_TUNING must name a file.*missing\.json"):
+        tuned.table()
+
+
+def test_the_tables_of_the_package_are_whole():
+    assert all(isinstance(tiles, tuple) for tiles in tuned._shipped().values())
+
+
+def test_a_candidate_must_win_by_more_than_the_spread():
+    def times(*pairs):
+        return [{"ms": ms, "spread": spread} for ms, spread in pairs]
+
+    assert fastest(times((1.0, 0.05), (0.94, 0.01), (0.96, 0.01))) == 1
+    assert fastest(times((1.0, 0.05), (0.96, 0.01))) == 0
+    assert fastest(times((1.0, 0.01), (0.9, 0.2))) == 0
+    assert fastest(times((1.0, 0.01), (0.9, 0.01), (0.9, 0.01))) == 1
+    assert fastest([*times((1.0, 0.01)), {"error": "too large"}]) == 0
+
+
+def test_wrong_results_are_told():
+    x, lists = np.linspace(-1, 1, 100), np.arange(40, dtype=np.int32).reshape(20, 2)
+    assert difference((x, lists), (x + 1e-3, lists)) is None
+    assert "relative error" in (difference(x, 1.2 * x) or "")
+    assert "finite" in (difference(np.where(x > 0, np.nan, x), x) or "")
+    assert "0.0% of the lists" in (difference(lists + 1, lists) or "")
+
+
+def test_the_command_without_a_gpu_measures_nothing_and_says_so(tmp_path, monkeypatch):
+    """The whole path with interpreted kernels; a wrong candidate is dropped."""
+    some = [
+        job
+        for job in tuner.jobs(TuneConfig(), True)
+        if job.key.kernel in ("range_key_gradient", "score")
+    ][1:]
+    assert len(tuner.jobs(TuneConfig(), True)) == len(tuned.SELECTED) + 2 * 3 + 1
+    monkeypatch.setattr(tuner, "jobs", lambda *args: some)
+    right, calls = difference, []
+
+    def wrong(got, wanted):
+        calls.append(got)
+        return right(jax.tree.map(lambda x: x + 1, got), wanted) if len(calls) == 2 else None
+
+    monkeypatch.setattr(tuner, "difference", wrong)
+    out = tmp_path / "tiles.json"
+    assert main(["tune", "--out", str(out), "--rounds", "1", "--threads", "2"]) == 0
+    content = json.loads(out.read_text())
+    assert content["measurement"] is False
+    assert len(content["tiles"]) == len(some) == 2
+    first, second = content["tiles"]
+    assert first["candidates"][1]["error"].startswith("WRONG RESULT, dropped: relative error")
+    assert first["chosen"] == 0
+    assert all(x["ms"] > 0 for x in second["candidates"])
+    with pytest.raises(ValueError, match="measures nothing"):
+        tuned.read(out.read_text(), "tiles.json")
+
+
+def test_the_time_budget_of_tuning_is_kept(tmp_path):
+    path = tune(TuneConfig(out=tmp_path / "x.json", minutes=1e-9))
+    content = json.loads(path.read_text())
+    assert content["tiles"] == []
+    assert len(content["left_out"]) == len(tuner.jobs(TuneConfig(), True))
+    with pytest.raises(ValueError, match="groups"):
+        TuneConfig(groups=(0,))
