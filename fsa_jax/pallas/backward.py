@@ -48,6 +48,8 @@ from fsa_jax.pallas.item import arrays as item_arrays
 COLUMNS = 64
 #: Tokens whose gradients one program of `sum_blocks` writes.
 SUM_ROWS = 16
+#: Items of a block whose loads are in flight together: a hot block has many, one after another.
+IN_FLIGHT = 4
 
 
 def inverse_units(key, value, dout, delta, key_valid, valid):
@@ -253,11 +255,14 @@ def sum_blocks(
             ]
 
         def add(i, totals):
-            more = parts(first_row + i * block, i + 1 < items)
-            return [total + part for total, part in zip(totals, more, strict=True)]
+            several = [i * IN_FLIGHT + j for j in range(IN_FLIGHT)]
+            for more in [parts(first_row + j * block, j + 1 < items) for j in several]:
+                totals = [total + part for total, part in zip(totals, more, strict=True)]
+            return totals
 
         totals = parts(head * length + token, items > 0)
-        totals = jax.lax.fori_loop(0, jnp.max(items) - 1, add, totals)
+        others = jnp.maximum(jnp.max(items) - 1, 0)
+        totals = jax.lax.fori_loop(0, pl.cdiv(others, IN_FLIGHT), add, totals)
         for ref, d, width, total in zip(sum_refs, columns, widths, totals, strict=True):
             target = ref.at[batch, token[:, None], kv_head, d[None, :]]
             mask = rows_mask(there, d, width)
