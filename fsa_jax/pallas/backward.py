@@ -122,7 +122,7 @@ def partial_gradients(
     value_width = value.shape[3]
     group = query.shape[2] // kv_heads
     sizes = {"length": length, "group": group, "kv_heads": kv_heads, "slots": slots}
-    sizes |= {"block": block, "pairs": pairs}
+    sizes |= {"block": block, "pairs": pairs, "partial": query.shape[1] != length}
     items, inputs = item_arrays(where, lists), (query, key, value, dout, lse, delta)
     want_dq = inverse is not None
 

@@ -67,7 +67,7 @@ def partial_attention(
     value_width = value.shape[3]
     group = query.shape[2] // kv_heads
     sizes = {"length": length, "group": group, "kv_heads": kv_heads, "slots": slots}
-    sizes |= {"block": block, "pairs": pairs}
+    sizes |= {"block": block, "pairs": pairs, "partial": query.shape[1] != length}
 
     softmax = Softmax(scale, exact=key.dtype == jnp.float32)
 

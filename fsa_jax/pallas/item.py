@@ -35,10 +35,10 @@ class Item:
       extra: -1 for the first item of its block, else its number.
       column: int32 [b], tokens of the block.
       inside: bool [b], which of them are in the block's document.
-      begin: the first of them as a token of the queries, which may be part of the row.
+      query_column: the same counted from query token 0, if the queries are part of the row.
     """
 
-    def __init__(self, refs, *, length, group, kv_heads, slots, block, pairs, rows):
+    def __init__(self, refs, *, length, group, kv_heads, slots, block, pairs, partial, rows):
         where, start, stop, head, first, count, extra, self.order = refs
         item = pl.program_id(0)
         self.length, self.group, self.slots, self.rows = length, group, slots, rows
@@ -47,17 +47,17 @@ class Item:
         self.extra = extra[item]
         self.batch, self.kv_head = split(where[0] + self.head, kv_heads)
         self.base = where[1] * (slots * group)  # slot of the chunk's first pair
-        offset = where[2]  # token of the keys' row that query token 0 is
-        self.column = start[item] + iota(block)
-        self.begin = start[item] - offset
+        self.column = self.query_column = start[item] + iota(block)
+        if partial:
+            self.query_column = self.column - where[2]
         self.inside = (self.column < stop[item]) & (self.count > 0)
         # Keys after the item's last query are seen by nobody: they may hold anything.
         last, _ = split(self.order[self.first + jnp.maximum(self.count - 1, 0)], slots)
-        self.visible = self.inside & (iota(block) <= last - self.begin)
+        self.visible = self.inside & (self.query_column <= last)
 
     def sees(self, token):
         """Bool [R, b], which keys of the block come before or at each query."""
-        return iota(self.block)[None, :] <= (token - self.begin)[:, None]
+        return self.query_column[None, :] <= token[:, None]
 
     def load_block(self, ref, columns):
         """Tiles [b, columns] of the block's keys or values, 0 where nobody sees them."""

@@ -73,17 +73,21 @@ def key_gradients(
             head = kv_head * group + g
             inside = token < last if masked else None
             lses = load(lse_ref.at[row_of_batch, token, head], mask=inside, other=-jnp.inf)
-            # what sees nothing may hold anything
-            live = lses > -jnp.inf if masked else None
+            live = None
+            if masked:  # what sees nothing may hold anything, and has no weights
+                live = lses > -jnp.inf
+                lses = jnp.where(live, lses, jnp.inf)
             at = (row_of_batch, token, head)
             queries = load_tiles(query_ref, *at, columns, live)
             douts = load_tiles(dout_ref, *at, value_columns, live)
             deltas = load(delta_ref.at[*at], mask=live)
             dkeys, dvalues = sums
             p = softmax_weights(product(tiles, queries), lses[None, :], scale, key_ref.dtype)
-            if live is not None:
-                sees = (token[None, :] >= low[:, None]) & (token[None, :] < high[:, None])
-                p = jnp.where(sees & live[None, :], p, 0.0)
+            if masked:
+                # rows, not tokens: their numbers in the tile take no registers
+                base, row = first * group + number * tile.rows, iota(tile.rows)[None, :]
+                sees = (row >= (low * group - base)[:, None]) & (row < (high * group - base)[:, None])
+                p = jnp.where(sees, p, 0.0)
             p_cut = p.astype(dout_ref.dtype)
             dvalues = [
                 x.add(dot(p_cut, y, (1, 0))).settled() for x, y in zip(dvalues, douts, strict=True)
