@@ -4,10 +4,12 @@ The axes are `data` (rows of a batch; with fsdp also parameters), `tensor` (head
 features of the feed-forward) and `sequence` (tokens of a row, see `fsa_jax.context`).
 """
 
+import contextlib
 import dataclasses
 import functools
 import math
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -24,6 +26,25 @@ AXES = ("data", "tensor", "sequence")
 #: A process that is gone is noticed after this long at the latest.
 _HEARTBEAT_SECONDS = 30
 _SHUTDOWN_SECONDS = 30
+
+
+class ProcessLost(RuntimeError):
+    """Another process of a run has ended, or cannot be reached any more."""
+
+
+@contextlib.contextmanager
+def noticing_lost_processes() -> Iterator[None]:
+    """Turns what jax raises where another process is gone into `ProcessLost`."""
+    try:
+        yield
+    except RuntimeError as error:
+        if jax.process_count() == 1:
+            raise
+        reason = (str(error).strip().splitlines() or [""])[0][:200]
+        raise ProcessLost(
+            f"another process of the run ended, or computing together failed ({reason}): start all "
+            "processes again with --resume to go on from the last checkpoint"
+        ) from error
 
 
 def parse_mesh(text: str) -> dict[str, int]:
