@@ -29,6 +29,7 @@ from fsa_jax import operators, segments
 from fsa_jax.config import NSAConfig
 from fsa_jax.operators import Call
 from fsa_jax.pallas import SelectedTuning
+from fsa_jax.precision import wide_dtype
 from fsa_jax.segments import Rows, Windows
 from fsa_jax.sharding import partitioned
 
@@ -536,7 +537,7 @@ class _Task:
         """Gradients of one KV head: of its queries, compressed keys and values, and sources."""
         keys = self._keys(head)
         compressed, sources = keys
-        wide = jnp.promote_types(jnp.float32, self.query.dtype)
+        wide = wide_dtype(self.query)
 
         def add(sums, parts):
             return [total + part.astype(wide) for total, part in zip(sums, parts, strict=True)]
