@@ -162,6 +162,7 @@ def test_memory_of_a_training_step(data, tensor, sequence, rows):
         warnings.filterwarnings("ignore", "The Pallas Triton backend", DeprecationWarning)
         compiled = step.trace(state, ids, ids).lower().compile()
     found = compiled.memory_analysis()
+    assert found is not None
     used = peak(compiled) - found.alias_size_in_bytes
     print(f"data={data} tensor={tensor} sequence={sequence}: {used / 2**30:.1f} GiB a device")
     assert used < 40 * 2**30

@@ -6,7 +6,6 @@ features of the feed-forward) and `sequence` (tokens of a row, see `fsa_jax.cont
 
 import contextlib
 import dataclasses
-import functools
 import math
 import os
 from collections.abc import Iterator
@@ -171,8 +170,15 @@ class Placement:
         rules = {"heads": "tensor", "kv_heads": "tensor", "mlp": "tensor"}
         with sharding_rules(**rules, embed="data" if self.fsdp else None):
             specs = nnx.to_pure_dict(nnx.get_partition_spec(state))
+
+        def place(path, spec):
+            # A table that is split over its features would make XLA split all activations so, and
+            # compute every row everywhere. The others of these are vectors.
+            whole = {str(key.key) for key in path} & {"embedding", "head", "scale", "bias"}
+            return NamedSharding(self.mesh, PartitionSpec() if whole else spec)
+
         is_spec = lambda x: isinstance(x, PartitionSpec)  # noqa: E731
-        return jax.tree.map(functools.partial(NamedSharding, self.mesh), specs, is_leaf=is_spec)
+        return jax.tree_util.tree_map_with_path(place, specs, is_leaf=is_spec)
 
     def opt_state(self, optimizer: optax.GradientTransformation, params: Any, template: Any) -> Any:
         """Shardings of the optimiser's state, moments like their parameters."""
