@@ -142,7 +142,8 @@ def _one_line(box: str) -> str:
 
 
 def _train(arguments: Sequence[str]) -> None:
-    from fsa_jax.training import PRESETS, TrainConfig, train
+    from fsa_jax.training import PRESETS, ProcessLost, TrainConfig, train
+    from fsa_jax.training.mesh import is_leader
 
     # The preset gives the defaults of all other flags, so it must be known before they are read.
     # A wrong name is left to the full parser.
@@ -150,7 +151,15 @@ def _train(arguments: Sequence[str]) -> None:
     first.add_argument("--preset", nargs="?", default="tiny")
     preset = first.parse_known_args(arguments)[0].preset
     config = _parse(TrainConfig, "train", arguments, PRESETS.get(preset, PRESETS["tiny"]))
-    result = train(config)
+    try:
+        result = train(config)
+    except ProcessLost as error:
+        _complain(str(error))
+        sys.stdout.flush()
+        # jax would wait for the lost process at exit, and then abort
+        os._exit(1)
+    if not is_leader():
+        return
     print("wrote:")
     for path in result.files:
         print(f"  {path}")

@@ -29,6 +29,7 @@ from fsa_jax import operators, segments
 from fsa_jax.config import NSAConfig
 from fsa_jax.operators import Call
 from fsa_jax.pallas import SelectedTuning, tuned
+from fsa_jax.precision import wide_dtype
 from fsa_jax.segments import Rows, Windows
 from fsa_jax.sharding import partitioned
 
@@ -376,8 +377,7 @@ def _operands(static):
 def _forward_on(static):
     def body(axis, *arrays):
         task = _Task(static, axis, *arrays)
-        results = jax.lax.map(task.forward, jnp.arange(task.kv_heads, dtype=jnp.int32))
-        return tuple(rearrange(x, "k b t h ... -> b t (k h) ...") for x in results)
+        return task.head_by_head(task.forward)
 
     stride = static.config.kernel_stride
     return _partitioned(body, static.axis, stride, _operands(static), _RESULTS)
@@ -389,9 +389,7 @@ def _backward_on(static):
     def body(axis, *arrays):
         task = _Task(static, axis, *arrays[:count])
         step = functools.partial(task.backward, arrays[count : count + 7], arrays[count + 7 :])
-        grads = jax.lax.map(step, jnp.arange(task.kv_heads, dtype=jnp.int32))
-        grads = (rearrange(x, "k b t h d -> b t (k h) d") for x in grads)
-        return tuple(x.astype(y.dtype) for x, y in zip(grads, arrays, strict=False))
+        return task.head_by_head(step)
 
     operands = _operands(static)
     results = (f"{b}_{p}" for b in _BRANCHES for p in ("out", "lse"))
@@ -418,6 +416,22 @@ class _Task:
             self.rows, config.kernel_size, config.kernel_stride
         )
         self.total = self.rows.start.shape[1]
+
+    def head_by_head(self, step):
+        """Results [B, T, heads, ...] of `step(head)`, written in place for one after the other."""
+        heads = jnp.arange(self.kv_heads, dtype=jnp.int32)
+        zeros = (
+            jnp.zeros((*x.shape[:2], self.kv_heads * x.shape[2], *x.shape[3:]), x.dtype)
+            for x in jax.eval_shape(step, heads[0])
+        )
+
+        def write(results, head):
+            return tuple(
+                jax.lax.dynamic_update_slice_in_dim(x, part, head * part.shape[2], axis=2)
+                for x, part in zip(results, step(head), strict=True)
+            ), None
+
+        return jax.lax.scan(write, tuple(zeros), heads)[0]
 
     def _head(self, x, head, size=1):
         """Heads of one KV head of [B, T, heads, ...]."""
@@ -538,7 +552,7 @@ class _Task:
         """Gradients of one KV head: of its queries, compressed keys and values, and sources."""
         keys = self._keys(head)
         compressed, sources = keys
-        wide = jnp.promote_types(jnp.float32, self.query.dtype)
+        wide = wide_dtype(self.query)
 
         def add(sums, parts):
             return [total + part.astype(wide) for total, part in zip(sums, parts, strict=True)]
@@ -585,4 +599,5 @@ class _Task:
         if self.static.packed:
             dcompressed = [self._by_stripes(x) for x in dcompressed]
         scattered = (self.device.scatter(x) for x in (*dcompressed, *dsources))
-        return *self._joined(dquery), *scattered
+        # key and value have the dtype of the query
+        return *self._joined(dquery), *(x.astype(self.query.dtype) for x in scattered)

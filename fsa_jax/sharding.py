@@ -189,11 +189,12 @@ def partitions_itself(**operands: str) -> Callable[[Callable], Callable]:
             arrays = {name: x for name, x in given.items() if meshes[name] is not None}
             others = {name: x for name, x in given.items() if name not in arrays}
             specs, shapes, axes = {}, {}, {}
-            for name, x in arrays.items():
-                if name in operands:
+            for name, x in given.items():
+                if name in operands and isinstance(x, jax.Array):
                     rank = len(operands[name].split())
                     axes[name] = ("b " if x.ndim > rank else "") + operands[name]
-                    specs[name], shapes[name] = jax.typeof(x).sharding.spec, x.shape
+                    shapes[name] = x.shape
+                    specs[name] = jax.typeof(x).sharding.spec if name in arrays else ()
             first = next(iter(operands))
             axis = kwargs.get("sequence_axis")
             place = _places(axes, specs, shapes, dict(mesh.shape), axis)(axes[first])

@@ -5,6 +5,7 @@ kernel and the buffers of the whole program; the one difference from a compilati
 is that XLA's own sort kernels stand where CUB would be called.
 """
 
+import math
 import warnings
 
 import jax
@@ -64,12 +65,14 @@ TARGETS = {
 _OPTIMISED = {"xla_backend_optimization_level": 3}
 
 
-def mesh_of(device):
-    """A mesh of one GPU named in TARGETS."""
+def mesh_of(device, sizes=(1,), names=("gpu",)):
+    """A mesh of GPUs of one host, of the kind named in TARGETS."""
     topology = topologies.get_topology_desc(
-        platform="cuda", target_config=_CONFIG.format(**TARGETS[device]), topology="1x1x1"
+        platform="cuda",
+        target_config=_CONFIG.format(**TARGETS[device]),
+        topology=f"1x1x{math.prod(sizes)}",
     )
-    return topologies.make_mesh(topology, (1,), ("gpu",))
+    return topologies.make_mesh(topology, sizes, names)
 
 
 def lower_for(device, function, *shapes, **options):
@@ -95,7 +98,10 @@ def lower_for(device, function, *shapes, **options):
 
 def compile_for(device, function, *shapes, compiler_options=None):
     """Compiles a function of arrays with those shapes for a GPU; arguments as in `lower_for`."""
-    return lower_for(device, function, *shapes).compile(_OPTIMISED | (compiler_options or {}))
+    lowered = lower_for(device, function, *shapes)
+    # kernels are lowered when XLA has divided the program: they ask then which GPU it is for
+    with jax.sharding.use_abstract_mesh(mesh_of(device).abstract_mesh):
+        return lowered.compile(_OPTIMISED | (compiler_options or {}))
 
 
 def selected_gradients(shape, *, dtype=jnp.bfloat16, packed=False, **arguments):

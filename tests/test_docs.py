@@ -9,8 +9,13 @@ import pytest
 
 import fsa_jax
 
-README = Path(__file__).parent.parent / "README.md"
-BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.S)
+ROOT = Path(__file__).parent.parent
+README, GPUS = ROOT / "README.md", ROOT / "docs" / "multi-gpu.md"
+BLOCKS = [
+    block
+    for page in (README, GPUS)
+    for block in re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.S)
+]
 PACKAGE = Path(fsa_jax.__file__).parent
 MODULES = [
     ".".join(["fsa_jax", *path.relative_to(PACKAGE).with_suffix("").parts])
@@ -30,6 +35,7 @@ SHAPES = {
     "operator": ("out", (1, 4096, 8, 64)),
     "selected": ("out", (1, 256, 4, 64)),
     "layer": ("y", (2, 1024, 512)),
+    "sequence": ("y", (1, 512, 32)),
 }
 
 

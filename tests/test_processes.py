@@ -80,6 +80,11 @@ def losses(out: Path) -> np.ndarray:
     )
 
 
+def saved_steps(out: Path) -> list[int]:
+    # orbax writes under another name first
+    return [int(x.name) for x in (out / "checkpoints").glob("*") if x.name.isdigit()]
+
+
 @pytest.fixture(scope="module")
 def alone(texts, tmp_path_factory) -> np.ndarray:
     """The losses of one process with one device."""
@@ -99,18 +104,25 @@ def test_two_processes_train_as_one(mesh, texts, alone, tmp_path):
 
 def test_a_process_that_dies_ends_the_run_and_it_can_go_on(texts, tmp_path):
     """Full attention, which compiles fast."""
-    dense = {"attention": "full", "checkpoint_every": 2}
+    dense = {"attention": "full", "checkpoint_every": 20}
     flags = ("--mesh", "data=4,tensor=2")
     straight, killed = tmp_path / "straight", tmp_path / "killed"
-    (one,) = finish(start(texts, straight, **dense, steps=12, decay_steps=20, eval_every=100))
+    (one,) = finish(start(texts, straight, **dense, steps=100, decay_steps=200, eval_every=100))
     assert one[0] == 0, one[1]
 
     started = start(
-        texts, killed, *flags, processes=2, **dense, steps=100_000, decay_steps=20, eval_every=10**6
+        texts,
+        killed,
+        *flags,
+        processes=2,
+        **dense,
+        steps=100_000,
+        decay_steps=200,
+        eval_every=10**6,
     )
     try:
         ends = time.monotonic() + 200
-        while not any((killed / "checkpoints").glob("[0-9]*")):
+        while not saved_steps(killed):
             assert time.monotonic() < ends
             assert all(one.poll() is None for one in started), started[0].communicate()
             time.sleep(0.05)
@@ -120,12 +132,11 @@ def test_a_process_that_dies_ends_the_run_and_it_can_go_on(texts, tmp_path):
         (code, text), _ = finish(started, timeout=120)
     assert time.monotonic() - since < 90
     assert code != 0
-    assert "another process of the run" in text
-    assert "--resume" in text
-    last = max(int(path.name) for path in (killed / "checkpoints").glob("[0-9]*"))
-    assert last < 12, "killed too late for this test"
+    # jax itself may be the first to notice, and then ends the process
+    assert "another process of the run ended" in text or "another task died" in text, text
+    assert max(saved_steps(killed)) < 100, "killed too late for this test"
 
-    rest = {**dense, "steps": 12, "decay_steps": 20, "eval_every": 100}
+    rest = {**dense, "steps": 100, "decay_steps": 200, "eval_every": 100}
     ends = finish(start(texts, killed, *flags, "--resume", processes=2, **rest))
     assert [code for code, _ in ends] == [0, 0], "\n".join(text for _, text in ends)
     np.testing.assert_allclose(losses(killed), losses(straight), rtol=2e-6)

@@ -9,6 +9,7 @@ from fsa_jax.training.data import load_corpus as load_corpus
 from fsa_jax.training.loop import TrainResult as TrainResult
 from fsa_jax.training.loop import load_model as load_model
 from fsa_jax.training.loop import train as train
+from fsa_jax.training.mesh import ProcessLost as ProcessLost
 from fsa_jax.training.metrics import read_metrics as read_metrics
 from fsa_jax.training.plots import plot_blocks as plot_blocks
 from fsa_jax.training.plots import plot_losses as plot_losses

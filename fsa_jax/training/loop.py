@@ -37,6 +37,7 @@ from fsa_jax.training.mesh import (
     check_placement,
     is_leader,
     join_processes,
+    noticing_lost_processes,
     wait_for_all,
 )
 from fsa_jax.training.metrics import MetricsLog, Row, curve, read_metrics
@@ -89,6 +90,7 @@ def train(config: TrainConfig) -> TrainResult:
       ValueError: the data cannot be read, the folder holds a run already, or there is no
         checkpoint to resume from, or one of another run.
       FloatingPointError: the loss is not finite any more.
+      ProcessLost: another process of the run has ended.
     """
     if config.distributed:
         join_processes()
@@ -114,7 +116,7 @@ def train(config: TrainConfig) -> TrainResult:
     if config.overwrite and is_leader():
         remove_checkpoints(folder)
     wait_for_all("removed")
-    with Checkpoints(folder, create=True) as checkpoints:
+    with noticing_lost_processes(), Checkpoints(folder, create=True) as checkpoints:
         return _Run(config, corpus, checkpoints, placement).finish()
 
 

@@ -4,10 +4,11 @@ The axes are `data` (rows of a batch; with fsdp also parameters), `tensor` (head
 features of the feed-forward) and `sequence` (tokens of a row, see `fsa_jax.context`).
 """
 
+import contextlib
 import dataclasses
-import functools
 import math
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -24,6 +25,25 @@ AXES = ("data", "tensor", "sequence")
 #: A process that is gone is noticed after this long at the latest.
 _HEARTBEAT_SECONDS = 30
 _SHUTDOWN_SECONDS = 30
+
+
+class ProcessLost(RuntimeError):
+    """Another process of a run has ended, or cannot be reached any more."""
+
+
+@contextlib.contextmanager
+def noticing_lost_processes() -> Iterator[None]:
+    """Turns what jax raises where another process is gone into `ProcessLost`."""
+    try:
+        yield
+    except RuntimeError as error:
+        if jax.process_count() == 1:
+            raise
+        reason = (str(error).strip().splitlines() or [""])[0][:200]
+        raise ProcessLost(
+            f"another process of the run ended, or computing together failed ({reason}): start all "
+            "processes again with --resume to go on from the last checkpoint"
+        ) from error
 
 
 def parse_mesh(text: str) -> dict[str, int]:
@@ -150,8 +170,15 @@ class Placement:
         rules = {"heads": "tensor", "kv_heads": "tensor", "mlp": "tensor"}
         with sharding_rules(**rules, embed="data" if self.fsdp else None):
             specs = nnx.to_pure_dict(nnx.get_partition_spec(state))
+
+        def place(path, spec):
+            # A table that is split over its features would make XLA split all activations so, and
+            # compute every row everywhere. The others of these are vectors.
+            whole = {str(key.key) for key in path} & {"embedding", "head", "scale", "bias"}
+            return NamedSharding(self.mesh, PartitionSpec() if whole else spec)
+
         is_spec = lambda x: isinstance(x, PartitionSpec)  # noqa: E731
-        return jax.tree.map(functools.partial(NamedSharding, self.mesh), specs, is_leaf=is_spec)
+        return jax.tree_util.tree_map_with_path(place, specs, is_leaf=is_spec)
 
     def opt_state(self, optimizer: optax.GradientTransformation, params: Any, template: Any) -> Any:
         """Shardings of the optimiser's state, moments like their parameters."""

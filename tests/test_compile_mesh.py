@@ -1,0 +1,168 @@
+"""The operator compiled for eight H200s: collectives, their bytes, and memory; nothing is run.
+
+`pytest -s` prints the figures of docs/multi-gpu.md.
+"""
+
+import dataclasses
+import functools
+import math
+import re
+import warnings
+
+import jax
+import jax.numpy as jnp
+import pytest
+from ahead_of_time import compile_for, config_of, mesh_of, operator_gradients
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from shapes import Shape
+from test_compile_models import LLAMA_LAYER
+
+import fsa_jax
+from fsa_jax.training.mesh import AXES, Placement
+from fsa_jax.training.step import abstract_model, init_state, make_train_step, state_shardings
+
+pytestmark = pytest.mark.compile
+DEVICES = 8
+WIDTHS = {"width": 128, "value_width": 128, "block_size": 64, "slots": 16}
+#: Operands and results of a collective; asynchronous ones name their operands first.
+COLLECTIVE = re.compile(
+    r"= (.*?) (all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)(-start)?\("
+)
+BYTES = {"pred": 1, "bf16": 2, "f32": 4, "s32": 4}
+
+
+def compile_on(mesh, spec, run, shapes):
+    """Compiles for a mesh of H200s: rows, tokens and heads split as `spec` says."""
+    shapes = [
+        jax.ShapeDtypeStruct(
+            x.shape, x.dtype, sharding=NamedSharding(mesh, P(*spec[: min(len(x.shape), 3)]))
+        )
+        if len(x.shape) == 4
+        else jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, P(*spec[:2])))
+        for x in shapes
+    ]
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The Pallas Triton backend", DeprecationWarning)
+        return jax.jit(run).trace(*shapes).lower().compile()
+
+
+def peak(compiled):
+    found = compiled.memory_analysis()
+    return found.argument_size_in_bytes + found.output_size_in_bytes + found.temp_size_in_bytes
+
+
+def collectives(compiled):
+    """Kind and result arrays (dtype, shape) of each collective of a program."""
+    found = []
+    for types, kind, start in COLLECTIVE.findall(compiled.as_text()):
+        arrays = re.findall(r"(\w+)\[([\d,]*)\]", types)
+        shapes = [(dtype, tuple(map(int, shape.split(",")))) for dtype, shape in arrays]
+        # operands, then results
+        found.append((kind, shapes[len(shapes) // 2 :] if start else shapes))
+    return found
+
+
+def over_sequence(shape):
+    """The operator over a sequence axis, with its gradients, and the shapes that it takes."""
+    config = config_of(shape)
+    _, *shapes = operator_gradients(shape, packed=True)
+
+    def run(*arrays):
+        *arrays, dout, ids = arrays
+        attend = functools.partial(
+            fsa_jax.native_sparse_attention,
+            config=config, segment_ids=ids, sequence_axis="sequence",
+        )  # fmt: skip
+        out, pull = jax.vjp(attend, *arrays)
+        return out, pull(dout)
+
+    return run, shapes
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_rows_and_heads_need_no_collective(packed):
+    shape = Shape(batch=4, length=4096, heads=8, kv_heads=2, **WIDTHS)
+    run, *shapes = operator_gradients(shape, packed=packed)
+    mesh = mesh_of("H200", (4, 2), ("data", "tensor"))
+    compiled = compile_on(mesh, P("data", None, "tensor"), run, shapes)
+    assert collectives(compiled) == []
+    assert "triton" in str(compiled.as_text())
+
+
+def test_a_sharding_that_is_left_to_xla_gathers():
+    """The measure sees it: the test above can fail."""
+
+    def run(x):
+        return jax.lax.sort(x, dimension=0)
+
+    mesh = mesh_of("H200", (8,), ("data",))
+    shape = jax.ShapeDtypeStruct((64, 8, 8, 8), jnp.float32)
+    assert collectives(compile_on(mesh, P("data"), run, [shape])) != []
+
+
+def test_a_row_over_eight_devices_gathers_keys_and_scatters_their_gradients():
+    """Bytes of each kind as in docs/multi-gpu.md; with one KV head no loop hides any."""
+    length, width, stride = 65536, 128, 16
+    run, shapes = over_sequence(Shape(length=length, heads=4, kv_heads=1, **WIDTHS))
+    compiled = compile_on(mesh_of("H200", (8,), ("sequence",)), P(None, "sequence"), run, shapes)
+    sizes = {"all-gather": 0, "reduce-scatter": 0}
+    ids = 0
+    for kind, arrays in collectives(compiled):
+        for dtype, shape in arrays:
+            bytes_ = BYTES[dtype] * math.prod(shape)
+            if dtype == "s32":
+                ids += bytes_
+            else:
+                sizes[kind] += bytes_  # KeyError: a kind that is not expected
+    keys_and_values = 2 * (length + length // stride) * width
+    # with one head, XLA sees that backward gathers what forward has gathered
+    gathered, scattered = 2 * keys_and_values, 4 * keys_and_values
+    print(
+        f"gathered {sizes['all-gather']}, scattered {DEVICES * sizes['reduce-scatter']}, ids {ids}"
+    )
+    assert sizes["all-gather"] == gathered
+    assert DEVICES * sizes["reduce-scatter"] == scattered
+    assert ids in (4 * length, 2 * 4 * length)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(8, 2), (32, 8)])
+def test_memory_of_a_million_tokens(heads, kv_heads):
+    shape = Shape(length=2**20, heads=heads, kv_heads=kv_heads, **WIDTHS)
+    run, *shapes = operator_gradients(shape, packed=True)
+    one = peak(compile_for("H200", run, *shapes))
+    run, shapes = over_sequence(shape)
+    mesh = mesh_of("H200", (8,), ("sequence",))
+    each = peak(compile_on(mesh, P(None, "sequence"), run, shapes))
+    print(
+        f"{heads} over {kv_heads} heads: {one / 2**30:.1f} GiB on one, {each / 2**30:.1f} on eight"
+    )
+    assert each <= one / (3 if kv_heads == 2 else 6)
+
+
+@pytest.mark.parametrize(
+    ("data", "tensor", "sequence", "rows"),
+    [(1, 1, 1, 1), (8, 1, 1, 8), (1, 8, 1, 1), (1, 1, 8, 1), (1, 2, 4, 1)],
+)
+def test_memory_of_a_training_step(data, tensor, sequence, rows):
+    """A decoder layer of the shape of Llama 3 8B, rows of 131,072 tokens, parameters by fsdp."""
+    config = dataclasses.replace(LLAMA_LAYER, batch_size=rows)
+    mesh = mesh_of("H200", (data, tensor, sequence), AXES)
+    placement = Placement(mesh, fsdp=True)
+    graphdef, params = abstract_model(placement.model(config.model))
+    state = jax.eval_shape(functools.partial(init_state, config=config), params)
+    state = jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        state,
+        state_shardings(config, placement),
+    )
+    ids = jax.ShapeDtypeStruct((rows, config.row_length), jnp.int32, sharding=placement.rows)
+    step = make_train_step(graphdef, config, placement)
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The Pallas Triton backend", DeprecationWarning)
+        compiled = step.trace(state, ids, ids).lower().compile()
+    found = compiled.memory_analysis()
+    assert found is not None
+    used = peak(compiled) - found.alias_size_in_bytes
+    print(f"data={data} tensor={tensor} sequence={sequence}: {used / 2**30:.1f} GiB a device")
+    assert used < 40 * 2**30
