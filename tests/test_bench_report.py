@@ -182,7 +182,8 @@ def test_docs_are_made_from_the_committed_results(tmp_path):
 def test_time_by_kernel(tmp_path):
     row = a_row("selected_attention", "triton", "backward", 3.0, device_ms=2.9)
     names = ("backward_kernel", "void cub::RadixSort<a, b>(int)", "loop_transpose_fusion_1",
-             "backward_kernel__1", "memcpy32_post", "void lib::f<int>(x)", "loop_add_fusion", "g")  # fmt: skip
+             "backward_kernel__1", "memcpy32_post", "void lib::f<int>(x)", "loop_add_fusion",
+             "g")  # fmt: skip
     row["kernels_ms"] = {name: 2.0**-i for i, name in enumerate(names)}
     peer = row | {"method": "query_outer"}
     report(write(tmp_path, kernels=a_file("kernels", [row, peer])), tmp_path)

@@ -96,7 +96,10 @@ def _head(path: Path) -> str:
 
 
 def _time(row: Row | None) -> str:
-    return "-" if row is None else f"{number(row['ms'])} ({100 * row['spread']:.0f}%)"
+    if row is None:
+        return "-"
+    wrong = ", differs from ours" * (row.get("agrees") is False)
+    return f"{number(row['ms'])} ({100 * row['spread']:.0f}%{wrong})"
 
 
 def _table(titles: Iterable[str], lines: Iterable[Iterable[object]]) -> str:

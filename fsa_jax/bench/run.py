@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import itertools
 import json
+import os
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any, Literal
 import jax.numpy as jnp
 
 from fsa_jax import NSAConfig, checks, triton
-from fsa_jax.bench import cases, ceilings, check, models, timing
+from fsa_jax.bench import cases, ceilings, check, models, peers, timing
 from fsa_jax.bench.cases import Case, Subject
 
 KERNELS = (
@@ -70,6 +71,7 @@ class BenchConfig:
         suites; 0: no limit. The cases left out are recorded.
       rounds: timed rounds of 3 to 10 calls each.
       threads: functions compiled at a time.
+      peer_path: a checkout of other projects' kernels to time beside ours; see `bench/peers.py`.
     """
 
     suite: Literal["quick", "kernels", "operator", "training", "prefill", "all"] = "quick"
@@ -79,6 +81,7 @@ class BenchConfig:
     minutes: float = 9.0
     rounds: int = 5
     threads: int = 8
+    peer_path: Path | None = None
 
     def __post_init__(self):
         for name in ("rounds", "threads"):
@@ -96,6 +99,7 @@ class _Run:
     config: BenchConfig
     interpret: bool
     share: float = 1.0
+    peers: tuple[str, ...] = ()
     ceilings: dict[str, Any] | None = None
     began: float = dataclasses.field(default_factory=time.perf_counter)
 
@@ -112,7 +116,10 @@ def bench(config: BenchConfig) -> list[Path]:
       WrongResult: a result is not what the definition gives.
       ValueError: a setting breaks its rule.
     """
-    run = _Run(config, interpret=triton.device_reason() is not None)
+    methods = peers.wanted(config.peer_path)
+    if methods:  # torch needs memory too
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    run = _Run(config, interpret=triton.device_reason() is not None, peers=methods)
     config.out.mkdir(parents=True, exist_ok=True)
     if not run.interpret:
         try:
@@ -131,11 +138,13 @@ def _suite(run: _Run, name: str) -> Path:
     config = run.config
     path = config.out / f"{name}.json"
     machine = timing.describe_machine()
+    peer = config.peer_path.name if config.peer_path else None
+    paths = {"out": config.out.name, "report": None, "peer_path": peer}
     results: dict[str, Any] = {"what": "fsa-jax bench", "suite": name} | machine
     results |= {
         "measurement": not run.interpret,
         "complete": False,
-        "arguments": dataclasses.asdict(config) | {"out": config.out.name, "report": None},
+        "arguments": dataclasses.asdict(config) | paths,
         "ceilings": run.ceilings,
         "rows": [],
     }
@@ -261,6 +270,35 @@ def measure_case(run, case: Case, implementation: str, functions, ceilings) -> I
             row = rows[key] | {"flops": flops, "bytes": moved, "floor_ms": floor} | found
             yield row
             timing.say(f"{key}: {row.get('ms', row.get('error'))}")
+    if "selected_attention" in functions and not case.packed:
+        programs = next(x for (name, _), x in compiled.items() if name == "selected_attention")
+        for method in run.peers:
+            yield from _peer_rows(run, case, method, programs, sets, ceilings)
+
+
+def _peer_rows(run, case: Case, method: str, programs, sets, ceilings) -> Iterator[dict]:
+    """Rows of another project's selected attention; whatever fails in it is recorded."""
+    try:
+        if isinstance(programs, Exception):
+            raise programs  # there is nothing to compare with
+        args = [sets[0][name] for name in ("query", "key", "value", "block_indices")]
+        (out, lse), pullback = programs["residuals"](*args)
+        gradients = programs["backward"](pullback, (peers.dout_of(sets[0]), jnp.zeros_like(lse)))
+        measured = peers.measure(method, case, sets, (out, *gradients), run.config.rounds)
+    except Exception as error:
+        measured = {
+            name: {"error": timing.describe_error(error)} for name in ("forward", "backward")
+        }
+    for name, found in measured.items():
+        flops, moved = cases.work(case, "selected_attention", name == "backward")
+        floor = cases.floor_ms(flops, moved, ceilings)
+        timing.say(f"{method} {name}: {found.get('ms', found.get('error'))}")
+        yield (
+            case.row()
+            | {"function": "selected_attention", "method": method, "pass": name}
+            | {"flops": flops, "bytes": moved, "floor_ms": floor}
+            | found
+        )
 
 
 def _measure_subject(run, case: Case, subject: Subject, programs, sets) -> dict[str, dict]:
