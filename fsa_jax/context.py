@@ -28,9 +28,12 @@ from jax.ad_checkpoint import checkpoint_name
 from fsa_jax import operators, segments
 from fsa_jax.config import NSAConfig
 from fsa_jax.operators import Call
-from fsa_jax.pallas import tuned
+from fsa_jax.pallas import SelectedTuning, tuned
 from fsa_jax.segments import Rows, Windows
 from fsa_jax.sharding import partitioned
+
+#: Most bytes of partial results of the selected branch: a device has a share of a row's tokens.
+SCRATCH_BYTES = 2**28
 
 
 def to_stripes(x: jax.Array, devices: int, axis: int = 1) -> jax.Array:
@@ -112,15 +115,15 @@ class _Device:
             parts = jax.lax.psum_scatter(parts, self.axis)
         return jnp.concatenate([parts[0], parts[1]], axis=1)
 
-    def offset(self, half: int):
-        """First token of a stripe of this device in the row."""
-        return self.numbers[half] * self.stripe
+    def offset(self, half):
+        """First token of stripe 0 or 1 of this device in the row."""
+        return jnp.where(half == 0, self.numbers[0], self.numbers[1]) * self.stripe
 
-    def half_of(self, x, half: int):
+    def half_of(self, x, half):
         """A device's own [B, 2L, ...] to one of its stripes."""
-        return jax.lax.slice_in_dim(x, half * self.stripe, (half + 1) * self.stripe, axis=1)
+        return jax.lax.dynamic_slice_in_dim(x, half * self.stripe, self.stripe, axis=1)
 
-    def cut(self, x, half: int):
+    def cut(self, x, half):
         """[B, T, ...] of the whole row to one stripe of this device."""
         return jax.lax.dynamic_slice_in_dim(x, self.offset(half), self.stripe, axis=1)
 
@@ -307,6 +310,7 @@ class _Static:
             name=name,
             block_size=self.config.block_size,
             packed=self.packed,
+            tuning=None if self.mode == "portable" else SelectedTuning(scratch_bytes=SCRATCH_BYTES),
             config=self.config,
             table=self.table,
         )
@@ -448,17 +452,35 @@ class _Task:
         write = lambda row, at: jnp.zeros_like(row).at[at].set(row, mode="drop")  # noqa: E731
         return jax.vmap(write)(x, self._places())
 
-    def _ranges(self, half, branch):
-        """What the queries of a stripe see of the keys, and which of them see each key."""
-        config, device = self.static.config, self.device
-        if branch == "compressed":
-            visible = segments.visible_windows(self.windows)
-            seers = segments.seers_of_windows(self.rows, self.windows, config.kernel_size)
-        else:
-            visible = segments.visible_tokens(self.rows, config.window_size)
-            seers = segments.seers_of_tokens(self.rows, config.window_size)
-        low, high = (jnp.clip(x - device.offset(half), 0, device.stripe) for x in seers)
-        return tuple(device.cut(x, half) for x in visible), (low, high)
+    def _windows(self, half):
+        """What queries of a stripe see of the compressed keys, and which of them see each key."""
+        size = self.static.config.kernel_size
+        visible = segments.visible_windows(self.windows)
+        seers = segments.seers_of_windows(self.rows, self.windows, size)
+        return tuple(self.device.cut(x, half) for x in visible), self._of_stripe(seers, half)
+
+    def _of_stripe(self, seers, half):
+        """Ranges of the row's tokens, cut to a stripe and counted from its first token."""
+        begin, length = self.device.offset(half), self.device.stripe
+        return tuple(jnp.clip(x - begin, 0, length) for x in seers)
+
+    def _near(self, half):
+        """The tokens that windows of a stripe may show: the first, and how many."""
+        length = self.device.stripe
+        before = min(self.static.config.window_size - 1, self.total - length)
+        return jnp.maximum(self.device.offset(half) - before, 0), length + before
+
+    def _nearby(self, x, half):
+        begin, size = self._near(half)
+        return jax.lax.dynamic_slice_in_dim(x, begin, size, axis=1)
+
+    def _window(self, half):
+        """As `_windows`, of the tokens that `_near` tells."""
+        window, (begin, _) = self.static.config.window_size, self._near(half)
+        visible = segments.visible_tokens(self.rows, window)
+        seers = segments.seers_of_tokens(self.rows, window)
+        visible = tuple(self.device.cut(x, half) - begin for x in visible)
+        return visible, self._of_stripe([self._nearby(x, half) for x in seers], half)
 
     def _blocks(self, half, indices):
         """First tokens of the listed blocks, in the row."""
@@ -481,25 +503,30 @@ class _Task:
         offset = jnp.broadcast_to(self.device.offset(half), (self.query.shape[0], 1))
         return documents, offset
 
-    def forward(self, head):
+    def forward(self, head) -> Any:
         """Results of one KV head: out and lse of each branch, and the lists of blocks."""
         compressed, sources = self._keys(head)
         query = self._head(self.query, head, self.group)
-        halves = []
-        for half in (0, 1):
+        ranges: Any = operators.range_attention
+        listed: Any = operators.block_attention
+
+        def stripe(half):
             q = self.device.half_of(query, half)
-            call = self.static.call("compressed")
-            arrays = (q, *compressed, *self._ranges(half, "compressed"))
-            out, lse = operators.range_attention(call, *arrays)
+            arrays = (q, *compressed, *self._windows(half))
+            out, lse = ranges(self.static.call("compressed"), *arrays)
             indices = self._choose(half, q, compressed[0], lse)
-            blocks = operators.block_attention(
-                self.static.call("selected"), q, *sources[:2], self._blocks(half, indices),
-                *self._row(half),
-            )  # fmt: skip
-            arrays = (q, *sources[-2:], *self._ranges(half, "window"))
-            window = operators.range_attention(self.static.call("window"), *arrays)
-            halves.append((out, lse, *blocks, *window, indices))
-        return tuple(jnp.concatenate(pair, axis=1) for pair in zip(*halves, strict=True))
+            arrays = (q, *sources[:2], self._blocks(half, indices), *self._row(half))
+            blocks = listed(self.static.call("selected"), *arrays)
+            near = (self._nearby(x, half) for x in sources[-2:])
+            arrays = (q, *near, *self._window(half))
+            window = ranges(self.static.call("window"), *arrays)
+            return out, lse, *blocks, *window, indices
+
+        return self._joined(jax.lax.map(stripe, jnp.arange(2, dtype=jnp.int32)))
+
+    def _joined(self, stripes):
+        """[2, B, L, ...] of the stripes to [B, 2L, ...]."""
+        return tuple(rearrange(x, "s b l ... -> b (s l) ...") for x in stripes)
 
     def _choose(self, half, query, key, lse):
         visible = (self.device.cut(x, half) for x in (self.windows.first, self.windows.visible))
@@ -509,42 +536,53 @@ class _Task:
 
     def backward(self, results, cotangents, head):
         """Gradients of one KV head: of its queries, compressed keys and values, and sources."""
-        compressed, sources = self._keys(head)
-
-        def own(x, half, size):
-            return self.device.half_of(self._head(x, head, size), half)
-
-        wide: Any = jnp.promote_types(jnp.float32, self.query.dtype)
-        dcompressed, dsources = (
-            [jnp.zeros(x.shape, wide) for x in y] for y in (compressed, sources)
-        )
-        dqueries = []
+        keys = self._keys(head)
+        compressed, sources = keys
+        wide = jnp.promote_types(jnp.float32, self.query.dtype)
 
         def add(sums, parts):
             return [total + part.astype(wide) for total, part in zip(sums, parts, strict=True)]
 
-        for half in (0, 1):
-            q = own(self.query, half, self.group)
-            saved = [own(x, half, self.group) for x in results[:6]]
-            douts = [own(x, half, self.group) for x in cotangents]
+        def stripe(sums, half):
+            def own(x, size):
+                return self.device.half_of(self._head(x, head, size), half)
+
+            dcompressed, dsources = sums
+            q, *saved = (own(x, self.group) for x in (self.query, *results[:6]))
+            douts = [own(x, self.group) for x in cotangents]
             dlse = jnp.zeros_like(saved[1])
-            ranged = (q, *compressed, *self._ranges(half, "compressed"), *saved[:2])
+            arrays = (q, *compressed, *self._windows(half), *saved[:2])
             call = self.static.call("compressed")
-            dq, *parts = operators.range_gradients(call, ranged, (douts[0], dlse))
+            dq, *parts = operators.range_gradients(call, arrays, (douts[0], dlse))
             dcompressed = add(dcompressed, parts)
-            blocks = (
-                q, *sources[:2], self._blocks(half, own(results[6], half, 1)), *self._row(half),
-                *saved[2:4],
-            )  # fmt: skip
+            starts = self._blocks(half, own(results[6], 1))
+            arrays = (q, *sources[:2], starts, *self._row(half), *saved[2:4])
             call = self.static.call("selected")
-            dq_selected, *parts = operators.block_gradients(call, blocks, (douts[1], dlse))
-            dsources[:2] = add(dsources[:2], parts)
-            ranged = (q, *sources[-2:], *self._ranges(half, "window"), *saved[4:])
+            dq_selected, *sums = operators.block_gradients(
+                call, arrays, (douts[1], dlse), dsources[:2]
+            )
+            dsources = sums + dsources[2:]
+            near = (self._nearby(x, half) for x in sources[-2:])
+            arrays = (q, *near, *self._window(half), *saved[4:])
             call = self.static.call("window")
-            dq_window, *parts = operators.range_gradients(call, ranged, (douts[2], dlse))
-            dsources[-2:] = add(dsources[-2:], parts)
-            dqueries.append(sum(x.astype(wide) for x in (dq, dq_selected, dq_window)))
+            dq_window, *parts = operators.range_gradients(call, arrays, (douts[2], dlse))
+            begin, _ = self._near(half)
+            dsources = dsources[:-2] + [
+                jax.lax.dynamic_update_slice_in_dim(total, new, begin, axis=1)
+                for total, new in zip(
+                    dsources[-2:],
+                    add([self._nearby(x, half) for x in dsources[-2:]], parts),
+                    strict=True,
+                )
+            ]
+            dquery = dq.astype(wide) + dq_selected.astype(wide) + dq_window.astype(wide)
+            return (dcompressed, dsources), (dquery.astype(q.dtype),)
+
+        # One stripe after the other: at once, they would need twice the memory.
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, wide), keys)
+        halves = jnp.arange(2, dtype=jnp.int32)
+        (dcompressed, dsources), dquery = jax.lax.scan(stripe, zeros, halves)
         if self.static.packed:
             dcompressed = [self._by_stripes(x) for x in dcompressed]
         scattered = (self.device.scatter(x) for x in (*dcompressed, *dsources))
-        return jnp.concatenate(dqueries, axis=1).astype(self.query.dtype), *scattered
+        return *self._joined(dquery), *scattered

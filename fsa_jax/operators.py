@@ -300,14 +300,14 @@ def _block_attention_bwd(call, residuals, cotangents):
     return *run(*arrays), None, None, None
 
 
-def block_gradients(call: Call, residuals, cotangents):
+def block_gradients(call: Call, residuals, cotangents, sums):
     """(dq, dk, dv) of `block_attention`: residuals are its arguments and its results.
 
-    The index is built again: for whoever cannot keep it.
+    `sums` of dk and dv, in float32 (or float64), are added to. The index is built again.
     """
     query, key, value, starts, documents, offset, out, lse = residuals
     arrays = (query, key, value, starts, *documents, offset, out, lse, *cotangents)
-    return _block_backward_on(call, ())(*arrays)
+    return _block_backward_on(call, (), True)(*arrays, *sums)
 
 
 block_attention.defvjp(_block_attention_fwd, _block_attention_bwd)
@@ -393,29 +393,30 @@ def _packed_axes(room):
 
 
 @functools.cache
-def _block_backward_on(call, room):
-    def kernels(
-        query, key, value, starts, start, end, valid, offset, out, lse, dout, dlse, *packed
-    ):
+def _block_backward_on(call, room, summed=False):
+    def kernels(query, key, value, starts, start, end, valid, offset, out, lse, dout, dlse, *more):
+        packed, sums = ((), more) if summed else (more, None)
         documents = (start, end, valid)
         arrays = (query, key, value, starts, documents, offset)
         lists = _unpack(call, packed, *arrays) if room else _build_lists(call, *arrays)
         rows, delta = Rows(*documents, packed=call.packed), _delta(out, dout, dlse)
         return selected.gradients(
             _plan_of(call, query, key, value, starts),
-            query, key, value, starts, lists, offset[0], rows, lse, delta, dout,
+            query, key, value, starts, lists, offset[0], rows, lse, delta, dout, sums,
             block_size=call.block_size, **call.static,
         )  # fmt: skip
 
-    def portable(
-        query, key, value, starts, start, end, valid, offset, out, lse, dout, dlse, *packed
-    ):
-        del start, end, valid, packed
-        return xla.block_gradients(
+    def portable(query, key, value, starts, start, end, valid, offset, out, lse, dout, dlse, *more):
+        del start, end, valid
+        dquery, *dkeys = xla.block_gradients(
             query, key, value, starts, offset[0], out, lse, dout, dlse,
             block_size=call.block_size, scale=call.scale,
         )  # fmt: skip
+        if summed:
+            dkeys = [total + x.astype(total.dtype) for total, x in zip(more, dkeys, strict=True)]
+        return dquery, *dkeys
 
     operands = _BLOCKS | _RESULTS | {f"d{name}": axes for name, axes in _RESULTS.items()}
     operands |= _packed_axes(room)
+    operands |= {"dkey": "b m k d", "dvalue": "b m k e"} if summed else {}
     return partitioned(call.choose(kernels, portable), operands, tuple(_ATTENTION.values()))

@@ -48,6 +48,8 @@ from fsa_jax.pallas.item import arrays as item_arrays
 COLUMNS = 64
 #: Tokens whose gradients one program of `sum_blocks` writes.
 SUM_ROWS = 16
+#: Items of a block whose loads are in flight together: a hot block has many, one after another.
+IN_FLIGHT = 4
 
 
 def inverse_units(key, value, dout, delta, key_valid, valid):
@@ -154,7 +156,7 @@ def partial_gradients(
             p = softmax_weights(product(queries, keys), lses[:, None], scale, key_ref.dtype)
             # idle rows see all keys; their dout and delta are 0, and so is what they add
             # (a loop of its own for the steps that need no mask spills registers)
-            p = jnp.where(item.column[None, :] <= (token + item.offset)[:, None], p, 0.0)
+            p = jnp.where(item.sees(token), p, 0.0)
             p_cut = p.astype(dout_ref.dtype)
             dvalues = [x + dot(do, p_cut, (0, 0)) for x, do in zip(dvalues, douts, strict=True)]
             ds = (p * (dp - deltas[:, None])).astype(key_ref.dtype)
@@ -253,11 +255,14 @@ def sum_blocks(
             ]
 
         def add(i, totals):
-            more = parts(first_row + i * block, i + 1 < items)
-            return [total + part for total, part in zip(totals, more, strict=True)]
+            several = [i * IN_FLIGHT + j for j in range(IN_FLIGHT)]
+            for more in [parts(first_row + j * block, j + 1 < items) for j in several]:
+                totals = [total + part for total, part in zip(totals, more, strict=True)]
+            return totals
 
         totals = parts(head * length + token, items > 0)
-        totals = jax.lax.fori_loop(0, jnp.max(items) - 1, add, totals)
+        others = jnp.maximum(jnp.max(items) - 1, 0)
+        totals = jax.lax.fori_loop(0, pl.cdiv(others, IN_FLIGHT), add, totals)
         for ref, d, width, total in zip(sum_refs, columns, widths, totals, strict=True):
             target = ref.at[batch, token[:, None], kv_head, d[None, :]]
             mask = rows_mask(there, d, width)

@@ -84,8 +84,7 @@ def partial_attention(
             queries = item.load_rows(query_ref, rows, columns)
             logits = softmax.signed(product(queries, keys))
             if masked:
-                seen = item.column[None, :] <= (token + item.offset)[:, None]
-                logits = jnp.where(seen, logits, -jnp.inf)
+                logits = jnp.where(item.sees(token), logits, -jnp.inf)
             top = softmax.top(logits)
             p = softmax.weights(logits, top[:, None])
             total = jnp.sum(p, axis=1)

@@ -35,7 +35,7 @@ class Item:
       extra: -1 for the first item of its block, else its number.
       column: int32 [b], tokens of the block.
       inside: bool [b], which of them are in the block's document.
-      offset: token of the keys' row that query token 0 is.
+      begin: the first of them as a token of the queries, which may be part of the row.
     """
 
     def __init__(self, refs, *, length, group, kv_heads, slots, block, pairs, rows):
@@ -47,12 +47,17 @@ class Item:
         self.extra = extra[item]
         self.batch, self.kv_head = split(where[0] + self.head, kv_heads)
         self.base = where[1] * (slots * group)  # slot of the chunk's first pair
-        self.offset = where[2]
+        offset = where[2]  # token of the keys' row that query token 0 is
         self.column = start[item] + iota(block)
+        self.begin = start[item] - offset
         self.inside = (self.column < stop[item]) & (self.count > 0)
         # Keys after the item's last query are seen by nobody: they may hold anything.
         last, _ = split(self.order[self.first + jnp.maximum(self.count - 1, 0)], slots)
-        self.visible = self.inside & (self.column <= last + self.offset)
+        self.visible = self.inside & (iota(block) <= last - self.begin)
+
+    def sees(self, token):
+        """Bool [R, b], which keys of the block come before or at each query."""
+        return iota(self.block)[None, :] <= (token - self.begin)[:, None]
 
     def load_block(self, ref, columns):
         """Tiles [b, columns] of the block's keys or values, 0 where nobody sees them."""

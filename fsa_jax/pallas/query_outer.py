@@ -116,7 +116,7 @@ def query_gradient(
         batch, kv_head, token, query_head, there = _place(query_ref, key_ref)
         if given:
             wanted = refs[0][0] == 0
-            there, slots = there & wanted, jnp.where(wanted, slots, 0)
+            there, slots = there & wanted, jnp.where(wanted, jnp.int32(slots), 0)
         d, e = _columns(key_ref), _columns(value_ref)
         queries = _load_rows(query_ref, batch, token, query_head, there)
         douts = _load_rows(dout_ref, batch, token, query_head, there)

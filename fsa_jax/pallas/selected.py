@@ -135,13 +135,14 @@ def attention(
 
 
 def gradients(
-    plan: Plan, query, key, value, starts, lists, offset, rows, lse, delta, dout, *,
+    plan: Plan, query, key, value, starts, lists, offset, rows, lse, delta, dout, sums=None, *,
     block_size, scale, interpret,
 ):  # fmt: skip
     """Backward pass: (dq, dk, dv) in the dtypes of query, key and value.
 
     Args are those of `attention`, the documents, what `attention` returned, and
-    delta = sum(out * dout) - dlse, float32 [B, T, N].
+    delta = sum(out * dout) - dlse, float32 [B, T, N]. If float32 `sums` of dk and dv are given,
+    they are added to, and returned.
     """
     starts = _split_blocks(starts, offset, key.shape[1], block_size, plan.block)
     static = {"block": plan.block, "scale": scale, "interpret": interpret}
@@ -207,6 +208,8 @@ def gradients(
             )
         return dquery, dkey, dvalue
 
+    if sums is not None:
+        return _fold(step, (dquery, *sums), (where, starts, lists))
     # with all tokens in one chunk, sums are final when they are written: no float32 copy
     whole = plan.tokens >= query.shape[1]
     sums = [jnp.zeros(x.shape, x.dtype if whole else jnp.float32) for x in (key, value)]

@@ -108,14 +108,14 @@ class Checkpoints:
             raise self._unreadable(step, error) from error
 
     def read_params(self, step: int, template: Any) -> Any:
-        """Reads the parameters; `template` gives their shapes and dtypes."""
-        restore = ocp.args.StandardRestore(_on_device(template))
+        """Reads the parameters; `template` gives shapes, dtypes and places."""
+        restore = ocp.args.StandardRestore(_placed(template))
         return self._restore(step, params=restore)["params"]
 
     def read_state(self, step: int, template: TrainState) -> TrainState:
-        """Reads the whole state; `template` gives its shapes and dtypes."""
+        """Reads the whole state; `template` likewise."""
         params = self.read_params(step, template.params)
-        rest = _on_device(template._replace(params=())._asdict())
+        rest = _placed(template._replace(params=())._asdict())
         values = self._restore(step, rest=ocp.args.StandardRestore(rest))["rest"]
         return TrainState(**values | {"params": params})
 
@@ -134,8 +134,12 @@ class Checkpoints:
         )
 
 
-def _on_device(template: Any) -> Any:
-    sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    return jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), template
-    )
+def _placed(template: Any) -> Any:
+    """The template with a place for each array: its own, or this process's first device."""
+    first = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+
+    def place(leaf):
+        sharding = getattr(leaf, "sharding", None) or first
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    return jax.tree.map(place, template)

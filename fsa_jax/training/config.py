@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fsa_jax.config import NSAConfig
+from fsa_jax.training.mesh import parse_mesh
 from fsa_jax.transformer import TransformerConfig
 
 # Tokens: the ids 0..255 are bytes; one more id starts every document.
@@ -16,6 +17,7 @@ VOCAB_SIZE = 257
 # run may change them; all other fields must stay. `data` is compared by content instead.
 FREE_ON_RESUME = frozenset(
     {"data", "out", "preset", "steps", "resume", "overwrite", "eval_every", "checkpoint_every"}
+    | {"mesh", "fsdp", "distributed"}
 )
 
 
@@ -43,6 +45,10 @@ class TrainConfig:
       warmup_steps: steps of the linear warmup from 0 to the peak.
       decay_steps: step at which the cosine, from the peak on, reaches a tenth of the peak. The
         rate stays there afterwards. Apart from steps, so that a resumed run can be made longer.
+      mesh: devices of each axis, for example data=4,tensor=2,sequence=1: rows of a batch, heads,
+        and tokens of a row are split over them. Default: one device. A resumed run may change it.
+      fsdp: split parameters and optimiser state over the data axis too.
+      distributed: this is one of several processes of a run, which all see the folder out.
       model: sizes of the model.
 
     Raises:
@@ -65,6 +71,9 @@ class TrainConfig:
     weight_decay: float
     warmup_steps: int
     decay_steps: int
+    mesh: str = ""
+    fsdp: bool = False
+    distributed: bool = False
     model: TransformerConfig
 
     def __post_init__(self):
@@ -97,6 +106,7 @@ class TrainConfig:
                 "warmup_steps must be below decay_steps, got "
                 f"warmup_steps={self.warmup_steps} and decay_steps={self.decay_steps}"
             )
+        parse_mesh(self.mesh)
         if self.resume and self.overwrite:
             raise ValueError(
                 "resume and overwrite must not both be set, got resume=True and overwrite=True"

@@ -200,6 +200,7 @@ class TrainingBatches:
       row_length: tokens of a row (T).
       batch_size: rows of a batch (B).
       seed: seed of the order.
+      rows: first and one past the last row of a batch that this process reads; None: all.
 
     Example:
       >>> batches = TrainingBatches([b"one document"], row_length=8, batch_size=2, seed=0)
@@ -207,25 +208,39 @@ class TrainingBatches:
       (2, 8)
     """
 
-    def __init__(self, documents: Sequence[bytes], *, row_length: int, batch_size: int, seed: int):
-        rows = _shuffled_rows(documents, row_length, seed).repeat()
-        # The documents are in memory: threads that read ahead would only take time from the step.
-        options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
-        self._iterator = iter(rows.to_iter_dataset(options).batch(batch_size, drop_remainder=True))
+    def __init__(
+        self,
+        documents: Sequence[bytes],
+        *,
+        row_length: int,
+        batch_size: int,
+        seed: int,
+        rows: tuple[int, int] | None = None,
+    ):
+        # Read by number: the documents are in memory, and a position is one number whatever rows
+        # this process reads.
+        self._rows = _shuffled_rows(documents, row_length, seed).repeat()
+        self._batch_size = batch_size
+        self._own = rows or (0, batch_size)
+        self._batches = 0
 
     def __iter__(self) -> Iterator[Batch]:
         return self
 
     def __next__(self) -> Batch:
-        return Batch(**next(self._iterator))
+        first = self._batches * self._batch_size
+        rows = (self._rows[first + i] for i in range(*self._own))
+        self._batches += 1
+        # grain's type allows None, for filters; there is none here
+        return _stack([row for row in rows if row is not None])
 
     def get_state(self) -> dict[str, Any]:
         """The position after the last batch, as JSON values."""
-        return self._iterator.get_state()
+        return {"batches": self._batches}
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Goes to a position that `get_state` gave."""
-        self._iterator.set_state(state)
+        self._batches = int(state["batches"])
 
 
 def held_out_batches(

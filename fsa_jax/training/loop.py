@@ -1,6 +1,7 @@
 """The training job: data in; metrics, checkpoints, pictures and a held-out loss out."""
 
 import dataclasses
+import functools
 import json
 import sys
 import time
@@ -30,6 +31,14 @@ from fsa_jax.training.data import (
     row_of_documents,
     unigram_loss,
 )
+from fsa_jax.training.mesh import (
+    Placement,
+    agreed,
+    check_placement,
+    is_leader,
+    join_processes,
+    wait_for_all,
+)
 from fsa_jax.training.metrics import MetricsLog, Row, curve, read_metrics
 from fsa_jax.training.plots import plot_blocks, plot_losses
 from fsa_jax.training.step import (
@@ -39,6 +48,7 @@ from fsa_jax.training.step import (
     init_state,
     make_eval_step,
     make_train_step,
+    state_shardings,
 )
 from fsa_jax.transformer import Transformer
 
@@ -80,6 +90,8 @@ def train(config: TrainConfig) -> TrainResult:
         checkpoint to resume from, or one of another run.
       FloatingPointError: the loss is not finite any more.
     """
+    if config.distributed:
+        join_processes()
     folder = config.run_folder
     if config.resume and not has_checkpoint(folder):
         raise ValueError(f"resume must find a checkpoint in out, got {str(folder)!r} without one")
@@ -88,6 +100,9 @@ def train(config: TrainConfig) -> TrainResult:
             f"out must not hold a run already, got {str(folder)!r}: set resume to go on with it, "
             "overwrite to replace it, or out to another folder"
         )
+    placement = Placement.build(config.mesh, fsdp=config.fsdp)
+    sizes = {"batch_size": config.batch_size, "row_length": config.row_length}
+    check_placement(placement, config.model, **sizes)
     corpus = load_corpus(config.data)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -95,10 +110,12 @@ def train(config: TrainConfig) -> TrainResult:
         raise ValueError(
             f"out must be a folder that can be made, got {str(folder)!r}: {error.strerror}"
         ) from error
-    if config.overwrite:
+    wait_for_all("checked")
+    if config.overwrite and is_leader():
         remove_checkpoints(folder)
+    wait_for_all("removed")
     with Checkpoints(folder, create=True) as checkpoints:
-        return _Run(config, corpus, checkpoints).finish()
+        return _Run(config, corpus, checkpoints, placement).finish()
 
 
 def load_model(run_folder: Path) -> tuple[Transformer, TrainConfig]:
@@ -125,8 +142,11 @@ def load_model(run_folder: Path) -> tuple[Transformer, TrainConfig]:
 class _Run:
     """One call of `train`, from the first batch or a checkpoint to the last step."""
 
-    def __init__(self, config: TrainConfig, corpus: Corpus, checkpoints: Checkpoints):
+    def __init__(
+        self, config: TrainConfig, corpus: Corpus, checkpoints: Checkpoints, placement: Placement
+    ):
         self.config = config
+        self.placement = placement
         self.corpus = corpus
         self.checkpoints = checkpoints
         self.folder = config.run_folder
@@ -137,6 +157,7 @@ class _Run:
             row_length=config.row_length,
             batch_size=config.batch_size,
             seed=config.seed,
+            rows=placement.own_rows(config.batch_size),
         )
         self.held_out = held_out_batches(
             corpus.held_out,
@@ -145,26 +166,33 @@ class _Run:
             rows=config.eval_rows,
         )
         self.unigram_loss = unigram_loss(corpus.train, self.held_out)
-        self.graphdef, params = init_model(config.model, config.seed)
+        shardings = state_shardings(config, placement)
+        model = placement.model(config.model)
+        self.graphdef, params = init_model(model, config.seed, shardings.params)
         self.num_params = sum(leaf.size for leaf in jax.tree.leaves(params))
-        self.state = init_state(params, config)
+        start = functools.partial(init_state, config=config)
+        self.state = jax.jit(start, out_shardings=shardings)(params)
         self.first_step = 0
         if position is not None:
             self.first_step = checkpoints.last_step()
             self.state = checkpoints.read_state(self.first_step, self.state)
             self.batches.set_state(position.batches)
-        ids = jax.ShapeDtypeStruct((config.batch_size, config.row_length), jnp.int32)
+        shape = (config.batch_size, config.row_length)
+        ids = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=placement.rows)
         # Compiled ahead, so that tokens per second measure training alone.
-        lowered = make_train_step(self.graphdef, config).lower(self.state, ids, ids)
+        step = make_train_step(self.graphdef, config, placement)
+        lowered = step.lower(self.state, ids, ids)
         # Nothing that the caller could have got wrong is left: a message may come before the wait.
         size = sum(map(len, corpus.train))
-        print(
-            f"{self.num_params} parameters; {size} bytes from {corpus.source}; compiling",
-            file=sys.stderr,
-            flush=True,
-        )
+        if is_leader():
+            print(
+                f"{self.num_params} parameters; {size} bytes from {corpus.source}; compiling",
+                file=sys.stderr,
+                flush=True,
+            )
         self.train_step = lowered.compile()
-        self.eval_step = make_eval_step(self.graphdef).lower(params, ids, ids).compile()
+        evaluate = make_eval_step(self.graphdef, placement)
+        self.eval_step = evaluate.lower(self.state.params, ids, ids).compile()
 
     def _checked_position(self) -> RunPosition:
         """Reads where the run stopped, and raises ValueError unless it can go on from there."""
@@ -186,17 +214,23 @@ class _Run:
         """Trains to the last step and writes everything."""
         metrics_file = self.folder / "metrics.jsonl"
         self._write_description({})
+        evaluated = self.config.steps in curve(read_metrics(metrics_file), "held_out_loss")[0]
+        evaluated = agreed(evaluated and self.first_step == self.config.steps)
         with (
-            MetricsLog(metrics_file, last_step=self.first_step) as log,
-            _Progress(self.first_step, self.config.steps) as progress,
+            MetricsLog(metrics_file, last_step=self.first_step, write=is_leader()) as log,
+            _Progress(self.first_step, self.config.steps, show=is_leader()) as progress,
         ):
             self._train(log, progress)
+            if not evaluated and self.first_step == self.config.steps:
+                self._evaluate(self.config.steps, log, progress)
+        wait_for_all("trained")
         rows = read_metrics(metrics_file)
         held_out_loss = curve(rows, "held_out_loss")[1][-1]
         self._write_description({"step": self.config.steps, "held_out_loss": held_out_loss})
         files = [metrics_file, self.folder / "run.json", self.folder / "loss.png"]
         name = f"attention={self.config.model.attention}"
-        plot_losses(files[-1], {name: rows}, unigram_loss=self.unigram_loss)
+        if is_leader():
+            plot_losses(files[-1], {name: rows}, unigram_loss=self.unigram_loss)
         if self.config.model.attention == "nsa":
             files.append(self.folder / "blocks.png")
             self._plot_blocks(files[-1])
@@ -209,12 +243,16 @@ class _Run:
 
     def _train(self, log: MetricsLog, progress: "_Progress") -> None:
         config = self.config
-        evaluated = set(curve(read_metrics(self.folder / "metrics.jsonl"), "held_out_loss")[0])
         pending: list[tuple[int, StepMetrics]] = []
         since = time.perf_counter()
         for step in range(self.first_step + 1, config.steps + 1):
             batch = next(self.batches)
-            self.state, metrics = self.train_step(self.state, batch.tokens, batch.segment_ids)
+            first, _ = self.placement.own_rows(config.batch_size)
+            arrays = (
+                self.placement.place(x, first, config.batch_size)
+                for x in (batch.tokens, batch.segment_ids)
+            )
+            self.state, metrics = self.train_step(self.state, *arrays)
             pending.append((step, metrics))
             last = step == config.steps
             evaluate = last or step % config.eval_every == 0
@@ -227,14 +265,10 @@ class _Run:
                 since = time.perf_counter()
             if evaluate:
                 self._evaluate(step, log, progress)
-                evaluated.add(step)
             if save:
                 self._save(step)
             if evaluate or save:
                 since = time.perf_counter()
-        # A finished run that is resumed has nothing to train.
-        if config.steps not in evaluated:
-            self._evaluate(config.steps, log, progress)
 
     def _fetch(self, pending: Sequence[tuple[int, StepMetrics]], since: float) -> list[Row]:
         """Waits for the pending steps and makes their rows."""
@@ -261,7 +295,9 @@ class _Run:
 
     def _evaluate(self, step: int, log: MetricsLog, progress: "_Progress") -> None:
         sums = [
-            self.eval_step(self.state.params, batch.tokens, batch.segment_ids)
+            self.eval_step(
+                self.state.params, *map(self.placement.place, (batch.tokens, batch.segment_ids))
+            )
             for batch in self.held_out
         ]
         total, count = np.asarray(jax.device_get(sums), np.float64).sum(axis=0)
@@ -278,6 +314,8 @@ class _Run:
         self.checkpoints.save(step, self.state, position)
 
     def _write_description(self, result: Row) -> None:
+        if not is_leader():
+            return
         description = {
             "config": config_to_json(self.config),
             "versions": versions(),
@@ -300,12 +338,15 @@ class _Run:
     def _plot_blocks(self, path: Path) -> None:
         batch = row_of_documents(self.corpus.held_out, row_length=self.config.row_length)
 
-        @jax.jit
+        graphdef = abstract_model(self.config.model)[0]  # its tokens are on one device
+
+        @functools.partial(jax.jit, out_shardings=self.placement.replicated)
         def selected(params, tokens, segment_ids):
-            model = nnx.merge(self.graphdef, params)
-            return model.selected_blocks(tokens, segment_ids)
+            return nnx.merge(graphdef, params).selected_blocks(tokens, segment_ids)
 
         blocks = selected(self.state.params, batch.tokens, batch.segment_ids)
+        if not is_leader():
+            return
         plot_blocks(path, np.asarray(blocks)[:, 0], batch.segment_ids[0], self.config.model.nsa)
 
 
@@ -316,13 +357,14 @@ def _source(data: Sequence[Path]) -> str:
 class _Progress:
     """A bar on a terminal; elsewhere a line of text now and then."""
 
-    def __init__(self, first_step: int, steps: int):
+    def __init__(self, first_step: int, steps: int, *, show: bool):
         self._steps = steps
+        self._show = show
         self._bar = tqdm(
             initial=first_step,
             total=steps,
             unit="step",
-            disable=not sys.stderr.isatty(),
+            disable=not show or not sys.stderr.isatty(),
             dynamic_ncols=True,
         )
         self._shown: dict[str, Any] = {}
@@ -351,5 +393,7 @@ class _Progress:
             self._line(row["step"], held_out)
 
     def _line(self, step: int, values: Row) -> None:
+        if not self._show:
+            return
         shown = ", ".join(f"{name} {value}" for name, value in values.items())
         print(f"step {step}/{self._steps}: {shown}", file=sys.stderr, flush=True)

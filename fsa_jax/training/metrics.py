@@ -29,9 +29,13 @@ class MetricsLog:
     Args:
       path: the file.
       last_step: rows of later steps are dropped, so that a resumed run writes no row twice.
+      write: False for a process that leaves it to another: the file is not touched.
     """
 
-    def __init__(self, path: Path, *, last_step: int):
+    def __init__(self, path: Path, *, last_step: int, write: bool = True):
+        self._file = None
+        if not write:
+            return
         kept = [row for row in read_metrics(path) if row["step"] <= last_step]
         fresh = path.with_name(path.name + ".new")
         fresh.write_text(_lines(kept), encoding="utf-8")
@@ -42,12 +46,14 @@ class MetricsLog:
         return self
 
     def __exit__(self, *_) -> None:
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
 
     def write(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Appends the rows and hands them to the operating system."""
-        self._file.write(_lines(rows))
-        self._file.flush()
+        if self._file is not None:
+            self._file.write(_lines(rows))
+            self._file.flush()
 
 
 def _lines(rows: Iterable[Mapping[str, Any]]) -> str:

@@ -10,7 +10,9 @@ from jax import Array
 from jax.stages import Wrapped
 from jaxtyping import Float32, Int32, UInt32
 
+from fsa_jax.context import to_stripes
 from fsa_jax.training.config import TrainConfig
+from fsa_jax.training.mesh import Placement
 from fsa_jax.transformer import Transformer, TransformerConfig
 
 _CLIP_NORM = 1.0
@@ -51,10 +53,10 @@ class StepMetrics(NamedTuple):
     learning_rate: Float32[Array, ""]
 
 
-def init_model(config: TransformerConfig, seed: int) -> tuple[Any, Any]:
+def init_model(config: TransformerConfig, seed: int, shardings: Any = None) -> tuple[Any, Any]:
     """Builds the model: its graph definition, and its parameters as a pure nested dict."""
     # One compiled function: compiling each small operation by itself takes three times as long.
-    params = jax.jit(lambda: _split_model(config, seed)[1])()
+    params = jax.jit(lambda: _split_model(config, seed)[1], out_shardings=shardings)()
     return abstract_model(config)[0], params
 
 
@@ -141,17 +143,47 @@ def next_byte_loss(
       >>> int(count)
       1
     """
+    return _summed_loss(logits, *_targets(tokens, segment_ids))
+
+
+def _targets(tokens, segment_ids):
+    """The next byte of each position, and whether it is predicted; int32 and bool [B, T]."""
     targets = jnp.roll(tokens, -1, axis=1)
     following = jnp.pad(segment_ids[:, 1:], ((0, 0), (0, 1)))
-    counted = (segment_ids == following) & (segment_ids != 0)
+    return targets, (segment_ids == following) & (segment_ids != 0)
+
+
+def _summed_loss(logits, targets, counted):
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
     return jnp.where(counted, losses, 0.0).sum(), counted.sum(dtype=jnp.int32)
 
 
-def make_train_step(graphdef: Any, config: TrainConfig) -> Wrapped:
+def _arrange(placement: Placement | None, *arrays):
+    """Arrays [B, T] as the model takes them: in stripe order where a row is split."""
+    if placement is None or placement.stripes == 1:
+        return arrays
+    return tuple(
+        jax.lax.with_sharding_constraint(to_stripes(x, placement.stripes), placement.tokens)
+        for x in arrays
+    )
+
+
+def state_shardings(config: TrainConfig, placement: Placement) -> TrainState:
+    """How the state is split over the devices."""
+    params = placement.params(config.model)
+    template = abstract_model(config.model)[1]
+    opt_state = placement.opt_state(make_optimizer(config), params, template)
+    rest: Any = placement.replicated
+    return TrainState(params, opt_state, step=rest, rng=rest)
+
+
+def make_train_step(
+    graphdef: Any, config: TrainConfig, placement: Placement | None = None
+) -> Wrapped:
     """Builds the step (state, tokens [B, T], segment_ids [B, T]) -> (state, metrics).
 
-    The state is donated: the old one may not be used any more.
+    The state is donated: the old one may not be used any more. With a `placement`, the state is
+    split as `state_shardings` says and batches as `Placement.rows`; without, all is on one device.
     """
     optimizer = make_optimizer(config)
     schedule = learning_rate_schedule(config)
@@ -161,9 +193,12 @@ def make_train_step(graphdef: Any, config: TrainConfig) -> Wrapped:
         if config.model.dropout_rate > 0:
             key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
 
+        arrays = (tokens, segment_ids, *_targets(tokens, segment_ids))
+        inputs, ids, *targets = _arrange(placement, *arrays)
+
         def mean_loss(params):
-            logits = nnx.merge(graphdef, params)(tokens, segment_ids, dropout_key=key)
-            total, count = next_byte_loss(logits, tokens, segment_ids)
+            logits = nnx.merge(graphdef, params)(inputs, ids, dropout_key=key)
+            total, count = _summed_loss(logits, *targets)
             return total / jnp.maximum(count, 1).astype(jnp.float32)
 
         loss, grads = jax.value_and_grad(mean_loss)(state.params)
@@ -175,14 +210,23 @@ def make_train_step(graphdef: Any, config: TrainConfig) -> Wrapped:
         params = optax.apply_updates(state.params, updates)
         return TrainState(params, opt_state, state.step + 1, state.rng), metrics
 
-    return jax.jit(train_step, donate_argnums=0)
+    if placement is None:
+        return jax.jit(train_step, donate_argnums=0)
+    state = state_shardings(config, placement)
+    return jax.jit(
+        train_step,
+        donate_argnums=0,
+        in_shardings=(state, placement.rows, placement.rows),
+        out_shardings=(state, placement.replicated),
+    )
 
 
-def make_eval_step(graphdef: Any) -> Wrapped:
+def make_eval_step(graphdef: Any, placement: Placement | None = None) -> Wrapped:
     """Builds (params, tokens [B, T], segment_ids [B, T]) -> (summed nats, bytes predicted)."""
 
     def eval_step(params, tokens: Array, segment_ids: Array):
-        logits = nnx.merge(graphdef, params)(tokens, segment_ids)
-        return next_byte_loss(logits, tokens, segment_ids)
+        arrays = (tokens, segment_ids, *_targets(tokens, segment_ids))
+        inputs, ids, *targets = _arrange(placement, *arrays)
+        return _summed_loss(nnx.merge(graphdef, params)(inputs, ids), *targets)
 
-    return jax.jit(eval_step)
+    return jax.jit(eval_step, out_shardings=None if placement is None else placement.replicated)

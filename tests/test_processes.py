@@ -1,0 +1,131 @@
+"""Runs of two processes with four CPU devices each, over loopback, against one process."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fsa_jax.training import read_metrics
+
+# One run at a time: they share the machine's cores.
+pytestmark = pytest.mark.xdist_group("processes")
+STEPS = 5
+COMMON = {
+    "steps": STEPS, "eval-every": STEPS, "eval-rows": 2, "checkpoint-every": 1, "batch-size": 4,
+    "row-length": 64, "warmup-steps": 2, "decay-steps": STEPS, "learning-rate": 0.01,
+    "num-layers": 1, "embed-dim": 16, "num-heads": 2, "num-kv-heads": 2, "head-dim": 8,
+    "mlp-dim": 16, "kernel-size": 4, "kernel-stride": 2, "block-size": 4, "topk": 3,
+    "init-blocks": 1, "local-blocks": 1, "window-size": 6,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("texts")
+    for i in range(30):
+        (folder / f"{i}.txt").write_text(f"{i} bottles of beer on the wall. " * (1 + i % 4))
+    return folder
+
+
+def start(texts: Path, out: Path, *flags: str, processes: int = 1, **changes):
+    """Starts `fsa-jax train`, and gives its processes."""
+    settings = {**COMMON, **{name.replace("_", "-"): value for name, value in changes.items()}}
+    command = [sys.executable, "-m", "fsa_jax.cli", "train", "--data", str(texts)]
+    command += ["--out", str(out), *flags]
+    command += [word for name, value in settings.items() for word in (f"--{name}", str(value))]
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    started = []
+    for number in range(processes):
+        env = os.environ | {
+            "JAX_PLATFORMS": "cpu",
+            "XLA_FLAGS": f"--xla_force_host_platform_device_count={4 if processes > 1 else 1}",
+        }
+        if processes > 1:
+            env |= {
+                "JAX_COORDINATOR_ADDRESS": address,
+                "JAX_NUM_PROCESSES": str(processes),
+                "JAX_PROCESS_ID": str(number),
+            }
+        pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        words = [*command, "--distributed"] if processes > 1 else command
+        started.append(subprocess.Popen(words, env=env, **pipe))
+    return started
+
+
+def finish(started, timeout: float = 300) -> list[tuple[int, str]]:
+    """Exit codes and texts of the processes; none of them outlives it."""
+    try:
+        ends = time.monotonic() + timeout
+        texts = [one.communicate(timeout=ends - time.monotonic())[0] for one in started]
+        return [(one.returncode, text) for one, text in zip(started, texts, strict=True)]
+    finally:
+        for one in started:
+            if one.poll() is None:
+                one.kill()
+                one.communicate()
+
+
+def losses(out: Path) -> np.ndarray:
+    rows = read_metrics(out / "metrics.jsonl")
+    return np.asarray(
+        [row[name] for row in rows for name in ("loss", "held_out_loss") if name in row]
+    )
+
+
+@pytest.fixture(scope="module")
+def alone(texts, tmp_path_factory) -> np.ndarray:
+    """The losses of one process with one device."""
+    out = tmp_path_factory.mktemp("alone")
+    ((code, text),) = finish(start(texts, out, "--overwrite"))
+    assert code == 0, text
+    return losses(out)
+
+
+@pytest.mark.parametrize("mesh", ["data=4,tensor=2", "data=2,sequence=4"])
+def test_two_processes_train_as_one(mesh, texts, alone, tmp_path):
+    ends = finish(start(texts, tmp_path, "--mesh", mesh, "--fsdp", "--overwrite", processes=2))
+    assert [code for code, _ in ends] == [0, 0], "\n".join(text for _, text in ends)
+    assert alone.shape == (STEPS + 1,)
+    np.testing.assert_allclose(losses(tmp_path), alone, rtol=2e-6)
+
+
+def test_a_process_that_dies_ends_the_run_and_it_can_go_on(texts, tmp_path):
+    """Full attention, which compiles fast."""
+    dense = {"attention": "full", "checkpoint_every": 2}
+    flags = ("--mesh", "data=4,tensor=2")
+    straight, killed = tmp_path / "straight", tmp_path / "killed"
+    (one,) = finish(start(texts, straight, **dense, steps=12, decay_steps=20, eval_every=100))
+    assert one[0] == 0, one[1]
+
+    started = start(
+        texts, killed, *flags, processes=2, **dense, steps=100_000, decay_steps=20, eval_every=10**6
+    )
+    try:
+        ends = time.monotonic() + 200
+        while not any((killed / "checkpoints").glob("[0-9]*")):
+            assert time.monotonic() < ends
+            assert all(one.poll() is None for one in started), started[0].communicate()
+            time.sleep(0.05)
+        started[1].send_signal(signal.SIGKILL)
+        since = time.monotonic()
+    finally:
+        (code, text), _ = finish(started, timeout=120)
+    assert time.monotonic() - since < 90
+    assert code != 0
+    assert "another process of the run" in text
+    assert "--resume" in text
+    last = max(int(path.name) for path in (killed / "checkpoints").glob("[0-9]*"))
+    assert last < 12, "killed too late for this test"
+
+    rest = {**dense, "steps": 12, "decay_steps": 20, "eval_every": 100}
+    ends = finish(start(texts, killed, *flags, "--resume", processes=2, **rest))
+    assert [code for code, _ in ends] == [0, 0], "\n".join(text for _, text in ends)
+    np.testing.assert_allclose(losses(killed), losses(straight), rtol=2e-6)
