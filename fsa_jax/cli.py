@@ -1,4 +1,4 @@
-"""The command line: `fsa-jax train`, `fsa-jax sample`, `fsa-jax bench`, `fsa-jax tune`, `info`."""
+"""The command line: `fsa-jax train`, `fsa-jax sample`, `bench`, `tune`, `info`."""
 
 import argparse
 import contextlib

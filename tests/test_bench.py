@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fsa_jax.bench import cases, check, run, timing
+from fsa_jax.bench import cases, ceilings, check, run, timing
 from fsa_jax.bench.cases import Case
 from fsa_jax.bench.run import BenchConfig, bench
 
@@ -41,7 +41,7 @@ def test_every_suite_runs_without_a_gpu_and_says_that_it_measures_nothing(suite,
         assert functions == set(run.OPERATOR)
     elif suite == "kernels":
         methods = {r["method"] for r in rows if r["function"] == "selected_attention"}
-        assert methods == {"kv_outer", "query_outer", "triton"}
+        assert methods == {*cases.METHODS, "triton"}
     else:
         assert {row["method"] for row in rows} == {"nsa", "full"}
         assert all(row["tokens_per_s"] > 0 for row in rows)
@@ -114,6 +114,31 @@ def test_the_check_tells_right_from_wrong_blocks(packed):
 def test_busy_time_is_the_union_of_the_spans():
     assert timing.busy_ns([(5, 7), (0, 3), (2, 4), (6, 6.5)]) == 6
     assert timing.busy_ns([]) == 0
+
+
+def test_ceilings_are_measured():
+    found = ceilings.measure(2, side=64, size=2**16)
+    assert found["flops"] == 1e3 * 2 * 64**3 / min(found["matmul_ms"])
+    assert found["bytes"] == 1e3 * 2**17 / min(found["copy_ms"])
+    assert found["source"] == "measured in this run"
+
+
+def test_what_tells_most_is_measured_first():
+    """Every group at both block sizes, all lengths up to 256K; nothing twice."""
+    kernels, operators = run._kernel_cases(run.LENGTHS), run._operator_cases(run.LENGTHS)
+    selected = [case for case, functions in kernels if "selected_attention" in functions]
+    of = {(x.length, x.group, x.config.block_size, x.config.topk) for x in selected}
+    assert of == {
+        (length, group, *blocks)
+        for length in (4096, 8192, 16384, 32768, 65536, 131072, 262144)
+        for group in (1, 2, 4, 8, 16)
+        for blocks in ((64, 16), (128, 8))
+    }
+    assert {(x.length, x.group) for x in operators} == {(length, g) for length, g, *_ in of}
+    assert len(set(operators)) == len(operators)
+    assert len({(case, functions) for case, functions in kernels}) == len(kernels)
+    assert kernels[0][0].length == operators[0].length == 65536
+    assert {x.selection for x in selected} == set(cases.SELECTIONS)
 
 
 def test_a_floor_takes_the_larger_of_both():

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fsa_jax.bench.report import report
+from fsa_jax.bench.report import MARK, report
 from fsa_jax.bench.results import BRANCHES, load
 
 H200 = {"flops": 790e12, "bytes": 4.3e12, "source": "measured: products and a copy"}
@@ -155,6 +155,43 @@ def test_tables(made):
     model = r"| Llama\|8B | 8,192 | 32 | 16 | 4 |"
     assert f"{model} step | nsa | 100 (2%) | 81,920 | 50.0% | 1.00 | 0.500 |" in gpu
     assert f"{model} step | full | 50.0 (2%) | 163,840 | - | 1.00 | - |" in gpu
+
+
+def test_what_stands_by_hand_is_kept(tmp_path):
+    write(tmp_path, kernels=kernels())
+    report(tmp_path, tmp_path)
+    path = tmp_path / "benchmarks.md"
+    text = path.read_text()
+    assert text.startswith("# Benchmarks\n\n<!-- ")
+    generated = text.partition(MARK)[2]
+    path.write_text(f"# Mine\n\nA word.\n\n{MARK}\n\nold figures\n")
+    report(tmp_path, tmp_path)
+    assert path.read_text() == f"# Mine\n\nA word.\n\n{MARK}{generated}"
+
+
+def test_docs_are_made_from_the_committed_results(tmp_path):
+    root = Path(__file__).parent.parent
+    shutil.copy(root / "docs/benchmarks.md", tmp_path)
+    report(root / "benchmarks/results", tmp_path)
+    text = (tmp_path / "benchmarks.md").read_text()
+    assert text == (root / "docs/benchmarks.md").read_text()
+    for image in re.findall(r"\]\((images/.*?)\)", text):
+        assert (root / "docs" / image).exists()
+
+
+def test_time_by_kernel(tmp_path):
+    row = a_row("selected_attention", "triton", "backward", 3.0, device_ms=2.9)
+    names = ("backward_kernel", "void cub::RadixSort<a, b>(int)", "loop_transpose_fusion_1",
+             "backward_kernel__1", "memcpy32_post", "void lib::f<int>(x)", "loop_add_fusion",
+             "g")  # fmt: skip
+    row["kernels_ms"] = {name: 2.0**-i for i, name in enumerate(names)}
+    peer = row | {"method": "query_outer"}
+    report(write(tmp_path, kernels=a_file("kernels", [row, peer])), tmp_path)
+    text = (tmp_path / "benchmarks.md").read_text()
+    kinds = "backward_kernel 1.12, sort 0.500, fusions 0.266, copies 0.0625, lib::f 0.0312, others "
+    line = f"| selected_attention | triton | backward | 8,192 | 16 | 4 | 3.00 | 2.90 | {kinds}"
+    assert text.count(line) == 1
+    assert text.count("| 2.90 |") == 1
 
 
 def test_errors_are_listed_with_their_reason(made):

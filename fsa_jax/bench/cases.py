@@ -25,15 +25,6 @@ DTYPE = jnp.bfloat16
 SELECTIONS = ("nsa", "uniform", "skewed")
 #: Correlation of neighbouring tokens in the processes that stand for queries and keys.
 CORRELATION = 0.99
-#: Measured ceilings by device: matrix products in bfloat16, flop/s, and a copy, bytes read plus
-#: written a second. No other device gets a floor.
-CEILINGS = {
-    "NVIDIA H200": {
-        "flops": 790e12,
-        "bytes": 4.3e12,
-        "source": "measured: the fastest bfloat16 matrix product, and a copy",
-    }
-}
 #: Flops of a backward pass over those of the forward pass.
 BACKWARD = 2.5
 

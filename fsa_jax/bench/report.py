@@ -40,6 +40,10 @@ from fsa_jax.bench.results import (
 )
 
 _DPI = 120
+#: Behind it everything is generated.
+MARK = "<!-- From here on made by `fsa-jax bench --report`: edits below are lost. -->"
+#: Kernels that a line of the table of kernels names.
+_NAMED = 5
 _LEGEND = """\
 Times are ms a call, the median over rounds, with the spread over the rounds in brackets: (slowest -
 fastest) / median. T tokens, N query heads, K key/value heads, D head width. *Ours* is the default
@@ -54,6 +58,8 @@ show the newest figure of each shape. -: not measured, or unknown.
 
 def report(results: Path, out: Path) -> None:
     """Writes `benchmarks.md` and `images/*.png` from all result files below a folder.
+
+    What stands in an earlier `benchmarks.md` before `MARK` is kept.
 
     Args:
       results: folder; JSON files in it that no benchmark wrote are passed over.
@@ -70,19 +76,30 @@ def report(results: Path, out: Path) -> None:
             slug += "-x"
         slugs[slug] = run.content["device"]
     out.mkdir(parents=True, exist_ok=True)
-    parts = ["# Benchmarks\n", _LEGEND]
+    parts = [_LEGEND]
     found = {s: [run for run in runs if run.content["device"] == d] for s, d in slugs.items()}
     for slug in sorted(found, key=lambda slug: (not measured_of(found[slug]), slug)):
         parts += _device(found[slug], slug, out)
     text = "\n".join(parts).rstrip("\n") + "\n"
-    (out / "benchmarks.md").write_text(text, encoding="utf-8", newline="\n")
+    path = out / "benchmarks.md"
+    path.write_text(f"{_head(path)}{MARK}\n\n{text}", encoding="utf-8", newline="\n")
+
+
+def _head(path: Path) -> str:
+    """What stands by hand before the mark of an earlier report."""
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    head, mark, _ = text.partition(MARK)
+    return head if mark else "# Benchmarks\n\n"
 
 
 # Text
 
 
 def _time(row: Row | None) -> str:
-    return "-" if row is None else f"{number(row['ms'])} ({100 * row['spread']:.0f}%)"
+    if row is None:
+        return "-"
+    wrong = ", differs from ours" * (row.get("agrees") is False)
+    return f"{number(row['ms'])} ({100 * row['spread']:.0f}%{wrong})"
 
 
 def _table(titles: Iterable[str], lines: Iterable[Iterable[object]]) -> str:
@@ -167,6 +184,38 @@ def _models_table(rows: list[Row]) -> Iterator[str]:
     yield _table([*titles, "peak GiB", "speed-up"], lines)
 
 
+def _kernels_table(rows: list[Row]) -> Iterator[str]:
+    """One line a row of ours: what the device spent its time on, longest first."""
+    names = varying(rows)
+    lines = []
+    order = lambda row: (row["function"], ALL_PASSES.index(row["pass"]), shape(row))  # noqa: E731
+    for row in sorted(rows, key=order):
+        spent: dict[str, float] = {}
+        for name, ms in row["kernels_ms"].items():
+            spent[kernel_name(name)] = spent.get(kernel_name(name), 0) + ms
+        longest = sorted(spent.items(), key=lambda item: (-item[1], item[0]))
+        rest = sum(ms for _, ms in longest[_NAMED:])
+        text = [f"{name} {number(ms)}" for name, ms in longest[:_NAMED]]
+        text += [f"others {number(rest)}"] * (rest > 0)
+        line = [row["function"], row["method"], row["pass"], *(row.get(name) for name in names)]
+        lines.append([*line, number(row["ms"]), number(row["device_ms"]), ", ".join(text)])
+    yield "Time on the device by kernel, ms a call, from the profiler.\n"
+    yield _constant(rows, names)
+    titles = ["function", "method", "pass", *(SHAPE[name] for name in names)]
+    yield _table([*titles, "ms", "device, ms", "kernels"], lines)
+
+
+def kernel_name(name: str) -> str:
+    """A kernel of ours by its name, what XLA and libraries add by its kind."""
+    if found := re.fullmatch(r"(\w+_kernel)(__\d+)?", name):
+        return found[1]
+    kinds = {"sort": "(?i)sort", "fusions": "fusion", "copies": "(?i)memcpy|memset|copy|transpose"}
+    for kind, pattern in kinds.items():
+        if re.search(pattern, name):
+            return kind
+    return re.split(r"[(<]", name.removeprefix("void "))[0][:60]
+
+
 def _device(runs: list[Run], slug: str, out: Path) -> Iterator[str]:
     """The section of a device; draws its plots."""
     yield f"## {cell(runs[0].content['device'])}\n"
@@ -183,7 +232,9 @@ def _device(runs: list[Run], slug: str, out: Path) -> Iterator[str]:
             models = [row for row in run.rows if row["function"] == MODEL]
             rows = [row for row in run.rows if row["function"] != MODEL]
             tables = [(_operator_table, rows if suite == "operator" else [])]
-            tables = [*tables, (_rows_table, rows), (_models_table, models)]
+            profiled = [row for row in rows if is_ours(row) and row.get("kernels_ms")]
+            tables = [*tables, (_rows_table, rows), (_kernels_table, profiled)]
+            tables = [*tables, (_models_table, models)]
             source = f"Raw figures: `{run.name}`, commit {cell(run.content['commit'])}.\n"
             for make, wanted in tables:
                 if wanted:

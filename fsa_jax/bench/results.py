@@ -15,7 +15,7 @@ WHAT = "fsa-jax bench"
 SUITES = ("kernels", "operator", "training", "prefill")
 #: Methods in the order of their columns. Of ours the first that was run stands for the others.
 OURS = ("triton", "nsa", "kv_outer", "xla")
-METHODS = ("triton", "kv_outer", "nsa", "query_outer", "cudnn", "xla", "full")
+METHODS = ("triton", "kv_outer", "query_tile", "nsa", "query_outer", "cudnn", "xla", "full")
 #: Parts of the operator, and their names in tables and plots.
 BRANCHES = {
     "compressed_attention": "compressed",

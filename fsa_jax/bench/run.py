@@ -8,15 +8,16 @@ import dataclasses
 import functools
 import itertools
 import json
+import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import jax.numpy as jnp
 
 from fsa_jax import NSAConfig, checks, triton
-from fsa_jax.bench import cases, check, models, timing
+from fsa_jax.bench import cases, ceilings, check, models, peers, timing
 from fsa_jax.bench.cases import Case, Subject
 
 KERNELS = (
@@ -35,9 +36,11 @@ OPERATOR = (
     "native_sparse_attention",
     "full_attention",
 )
-#: (query heads, key heads) of models that people train.
-HEADS = ((64, 4), (32, 8), (32, 32), (16, 8))
-GROUPS = (1, 2, 4, 8, 16)
+#: (query heads, key heads) of models that people train, G = 4, 16, 1, 8, 2.
+HEADS = ((32, 8), (64, 4), (32, 32), (32, 4), (16, 8))
+GROUPS = (4, 1, 16, 8, 2)
+#: Tokens of a row; like heads and groups, what tells most comes first.
+LENGTHS = (65536, 8192, 131072, 32768, 262144, 16384, 4096)
 SUITES = ("kernels", "operator", "training", "prefill")
 TINY = NSAConfig(kernel_size=8, kernel_stride=4, block_size=16, topk=6, window_size=40)
 #: All input sets of a case together, bytes: several times the L2 cache.
@@ -68,6 +71,7 @@ class BenchConfig:
         suites; 0: no limit. The cases left out are recorded.
       rounds: timed rounds of 3 to 10 calls each.
       threads: functions compiled at a time.
+      peer_path: a checkout of other projects' kernels to time beside ours; see `bench/peers.py`.
     """
 
     suite: Literal["quick", "kernels", "operator", "training", "prefill", "all"] = "quick"
@@ -77,6 +81,7 @@ class BenchConfig:
     minutes: float = 9.0
     rounds: int = 5
     threads: int = 8
+    peer_path: Path | None = None
 
     def __post_init__(self):
         for name in ("rounds", "threads"):
@@ -94,6 +99,8 @@ class _Run:
     config: BenchConfig
     interpret: bool
     share: float = 1.0
+    peers: tuple[str, ...] = ()
+    ceilings: dict[str, Any] | None = None
     began: float = dataclasses.field(default_factory=time.perf_counter)
 
     def late(self) -> bool:
@@ -109,8 +116,16 @@ def bench(config: BenchConfig) -> list[Path]:
       WrongResult: a result is not what the definition gives.
       ValueError: a setting breaks its rule.
     """
-    run = _Run(config, interpret=triton.device_reason() is not None)
+    methods = peers.wanted(config.peer_path)
+    if methods:  # torch needs memory too
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    run = _Run(config, interpret=triton.device_reason() is not None, peers=methods)
     config.out.mkdir(parents=True, exist_ok=True)
+    if not run.interpret:
+        try:
+            run.ceilings = ceilings.measure(config.rounds)
+        except Exception as error:  # then there are no floors
+            timing.say(f"no ceilings: {timing.describe_error(error)}")
     chosen = {"quick": ("operator", "kernels"), "all": SUITES}.get(config.suite, (config.suite,))
     paths = []
     for number, name in enumerate(chosen, start=1):
@@ -123,13 +138,14 @@ def _suite(run: _Run, name: str) -> Path:
     config = run.config
     path = config.out / f"{name}.json"
     machine = timing.describe_machine()
-    ceilings = cases.CEILINGS.get(machine["device"])
+    peer = config.peer_path.name if config.peer_path else None
+    paths = {"out": config.out.name, "report": None, "peer_path": peer}
     results: dict[str, Any] = {"what": "fsa-jax bench", "suite": name} | machine
     results |= {
         "measurement": not run.interpret,
         "complete": False,
-        "arguments": dataclasses.asdict(config) | {"out": config.out.name, "report": None},
-        "ceilings": ceilings,
+        "arguments": dataclasses.asdict(config) | paths,
+        "ceilings": run.ceilings,
         "rows": [],
     }
     rows = {
@@ -138,7 +154,7 @@ def _suite(run: _Run, name: str) -> Path:
         "training": functools.partial(models.rows, "training"),
         "prefill": functools.partial(models.rows, "prefill"),
     }[name]
-    for row in rows(run, ceilings):
+    for row in rows(run, run.ceilings):
         results["rows"].append(row)
         results["seconds"] = round(time.perf_counter() - run.began, 1)
         path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
@@ -148,43 +164,53 @@ def _suite(run: _Run, name: str) -> Path:
 
 
 def _kernels(run: _Run, ceilings) -> Iterator[dict]:
-    """Kernels by group, at (block, topk) = (64, 16); then (128, 8), other selections, packed."""
+    """Kernels by length and group, at (block, topk) = (64, 16) and (128, 8)."""
     if run.interpret:
         tiny = Case(length=200, heads=6, kv_heads=2, width=16, config=TINY)
         found = [(dataclasses.replace(tiny, selection="skewed", packed=True), KERNELS[:1])]
     else:
-        lengths = run.config.lengths or (65536, 32768, 8192)
-        main = [
-            Case(length=length, heads=4 * group, kv_heads=4)
-            for length, group in itertools.product(lengths, (4, 1, 8, 2, 16))
-        ]
-        wide = NSAConfig(block_size=128, topk=8)
-        others = [dataclasses.replace(case, config=wide) for case in main[:5]]
-        others += [
-            dataclasses.replace(case, selection=name)
-            for case in main[:5]
-            for name in ("uniform", "skewed")
-        ]
-        found = [(case, KERNELS[:1]) for case in main + others]
-        found += [(case, KERNELS[1:4]) for case in main]
-        found += [(dataclasses.replace(main[0], packed=True), KERNELS)]
+        found = _kernel_cases(run.config.lengths or LENGTHS)
     implementation = "triton_interpret" if run.interpret else "triton"
     for case, functions in found:
         yield from measure_case(run, case, implementation, functions, ceilings)
+
+
+def _kernel_cases(lengths: Sequence[int]) -> list[tuple[Case, Sequence[str]]]:
+    """Length by length; other selections and a packed row at the first length alone."""
+    found: list[tuple[Case, Sequence[str]]] = []
+    for length in lengths:
+        main = [Case(length=length, heads=4 * group, kv_heads=4) for group in GROUPS]
+        wide = NSAConfig(block_size=128, topk=8)
+        found += [(case, KERNELS[:1]) for case in main]
+        found += [(dataclasses.replace(case, config=wide), KERNELS[:1]) for case in main]
+        found += [(case, KERNELS[1:4]) for case in main]
+        if length == lengths[0]:
+            found += [
+                (dataclasses.replace(case, selection=name), KERNELS[:1])
+                for case in main
+                for name in ("uniform", "skewed")
+            ]
+            found += [(dataclasses.replace(main[0], packed=True), KERNELS)]
+    return found
 
 
 def _operator(run: _Run, ceilings) -> Iterator[dict]:
     if run.interpret:
         found = [Case(length=200, heads=6, kv_heads=2, width=16, config=TINY)]
     else:
-        lengths = run.config.lengths or (65536, 8192, 32768, 131072, 16384)
-        found = [
-            Case(length=length, heads=heads, kv_heads=kv_heads)
-            for length, (heads, kv_heads) in itertools.product(lengths, HEADS)
-        ]
+        found = _operator_cases(run.config.lengths or LENGTHS)
     implementation = "xla" if run.interpret else "triton"
     for case in found:
         yield from measure_case(run, case, implementation, OPERATOR, ceilings)
+
+
+def _operator_cases(lengths: Sequence[int]) -> list[Case]:
+    """All lengths with all heads, the first lengths and heads before the others."""
+    places = itertools.product(range(len(lengths)), range(len(HEADS)))
+    return [
+        Case(length=lengths[i], heads=HEADS[j][0], kv_heads=HEADS[j][1])
+        for i, j in sorted(places, key=sum)
+    ]
 
 
 def measure_case(run, case: Case, implementation: str, functions, ceilings) -> Iterator[dict]:
@@ -244,6 +270,35 @@ def measure_case(run, case: Case, implementation: str, functions, ceilings) -> I
             row = rows[key] | {"flops": flops, "bytes": moved, "floor_ms": floor} | found
             yield row
             timing.say(f"{key}: {row.get('ms', row.get('error'))}")
+    if "selected_attention" in functions and not case.packed:
+        programs = next(x for (name, _), x in compiled.items() if name == "selected_attention")
+        for method in run.peers:
+            yield from _peer_rows(run, case, method, programs, sets, ceilings)
+
+
+def _peer_rows(run, case: Case, method: str, programs, sets, ceilings) -> Iterator[dict]:
+    """Rows of another project's selected attention; whatever fails in it is recorded."""
+    try:
+        if isinstance(programs, Exception):
+            raise programs  # there is nothing to compare with
+        args = [sets[0][name] for name in ("query", "key", "value", "block_indices")]
+        (out, lse), pullback = programs["residuals"](*args)
+        gradients = programs["backward"](pullback, (peers.dout_of(sets[0]), jnp.zeros_like(lse)))
+        measured = peers.measure(method, case, sets, (out, *gradients), run.config.rounds)
+    except Exception as error:
+        measured = {
+            name: {"error": timing.describe_error(error)} for name in ("forward", "backward")
+        }
+    for name, found in measured.items():
+        flops, moved = cases.work(case, "selected_attention", name == "backward")
+        floor = cases.floor_ms(flops, moved, ceilings)
+        timing.say(f"{method} {name}: {found.get('ms', found.get('error'))}")
+        yield (
+            case.row()
+            | {"function": "selected_attention", "method": method, "pass": name}
+            | {"flops": flops, "bytes": moved, "floor_ms": floor}
+            | found
+        )
 
 
 def _measure_subject(run, case: Case, subject: Subject, programs, sets) -> dict[str, dict]:

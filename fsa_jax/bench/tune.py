@@ -148,7 +148,8 @@ def _jobs_of(case: Case) -> list[_Job]:
 
     def add(function, method, name, kernel, arrays, heuristic, others, block=None):
         tiles = tuple(dict.fromkeys([heuristic, *others]))
-        of = tuned.key_of(kernel, *arrays, block)
+        query, key, value = arrays
+        of = tuned.key_of(kernel, query, key, value, block)
         found.append(_Job(case, function, method, name, of, tiles))
 
     for kernel, (method, name, field) in tuned.SELECTED.items():

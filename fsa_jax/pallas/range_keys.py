@@ -86,7 +86,9 @@ def key_gradients(
             if masked:
                 # rows, not tokens: their numbers in the tile take no registers
                 base, row = first * group + number * tile.rows, iota(tile.rows)[None, :]
-                sees = (row >= (low * group - base)[:, None]) & (row < (high * group - base)[:, None])
+                sees = (row >= (low * group - base)[:, None]) & (
+                    row < (high * group - base)[:, None]
+                )
                 p = jnp.where(sees, p, 0.0)
             p_cut = p.astype(dout_ref.dtype)
             dvalues = [

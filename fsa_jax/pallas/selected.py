@@ -105,8 +105,9 @@ def attention(
     where, starts = _chunk_lists(plan, starts, offset, key.shape[1])
 
     def step(results, chunk):
+        out, lse = results
         where, starts, lists = chunk
-        parts = forward.partial_attention(
+        part, part_lse = forward.partial_attention(
             where,
             lists,
             query,
@@ -123,8 +124,10 @@ def attention(
         return merge.merge_outputs(
             where,
             _counted(starts, query, key),
-            *parts,
-            *results,
+            part,
+            part_lse,
+            out,
+            lse,
             done,
             kv_heads=key.shape[2],
             elements=plan.merge_elements,
@@ -224,7 +227,7 @@ def _query_gradient(plan, starts, arrays, static):
     )
     if plan.backward_method == "query_outer":
         return outer()
-    query, key, *_ = arrays
+    query, key, value, dout, lse, delta, offset = arrays
     group, tile = query.shape[2] // key.shape[2], plan.query_tile_backward
     interpret = static["interpret"]
     tiles = query_tile.merge_lists(starts, key.shape[1], tile, group, interpret=interpret)
@@ -232,7 +235,9 @@ def _query_gradient(plan, starts, arrays, static):
     done = jnp.ones((1,), jnp.int32)
     if either:
         done = query_tile.pays(tiles, starts, key.shape[1], QUERY_OUTER_PAIRS)
-    dquery = query_tile.query_gradient(tiles, *arrays, done, tile=tile, **static)
+    dquery = query_tile.query_gradient(
+        tiles, query, key, value, dout, lse, delta, offset, done, tile=tile, **static
+    )
     return outer(done=done, into=dquery) if either else dquery
 
 
