@@ -222,9 +222,15 @@ class Softmax:
         """What the unit of `top` is in that of `new_top`."""
         return exp2((top - new_top) * (LOG2_E if self.exact else 1.0))
 
+    def mean(self, x: jax.Array, total: jax.Array) -> jax.Array:
+        """Sums x [R, D] of weighted values over the sums of the weights [R]."""
+        return x / total[:, None] if self.exact else x * reciprocal(total)[:, None]
+
     def lse(self, top: jax.Array, total: jax.Array) -> jax.Array:
         """Natural logarithm of a sum of weights, `total` in the unit of `top`."""
-        return (top if self.exact else top * (1 / LOG2_E)) + log2(total) * (1 / LOG2_E)
+        if self.exact:
+            return top + jnp.log(total)
+        return (top + log2(total)) * (1 / LOG2_E)
 
 
 def softmax_weights(logits: jax.Array, lse: jax.Array, scale: float, dtype) -> jax.Array:

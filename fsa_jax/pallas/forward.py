@@ -25,7 +25,6 @@ from fsa_jax.pallas.common import (
     dot,
     fold_tiles,
     product,
-    reciprocal,
     rows_mask,
     store,
 )
@@ -88,10 +87,9 @@ def partial_attention(
             top = softmax.top(logits)
             p = softmax.weights(logits, top[:, None])
             total = jnp.sum(p, axis=1)
-            share = reciprocal(total)
             p = p.astype(value_ref.dtype)
             for e, tile_values in zip(value_columns, values, strict=True):
-                out = dot(p, tile_values, (1, 0)) * share[:, None]
+                out = softmax.mean(dot(p, tile_values, (1, 0)), total)
                 store(
                     out_ref.at[item.head, slot[:, None], e[None, :]],
                     out.astype(out_ref.dtype),

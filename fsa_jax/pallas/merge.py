@@ -18,9 +18,7 @@ from fsa_jax.pallas.common import (
     exp2,
     iota,
     load,
-    log2,
     next_power_of_two,
-    reciprocal,
     rows_mask,
     split,
     store,
@@ -52,7 +50,8 @@ def merge_outputs(
         where_ref, starts_ref, part_ref, part_lse_ref, _out, _lse, done_ref, out_ref, lse_ref
     ):  # fmt: skip
         place = _Place(where_ref, starts_ref, out_ref, kv_heads, elements)
-        place.there &= done_ref[0] == 0
+        wanted = done_ref[0] == 0
+        place.there &= wanted
         e = iota(next_power_of_two(place.width))
 
         def add(state, slots):
@@ -76,11 +75,13 @@ def merge_outputs(
 
         zeros = jnp.zeros((place.rows,), jnp.float32)
         state = (zeros - jnp.inf, zeros, jnp.zeros((place.rows, e.size), jnp.float32))
-        top, total, result = place.walk(add, state)
+        top, total, result = jax.lax.cond(
+            wanted, lambda state: place.walk(add, state), lambda state: state, state
+        )
         some = total > 0
         total = jnp.where(some, total, 1.0)
-        place.store(out_ref, result * reciprocal(total)[:, None], e)
-        result_lse = jnp.where(some, top + log2(total) * (1 / LOG2_E), -jnp.inf)
+        place.store(out_ref, result / total[:, None], e)
+        result_lse = jnp.where(some, top + jnp.log(total), -jnp.inf)
         store(lse_ref.at[*place.target], result_lse, mask=place.there)
 
     return call(

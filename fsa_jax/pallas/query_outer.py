@@ -20,7 +20,6 @@ from fsa_jax.pallas.common import (
     dot,
     iota,
     load,
-    reciprocal,
     rows_mask,
     softmax_weights,
     split,
@@ -77,7 +76,7 @@ def attention(starts, query, key, value, offset, *, block, scale, tile, interpre
         total = jnp.where(some, total, 1.0)
         target = out_ref.at[batch, token, query_head[:, None], e[None, :]]
         mask = rows_mask(there, e, out_ref.shape[3])
-        store(target, (out * reciprocal(total)[:, None]).astype(out_ref.dtype), mask=mask)
+        store(target, softmax.mean(out, total).astype(out_ref.dtype), mask=mask)
         lse = jnp.where(some, softmax.lse(top, total), -jnp.inf)
         store(lse_ref.at[batch, token, query_head], lse, mask=there)
 

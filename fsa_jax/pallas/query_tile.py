@@ -35,7 +35,6 @@ from fsa_jax.pallas.common import (
     load_tiles,
     next_power_of_two,
     product,
-    reciprocal,
     rows_mask,
     softmax_weights,
     split,
@@ -200,9 +199,8 @@ def attention(
         top, total, out = jax.lax.fori_loop(0, rows.count, step, state)
         some = total > 0
         total = jnp.where(some, total, 1.0)
-        share = reciprocal(total)[:, None]
         for e, x in zip(value_columns, out, strict=True):
-            rows.store(out_ref, x * share, e)
+            rows.store(out_ref, softmax.mean(x, total), e)
         lse = jnp.where(some, softmax.lse(top, total), -jnp.inf)
         store(lse_ref.at[*rows.target], lse, mask=rows.there)
 

@@ -30,7 +30,6 @@ from fsa_jax.pallas.common import (
     load,
     load_tiles,
     product,
-    reciprocal,
     rows_mask,
     softmax_weights,
     split,
@@ -91,9 +90,8 @@ def attention(query, key, value, visible, seers, *, plan, scale, interpret):
         out = [Sum.zeros((tile.rows, e.size), exact) for e in value_columns]
         top, total, out = rows.walk(step, (zeros - jnp.inf, zeros, out))
         total = jnp.where(rows.sighted, total, 1.0)
-        share = reciprocal(total)[:, None]
         for e, x in zip(value_columns, out, strict=True):
-            rows.store(out_ref, x.total * share, e)
+            rows.store(out_ref, softmax.mean(x.total, total), e)
         lse = jnp.where(rows.sighted, softmax.lse(top, total), -jnp.inf)
         store(lse_ref.at[*rows.target], lse, mask=rows.there)
 
