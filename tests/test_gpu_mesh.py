@@ -16,7 +16,11 @@ from util import normal
 import fsa_jax
 from fsa_jax import from_stripes, to_stripes
 
-pytestmark = pytest.mark.gpu
+pytestmark = [
+    pytest.mark.gpu,
+    # the backend that the kernels are written for; jax announces it from a callback of XLA here
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+]
 SHAPE = Shape(
     batch=2, length=32768, heads=16, kv_heads=4, width=128, value_width=128, block_size=64, slots=16
 )

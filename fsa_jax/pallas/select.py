@@ -110,7 +110,7 @@ def make_plan(
     tile = tuned.choose("score", table, tile, query, key, key)
     rows = tile.rows
     step = _tile_tokens(rows, query_heads // kv_heads, config)[0]
-    tiles = _tiles(key, config)
+    tiles = _tiles(query, key, config)
     heads, tokens = _chunk(
         min(scratch_bytes, 2**32),  # offsets of ranks have 32 bits
         batch * kv_heads,
@@ -286,7 +286,7 @@ def _rank(where, query, key, lse, own, first, visible, *, config, scale, plan, i
         walk(end - begin, lambda i: begin + i, masked=False)
         walk(begin + tiles - end, lambda i: jnp.where(i < begin, i, end - begin + i), masked=True)
 
-    tiles = _tiles(key, config)
+    tiles = _tiles(query, key, config)
     return call(
         score_kernel,
         where,
@@ -393,11 +393,13 @@ def _choose(where, own, ranks, tops, lists, *, config, plan, interpret):
     )
 
 
-def _tiles(key, config: NSAConfig) -> int:
+def _tiles(query, key, config: NSAConfig) -> int:
     """Tiles of BLOCKS blocks of a row."""
-    # The queries may be part of the row: that of M windows has less than M + 1 strides.
-    most = (key.shape[1] + 1) * config.kernel_stride - 1
-    return -(-config.num_blocks(most) // BLOCKS)
+    length, stride = query.shape[1], config.kernel_stride
+    if length // stride != key.shape[1]:
+        # The queries are part of the row: that of M windows has less than M + 1 strides.
+        length = (key.shape[1] + 1) * stride - 1
+    return -(-config.num_blocks(length) // BLOCKS)
 
 
 def _tile_tokens(rows: int, group: int, config: NSAConfig) -> tuple[int, int]:
