@@ -223,7 +223,7 @@ def make_plan(
         block=block,
         forward=tuning.forward or Tile(rows=rows),
         # a third stage pays, but costs registers that groups other than powers of two do not leave
-        backward=tuning.backward or Tile(rows=rows, num_stages=2 if rows % group else 3),
+        backward=tuning.backward or Tile(rows=rows, num_stages=2 if rows % group or group == 2 else 3),
         query_outer=tuning.forward or Tile(num_warps=2, num_stages=2),
         query_outer_backward=tuning.backward or Tile(num_stages=2),
         query_tile=tuning.forward or query_tile,
