@@ -217,13 +217,16 @@ def make_plan(
         + 16
         + 4 * block * (width + value_width) // pairs,
     )
+    backward_tile = Tile(rows=rows, num_stages=2 if rows % group else 3)
+    if group == 2 and rows == 64:  # with 4 warps this group alone spills registers
+        backward_tile = Tile(rows=128, num_warps=8, num_stages=2)
     return Plan(
         forward_method=tuning.method or forward,
         backward_method=tuning.method or backward,
         block=block,
         forward=tuning.forward or Tile(rows=rows),
         # a third stage pays, but costs registers that groups other than powers of two do not leave
-        backward=tuning.backward or Tile(rows=rows, num_stages=2 if rows % group or group == 2 else 3),
+        backward=tuning.backward or backward_tile,
         query_outer=tuning.forward or Tile(num_warps=2, num_stages=2),
         query_outer_backward=tuning.backward or Tile(num_stages=2),
         query_tile=tuning.forward or query_tile,
