@@ -34,7 +34,7 @@ from fsa_jax.segments import Rows, Windows
 from fsa_jax.sharding import partitioned
 
 #: Most bytes of partial results of the selected branch: a device has a share of a row's tokens.
-SCRATCH_BYTES = 2**25
+SCRATCH_BYTES = 2**28
 
 
 def to_stripes(x: jax.Array, devices: int, axis: int = 1) -> jax.Array:

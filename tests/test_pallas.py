@@ -28,7 +28,7 @@ from util import (
 import fsa_jax
 from fsa_jax import dispatch, operators, triton
 from fsa_jax.pallas import SelectedTuning, Tile, query_tile
-from fsa_jax.pallas.index import build_index, search
+from fsa_jax.pallas.index import build_index, num_pieces, search
 from fsa_jax.pallas.selected import KV_OUTER_ROWS, QUERY_OUTER_PAIRS
 from fsa_jax.pallas.tuning import METHODS, make_plan
 from fsa_jax.segments import describe_rows
@@ -190,11 +190,11 @@ def test_a_chunk_fits_the_scratch_budget(scratch_mib, dtype):
         pairs = plan.heads * plan.tokens * slots
         width = 128 * jnp.dtype(dtype).itemsize
         partial = pairs * (heads // kv_heads) * (width + 4)
-        extra_items = pairs // plan.pairs * plan.block * 256 * 4
-        assert partial + extra_items + 16 * pairs <= budget
+        pieces = num_pieces(pairs, plan.pairs) * plan.block * 256 * 4
+        assert partial + pieces + 16 * pairs <= budget
         # no more chunks than needed: the next larger one would not fit, or is everything
         whole = plan.heads == kv_heads and plan.tokens == length
-        assert whole or 2.1 * (partial + extra_items + 16 * pairs) >= budget
+        assert whole or 2.1 * (partial + pieces + 16 * pairs) >= budget
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -271,28 +271,30 @@ def test_index(seed, packed):
     got = jax.tree.map(np.asarray, dataclasses.asdict(index))
     blocks = -(-length // spacing)
     for chunk in range(chunks):
-        extras = 0
+        pieces = 0
         wanted = []
         for head in range(heads):
             for start in range(0, length, spacing):
                 flat = starts[chunk, head].ravel()
                 members = where[chunk, 1] * slots + np.flatnonzero(flat == start)
-                for ordinal, at in enumerate(range(0, len(members), pairs)):
-                    extra = extras if ordinal else -1
-                    extras += ordinal > 0
-                    wanted.append((head, start, extra, list(members[at : at + pairs])))
-                at = head * blocks + start // spacing
-                assert got["block_items"][chunk, at] == -(-len(members) // pairs)
-                if len(members) > pairs:
-                    assert got["block_extra"][chunk, at] == extras - (len(members) - 1) // pairs
+                count, block = -(-len(members) // pairs), head * blocks + start // spacing
+                assert got["block_items"][chunk, block] == count
+                if count > 1:
+                    assert got["block_piece"][chunk, block] == pieces
+                for at in range(0, len(members), pairs):
+                    piece = pieces if count > 1 else -1
+                    pieces += count > 1
+                    wanted.append((head, start, at == 0, piece, list(members[at : at + pairs])))
         items = []
         for i, count in enumerate(got["count"][chunk]):
             if count:
                 first = got["first"][chunk, i]
                 order = list(got["order"][chunk, first : first + count])
-                items.append((*(got[n][chunk, i] for n in ("head", "start", "extra")), order))
+                fields = ("head", "start", "begins", "piece")
+                items.append((*(got[n][chunk, i] for n in fields), order))
                 assert got["stop"][chunk, i] == length
         assert items == wanted
+        assert pieces <= num_pieces(heads * tokens * slots, pairs)
 
 
 @settings(deadline=None, max_examples=20)

@@ -11,15 +11,15 @@ ds = p * (dout v^T - delta); dK^T += q^T ds; ds k, the partial dq, goes to the s
 (`inverse_units`), so that float16 holds them with 11 bits: bfloat16 would round each of the S terms
 of a sum to 8, and double the error of dq.
 
-The first item of each block writes its dK and dV to the block's own rows of a buffer [H*T, D].
-The other items of a block, which only hot blocks have, write to rows of their own behind those, and
-`sum_blocks` adds them in their order. So a sum has one order, and there are no atomics.
+The one item of a block adds its dK and dV to the result. The items of a hot block, which is cut
+into several, write to rows of their own, and `sum_blocks` adds those in their order. So a sum has
+one order, and there are no atomics.
 
 Flops: 5 * 2 * P * G * b * D (D = E). Device memory: q and dout gathered once a pair, P*G*(D+E)
-elements; dq partials written, P*G*D; 4 bytes * b * (D+E) of dK and dV an item.
+elements; dq partials written, P*G*D; dK and dV written, b*(D+E) an item, and read if they are sums.
 
 Shapes: H heads of a chunk, C tokens of it, P = C*S pairs of a head, G query heads of a key head,
-b keys of a block, D and E head widths, I items, X extra items.
+b keys of a block, D and E head widths, I items, X of them of blocks that are cut.
 """
 
 from typing import Any
@@ -88,10 +88,10 @@ def inverse_units(key, value, dout, delta, key_valid, valid):
 
 
 def partial_gradients(
-    where, lists, query, key, value, dout, lse, delta, inverse, *,
-    heads, tokens, slots, block, pairs, scale, tile, extras, partial_dtype, interpret,
+    where, lists, query, key, value, dout, lse, delta, inverse, sums, *,
+    heads, tokens, slots, block, pairs, scale, tile, pieces, partial_dtype, interpret,
 ):  # fmt: skip
-    """Gradients of each pair of a chunk.
+    """Gradients of the pairs of a chunk.
 
     Args:
       where: int32 [3], as in `forward.partial_attention`.
@@ -103,6 +103,8 @@ def partial_gradients(
       lse: float32 [B, T, N].
       delta: sum(out * dout) - dlse, float32 [B, T, N].
       inverse: `inverse_units`, float32 [B, T, N]; None for no dq.
+      sums: dkey [B, T, K, D] and dvalue [B, T, K, E], updated in place at the blocks that have one
+        item. float32 sums are added to: then a head may come in several chunks. Others are set.
       heads: H.
       tokens: C.
       slots: S.
@@ -110,13 +112,14 @@ def partial_gradients(
       pairs: the most pairs of an item.
       scale: factor of the logits.
       tile: `tuning.Tile`.
-      extras: X.
+      pieces: X.
       partial_dtype: dtype of the partial dq.
       interpret: run the kernel in interpret mode.
 
     Returns:
-      dK [H*T + X*b, D] and dV [H*T + X*b, E] in float32, unwritten where no item has a block; and
-      if wanted dq / scale * inverse, [H, P*G, D], unwritten where a pair does not count.
+      dkey and dvalue; dK [X*b, D] and dV [X*b, E] of blocks that are cut, float32, unwritten where
+      there is no such item; and if wanted dq / scale * inverse, [H, P*G, D], unwritten where a pair
+      does not count.
     """
     _, length, kv_heads, width = key.shape
     value_width = value.shape[3]
@@ -131,7 +134,7 @@ def partial_gradients(
         query_ref, key_ref, value_ref, dout_ref, lse_ref, delta_ref, *refs = refs
         inverse_ref: Any = refs.pop(0) if want_dq else None
         part_ref: Any = refs.pop() if want_dq else None
-        dkey_ref, dvalue_ref = refs
+        _dkey, _dvalue, *refs = refs
         item = Item(item_refs, rows=tile.rows, **sizes)
         columns, value_columns = columns_of(width, COLUMNS), columns_of(value_width, COLUMNS)
         keys = item.load_block(key_ref, columns)
@@ -177,39 +180,54 @@ def partial_gradients(
             for cut in (columns, value_columns)
         )
         dkeys, dvalues = jax.lax.fori_loop(0, item.steps(), step, zeros)
-        own = heads * length + item.extra * block + iota(block)
-        row = jnp.where(item.extra < 0, item.head * length + item.column, own)
-        # keys that nobody sees get 0: whoever reads the block's rows does not ask who wrote them
-        written = item.inside | (item.extra >= 0)
-        for d, part in zip(columns, dkeys, strict=True):
-            mask = rows_mask(written, d, width).T
-            store(dkey_ref.at[row[None, :], d[:, None]], part * scale, mask=mask)
-        for e, part in zip(value_columns, dvalues, strict=True):
-            mask = rows_mask(written, e, value_width).T
-            store(dvalue_ref.at[row[None, :], e[:, None]], part, mask=mask)
+        # read again: kept over the loop, what the item tells would cost registers
+        item = Item(item_refs, rows=tile.rows, **sizes)
+        for (sum_ref, piece_ref), d, parts, factor, size in (
+            (refs[::2], columns, dkeys, scale, width),
+            (refs[1::2], value_columns, dvalues, 1.0, value_width),
+        ):
+            _store_block(item, sum_ref, piece_ref, d, [x * factor for x in parts], size)
 
-    rows = heads * length + extras * block
-    shapes = [jax.ShapeDtypeStruct((rows, x.shape[3]), jnp.float32) for x in (key, value)]
+    rows = max(1, pieces) * block
+    shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in sums]
+    shapes += [jax.ShapeDtypeStruct((rows, x.shape[3]), jnp.float32) for x in sums]
     if want_dq:
         shape = (heads, tokens * slots * group, width)
         shapes.append(jax.ShapeDtypeStruct(shape, partial_dtype))
         inputs = (*inputs, inverse)
+    before = len(items) + len(inputs)
     return call(
         backward_kernel,
         *items,
         *inputs,
+        *sums,
         grid=lists.start.shape,
         out_shape=tuple(shapes),
+        aliases={before: 0, before + 1: 1},
         interpret=interpret,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
     )
 
 
+def _store_block(item, sum_ref, piece_ref, columns, sums, width):
+    """Stores tiles [columns, b] of an item's sums where they belong; the block may be its alone."""
+    row = item.piece * item.block + iota(item.block)
+    for d, part in zip(columns, sums, strict=True):
+        alone = rows_mask(item.inside & (item.piece < 0), d, width).T
+        target = sum_ref.at[item.batch, item.column[None, :], item.kv_head, d[:, None]]
+        total = part
+        if sum_ref.dtype == jnp.float32:
+            total += load(target, mask=alone)
+        store(target, total.astype(sum_ref.dtype), mask=alone)
+        cut = rows_mask(jnp.full(row.shape, item.piece >= 0), d, width).T
+        store(piece_ref.at[row[None, :], d[:, None]], part, mask=cut)
+
+
 def sum_blocks(
     where, lists, block_start, dkey_parts, dvalue_parts, sums, *, block, spacing, interpret
 ):
-    """Adds up the dK and dV of each block's items, in their order.
+    """Adds up the dK and dV of the items of blocks that are cut, in their order.
 
     Args:
       where: int32 [2], first (row, KV head) and first token of the chunk.
@@ -217,20 +235,19 @@ def sum_blocks(
       block_start: int32 [B, T], first token of the block that each token is in; T at padding.
       dkey_parts: as `partial_gradients` gives it.
       dvalue_parts: likewise.
-      sums: dkey [B, T, K, D] and dvalue [B, T, K, E], updated in place at the chunk's heads.
-        float32 sums are added to: then a head may come in several chunks. Others are set.
+      sums: as in `partial_gradients`, which has done the other blocks.
       block: b.
       spacing: as in `index.build_index`.
       interpret: run the kernel in interpret mode.
 
-    Bytes: reads the parts once, reads float32 sums, writes the sums.
+    Bytes: reads the parts once, reads float32 sums, writes the sums: of hot blocks only.
     """
     _, length, kv_heads, _ = sums[0].shape
     blocks = -(-length // spacing)
     heads = lists.block_items.size // blocks
 
     def sum_blocks_kernel(
-        where_ref, items_ref, extra_ref, start_ref, dkey_parts_ref, dvalue_parts_ref,
+        where_ref, items_ref, piece_ref, start_ref, dkey_parts_ref, dvalue_parts_ref,
         _dkey, _dvalue, *sum_refs,
     ):  # fmt: skip
         head = pl.program_id(1)
@@ -241,8 +258,8 @@ def sum_blocks(
         inside = there & (start < length)
         at = head * blocks + split(start, spacing)[0]
         items = load(items_ref.at[at], mask=inside)
-        extra = load(extra_ref.at[at], mask=inside)
-        first_row = heads * length + extra * block + token - start
+        hot = items > 1
+        first_row = load(piece_ref.at[at], mask=inside) * block + token - start
         widths = [ref.shape[3] for ref in sum_refs]
         columns = [iota(tile_width(width)) for width in widths]
 
@@ -256,16 +273,16 @@ def sum_blocks(
 
         def add(i, totals):
             several = [i * IN_FLIGHT + j for j in range(IN_FLIGHT)]
-            for more in [parts(first_row + j * block, j + 1 < items) for j in several]:
+            for more in [parts(first_row + j * block, hot & (j < items)) for j in several]:
                 totals = [total + part for total, part in zip(totals, more, strict=True)]
             return totals
 
-        totals = parts(head * length + token, items > 0)
-        others = jnp.maximum(jnp.max(items) - 1, 0)
-        totals = jax.lax.fori_loop(0, pl.cdiv(others, IN_FLIGHT), add, totals)
+        totals = [jnp.zeros((SUM_ROWS, d.size), jnp.float32) for d in columns]
+        most = jnp.max(jnp.where(hot, items, 0))
+        totals = jax.lax.fori_loop(0, pl.cdiv(most, IN_FLIGHT), add, totals)
         for ref, d, width, total in zip(sum_refs, columns, widths, totals, strict=True):
             target = ref.at[batch, token[:, None], kv_head, d[None, :]]
-            mask = rows_mask(there, d, width)
+            mask = rows_mask(hot, d, width)
             if ref.dtype == jnp.float32:
                 total += load(target, mask=mask)
             store(target, total.astype(ref.dtype), mask=mask)
@@ -274,7 +291,7 @@ def sum_blocks(
         sum_blocks_kernel,
         where,
         lists.block_items,
-        lists.block_extra,
+        lists.block_piece,
         block_start,
         dkey_parts,
         dvalue_parts,

@@ -42,9 +42,11 @@ class Index:
       head: head of the chunk.
       first: where the item's pairs begin in `order`.
       count: number of pairs, 0 for the items that are left over.
-      extra: -1 for the first item of a block; the others are numbered 0, 1, ... in each chunk.
+      begins: 1 for the first item of a block, 0 for the others.
+      piece: -1 for an item that is its block's only one; those of blocks that are cut are numbered
+        0, 1, ... in each chunk.
       block_items: number of items of each block.
-      block_extra: the number `extra` of its second item, if it has one.
+      block_piece: the number `piece` of its first item, if it is cut.
     """
 
     order: Int[Array, "c HP"]
@@ -53,14 +55,18 @@ class Index:
     head: Int[Array, "c I"]
     first: Int[Array, "c I"]
     count: Int[Array, "c I"]
-    extra: Int[Array, "c I"]
+    begins: Int[Array, "c I"]
+    piece: Int[Array, "c I"]
     block_items: Int[Array, "c HJ"]
-    block_extra: Int[Array, "c HJ"]
+    block_piece: Int[Array, "c HJ"]
 
 
-def num_extras(pairs_of_chunk: int, pairs: int) -> int:
-    """How many items of a chunk can be other than the first of their block."""
-    return pairs_of_chunk // pairs
+def num_pieces(pairs_of_chunk: int, pairs: int) -> int:
+    """How many items of a chunk can be of blocks that are cut.
+
+    A block of n > pairs pairs has ceil(n / pairs) items: at most twice n // pairs.
+    """
+    return 2 * (pairs_of_chunk // pairs)
 
 
 def build_index(
@@ -103,16 +109,16 @@ def build_index(
     begin, end = (x.reshape(chunks, heads * blocks) for x in (limits[..., :-1], limits[..., 1:]))
     # 3. cut
     needed = (end - begin + pairs - 1) // pairs
-    both = jnp.stack([needed, jnp.maximum(needed - 1, 0)])
+    both = jnp.stack([needed, jnp.where(needed > 1, needed, 0)])
     ends = jnp.cumsum(both.reshape(2, -1), axis=1, dtype=jnp.int32).reshape(both.shape)
     before = jnp.concatenate([jnp.zeros((2, 1), jnp.int32), ends[:, :-1, -1]], axis=1)
-    bound = heads * min(blocks, of_head) + num_extras(heads * of_head, pairs)
+    bound = heads * min(blocks, of_head) + heads * of_head // pairs
     number = before[0][:, None] + iota(bound)[None]  # of the item, among those of all chunks
     block = search(ends[0].reshape(-1), number.reshape(-1) + 1, interpret=interpret)
     block = block.reshape(number.shape) - iota(chunks)[:, None] * (heads * blocks)
     live = block < heads * blocks
     block = jnp.where(live, block, 0)
-    block_extra = ends[1] - both[1] - before[1][:, None]
+    block_piece = ends[1] - both[1] - before[1][:, None]
     of_item = lambda x: jnp.take_along_axis(x, block, axis=1)  # noqa: E731
     ordinal = number - of_item(ends[0] - needed)
     first = of_item(begin) + ordinal * pairs
@@ -124,9 +130,10 @@ def build_index(
         head=head,
         first=jnp.where(live, first, 0),
         count=jnp.where(live, jnp.minimum(of_item(end) - first, pairs), 0),
-        extra=jnp.where(live & (ordinal > 0), of_item(block_extra) + ordinal - 1, -1),
+        begins=(ordinal == 0).astype(jnp.int32),
+        piece=jnp.where(live & (of_item(needed) > 1), of_item(block_piece) + ordinal, -1),
         block_items=needed,
-        block_extra=block_extra,
+        block_piece=block_piece,
     )
 
 

@@ -21,7 +21,8 @@ def arrays(where, lists):
         lists.head,
         lists.first,
         lists.count,
-        lists.extra,
+        lists.begins,
+        lists.piece,
         lists.order,
     )
 
@@ -32,19 +33,20 @@ class Item:
     Attributes:
       head: head of the chunk; `batch` and `kv_head` are where it is in the arrays.
       count: number of pairs.
-      extra: -1 for the first item of its block, else its number.
+      begins: whether it is the first item of its block.
+      piece: -1 for the only item of its block, else its number.
       column: int32 [b], tokens of the block.
       inside: bool [b], which of them are in the block's document.
       query_column: the same counted from query token 0, if the queries are part of the row.
     """
 
     def __init__(self, refs, *, length, group, kv_heads, slots, block, pairs, partial, rows):
-        where, start, stop, head, first, count, extra, self.order = refs
+        where, start, stop, head, first, count, begins, piece, self.order = refs
         item = pl.program_id(0)
         self.length, self.group, self.slots, self.rows = length, group, slots, rows
         self.block, self.pairs = block, pairs
         self.head, self.first, self.count = head[item], first[item], count[item]
-        self.extra = extra[item]
+        self.begins, self.piece = begins[item] > 0, piece[item]
         self.batch, self.kv_head = split(where[0] + self.head, kv_heads)
         self.base = where[1] * (slots * group)  # slot of the chunk's first pair
         self.column = self.query_column = start[item] + iota(block)
@@ -73,7 +75,7 @@ class Item:
         """
         some = jnp.minimum(pl.cdiv(self.block - 1, self.rows // self.group), self.steps())
         others = 0 if self.pairs >= self.block else self.steps()  # of other items of the block
-        return jnp.where(self.extra < 0, some, others)
+        return jnp.where(self.begins, some, others)
 
     def step(self, number):
         """Rows of a step: do they exist, their token, query head and slot; [R] each.

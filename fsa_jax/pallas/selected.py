@@ -167,7 +167,7 @@ def gradients(
     def step(sums, chunk):
         where, starts, lists = chunk
         dquery, dkey, dvalue = sums
-        dkey_parts, dvalue_parts, *part = backward.partial_gradients(
+        dkey, dvalue, dkey_pieces, dvalue_pieces, *part = backward.partial_gradients(
             where,
             lists,
             query,
@@ -177,12 +177,13 @@ def gradients(
             lse,
             delta,
             inverse,
+            (dkey, dvalue),
             heads=plan.heads,
             tokens=plan.tokens,
             slots=starts.shape[-1],
             pairs=plan.pairs,
             tile=plan.backward,
-            extras=index.num_extras(starts.size, plan.pairs),
+            pieces=index.num_pieces(starts.size, plan.pairs),
             partial_dtype=plan.gradient_dtype,
             **static,
         )
@@ -190,8 +191,8 @@ def gradients(
             where,
             lists,
             block_start,
-            dkey_parts,
-            dvalue_parts,
+            dkey_pieces,
+            dvalue_pieces,
             (dkey, dvalue),
             block=plan.block,
             spacing=spacing,

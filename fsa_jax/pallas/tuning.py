@@ -215,7 +215,7 @@ def make_plan(
         group * max(width * gradient_dtype.itemsize, value_width * dtype.itemsize)
         + 4 * group
         + 16
-        + 4 * block * (width + value_width) // pairs,
+        + 8 * block * (width + value_width) // pairs,
     )
     backward_tile = Tile(rows=rows, num_stages=2 if rows % group else 3)
     if group == 2 and rows == 64:  # with 4 warps this group alone spills registers
