@@ -136,7 +136,7 @@ def partial_gradients(
         part_ref: Any = refs.pop() if want_dq else None
         _dkey, _dvalue, *refs = refs
         item = Item(item_refs, rows=tile.rows, **sizes)
-        columns, value_columns = columns_of(width, COLUMNS), columns_of(value_width, COLUMNS)
+        columns, value_columns = (columns_of(x, COLUMNS) for x in (key, value))
         keys = item.load_block(key_ref, columns)
         values = item.load_block(value_ref, value_columns)
 

@@ -14,6 +14,8 @@ LOG2_E = math.log2(math.e)
 #: Whether the kernel that is being traced is for interpret mode, which knows no instructions of a
 #: GPU.
 _interpreted = contextvars.ContextVar("interpreted", default=False)
+#: Widest tile of float32 columns; products of float32 hold one of each side in registers.
+FLOAT32_COLUMNS = 32
 
 
 def next_power_of_two(size: int) -> int:
@@ -118,9 +120,14 @@ def cut_width(width: int, most: int) -> list[tuple[int, int]]:
     return tiles
 
 
-def columns_of(width: int, most: int) -> list[jax.Array]:
-    """Column numbers of the tiles of `cut_width`."""
-    return [start + iota(size) for start, size in cut_width(width, most)]
+def columns_of(array, most: int) -> list[jax.Array]:
+    """Column numbers of the tiles that `cut_width` makes of the last axis of an array.
+
+    Those of float32 are narrow: `product` then rounds sums of few terms, as a dense product does.
+    """
+    if array.dtype == jnp.float32:
+        most = min(most, FLOAT32_COLUMNS)
+    return [start + iota(size) for start, size in cut_width(array.shape[-1], most)]
 
 
 def iota(size: int) -> jax.Array:
@@ -241,9 +248,15 @@ def softmax_weights(logits: jax.Array, lse: jax.Array, scale: float, dtype) -> j
 
 
 def product(a: list[jax.Array], b: list[jax.Array]) -> jax.Array:
-    """Product a b^T of matrices that are cut into tiles of columns."""
-    first, *others = (dot(x, y, (1, 1)) for x, y in zip(a, b, strict=True))
-    return sum(others, first)
+    """Product a b^T of matrices that are cut into tiles of columns.
+
+    Sums of float32 tiles are kept apart until each is whole: in one long sum, the last of 128 terms
+    would be rounded in the unit of all of them, which dp - delta shows where a query sees few keys.
+    """
+    parts = [dot(x, y, (1, 1)) for x, y in zip(a, b, strict=True)]
+    if a[0].dtype == jnp.float32:
+        parts = [settled(x) for x in parts]
+    return sum(parts[1:], parts[0])
 
 
 def fold_tiles(step, state, begin, inner_begin, inner_end, end):

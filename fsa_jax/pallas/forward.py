@@ -62,7 +62,7 @@ def partial_attention(
       out [H, P*G, E] and lse float32 [H, P*G]; row pair*G + g. Unwritten where a pair does
       not count.
     """
-    _, length, kv_heads, width = key.shape
+    _, length, kv_heads, _ = key.shape
     value_width = value.shape[3]
     group = query.shape[2] // kv_heads
     sizes = {"length": length, "group": group, "kv_heads": kv_heads, "slots": slots}
@@ -73,7 +73,7 @@ def partial_attention(
     def forward_kernel(*refs):
         *item_refs, query_ref, key_ref, value_ref, out_ref, lse_ref = refs
         item = Item(item_refs, rows=tile.rows, **sizes)
-        columns, value_columns = columns_of(width, COLUMNS), columns_of(value_width, COLUMNS)
+        columns, value_columns = (columns_of(x, COLUMNS) for x in (key, value))
         keys = item.load_block(key_ref, columns)
         values = item.load_block(value_ref, value_columns)
 

@@ -17,15 +17,19 @@ from jax.experimental import pallas as pl
 from fsa_jax.pallas.common import (
     Softmax,
     call,
+    columns_of,
     dot,
     iota,
     load,
+    load_tiles,
+    product,
     rows_mask,
     softmax_weights,
     split,
     store,
     tile_width,
 )
+from fsa_jax.pallas.tuning import WIDEST
 
 
 def attention(starts, query, key, value, offset, *, block, scale, tile, interpret):
@@ -51,32 +55,37 @@ def attention(starts, query, key, value, offset, *, block, scale, tile, interpre
         starts_ref, query_ref, key_ref, value_ref, offset_ref, out_ref, lse_ref
     ):  # fmt: skip
         batch, kv_head, token, query_head, there = _place(query_ref, key_ref)
-        d, e = _columns(key_ref), _columns(value_ref)
-        queries = _load_rows(query_ref, batch, token, query_head, there)
+        columns, value_columns = (columns_of(x, WIDEST) for x in (key, value))
+        queries = _load_rows(query_ref, batch, token, query_head, there, columns)
 
         def step(slot, state):
             top, total, out = state
             column, seen = _block(starts_ref, offset_ref, batch, token, kv_head, slot, block)
-            keys = _load_block(key_ref, batch, column, kv_head, seen, d)
-            values = _load_block(value_ref, batch, column, kv_head, seen, e)
-            logits = softmax.signed(dot(queries, keys, (1, 1)))
+            keys = load_tiles(key_ref, batch, column, kv_head, columns, seen)
+            values = load_tiles(value_ref, batch, column, kv_head, value_columns, seen)
+            logits = softmax.signed(product(queries, keys))
             logits = jnp.where(seen[None, :], logits, -jnp.inf)
             new_top = jnp.maximum(top, softmax.top(logits))
             safe = jnp.where(new_top == -jnp.inf, 0.0, new_top)
             p = softmax.weights(logits, safe[:, None])
             decay = softmax.decay(top, safe)
-            out = out * decay[:, None] + dot(p.astype(values.dtype), values, (1, 0))
+            p_cut = p.astype(value_ref.dtype)
+            out = [
+                x * decay[:, None] + dot(p_cut, v, (1, 0)) for x, v in zip(out, values, strict=True)
+            ]
             return new_top, total * decay + jnp.sum(p, axis=1), out
 
         rows = query_head.size
         zeros = jnp.zeros((rows,), jnp.float32)
-        state = (zeros - jnp.inf, zeros, jnp.zeros((rows, e.size), jnp.float32))
+        out = [jnp.zeros((rows, e.size), jnp.float32) for e in value_columns]
+        state = (zeros - jnp.inf, zeros, out)
         top, total, out = jax.lax.fori_loop(0, starts_ref.shape[3], step, state)
         some = total > 0
         total = jnp.where(some, total, 1.0)
-        target = out_ref.at[batch, token, query_head[:, None], e[None, :]]
-        mask = rows_mask(there, e, out_ref.shape[3])
-        store(target, softmax.mean(out, total).astype(out_ref.dtype), mask=mask)
+        for e, x in zip(value_columns, out, strict=True):
+            target = out_ref.at[batch, token, query_head[:, None], e[None, :]]
+            mask = rows_mask(there, e, out_ref.shape[3])
+            store(target, softmax.mean(x, total).astype(out_ref.dtype), mask=mask)
         lse = jnp.where(some, softmax.lse(top, total), -jnp.inf)
         store(lse_ref.at[batch, token, query_head], lse, mask=there)
 
@@ -116,26 +125,27 @@ def query_gradient(
         if given:
             wanted = refs[0][0] == 0
             there, slots = there & wanted, jnp.where(wanted, jnp.int32(slots), 0)
-        d, e = _columns(key_ref), _columns(value_ref)
-        queries = _load_rows(query_ref, batch, token, query_head, there)
-        douts = _load_rows(dout_ref, batch, token, query_head, there)
+        columns, value_columns = (columns_of(x, WIDEST) for x in (key, value))
+        queries = _load_rows(query_ref, batch, token, query_head, there, columns)
+        douts = _load_rows(dout_ref, batch, token, query_head, there, value_columns)
         lses = load(lse_ref.at[batch, token, query_head], mask=there)
         deltas = load(delta_ref.at[batch, token, query_head], mask=there)
 
         def step(slot, dquery):
             column, seen = _block(starts_ref, offset_ref, batch, token, kv_head, slot, block)
-            keys = _load_block(key_ref, batch, column, kv_head, seen, d)
-            values = _load_block(value_ref, batch, column, kv_head, seen, e)
-            p = softmax_weights(dot(keys, queries, (1, 1)), lses[None, :], scale, key_ref.dtype)
+            keys = load_tiles(key_ref, batch, column, kv_head, columns, seen)
+            values = load_tiles(value_ref, batch, column, kv_head, value_columns, seen)
+            p = softmax_weights(product(keys, queries), lses[None, :], scale, key_ref.dtype)
             p = jnp.where(seen[:, None] & there[None, :], p, 0.0)
-            ds = p * (dot(values, douts, (1, 1)) - deltas[None, :])
-            return dquery + dot(keys, ds.astype(keys.dtype), (0, 0))
+            ds = (p * (product(values, douts) - deltas[None, :])).astype(key_ref.dtype)
+            return [x + dot(k, ds, (0, 0)) for x, k in zip(dquery, keys, strict=True)]
 
-        zeros = jnp.zeros((d.size, query_head.size), jnp.float32)
-        dquery = jax.lax.fori_loop(0, slots, step, zeros) * scale
-        target = dquery_ref.at[batch, token, query_head[None, :], d[:, None]]
-        mask = rows_mask(there, d, dquery_ref.shape[3]).T
-        store(target, dquery.astype(dquery_ref.dtype), mask=mask)
+        zeros = [jnp.zeros((d.size, query_head.size), jnp.float32) for d in columns]
+        dquery = jax.lax.fori_loop(0, slots, step, zeros)
+        for d, x in zip(columns, dquery, strict=True):
+            target = dquery_ref.at[batch, token, query_head[None, :], d[:, None]]
+            mask = rows_mask(there, d, dquery_ref.shape[3]).T
+            store(target, (x * scale).astype(dquery_ref.dtype), mask=mask)
 
     return call(
         query_gradient_kernel,
@@ -170,10 +180,6 @@ def _place(query_ref, key_ref):
     return batch, kv_head, pl.program_id(0), kv_head * group + g, g < group
 
 
-def _columns(array_ref):
-    return iota(tile_width(array_ref.shape[3]))
-
-
 def _block(starts_ref, offset_ref, batch, token, kv_head, slot, block):
     """Tokens of a listed block, and which of them the query sees."""
     start = starts_ref[batch, token, kv_head, slot]
@@ -181,12 +187,7 @@ def _block(starts_ref, offset_ref, batch, token, kv_head, slot, block):
     return column, column <= token + offset_ref[0]
 
 
-def _load_block(array_ref, batch, column, kv_head, seen, d):
-    mask = rows_mask(seen, d, array_ref.shape[3])
-    return load(array_ref.at[batch, column[:, None], kv_head, d[None, :]], mask=mask)
-
-
-def _load_rows(array_ref, batch, token, query_head, there):
-    d = _columns(array_ref)
-    mask = rows_mask(there, d, array_ref.shape[3])
-    return load(array_ref.at[batch, token, query_head[:, None], d[None, :]], mask=mask)
+def _load_rows(ref, batch, token, query_head, there, columns):
+    """Tiles [G', columns] of the heads of a token."""
+    token = jnp.full(query_head.shape, token)
+    return load_tiles(ref, batch, token, query_head, columns, there)

@@ -173,7 +173,7 @@ def attention(
     def query_tile_kernel(query_ref, key_ref, value_ref, *refs):
         *list_refs, out_ref, lse_ref = refs
         rows = _Rows(list_refs, query_ref, key_ref, block, tile)
-        columns, value_columns = (columns_of(x.shape[3], COLUMNS) for x in (key, value))
+        columns, value_columns = (columns_of(x, COLUMNS) for x in (key, value))
         queries = load_tiles(query_ref, *rows.target, columns, rows.there)
 
         def step(number, state):
@@ -230,7 +230,7 @@ def query_gradient(
     def query_tile_gradient_kernel(query_ref, key_ref, value_ref, *refs):
         *list_refs, dout_ref, lse_ref, delta_ref, dquery_ref = refs
         rows = _Rows(list_refs, query_ref, key_ref, block, tile)
-        columns, value_columns = (columns_of(x.shape[3], COLUMNS) for x in (key, value))
+        columns, value_columns = (columns_of(x, COLUMNS) for x in (key, value))
         lses = load(lse_ref.at[*rows.target], mask=rows.there, other=-jnp.inf)
         live = lses > -jnp.inf  # what sees nothing may hold anything
         queries = load_tiles(query_ref, *rows.target, columns, live)

@@ -61,7 +61,7 @@ def key_gradients(
         low = load(low_ref.at[row_of_batch, column], mask=there)
         high = load(high_ref.at[row_of_batch, column], mask=there)
         seen = high > low
-        columns, value_columns = (columns_of(x.shape[3], 128) for x in (key, value))
+        columns, value_columns = (columns_of(x, 128) for x in (key, value))
         tiles, value_tiles = (
             load_tiles(ref, row_of_batch, column, kv_head, cut, seen)
             for ref, cut in ((key_ref, columns), (value_ref, value_columns))

@@ -63,7 +63,7 @@ def attention(query, key, value, visible, seers, *, plan, scale, interpret):
     ):  # fmt: skip
         seers_refs, (out_ref, lse_ref) = refs[:2], refs[2:]
         rows = _Rows(query_ref, key_ref, low_ref, high_ref, tile)
-        columns, value_columns = (columns_of(x.shape[3], 128) for x in (key, value))
+        columns, value_columns = (columns_of(x, 128) for x in (key, value))
         queries = rows.load(query_ref, columns)
 
         def step(start, state, masked):
@@ -129,7 +129,7 @@ def query_gradient(
     ):  # fmt: skip
         seers_refs, (lse_ref, delta_ref, dout_ref, dquery_ref) = refs[:2], refs[2:]
         rows = _Rows(query_ref, key_ref, low_ref, high_ref, tile)
-        columns, value_columns = (columns_of(x.shape[3], 128) for x in (key, value))
+        columns, value_columns = (columns_of(x, 128) for x in (key, value))
         queries, douts = rows.load(query_ref, columns), rows.load(dout_ref, value_columns)
         lses = load(lse_ref.at[*rows.target], mask=rows.sighted)
         deltas = load(delta_ref.at[*rows.target], mask=rows.sighted)

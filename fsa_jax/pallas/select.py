@@ -53,8 +53,8 @@ from fsa_jax.segments import Rows, Windows
 
 #: Blocks of a tile.
 BLOCKS = 64
-#: Widest tile of columns, by bytes of a number: products of float32 hold one of each in registers.
-COLUMNS = {2: 128, 4: 32}
+#: Widest tile of columns.
+COLUMNS = 128
 #: Above every rank and every block number.
 LARGEST = 2**31 - 1
 #: Most programs of the second axis of a grid.
@@ -189,7 +189,7 @@ def _rank(where, query, key, lse, own, first, visible, *, config, scale, plan, i
       free to be chosen or not to be. Unwritten for easy tokens, and in tiles after a token's last
       free block.
     """
-    _, length, query_heads, width = query.shape
+    _, length, query_heads, _ = query.shape
     kv_heads = key.shape[2]
     group = query_heads // kv_heads
     tokens, padded_group = _tile_tokens(plan.rows, group, config)
@@ -232,7 +232,7 @@ def _rank(where, query, key, lse, own, first, visible, *, config, scale, plan, i
         lses = load(lse_ref.at[batch, row_token, row_head], mask=row_live)
         lses = jnp.where(lses == -jnp.inf, 0.0, lses)
         lses = jnp.where(row_live, lses, jnp.inf)  # idle rows have no weight: exp(0 - inf) = 0
-        columns = columns_of(width, COLUMNS[query.dtype.itemsize])
+        columns = columns_of(query, COLUMNS)
         queries = load_tiles(query_ref, batch, row_token, row_head, columns, row_seen > 0)
 
         def weights(block, offset, masked):
