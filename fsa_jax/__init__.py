@@ -10,8 +10,8 @@ from fsa_jax.api import (
     sliding_window_attention,
 )
 from fsa_jax.config import NSAConfig
-from fsa_jax.context import from_stripes, to_stripes
 from fsa_jax.dispatch import explain
+from fsa_jax.stripes import from_stripes, to_stripes
 
 __version__ = "0.1.0"
 

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from fsa_jax import context
+from fsa_jax import stripes
 from fsa_jax.precision import einsum
 from fsa_jax.segments import Rows, Windows, describe_windows
 
@@ -43,7 +43,7 @@ def compress(
         exists = windows.start < x.shape[1]
     else:
         ids, axis = sequence
-        units, exists = context.unit_reader(x, ids, kernel_size, kernel_stride, axis)
+        units, exists = stripes.unit_reader(x, ids, kernel_size, kernel_stride, axis)
 
     def fold(equation, weight, table_equation):
         """Sum over the tokens of a window of token times weight, and the same for the table."""

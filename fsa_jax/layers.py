@@ -21,7 +21,7 @@ from flax.nnx.nn import initializers
 from flax.typing import Dtype, Initializer, PrecisionLike
 from jaxtyping import Array, Float, Int
 
-from fsa_jax import api, checks, context, sharding
+from fsa_jax import api, checks, sharding, stripes
 from fsa_jax.compression import METHODS
 from fsa_jax.compressor import Compressor
 from fsa_jax.config import NSAConfig
@@ -392,13 +392,13 @@ class NativeSparseAttention(_Attention):
         if self.sequence_axis is None or positions is not None:
             return rows, counted
         checks.sequence(self.sequence_axis, True, x.shape[1], self.config.kernel_stride)
-        return rows, context.positions(segment_ids, x.shape[:2], self.sequence_axis)
+        return rows, stripes.positions(segment_ids, x.shape[:2], self.sequence_axis)
 
     def _window_positions(self, rows: Rows, segment_ids, positions: jax.Array) -> jax.Array:
         """The position of each window's first token, int32 [B, M]."""
         sizes = (self.config.kernel_size, self.config.kernel_stride)
         if self.sequence_axis is not None:
-            return context.window_positions(positions, segment_ids, *sizes, self.sequence_axis)
+            return stripes.window_positions(positions, segment_ids, *sizes, self.sequence_axis)
         read = jax.vmap(lambda row, start: row.at[start].get(mode="fill", fill_value=0))
         return read(positions, describe_windows(rows, *sizes).start)
 

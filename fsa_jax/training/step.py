@@ -10,7 +10,7 @@ from jax import Array
 from jax.stages import Wrapped
 from jaxtyping import Float32, Int32, UInt32
 
-from fsa_jax.context import to_stripes
+from fsa_jax.stripes import to_stripes
 from fsa_jax.training.config import TrainConfig
 from fsa_jax.training.mesh import Placement
 from fsa_jax.transformer import Transformer, TransformerConfig

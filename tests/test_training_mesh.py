@@ -1,0 +1,43 @@
+"""Runs that go on over another mesh of devices than the one that they began on."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from test_training import MODEL, saved_state, texts, tiny
+
+from fsa_jax.training import read_metrics, train
+
+__all__ = ["texts"]  # used by pytest
+
+# Dropout falls on places of a row, and stripes are another order of the tokens.
+NSA = dataclasses.replace(MODEL, num_layers=1, dropout_rate=0.0)
+FULL = dataclasses.replace(MODEL, num_kv_heads=2, attention="full")
+
+
+def losses(config):
+    rows = read_metrics(config.run_folder / "metrics.jsonl")
+    return {row["step"]: row["loss"] for row in rows if "loss" in row}
+
+
+@pytest.mark.parametrize(
+    ("model", "meshes"),
+    [(FULL, ("data=4,tensor=2", "data=2")), (NSA, ("", "data=2,sequence=2"))],
+    ids=["full", "nsa"],
+)
+def test_a_run_goes_on_over_another_mesh(model, meshes, texts, tmp_path):
+    """Losses and the last state are those of one device, to float32 rounding."""
+    common = {"model": model, "batch_size": 4, "steps": 4, "eval_every": 4, "checkpoint_every": 2}
+    alone, moved = (tiny(texts, tmp_path / name, **common) for name in ("alone", "moved"))
+    train(alone)
+    first, second = meshes
+    train(dataclasses.replace(moved, mesh=first, fsdp=bool(first), steps=2))
+    train(dataclasses.replace(moved, mesh=second, resume=True))
+    got, wanted = (losses(x) for x in (moved, alone))
+    assert sorted(got) == [1, 2, 3, 4]
+    np.testing.assert_allclose(*([x[step] for step in got] for x in (got, wanted)), rtol=2e-6)
+    (state, position), (wanted, wanted_position) = (saved_state(x, 4) for x in (moved, alone))
+    assert position.batches == wanted_position.batches
+    for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-5)
