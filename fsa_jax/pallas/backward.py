@@ -214,14 +214,15 @@ def _store_block(item, sum_ref, piece_ref, columns, sums, width):
     """Stores tiles [columns, b] of an item's sums where they belong; the block may be its alone."""
     row = item.piece * item.block + iota(item.block)
     for d, part in zip(columns, sums, strict=True):
+        cut = rows_mask(jnp.full(row.shape, item.piece >= 0), d, width).T
+        store(piece_ref.at[row[None, :], d[:, None]], part, mask=cut)
+    for d, part in zip(columns, sums, strict=True):
         alone = rows_mask(item.inside & (item.piece < 0), d, width).T
         target = sum_ref.at[item.batch, item.column[None, :], item.kv_head, d[:, None]]
         total = part
         if sum_ref.dtype == jnp.float32:
             total += load(target, mask=alone)
         store(target, total.astype(sum_ref.dtype), mask=alone)
-        cut = rows_mask(jnp.full(row.shape, item.piece >= 0), d, width).T
-        store(piece_ref.at[row[None, :], d[:, None]], part, mask=cut)
 
 
 def sum_blocks(
