@@ -13,7 +13,6 @@ key/value heads, D and E head widths, L layers, n tokens of a chunk, l kernel_si
 """
 
 import dataclasses
-from collections.abc import Sequence
 from typing import Any, Self
 
 import jax
@@ -28,10 +27,6 @@ from fsa_jax.config import NSAConfig
 _STATIC: Any = {"static": True}
 
 
-class OutOfPages(RuntimeError):
-    """There are not enough free pages for a sequence; nothing has been changed."""
-
-
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Chunk:
@@ -44,6 +39,16 @@ class Chunk:
 
     position: Int[Array, "B n"]
     valid: Bool[Array, "B n"]
+
+    @property
+    def first(self) -> Int[Array, " B"]:
+        """Tokens of each sequence before the call."""
+        return self.position[:, 0]
+
+    @property
+    def stop(self) -> Int[Array, " B"]:
+        """Tokens of each sequence after the call."""
+        return self.first + jnp.sum(self.valid, axis=1, dtype=jnp.int32)
 
 
 @jax.tree_util.register_dataclass
@@ -116,6 +121,10 @@ class KVCache:
         """Tokens that each sequence has pages for, those it holds included."""
         return jnp.sum(self.page_table >= 0, axis=1, dtype=jnp.int32) * self.page_size
 
+    def emptied(self) -> Self:
+        """The cache without any token of any sequence; they keep their pages."""
+        return dataclasses.replace(self, lengths=jnp.zeros_like(self.lengths))
+
     def place(self, length: int, num_tokens: Array | None = None) -> Chunk:
         """Where the next `length` tokens of each sequence stand.
 
@@ -128,15 +137,9 @@ class KVCache:
             number is not in 0 .. n or a sequence has no room. Inside jit such tokens count as
             padding: they are not stored, and their results are 0.
         """
-        batch = self.page_table.shape[0]
         if num_tokens is None:
-            num_tokens = jnp.full((batch,), length, jnp.int32)
-        num_tokens = checks.integers("num_tokens", num_tokens, "B")
-        if num_tokens.shape != (batch,):
-            raise ValueError(
-                f"num_tokens must have one number for each of the {batch} sequences of the cache, "
-                f"got shape {num_tokens.shape}"
-            )
+            num_tokens = jnp.full(self.lengths.shape, length, jnp.int32)
+        num_tokens = self._numbers("num_tokens", num_tokens)
         self._check_room(length, num_tokens)
         token = jnp.arange(length, dtype=jnp.int32)[None]
         position = self.lengths[:, None] + token
@@ -145,7 +148,7 @@ class KVCache:
 
     def _check_room(self, length: int, num_tokens: Array) -> None:
         known = (num_tokens, self.lengths, self.page_table)
-        if any(isinstance(x, Tracer) or not x.is_fully_addressable for x in known):
+        if not _known(*known):
             return
         counts, lengths, table = (np.asarray(x) for x in known)
         if counts.min() < 0 or counts.max() > length:
@@ -159,8 +162,54 @@ class KVCache:
 
     def advance(self, chunk: Chunk) -> Self:
         """The cache with the lengths after `chunk` has been written in every layer."""
-        added = jnp.sum(chunk.valid, axis=1, dtype=jnp.int32)
-        return dataclasses.replace(self, lengths=self.lengths + added)
+        return dataclasses.replace(self, lengths=chunk.stop)
+
+    def rewind(self, count: Int[Array, " B"]) -> Self:
+        """The cache without the last `count` tokens of each sequence, for drafts that were wrong.
+
+        Args:
+          count: int32 [B], tokens that each sequence loses; in an `NSACache` at most `rollback`
+            since the last token that was added, which inside jit cannot be checked.
+
+        Raises:
+          ValueError: a shape does not fit; or, outside jit, a number is too large or negative.
+        """
+        count = self._numbers("count", count)
+        if _known(count, self.lengths):
+            lengths, counts = np.asarray(self.lengths), np.asarray(count)
+            most = np.minimum(lengths, lengths if self._rollback is None else self._rollback)
+            if (counts < 0).any() or (counts > most).any():
+                raise ValueError(
+                    f"count must be in 0 .. {most.tolist()} (rollback={self._rollback}, "
+                    f"lengths={lengths.tolist()}), got {counts.tolist()}"
+                )
+        return dataclasses.replace(self, lengths=jnp.maximum(self.lengths - count, 0))
+
+    @property
+    def _rollback(self) -> int | None:
+        """The most tokens that `rewind` may take back; None: all."""
+        return None
+
+    def _numbers(self, name: str, x: Array) -> Array:
+        """`x` checked: one number for each sequence."""
+        x = checks.integers(name, x, "B")
+        if x.shape != self.lengths.shape:
+            raise ValueError(
+                f"{name} must have one number for each of the {self.lengths.shape[0]} sequences "
+                f"of the cache, got shape {x.shape}"
+            )
+        return x
+
+    def traits(self) -> dict[str, Any]:
+        """What a layer's cache must have, by name."""
+        kv_heads, width = self.key.shape[2:]
+        return {
+            "kind": type(self).__name__,
+            "num_kv_heads": kv_heads,
+            "head_dim": width,
+            "layers": self.layers,
+            "sequences": self.lengths.shape[0],
+        }
 
     def first_page(self, layer: int | Array) -> int | Array:
         """Where the pages of a layer start."""
@@ -182,10 +231,25 @@ class KVCache:
         page = jnp.where(valid & (page >= 0), page + self.first_page(layer), nowhere)
         return pool.at[page, place % size].set(x, mode="drop", unique_indices=True)
 
-    def read(self, pool: Float[Array, "P p K W"], layer) -> Float[Array, "B J*p K W"]:
-        """All entries of every sequence, a copy. Places that were not written hold anything."""
-        pages = pool[self.pages(layer)]
-        return pages.reshape(pages.shape[0], -1, *pool.shape[2:])
+    def read(
+        self,
+        pool: Float[Array, "P p K W"],
+        layer,
+        first: Int[Array, " B"],
+        count: int,
+        stop: Int[Array, " B"],
+    ) -> Float[Array, "B count K W"]:
+        """Entries first .. first + count - 1 of each sequence, a copy.
+
+        What is not among the entries 0 .. stop - 1 that the sequence has is 0. So nothing that
+        other sequences left in a page, NaN say, is ever read.
+        """
+        size = pool.shape[1]
+        place = first[:, None] + jnp.arange(count, dtype=jnp.int32)[None]
+        there = (place >= 0) & (place < stop[:, None])
+        number = jnp.clip(place // size, 0, self.page_table.shape[1] - 1)
+        page = jnp.take_along_axis(self.pages(layer), number, axis=1)
+        return jnp.where(there[..., None, None], pool[page, place % size], 0)
 
     def append(self, key: Array, value: Array, layer, chunk: Chunk) -> Self:
         """The cache with the keys and values [B, n, K, ...] of a chunk in one layer."""
@@ -211,19 +275,21 @@ class NSACache(KVCache):
       compressed_key: [P, p / d, K, D], after RoPE; window i of a sequence stands in the page of
         its first token i * d.
       compressed_value: [P, p / d, K, E].
-      tail_key: [L, B, l - 1, K, D], the last tokens of each sequence before RoPE, the newest last:
-        those of windows that are not yet whole are among them.
-      tail_value: [L, B, l - 1, K, E].
+      tail_key: [L, B, R, K, D], the last R tokens of each sequence before RoPE, token t in place
+        t % R: those of windows that are not yet whole, and `rollback` more.
+      tail_value: [L, B, R, K, E], R = max(l - 1 + rollback, 1).
       config: sizes of the attention.
+      rollback: the most tokens that `rewind` may take back.
     """
 
     window_key: Float[Array, "P p K D"] | None
     window_value: Float[Array, "P p K E"] | None
     compressed_key: Float[Array, "P q K D"]
     compressed_value: Float[Array, "P q K E"]
-    tail_key: Float[Array, "L B l-1 K D"]
-    tail_value: Float[Array, "L B l-1 K E"]
+    tail_key: Float[Array, "L B R K D"]
+    tail_value: Float[Array, "L B R K E"]
     config: NSAConfig = dataclasses.field(metadata=_STATIC)
+    rollback: int = dataclasses.field(metadata=_STATIC)
 
     @classmethod
     def init(  # type: ignore[override]
@@ -237,6 +303,7 @@ class NSACache(KVCache):
         dtype: Any = jnp.float32,
         window_of_its_own: bool = False,
         num_pages: int | None = None,
+        rollback: int = 0,
         layers: int = 1,
     ) -> Self:
         """An empty cache; arguments as in `KVCache.init`, whose page size is the block size.
@@ -250,6 +317,7 @@ class NSACache(KVCache):
           dtype: of keys and values.
           window_of_its_own: whether the window has keys and values of its own.
           num_pages: see `KVCache.init`.
+          rollback: the most tokens that `rewind` may take back.
           layers: L.
 
         Raises:
@@ -260,7 +328,8 @@ class NSACache(KVCache):
           >>> cache.key.shape, cache.compressed_key.shape, cache.capacity
           ((4, 64, 1, 8), (4, 4, 1, 8), 128)
         """
-        size, stride = config.block_size, config.kernel_stride
+        size, stride = checks.config(config).block_size, config.kernel_stride
+        room = max(config.kernel_size - 1 + checks.size("rollback", rollback, least=0), 1)
         places = _init_places(batch, capacity, size, num_pages)
         pages = layers * places.pop("pages")
 
@@ -268,8 +337,7 @@ class NSACache(KVCache):
             return jnp.zeros((pages, entries, num_kv_heads, head_dim), dtype)
 
         def tail() -> Array:
-            shape = (layers, batch, config.kernel_size - 1, num_kv_heads, head_dim)
-            return jnp.zeros(shape, dtype)
+            return jnp.zeros((layers, batch, room, num_kv_heads, head_dim), dtype)
 
         return cls(
             key=pool(size),
@@ -282,8 +350,36 @@ class NSACache(KVCache):
             tail_value=tail(),
             layers=layers,
             config=config,
+            rollback=rollback,
             **places,
         )
+
+    @property
+    def _rollback(self) -> int:
+        return self.rollback
+
+    def traits(self) -> dict[str, Any]:
+        """As in `KVCache`."""
+        own = self.window_key is not None
+        return super().traits() | {"config": self.config, "window_of_its_own": own}
+
+    @property
+    def windows(self) -> int:
+        """Compressed windows that a sequence may have."""
+        return self.capacity // self.config.kernel_stride
+
+    def windows_before(self, stop: Int[Array, "..."]) -> Int[Array, "..."]:
+        """How many windows end before token `stop` of a sequence."""
+        size, stride = self.config.kernel_size, self.config.kernel_stride
+        return jnp.maximum((stop - size + stride) // stride, 0)
+
+    def read_compressed(self, layer, chunk: Chunk, count: int) -> tuple[Array, Array]:
+        """Keys and values [B, count, K, ...] of the first windows, with those of the chunk."""
+        nothing = jnp.zeros_like(chunk.first)
+        stop = self.windows_before(chunk.stop)
+        pools = (self.compressed_key, self.compressed_value)
+        key, value = (self.read(pool, layer, nothing, count, stop) for pool in pools)
+        return key, value
 
     def append_window(self, key: Array, value: Array, layer, chunk: Chunk) -> Self:
         """Like `append`, for a window with keys and values of its own."""
@@ -311,38 +407,52 @@ class NSACache(KVCache):
         """
         size, stride = self.config.kernel_size, self.config.kernel_stride
         count = -(-key.shape[1] // stride)  # the most windows that n tokens can complete
-        before = size - 1
-        oldest = chunk.position[:, 0] - before  # position of the first token at hand
+        before, room = size - 1, self.tail_key.shape[2]
+        oldest = chunk.first - before  # position of the first token at hand
         # windows end in the chunk: they start with the oldest token or after it
         first = jnp.maximum(0, -(-oldest // stride)) * stride
         length = (count - 1) * stride + size
         number = first[:, None] // stride + jnp.arange(count, dtype=jnp.int32)[None]
-        added = jnp.sum(chunk.valid, axis=1, dtype=jnp.int32)
-        whole = number * stride + size <= (chunk.position[:, 0] + added)[:, None]
+        whole = number * stride + size <= chunk.stop[:, None]
+        row = jnp.arange(key.shape[0], dtype=jnp.int32)[:, None]
+        past = oldest[:, None] + jnp.arange(before, dtype=jnp.int32)[None]
+        kept = chunk.valid & (chunk.position >= chunk.stop[:, None] - room)
+        # tokens that are not kept go behind the end, each to a place of its own
+        nowhere = room + jnp.arange(key.shape[1], dtype=jnp.int32)[None]
+        slot = jnp.where(kept, chunk.position % room, nowhere)
 
-        def tokens(tail: Array, x: Array) -> tuple[Array, Array]:
-            """The tokens of the windows, and the tail after the chunk."""
-            tail = jax.lax.dynamic_index_in_dim(tail, layer, keepdims=False)
-            both = jnp.concatenate([tail, x], axis=1)
+        def windows(tail: Array, x: Array) -> Array:
+            """The tokens of the windows, [B, length, K, W]."""
+            # a sequence that has fewer tokens sees none of another's, which may be NaN
+            old = jnp.where((past >= 0)[..., None, None], tail[layer, row, past % room], 0)
+            both = jnp.concatenate([old, x], axis=1)
             # room for windows that are not whole; they are not stored
             both = jnp.pad(both, ((0, 0), (0, length), (0, 0), (0, 0)))
             take = jax.vmap(jax.lax.dynamic_slice_in_dim, (0, 0, None))
-            return take(both, first - oldest, length), take(both, added, before)
+            return take(both, first - oldest, length)
 
-        def put(tail: Array, new: Array) -> Array:
-            return jax.lax.dynamic_update_index_in_dim(tail, new, layer, axis=0)
+        def after(tail: Array, x: Array) -> Array:
+            return tail.at[layer, row, slot].set(x, mode="drop", unique_indices=True)
 
-        key, tail_key = tokens(self.tail_key, key)
-        value, tail_value = tokens(self.tail_value, value)
-        key, value = compress_key(key, number * stride), compress_value(value)
-        key, value = key[:, :count], value[:, :count]
+        new_key = compress_key(windows(self.tail_key, key), number * stride)
+        new_value = compress_value(windows(self.tail_value, value))
+        pools = (self.compressed_key, self.compressed_value)
+        compressed_key, compressed_value = (
+            self.write(pool, x[:, :count], layer, number, whole)
+            for pool, x in zip(pools, (new_key, new_value), strict=True)
+        )
         return dataclasses.replace(
             self,
-            compressed_key=self.write(self.compressed_key, key, layer, number, whole),
-            compressed_value=self.write(self.compressed_value, value, layer, number, whole),
-            tail_key=put(self.tail_key, tail_key),
-            tail_value=put(self.tail_value, tail_value),
+            compressed_key=compressed_key,
+            compressed_value=compressed_value,
+            tail_key=after(self.tail_key, key),
+            tail_value=after(self.tail_value, value),
         )
+
+
+def _known(*arrays: Array) -> bool:
+    """Whether the numbers are known here, which inside jit they are not."""
+    return all(not isinstance(x, Tracer) and x.is_fully_addressable for x in arrays)
 
 
 def _init_places(batch: int, capacity: int, page_size: int, num_pages: int | None) -> dict:
@@ -357,91 +467,3 @@ def _init_places(batch: int, capacity: int, page_size: int, num_pages: int | Non
         table = jnp.full((batch, columns), -1, jnp.int32)
     lengths = jnp.zeros((batch,), jnp.int32)
     return {"pages": num_pages, "page_table": table, "lengths": lengths}
-
-
-class PageAllocator:
-    """Hands out the pages of a cache, on the host: sequences come and go, no memory is moved.
-
-    The cache itself is never changed: `reserve` and `release` return a new one whose page table
-    differs. What a page held before is never read by its next sequence, which sees only what it
-    has written itself.
-
-    Args:
-      cache: an empty cache that was made with `num_pages`.
-
-    Raises:
-      ValueError: the cache has pages in use.
-
-    Example:
-      >>> options = dict(config=NSAConfig(), num_kv_heads=1, head_dim=8, num_pages=3)
-      >>> cache = NSACache.init(2, 128, **options)
-      >>> allocator = PageAllocator(cache)
-      >>> cache = allocator.reserve(cache, 0, 100)
-      >>> allocator.free_pages, cache.room.tolist()
-      (1, [128, 0])
-      >>> allocator.reserve(cache, 1, 100)
-      Traceback (most recent call last):
-      ...
-      fsa_jax.cache.OutOfPages: sequence 1 needs 2 more pages for 100 tokens, 1 of 3 are free
-      >>> allocator.free_pages, allocator.release(cache, 0).room.tolist()
-      (1, [0, 0])
-    """
-
-    def __init__(self, cache: KVCache):
-        if np.asarray(cache.page_table).max() >= 0:
-            raise ValueError("cache must be made with num_pages, and be empty: it has pages in use")
-        self.num_pages = cache.key.shape[0] // cache.layers
-        self._free = list(range(self.num_pages))[::-1]  # the lowest number goes first
-        self._pages: list[list[int]] = [[] for _ in range(cache.page_table.shape[0])]
-
-    @property
-    def free_pages(self) -> int:
-        """Number of pages that no sequence has."""
-        return len(self._free)
-
-    def reserve[Cache: KVCache](self, cache: Cache, row: int, length: int) -> Cache:
-        """The cache with pages for `length` tokens of sequence `row`, those it holds included.
-
-        Raises:
-          ValueError: there is no such sequence, or it may not have so many tokens.
-          OutOfPages: too few pages are free; the allocator is as it was.
-        """
-        pages = self._of(row)
-        if not 0 <= length <= cache.capacity:
-            raise ValueError(f"length must be in 0 .. {cache.capacity}, got {length}")
-        missing = -(-length // cache.page_size) - len(pages)
-        if missing <= 0:
-            return cache
-        if missing > len(self._free):
-            raise OutOfPages(
-                f"sequence {row} needs {missing} more pages for {length} tokens, "
-                f"{len(self._free)} of {self.num_pages} are free"
-            )
-        pages += [self._free.pop() for _ in range(missing)]
-        return dataclasses.replace(cache, page_table=_set_row(cache.page_table, row, pages))
-
-    def release[Cache: KVCache](self, cache: Cache, row: int) -> Cache:
-        """The cache without sequence `row`, whose pages become free and whose length 0.
-
-        Raises:
-          ValueError: there is no such sequence.
-        """
-        pages = self._of(row)
-        self._free += sorted(pages, reverse=True)
-        pages.clear()
-        return dataclasses.replace(
-            cache,
-            page_table=_set_row(cache.page_table, row, pages),
-            lengths=cache.lengths.at[row].set(0),
-        )
-
-    def _of(self, row: int) -> list[int]:
-        if not 0 <= row < len(self._pages):
-            raise ValueError(f"row must be in 0 .. {len(self._pages) - 1}, got {row}")
-        return self._pages[row]
-
-
-def _set_row(table: Array, row: int, pages: Sequence[int]) -> Array:
-    new = np.full(table.shape[1], -1, np.int32)
-    new[: len(pages)] = pages
-    return table.at[row].set(new)
