@@ -1,6 +1,7 @@
 """Argument checks of the public functions. Each message names the argument, its value, the rule."""
 
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -127,6 +128,14 @@ def size(name: str, value, least: int = 1) -> int:
     if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
         raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
     return int(value)
+
+
+def number(name: str, value, rule: str, fits: Callable[[float], bool]) -> float:
+    """A Python number for which `fits`, which `rule` says in words."""
+    kind = isinstance(value, int | float | np.floating | np.integer)
+    if isinstance(value, bool) or not kind or not fits(float(value)):
+        raise ValueError(f"{name} must be {rule}, got {value!r}")
+    return float(value)
 
 
 def scale(value, width: int) -> float:
