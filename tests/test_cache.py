@@ -1,6 +1,7 @@
 """Layers with a cache: the training forward's outputs, in any chunks, for every option."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,6 @@ from test_layers import CONFIG, perturbed
 from util import assert_errors_are_at_most_twice_those_of_dense
 
 from fsa_jax import NSAConfig, decode
-from fsa_jax.cache import NSACache
 from fsa_jax.layers import FullAttention, NativeSparseAttention
 from fsa_jax.rope import Llama3Scaling, RoPE
 
@@ -55,7 +55,7 @@ OPTIONS = {
 }
 
 
-def make(cls=NativeSparseAttention, heads=(4, 2), **options):
+def make(cls: Any = NativeSparseAttention, heads=(4, 2), **options: Any) -> Any:
     if cls is NativeSparseAttention:
         options = {"config": CONFIG} | options
     options = {"num_kv_heads": heads[1], "head_dim": 8, "rngs": nnx.Rngs(0)} | options
@@ -78,14 +78,14 @@ def extend(layer, x, cache, num_tokens, fresh=False):
 
 def feed(layer, x, cache, at, counts, width, fresh=False):
     """The outputs of the next tokens of each sequence; what is not there is given as NaN."""
-    rows = np.full((BATCH, width, x.shape[2]), np.nan, np.float32)
+    tokens = np.asarray(x)  # slices of jax arrays would be compiled, one by one
+    rows = np.full((BATCH, width, x.shape[2]), np.nan, tokens.dtype)
     for row, (start, count) in enumerate(zip(at, counts, strict=True)):
-        rows[row, :count] = x[row, start : start + count]
-    y, cache = extend(
-        layer, jnp.asarray(rows, x.dtype), cache, jnp.asarray(counts, jnp.int32), fresh
-    )
+        rows[row, :count] = tokens[row, start : start + count]
+    y, cache = extend(layer, jnp.asarray(rows), cache, jnp.asarray(counts, jnp.int32), fresh)
+    y = np.asarray(y)
     for row, count in enumerate(counts):
-        assert not np.any(np.asarray(y[row, count:], np.float32))
+        assert not np.any(y[row, count:])
     return [y[row, :count] for row, count in enumerate(counts)], cache
 
 
@@ -102,12 +102,12 @@ def run(layer, x, cache, calls, fresh=False):
 
 
 @st.composite
-def chunkings(draw):
+def chunkings(draw, widths):
     """Calls that give each sequence all its tokens, as many at a time as one likes."""
     left, calls = [LENGTH] * BATCH, []
     while any(left):
         # long rows of single tokens take long and show little
-        width = draw(st.sampled_from(WIDTHS[1:] if len(calls) > 25 else WIDTHS))
+        width = draw(st.sampled_from(widths[-1:] if len(calls) > 25 else widths))
         most = [min(width, n) for n in left]
         counts = [n if len(calls) > 40 else draw(st.integers(0, n)) for n in most]
         left = [n - count for n, count in zip(left, counts, strict=True)]
@@ -118,7 +118,7 @@ def chunkings(draw):
 TOKEN_BY_TOKEN = [(1, (1,) * BATCH)] * LENGTH
 IN_CHUNKS = [(24, (24,) * BATCH)] * 3
 RAGGED = [
-    (24, (24, 0)), (5, (1, 5)), (24, (0, 20)), (1, (1, 1)), (1, (0, 1)), (24, (24, 24)),
+    (24, (24, 0)), (5, (1, 5)), (24, (0, 20)), (5, (1, 1)), (5, (0, 1)), (24, (24, 24)),
     (5, (2, 1)), (24, (20, 20)),
 ]  # fmt: skip
 
@@ -131,9 +131,11 @@ def test_any_chunks_give_the_training_forward(options):
     def check(calls):
         np.testing.assert_allclose(run(layer, x, empty, calls), want, atol=1e-5)
 
-    for calls in (TOKEN_BY_TOKEN, IN_CHUNKS, RAGGED):
+    # every width is a compilation: the default options have all
+    widths = WIDTHS if not options else WIDTHS[::2]
+    for calls in (TOKEN_BY_TOKEN, IN_CHUNKS):
         check(calls)
-    settings(max_examples=8, deadline=None, database=None)(given(chunkings())(check))()
+    settings(max_examples=10, deadline=None, database=None)(given(chunkings(widths))(check))()
 
 
 @pytest.mark.parametrize("name", ["default", "per_branch", "full"])
@@ -163,9 +165,6 @@ def test_kernels_serve_chunks_of_sequences_of_different_lengths():
     parts, _ = feed(kernels, x, cache, at, (20, 24), 24)
     for row, part in enumerate(parts):
         np.testing.assert_allclose(part, want[row, at[row] : at[row] + len(part)], atol=1e-5)
-    parts, _ = feed(kernels, x, cache, (0, 0), (20, 24), 24, fresh=True)
-    for row, part in enumerate(parts):
-        np.testing.assert_allclose(part, want[row, : len(part)], atol=1e-5)
 
 
 @pytest.mark.parametrize("cls", [NativeSparseAttention, FullAttention])
@@ -196,9 +195,9 @@ def test_rewinding_further_than_the_cache_keeps():
     assert cache.rewind(jnp.asarray([2], jnp.int32)).lengths.tolist() == [7]
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16], ids=["bfloat16", "float16"])
-def test_error_rule_in_16_bits(dtype, x64):
+def test_error_rule_in_bfloat16(x64):
     """All blocks are selected: a choice that rounding flips is no error of the attention."""
+    dtype = jnp.bfloat16
     config = dataclasses.replace(CONFIG, topk=LENGTH // CONFIG.block_size)
     # parameters and tokens are numbers of the low precision, in all three
     layers = [make(config=config, param_dtype=jnp.float64, dtype=d) for d in (dtype, jnp.float64)]
@@ -210,7 +209,7 @@ def test_error_rule_in_16_bits(dtype, x64):
     dense = nnx.merge(*nnx.split(ours))
     dense.implementation = exact.implementation = "reference"
     arrays = whole(dense, x), whole(exact, x.astype(jnp.float64))
-    for calls in (TOKEN_BY_TOKEN, IN_CHUNKS, RAGGED):
+    for calls in (TOKEN_BY_TOKEN, IN_CHUNKS):
         got = run(ours, x, ours.init_cache(BATCH, LENGTH), calls)
         assert_errors_are_at_most_twice_those_of_dense(got, *arrays)
 
@@ -228,7 +227,7 @@ def test_a_step_works_in_place_and_reads_what_it_needs(name):
     def cost(capacity, x):
         cache = layer.init_cache(1, capacity)
         size = sum(leaf.nbytes for leaf in jax.tree.leaves(cache))
-        compiled = jax.jit(step, donate_argnums=2).lower(state, x, cache).compile()
+        compiled: Any = jax.jit(step, donate_argnums=2).lower(state, x, cache).compile()
         memory = compiled.memory_analysis()
         assert memory.alias_size_in_bytes >= 0.99 * size  # the old cache becomes the new one
         return compiled.cost_analysis()["flops"], memory.temp_size_in_bytes, size
@@ -278,7 +277,7 @@ def test_bad_calls():
         ({"cache": layer.init_cache(3, 8)}, r"cache must have sequences=2, got sequences=3"),
         ({"cache": layer.init_cache(2, 8, layers=2)}, r"cache must have layers=1, got layers=2"),
         (
-            {"cache": layer.init_cache(2, 8, dtype=jnp.bfloat16)},
+            {"cache": layer.init_cache(2, 72, dtype=jnp.bfloat16)},
             r"cache must have the dtype of the layer's keys, got bfloat16 and float32",
         ),
         (
@@ -304,10 +303,8 @@ def test_bad_calls():
     ]:
         with pytest.raises(ValueError, match=message):
             layer(x, **options)
-    with pytest.raises(
-        ValueError, match=r"room for 72 .* sequence 1, which holds 3 .* get 70 more"
-    ):
-        filled = dataclasses.replace(cache, lengths=jnp.asarray([0, 3], jnp.int32))
+    filled = dataclasses.replace(cache, lengths=jnp.asarray([0, 3], jnp.int32))
+    with pytest.raises(ValueError, match=r"room for 72 .* sequence 1, which holds 3 .* 70 more"):
         layer(x, cache=filled, num_tokens=jnp.asarray([72, 70], jnp.int32))
     with pytest.raises(ValueError, match=r"x must have in_features=16 features, got \(2, 72, 15\)"):
         layer(x[..., :15], cache=cache)
@@ -349,12 +346,11 @@ def test_layers_that_cannot_serve_a_cache(cls, options, message):
 
 def test_tokens_without_room_are_not_stored_inside_jit():
     layer, x = make(), inputs()
-    cache = layer.init_cache(BATCH, 48)
-    y, cache = feed(layer, x, cache, (0, 0), (24, 20), 24)
-    y, cache = extend(layer, x[:, 24:48], cache, jnp.asarray([24, 24], jnp.int32))
-    y, cache = extend(layer, x[:, :24], cache, None)
-    assert cache.lengths.tolist() == [48, 48]
+    cache = layer.init_cache(BATCH, LENGTH)
+    for counts in ((24, 20), (24, 24), (24, 24)):
+        _, cache = feed(layer, x, cache, (0, 0), counts, 24)
+    y, cache = extend(layer, x[:, :24], cache, jnp.asarray([24, 24], jnp.int32))
+    assert cache.lengths.tolist() == [LENGTH, LENGTH]
     assert not np.any(y[0])
     assert not np.any(y[1, 4:])
     assert np.all(np.any(y[1, :4], axis=-1))
-    assert isinstance(cache, NSACache)
