@@ -423,9 +423,8 @@ class NSACache(KVCache):
 
         def windows(tail: Array, x: Array) -> Array:
             """The tokens of the windows, [B, length, K, W]."""
-            # a sequence that has fewer tokens sees none of another's, which may be NaN
-            old = jnp.where((past >= 0)[..., None, None], tail[layer, row, past % room], 0)
-            both = jnp.concatenate([old, x], axis=1)
+            # places of a sequence that has fewer tokens are another's, which no window starts in
+            both = jnp.concatenate([tail[layer, row, past % room], x], axis=1)
             # room for windows that are not whole; they are not stored
             both = jnp.pad(both, ((0, 0), (0, length), (0, 0), (0, 0)))
             take = jax.vmap(jax.lax.dynamic_slice_in_dim, (0, 0, None))

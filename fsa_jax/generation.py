@@ -193,8 +193,7 @@ def _generate(
 
     def advance(carry):
         step, cache, (token, added, live, counts) = carry
-        there = live.astype(jnp.int32)
-        logits, cache = model(token[:, None], cache=cache, num_tokens=there)
+        logits, cache = model(token[:, None], cache=cache)
         return step + 1, cache, add(step, logits, added, live, counts)
 
     cache = model.init_cache(batch, capacity)

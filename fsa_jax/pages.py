@@ -27,6 +27,7 @@ class PageAllocator:
       ValueError: the cache has pages in use.
 
     Example:
+      >>> from fsa_jax import NSACache, NSAConfig
       >>> options = dict(config=NSAConfig(), num_kv_heads=1, head_dim=8, num_pages=3)
       >>> cache = NSACache.init(2, 128, **options)
       >>> allocator = PageAllocator(cache)

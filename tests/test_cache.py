@@ -195,19 +195,21 @@ def test_rewinding_further_than_the_cache_keeps():
     assert cache.rewind(jnp.asarray([2], jnp.int32)).lengths.tolist() == [7]
 
 
-def test_error_rule_in_bfloat16(x64):
+@pytest.mark.parametrize("cls", [NativeSparseAttention, FullAttention])
+def test_error_rule_in_bfloat16(cls, x64):
     """All blocks are selected: a choice that rounding flips is no error of the attention."""
-    dtype = jnp.bfloat16
+    dtype, dense_choice = jnp.bfloat16, "xla" if cls is FullAttention else "reference"
     config = dataclasses.replace(CONFIG, topk=LENGTH // CONFIG.block_size)
+    options = {} if cls is FullAttention else {"config": config}
     # parameters and tokens are numbers of the low precision, in all three
-    layers = [make(config=config, param_dtype=jnp.float64, dtype=d) for d in (dtype, jnp.float64)]
+    layers = [make(cls, param_dtype=jnp.float64, dtype=d, **options) for d in (dtype, jnp.float64)]
     for layer in layers:
         state = jax.tree.map(lambda p: p.astype(dtype).astype(jnp.float64), nnx.state(layer))
         nnx.update(layer, state)
     ours, exact = layers
     x = inputs(dtype)
     dense = nnx.merge(*nnx.split(ours))
-    dense.implementation = exact.implementation = "reference"
+    dense.implementation = exact.implementation = dense_choice
     arrays = whole(dense, x), whole(exact, x.astype(jnp.float64))
     for calls in (TOKEN_BY_TOKEN, IN_CHUNKS):
         got = run(ours, x, ours.init_cache(BATCH, LENGTH), calls)

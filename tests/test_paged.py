@@ -183,6 +183,18 @@ def test_out_of_pages_harms_no_other_sequence():
     assert allocator.free_pages == 0
 
 
+def test_a_page_that_is_not_there_is_never_written():
+    cache = init_cache("full")
+    table = np.full_like(cache.page_table, -1)
+    table[0, 1] = 4  # its first page is missing
+    cache = dataclasses.replace(cache, page_table=jnp.asarray(table))
+    x, there = jnp.ones((ROWS, 1, 2, 8)), jnp.asarray([[True], [True], [False]])
+    at = jnp.asarray([[PAGE + 3], [0], [0]], jnp.int32)
+    got = np.asarray(cache.write(cache.key, x, 0, at, there))
+    assert np.argwhere(got[..., 0, 0]).tolist() == [[4, 3]]
+    assert not np.any(cache.write(cache.key, x, 0, at - PAGE, there))
+
+
 def test_bad_pages():
     cache = init_cache("nsa")
     allocator = PageAllocator(cache)
