@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
+from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Bool, Float, Int
 
 from fsa_jax import checks
@@ -229,7 +230,10 @@ class KVCache:
         # what is not stored goes to places of its own behind the end, where it is dropped
         nowhere = pool.shape[0] + jnp.arange(place.size, dtype=jnp.int32).reshape(place.shape)
         page = jnp.where(valid & (page >= 0), page + self.first_page(layer), nowhere)
-        return pool.at[page, place % size].set(x, mode="drop", unique_indices=True)
+        new = pool.at[page, place % size].set(x, mode="drop", unique_indices=True)
+        # Else the compiler may lay out the loop over layers as x is laid out, and turn all pages
+        # that way and back in every call.
+        return with_layout_constraint(new, Layout(tuple(range(new.ndim))))
 
     def read(
         self,
