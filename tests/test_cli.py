@@ -1,6 +1,7 @@
 """The command line: commands, flags, presets, and one-line errors with exit code 2."""
 
 import dataclasses
+import io
 import os
 import shutil
 import subprocess
@@ -12,6 +13,7 @@ import pytest
 
 import fsa_jax
 import fsa_jax.training
+from fsa_jax import cli
 from fsa_jax.cli import main
 from fsa_jax.training import PRESETS, TrainResult, read_metrics
 
@@ -176,6 +178,24 @@ def test_sample_shows_bytes_that_are_no_text(trained, monkeypatch, capfd):
     monkeypatch.setattr(fsa_jax, "generate", generate)
     assert main(["sample", "--checkpoint", str(trained), "--prompt", "b"]) == 0
     assert capfd.readouterr().out == "ba\N{REPLACEMENT CHARACTER}\N{REPLACEMENT CHARACTER}\n"
+
+
+def test_a_reader_that_leaves_a_sample_is_heard_of_when_it_ends(monkeypatch):
+    """Inside the compiled loop the error would be one of that."""
+    asked = []
+
+    class Closed(io.StringIO):
+        def write(self, text):
+            asked.append(text)
+            raise BrokenPipeError
+
+    monkeypatch.setattr(sys, "stdout", Closed())
+    shown = cli._Shown(b"a")
+    for byte in b"bc":
+        shown.add(np.asarray([byte], np.int32))
+    with pytest.raises(BrokenPipeError):
+        shown.finish()
+    assert asked == ["ab"]
 
 
 def test_info(capfd):
