@@ -1,4 +1,4 @@
-"""Native sparse attention (NSA) for JAX: the operator, its branches and its configuration."""
+"""Native sparse attention (NSA) for JAX: the operator, its branches, and inference with a cache."""
 
 from fsa_jax.api import (
     CHECKPOINT_NAMES,
@@ -9,19 +9,27 @@ from fsa_jax.api import (
     selected_attention,
     sliding_window_attention,
 )
+from fsa_jax.cache import KVCache, NSACache
 from fsa_jax.config import NSAConfig
 from fsa_jax.dispatch import explain
+from fsa_jax.generation import generate
+from fsa_jax.pages import OutOfPages, PageAllocator
 from fsa_jax.stripes import from_stripes, to_stripes
 
 __version__ = "0.1.0"
 
 __all__ = [
     "CHECKPOINT_NAMES",
+    "KVCache",
+    "NSACache",
     "NSAConfig",
+    "OutOfPages",
+    "PageAllocator",
     "compress",
     "compressed_attention",
     "explain",
     "from_stripes",
+    "generate",
     "native_sparse_attention",
     "select_blocks",
     "selected_attention",

@@ -1,6 +1,7 @@
 """Argument checks of the public functions. Each message names the argument, its value, the rule."""
 
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -114,11 +115,27 @@ def sequence(axis, has_batch: bool, length: int, stride: int) -> None:
         )
 
 
-def size(name: str, value) -> int:
-    """A positive Python integer."""
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
-        raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+def absent(when: str, **arguments) -> None:
+    """All the arguments are None, as they must be in such a call."""
+    for name, value in arguments.items():
+        if value is not None:
+            got = getattr(value, "shape", value)
+            raise ValueError(f"{name} must not be given {when}, got {got}")
+
+
+def size(name: str, value, least: int = 1) -> int:
+    """A Python integer of at least `least`."""
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
+        raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
     return int(value)
+
+
+def number(name: str, value, rule: str, fits: Callable[[float], bool]) -> float:
+    """A Python number for which `fits`, which `rule` says in words."""
+    kind = isinstance(value, int | float | np.floating | np.integer)
+    if isinstance(value, bool) or not kind or not fits(float(value)):
+        raise ValueError(f"{name} must be {rule}, got {value!r}")
+    return float(value)
 
 
 def scale(value, width: int) -> float:

@@ -1,6 +1,7 @@
 """The command line: `fsa-jax train`, `fsa-jax sample`, `bench`, `tune`, `info`."""
 
 import argparse
+import codecs
 import contextlib
 import dataclasses
 import io
@@ -22,17 +23,22 @@ class SampleConfig:
 
     Attributes:
       checkpoint: folder of a run of `fsa-jax train`; its last checkpoint is used.
-      prompt: text to continue; empty: the model starts a document.
-      max_bytes: bytes to add.
+      prompt: text to continue; empty: the model starts a document. Prompt and added bytes may be
+        more than the rows of the training, beyond which the model has seen nothing.
+      max_bytes: the most bytes to add.
       temperature: 0 takes the likeliest byte each time; 1 samples what the model believes.
+      top_p: draws among the likeliest bytes only, the fewest that have this share together.
       seed: the same seed gives the same text.
+      stop: ends the text once these characters have been added; empty: it goes on to max_bytes.
     """
 
     checkpoint: Path
     prompt: str = ""
     max_bytes: int = 256
     temperature: float = 0.8
+    top_p: float = 1.0
     seed: int = 0
+    stop: str = ""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -170,24 +176,64 @@ def _train(arguments: Sequence[str]) -> None:
 
 
 def _sample(arguments: Sequence[str]) -> None:
-    from fsa_jax.training import load_model, sample_bytes
+    import fsa_jax
+    from fsa_jax import checks
+    from fsa_jax.training import load_model
+    from fsa_jax.training.config import DOCUMENT_START
 
     flags = _parse(SampleConfig, "sample", arguments)
-    model, config = load_model(flags.checkpoint)
+    checks.size("max_bytes", flags.max_bytes)
     # Words of a command line that are not UTF-8 reach Python as surrogates.
-    prompt = flags.prompt.encode("utf-8", "surrogateescape")
-    added = sample_bytes(
-        model,
-        prompt,
-        row_length=config.row_length,
-        max_bytes=flags.max_bytes,
-        temperature=flags.temperature,
-        seed=flags.seed,
-    )
+    prompt, stop = (x.encode("utf-8", "surrogateescape") for x in (flags.prompt, flags.stop))
+    # what the run was trained with may not be what serves here
+    model, _ = load_model(flags.checkpoint, implementation=None)
     if isinstance(sys.stdout, io.TextIOWrapper):
         # A terminal that is not UTF-8 gets question marks rather than an error.
         sys.stdout.reconfigure(errors="replace")
-    print((prompt + added).decode("utf-8", "replace"))
+    shown = _Shown(prompt)
+    fsa_jax.generate(
+        model,
+        [[DOCUMENT_START, *prompt]],
+        max_tokens=flags.max_bytes,
+        temperature=flags.temperature,
+        top_p=flags.top_p,
+        seed=flags.seed,
+        stop=stop,
+        vocab_size=DOCUMENT_START,  # only bytes: the document start was never a target
+        stream=shown.add,
+    )
+    shown.finish()
+
+
+class _Shown:
+    """A text on standard output, byte by byte as it comes; what is not UTF-8 is shown as such.
+
+    The first error of writing (a reader of a pipe that has seen enough) is kept and raised by
+    `finish`: inside the compiled loop it would be an error of that.
+    """
+
+    def __init__(self, prompt: bytes):
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._prompt = prompt
+        self._error: OSError | None = None
+
+    def add(self, token) -> None:
+        self._write(bytes([token[0]]))
+
+    def finish(self) -> None:
+        self._write(b"", final=True)
+        if self._error is not None:
+            raise self._error
+        print()
+
+    def _write(self, new: bytes, final: bool = False) -> None:
+        text = self._decoder.decode(self._prompt + new, final)
+        self._prompt = b""  # with the first byte, so that a mistake in the call shows none of it
+        try:
+            if self._error is None:
+                print(text, end="", flush=True)
+        except OSError as error:
+            self._error = error
 
 
 def _bench(arguments: Sequence[str]) -> None:

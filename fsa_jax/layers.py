@@ -21,16 +21,17 @@ from flax.nnx.nn import initializers
 from flax.typing import Dtype, Initializer, PrecisionLike
 from jaxtyping import Array, Float, Int
 
-from fsa_jax import api, checks, sharding, stripes
+from fsa_jax import api, checks, decode, stripes
+from fsa_jax.attention_layer import AttentionLayer, check_choice, linear
+from fsa_jax.attention_layer import check_heads as check_heads
+from fsa_jax.cache import Chunk, NSACache
 from fsa_jax.compression import METHODS
 from fsa_jax.compressor import Compressor
 from fsa_jax.config import NSAConfig
-from fsa_jax.partitioning import partitioned
+from fsa_jax.full_attention import FULL_IMPLEMENTATIONS as FULL_IMPLEMENTATIONS
+from fsa_jax.full_attention import FullAttention as FullAttention
 from fsa_jax.rope import RoPE
 from fsa_jax.segments import Rows, describe_windows
-
-FULL_IMPLEMENTATIONS = ("xla", "cudnn", None)
-"""Implementations of dense attention, as ``jax.nn.dot_product_attention`` names them."""
 
 GATES = ("head", "token")
 """One gate triple per query head, as the NSA paper, or one per token, as FSA."""
@@ -40,21 +41,6 @@ _CONFIG = NSAConfig()
 _KERNEL_INIT = initializers.lecun_normal()
 _BIAS_INIT = initializers.zeros_init()
 _POSITIONS_INIT = initializers.normal(0.02)
-
-
-def check_choice(name: str, value: Any, choices: tuple) -> None:
-    """Raises ValueError unless `value` is one of `choices`."""
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {choices}, got {value!r}")
-
-
-def check_heads(num_heads: int, num_kv_heads: int) -> None:
-    """Raises ValueError unless the query heads divide into groups."""
-    if num_heads < 1 or num_kv_heads < 1 or num_heads % num_kv_heads:
-        raise ValueError(
-            "num_heads must be a positive multiple of num_kv_heads, got "
-            f"num_heads={num_heads} and num_kv_heads={num_kv_heads}"
-        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,93 +53,7 @@ class _Inputs:
     window: tuple[Float[Array, "B T K D"], Float[Array, "B T K D"]]
 
 
-def _linear(
-    inputs: tuple[int, ...],
-    outputs: tuple[int, ...],
-    names: tuple[tuple[str | None, ...], tuple[str | None, ...]],
-    **options: Any,
-) -> nnx.LinearGeneral:
-    """A projection of the last axes, with the logical names of its input and output axes."""
-    return nnx.LinearGeneral(
-        inputs,
-        outputs,
-        axis=tuple(range(-len(inputs), 0)),
-        kernel_metadata=partitioned(*names[0], *names[1]),
-        bias_metadata=partitioned(*names[1]),
-        **options,
-    )
-
-
-class _Attention(nnx.Module):
-    """What the two layers share: projections, RoPE, positions and padding."""
-
-    def __init__(
-        self,
-        num_heads: int,
-        in_features: int,
-        *,
-        num_kv_heads: int | None,
-        head_dim: int | None,
-        out_features: int | None,
-        kv_branches: tuple[int, ...],
-        rope: RoPE | None,
-        scale: float | None,
-        implementation: Any,
-        out_kernel_init: Initializer | None,
-        options: dict[str, Any],
-    ):
-        num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
-        check_heads(num_heads, num_kv_heads)
-        if head_dim is None:
-            if in_features % num_heads:
-                raise ValueError(
-                    "in_features must be a multiple of num_heads where head_dim is not given, got "
-                    f"in_features={in_features} and num_heads={num_heads}"
-                )
-            head_dim = in_features // num_heads
-        if rope is not None:
-            rope.inverse_frequencies(head_dim)  # raises for an odd head_dim
-        self.num_heads = num_heads
-        self.num_kv_heads = num_kv_heads
-        self.head_dim = head_dim
-        self.in_features = in_features
-        self.out_features = in_features if out_features is None else out_features
-        self.rope = rope
-        self.scale = scale
-        self.implementation = implementation
-
-        features, heads = (in_features,), (num_heads, head_dim)
-        kv_heads = (*kv_branches, num_kv_heads, head_dim)
-        head_names = ("heads", "head_dim")
-        kv_names = (*(None for _ in kv_branches), "kv_heads", "head_dim")
-        self.query = _linear(features, heads, (("embed",), head_names), **options)
-        self.key = _linear(features, kv_heads, (("embed",), kv_names), **options)
-        self.value = _linear(features, kv_heads, (("embed",), kv_names), **options)
-        out_options = options | {"kernel_init": out_kernel_init or options["kernel_init"]}
-        self.out = _linear(heads, (self.out_features,), (head_names, ("embed",)), **out_options)
-
-    def _describe(
-        self, x: jax.Array, segment_ids: jax.Array | None, positions: jax.Array | None
-    ) -> tuple[Rows, jax.Array]:
-        """Checks the call; gives the documents of each row and every token's position."""
-        x = checks.floating("x", x, "B T C")
-        if x.shape[-1] != self.in_features:
-            raise ValueError(f"x must have in_features={self.in_features} features, got {x.shape}")
-        rows = checks.rows(x, segment_ids, True)
-        if positions is not None:
-            checks.integers("positions", positions, "B T")
-            checks.same_axes("B T", x=x, positions=positions)
-        return rows, rows.position if positions is None else positions
-
-    def _turn(self, x: jax.Array, positions: jax.Array) -> jax.Array:
-        return x if self.rope is None else self.rope.apply(x, positions)
-
-    def _project_out(self, heads: jax.Array, rows: Rows) -> jax.Array:
-        """The output projection; padding gets 0 even where there is a bias."""
-        return jnp.where(rows.valid[..., None], self.out(heads), 0)
-
-
-class NativeSparseAttention(_Attention):
+class NativeSparseAttention(AttentionLayer):
     """Causal self-attention by native sparse attention (NSA), packed rows included.
 
     With q, k, v projections of x, phi the compression and R the rotary embedding:
@@ -262,7 +162,7 @@ class NativeSparseAttention(_Attention):
         self.sequence_axis = sequence_axis
         gates = (num_heads, 3) if gate == "head" else (1, 3)
         gate_names = ("heads" if gate == "head" else None, None)
-        self.gate = _linear((in_features,), gates, (("embed",), gate_names), **options)
+        self.gate = linear((in_features,), gates, (("embed",), gate_names), **options)
 
         def compressor(positions_init: Initializer | None) -> Compressor:
             return Compressor(
@@ -279,31 +179,13 @@ class NativeSparseAttention(_Attention):
         self.compress_key = compressor(positions_init)
         self.compress_value = compressor(None)
 
-    def __call__(
-        self,
-        x: Float[Array, "B T C"],
-        segment_ids: Int[Array, "B T"] | None = None,
-        positions: Int[Array, "B T"] | None = None,
-    ) -> Float[Array, "B T O"]:
-        """Applies the layer.
-
-        Args:
-          x: [B, T, C], floating.
-          segment_ids: int32 [B, T], equal ids in a run are one document, 0 is padding; None: every
-            row is one document.
-          positions: int32 [B, T], positions for RoPE; None: counted from each document's start.
-
-        Returns:
-          [B, T, out_features] in the dtype of the computation; 0 at padding.
-
-        Raises:
-          ValueError: a shape or dtype does not fit.
-        """
-        return sharding.layer_call(self, self.sequence_axis, x, segment_ids, positions)
-
     def apply_part(self, x, segment_ids, positions) -> jax.Array:
         rows, positions = self._describe(x, segment_ids, positions)
         inputs = self._inputs(x, rows, segment_ids, positions)
+        return self._project_out(self._attend(x, inputs, segment_ids), rows)
+
+    def _attend(self, x: jax.Array, inputs: _Inputs, segment_ids: jax.Array | None) -> jax.Array:
+        """The gated sum of the branches, [B, T, N, D]."""
         gates = jax.nn.sigmoid(self.gate(x))
         shared = self._shared(segment_ids)
         if self.sequence_axis is not None:
@@ -316,9 +198,9 @@ class NativeSparseAttention(_Attention):
                 sequence_axis=self.sequence_axis,
                 **shared,
             )
-            return self._project_out(api.combine_branches(gates, *branches), rows)
+            return api.combine_branches(gates, *branches)
         if not self.kv_per_branch:
-            heads = api.native_sparse_attention(
+            return api.native_sparse_attention(
                 inputs.query,
                 *inputs.selected,
                 *inputs.compressed,
@@ -326,7 +208,6 @@ class NativeSparseAttention(_Attention):
                 config=self.config,
                 **shared,
             )
-            return self._project_out(heads, rows)
         compressed, block_indices = self._select(inputs, segment_ids)
         selected = api.selected_attention(
             inputs.query,
@@ -338,7 +219,74 @@ class NativeSparseAttention(_Attention):
         window = api.sliding_window_attention(
             inputs.query, *inputs.window, window_size=self.config.window_size, **shared
         )
-        return self._project_out(api.combine_branches(gates, compressed, selected, window), rows)
+        return api.combine_branches(gates, compressed, selected, window)
+
+    def init_cache(
+        self,
+        batch: int,
+        capacity: int,
+        *,
+        dtype: Dtype | None = None,
+        num_pages: int | None = None,
+        rollback: int = 0,
+        layers: int = 1,
+    ) -> NSACache:
+        """An empty cache of this layer.
+
+        Args:
+          batch: sequences.
+          capacity: tokens that a sequence may have; rounded up to whole blocks.
+          dtype: of keys and values; None: that of the computation, or else of the parameters.
+          num_pages: pages that a ``PageAllocator`` hands out; None: each sequence has its own.
+          rollback: the most tokens that ``NSACache.rewind`` may take back.
+          layers: layers like this one that share the cache, as those of a model do.
+
+        Raises:
+          ValueError: a size is not a positive integer.
+        """
+        return NSACache.init(
+            batch,
+            capacity,
+            config=self.config,
+            num_kv_heads=self.num_kv_heads,
+            head_dim=self.head_dim,
+            dtype=self._dtype_of_cache(dtype),
+            window_of_its_own=self.kv_per_branch,
+            num_pages=num_pages,
+            rollback=rollback,
+            layers=layers,
+        )
+
+    def extend(self, x, cache: NSACache, chunk: Chunk, layer, fresh) -> tuple[jax.Array, NSACache]:
+        # what is not there must not reach sums over tokens, not even as NaN times 0
+        x = jnp.where(chunk.valid[..., None], x, 0)
+        query, key, value = self._turn(self.query(x), chunk.position), self.key(x), self.value(x)
+        self._check_same_dtype(key, cache)
+        mode = decode.mode_of(self.implementation, query, cache)
+        keys, values = self._by_branch(key, value)
+        selected = window = (self._turn(keys[1], chunk.position), values[1])
+        cache = cache.append(*selected, layer, chunk)
+        if self.kv_per_branch:
+            window = (self._turn(keys[2], chunk.position), values[2])
+            cache = cache.append_window(*window, layer, chunk)
+        cache = cache.append_compressed(
+            keys[0],
+            values[0],
+            layer,
+            chunk,
+            lambda key, at: self._turn(self.compress_key(key)[:, : at.shape[1]], at),
+            self.compress_value,
+        )
+        if fresh:
+            count = x.shape[1] // self.config.kernel_stride
+            compressed = cache.read_compressed(layer, chunk, count)
+            inputs = _Inputs(query, compressed, selected, window)
+            heads = self._attend(x, inputs, chunk.valid.astype(jnp.int32))
+        else:
+            scale = checks.scale(self.scale, self.head_dim)
+            branches = decode.attend(query, cache, chunk, layer, scale=scale, mode=mode)
+            heads = api.combine_branches(jax.nn.sigmoid(self.gate(x)), *branches)
+        return self._project_out(heads, chunk), cache
 
     def selected_blocks(
         self,
@@ -369,10 +317,7 @@ class NativeSparseAttention(_Attention):
         positions: jax.Array,
     ) -> _Inputs:
         query, key, value = self._turn(self.query(x), positions), self.key(x), self.value(x)
-        if self.kv_per_branch:
-            keys, values = (jnp.unstack(array, axis=2) for array in (key, value))
-        else:
-            keys, values = (key,) * 3, (value,) * 3
+        keys, values = self._by_branch(key, value)
         axis = self.sequence_axis
         compressed_key = self.compress_key(keys[0], segment_ids, axis)
         selected_key = self._turn(keys[1], positions)
@@ -386,6 +331,12 @@ class NativeSparseAttention(_Attention):
             selected=(selected_key, values[1]),
             window=(window_key, values[2]),
         )
+
+    def _by_branch(self, key: jax.Array, value: jax.Array) -> Any:
+        """Keys and values of the compressed, selected and window branch."""
+        if self.kv_per_branch:
+            return (jnp.unstack(array, axis=2) for array in (key, value))
+        return (key,) * 3, (value,) * 3
 
     def _describe(self, x, segment_ids, positions) -> tuple[Rows, jax.Array]:
         rows, counted = super()._describe(x, segment_ids, positions)
@@ -426,101 +377,3 @@ class NativeSparseAttention(_Attention):
         return out, api.select_blocks(
             inputs.query, inputs.compressed[0], lse, config=self.config, **shared
         )
-
-
-class FullAttention(_Attention):
-    """Dense causal self-attention over the same projections: what NSA is compared with.
-
-    With q, k, v projections of x and R the rotary embedding, over the tokens of the own document:
-    y = softmax(scale * R q (R k)^T) v W_o. Memory is quadratic in T where segment ids are given.
-
-    Args:
-      num_heads, in_features, num_kv_heads, head_dim, out_features, rope, scale, use_bias, dtype,
-        param_dtype, precision, kernel_init, out_kernel_init, bias_init, rngs: as in
-        ``NativeSparseAttention``.
-      implementation: ``"xla"``, ``"cudnn"`` or None, as in ``jax.nn.dot_product_attention``.
-
-    Raises:
-      ValueError: sizes do not divide, or a choice is unknown.
-
-    Example:
-      >>> layer = FullAttention(4, 64, num_kv_heads=2, rngs=nnx.Rngs(0))
-      >>> layer(jnp.ones((1, 128, 64))).shape
-      (1, 128, 64)
-
-    References:
-      Attention Is All You Need, arXiv 1706.03762, equation 1; grouped heads as in GQA,
-      arXiv 2305.13245.
-    """
-
-    def __init__(
-        self,
-        num_heads: int,
-        in_features: int,
-        *,
-        num_kv_heads: int | None = None,
-        head_dim: int | None = None,
-        out_features: int | None = None,
-        rope: RoPE | None = _ROPE,
-        scale: float | None = None,
-        use_bias: bool = False,
-        dtype: Dtype | None = None,
-        param_dtype: Dtype = jnp.float32,
-        precision: PrecisionLike = None,
-        kernel_init: Initializer = _KERNEL_INIT,
-        out_kernel_init: Initializer | None = None,
-        bias_init: Initializer = _BIAS_INIT,
-        implementation: Literal["xla", "cudnn"] | None = None,
-        rngs: nnx.Rngs,
-    ):
-        check_choice("implementation", implementation, FULL_IMPLEMENTATIONS)
-        super().__init__(
-            num_heads,
-            in_features,
-            num_kv_heads=num_kv_heads,
-            head_dim=head_dim,
-            out_features=out_features,
-            kv_branches=(),
-            rope=rope,
-            scale=scale,
-            implementation=implementation,
-            out_kernel_init=out_kernel_init,
-            options=dict(
-                use_bias=use_bias,
-                dtype=dtype,
-                param_dtype=param_dtype,
-                precision=precision,
-                kernel_init=kernel_init,
-                bias_init=bias_init,
-                rngs=rngs,
-            ),
-        )
-
-    def __call__(
-        self,
-        x: Float[Array, "B T C"],
-        segment_ids: Int[Array, "B T"] | None = None,
-        positions: Int[Array, "B T"] | None = None,
-    ) -> Float[Array, "B T O"]:
-        """Applies the layer; arguments and result as in ``NativeSparseAttention``."""
-        return sharding.layer_call(self, None, x, segment_ids, positions)
-
-    def apply_part(self, x, segment_ids, positions) -> jax.Array:
-        rows, positions = self._describe(x, segment_ids, positions)
-        mask = None
-        if segment_ids is not None:
-            # a run of equal ids is a document, so documents differ by where they start
-            mask = (rows.start[:, :, None] == rows.start[:, None, :])[:, None]
-        query, key = self._turn(self.query(x), positions), self._turn(self.key(x), positions)
-        # jax's function promotes bfloat16 implicitly, which strict promotion would forbid
-        with jax.numpy_dtype_promotion("standard"):
-            heads = jax.nn.dot_product_attention(
-                query,
-                key,
-                self.value(x),
-                mask=mask,
-                scale=self.scale,
-                is_causal=True,
-                implementation=self.implementation,
-            )
-        return self._project_out(heads, rows)

@@ -8,7 +8,7 @@ Shapes: B batch, T tokens in a row, C embed_dim, L layers, V vocabulary, K key/v
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,7 @@ from flax.typing import Initializer
 from jaxtyping import Array, Float, Int
 
 from fsa_jax import api, checks, dispatch
+from fsa_jax.cache import Chunk, KVCache
 from fsa_jax.compression import METHODS
 from fsa_jax.config import NSAConfig
 from fsa_jax.layers import (
@@ -229,6 +230,14 @@ class Block(nnx.Module):
         x = x + self._drop(out, attention_key)
         return x + self._drop(self.mlp(self.mlp_norm(x)), mlp_key)
 
+    def extend(
+        self, x: Float[Array, "B n C"], cache: Any, chunk: Chunk, layer: jax.Array, fresh: bool
+    ) -> tuple[Float[Array, "B n C"], Any]:
+        """The layer's output for a chunk, and the cache with it; see the attention layers."""
+        out, cache = self.attention.extend(self.attention_norm(x), cache, chunk, layer, fresh)
+        x = x + out
+        return x + self.mlp(self.mlp_norm(x)), cache
+
     def _drop(self, x: jax.Array, key: jax.Array | None) -> jax.Array:
         return x if key is None else self.dropout(x, rngs=key)
 
@@ -285,6 +294,7 @@ class Transformer(nnx.Module):
             head = initializers.normal(0.02)(rngs.params(), shape, config.param_dtype)
             self.head = nnx.Param(head, **partitioned("vocab", "embed"))
 
+    @overload
     def __call__(
         self,
         tokens: Int[Array, "B T"],
@@ -292,8 +302,32 @@ class Transformer(nnx.Module):
         positions: Int[Array, "B T"] | None = None,
         *,
         dropout_key: jax.Array | None = None,
-    ) -> Float[Array, "B T V"]:
-        """Logits of the next token.
+    ) -> Float[Array, "B T V"]: ...
+
+    @overload
+    def __call__[Cache: KVCache](
+        self,
+        tokens: Int[Array, "B n"],
+        *,
+        cache: Cache,
+        num_tokens: Int[Array, " B"] | None = None,
+        fresh: bool = False,
+        only_last: bool = False,
+    ) -> tuple[Float[Array, "B n V"], Cache]: ...
+
+    def __call__(
+        self,
+        tokens,
+        segment_ids=None,
+        positions=None,
+        *,
+        dropout_key=None,
+        cache=None,
+        num_tokens=None,
+        fresh=False,
+        only_last=False,
+    ) -> Any:
+        """Logits of the next token, of rows or of the next tokens of sequences in a cache.
 
         Args:
           tokens: int32 [B, T], in 0 .. vocab_size - 1.
@@ -301,14 +335,39 @@ class Transformer(nnx.Module):
             row is one document.
           positions: int32 [B, T], positions for RoPE; None: counted from each document's start.
           dropout_key: random key of dropout; None: no dropout.
+          cache: what `init_cache` or an earlier call gave. Row b then continues sequence b.
+          num_tokens: with a cache, int32 [B], how many tokens of each row are there; None: all.
+          fresh: with a cache, whether the tokens are the first of their sequences: the fast way
+            for long prompts, see ``AttentionLayer``.
+          only_last: with a cache, give the logits [B, 1, V] after the last token of each sequence
+            alone; they mean nothing for a sequence that gets no token.
 
         Returns:
-          float32 logits [B, T, V].
+          float32 logits [B, T, V]. With a cache, those and the cache with the new tokens.
 
         Raises:
-          ValueError: a shape or dtype does not fit.
+          ValueError: a shape or dtype does not fit; the cache is of another model; outside jit, a
+            sequence has no room. Inside jit tokens without room are not stored, and their logits
+            mean nothing.
+          NotImplementedError: implementation or sequence_axis cannot serve a cache.
+
+        Example:
+          >>> config = TransformerConfig(num_layers=1, embed_dim=32, num_heads=2, num_kv_heads=1)
+          >>> model, tokens = Transformer(config, rngs=nnx.Rngs(0)), jnp.zeros((1, 3), jnp.int32)
+          >>> logits, cache = model(tokens, cache=model.init_cache(1, 64))
+          >>> logits.shape, cache.lengths.tolist()
+          ((1, 3, 257), [3])
         """
         x = self._embed(tokens)
+        if cache is not None:
+            rest = {"segment_ids": segment_ids, "positions": positions, "dropout_key": dropout_key}
+            checks.absent("with a cache", **rest)
+            x, cache, last = self._extend(x, cache, num_tokens, fresh)
+            if only_last:
+                x = jnp.take_along_axis(x, last[:, None, None], axis=1)
+            return self._logits(x), cache
+        options = {"fresh": fresh or None, "only_last": only_last or None}
+        checks.absent("without a cache", num_tokens=num_tokens, **options)
         keys = (
             None if dropout_key is None else jax.random.split(dropout_key, self.config.num_layers)
         )
@@ -316,7 +375,43 @@ class Transformer(nnx.Module):
         def step(x: jax.Array, layer: Block, key: jax.Array | None) -> tuple[jax.Array, None]:
             return layer(x, segment_ids, positions, key), None
 
-        x = self.norm(self._scan(step, x, keys)[0])
+        return self._logits(self._scan(step, x, keys)[0])
+
+    def init_cache(self, batch: int, capacity: int, **options: Any) -> KVCache:
+        """An empty cache for the sequences of a batch.
+
+        Args:
+          batch: sequences B.
+          capacity: tokens that a sequence may have; rounded up to whole pages.
+          **options: as the attention layers take them: `dtype`, `num_pages`, `rollback` (sparse
+            attention) and `page_size` (full attention).
+
+        Raises:
+          ValueError: a size is not a positive integer.
+        """
+        return self.layers.attention.init_cache(
+            batch, capacity, layers=self.config.num_layers, **options
+        )
+
+    def _extend(self, x: jax.Array, cache: KVCache, num_tokens: jax.Array | None, fresh: bool):
+        """The stream after the layers, the cache, and the place of each row's last token."""
+        self.layers.attention.check_cache(cache, x.shape[0], self.config.num_layers)
+        cache = cache.emptied() if fresh else cache
+        chunk = cache.place(x.shape[1], num_tokens)
+        graphdef, stacked = nnx.split(self.layers)
+
+        # the cache of all layers is carried, not scanned over: so each writes into it in place
+        def body(carry, inputs):
+            state, number = inputs
+            x, cache = carry
+            return nnx.merge(graphdef, state).extend(x, cache, chunk, number, fresh), None
+
+        numbers = jnp.arange(self.config.num_layers, dtype=jnp.int32)
+        (x, cache), _ = jax.lax.scan(body, (x, cache), (stacked, numbers))
+        return x, cache.advance(chunk), jnp.maximum(chunk.stop - chunk.first - 1, 0)
+
+    def _logits(self, x: jax.Array) -> jax.Array:
+        x = self.norm(x)
         head = self.embedding.embedding if self.head is None else self.head
         return jnp.einsum(
             "btc,vc->btv", x, head[...].astype(x.dtype), preferred_element_type=jnp.float32

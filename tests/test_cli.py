@@ -1,16 +1,19 @@
 """The command line: commands, flags, presets, and one-line errors with exit code 2."""
 
 import dataclasses
+import io
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import fsa_jax
 import fsa_jax.training
+from fsa_jax import cli
 from fsa_jax.cli import main
 from fsa_jax.training import PRESETS, TrainResult, read_metrics
 
@@ -146,6 +149,55 @@ def test_sample_without_prompt(trained, capfd):
     assert 1 <= len(capfd.readouterr().out.removesuffix("\n")) <= 12
 
 
+def test_sample_shows_bytes_as_they_come_until_the_stop(trained, monkeypatch, capfd):
+    """Characters of several bytes wait for their last one."""
+    added = "é\n€\n\nmore".encode()
+    asked, seen = [], []
+
+    def generate(model, prompts, *, stream, stop, **options):
+        asked.append((prompts, stop, options))
+        for byte in added[: added.index(stop) + len(stop)]:
+            stream(np.asarray([byte], np.int32))
+            sys.stdout.flush()
+            seen.append(capfd.readouterr().out)
+
+    monkeypatch.setattr(fsa_jax, "generate", generate)
+    words = ["--prompt", "é", "--stop", "\n\n", "--top-p", "0.5", "--max-bytes", "99"]
+    assert main(["sample", "--checkpoint", str(trained), *words]) == 0
+    assert seen == ["é", "é", "\n", "", "", "€", "\n", "\n"]
+    assert capfd.readouterr().out == "\n"
+    options = {"max_tokens": 99, "temperature": 0.8, "top_p": 0.5, "seed": 0, "vocab_size": 256}
+    assert asked == [([[256, *"é".encode()]], b"\n\n", options)]
+
+
+def test_sample_shows_bytes_that_are_no_text(trained, monkeypatch, capfd):
+    def generate(model, prompts, *, stream, **options):
+        for byte in b"a\xff\xe2\x82":
+            stream(np.asarray([byte], np.int32))
+
+    monkeypatch.setattr(fsa_jax, "generate", generate)
+    assert main(["sample", "--checkpoint", str(trained), "--prompt", "b"]) == 0
+    assert capfd.readouterr().out == "ba\N{REPLACEMENT CHARACTER}\N{REPLACEMENT CHARACTER}\n"
+
+
+def test_a_reader_that_leaves_a_sample_is_heard_of_when_it_ends(monkeypatch):
+    """Inside the compiled loop the error would be one of that."""
+    asked = []
+
+    class Closed(io.StringIO):
+        def write(self, text):
+            asked.append(text)
+            raise BrokenPipeError
+
+    monkeypatch.setattr(sys, "stdout", Closed())
+    shown = cli._Shown(b"a")
+    for byte in b"bc":
+        shown.add(np.asarray([byte], np.int32))
+    with pytest.raises(BrokenPipeError):
+        shown.finish()
+    assert asked == ["ab"]
+
+
 def test_info(capfd):
     assert main(["info"]) == 0
     out = capfd.readouterr().out
@@ -167,7 +219,7 @@ def test_version_and_help(capfd):
         assert all(f"  {command} " in out for command in ("train", "sample", "info"))
     for words, flags in (
         (["train", "--help"], ("--data", "--attention", "--topk", "--num-layers", "--resume")),
-        (["sample", "--help"], ("--checkpoint", "--prompt", "--max-bytes", "--temperature")),
+        (["sample", "--help"], ("--checkpoint", "--max-bytes", "--top-p", "--stop")),
         (["info", "--help"], ("implementation",)),
     ):
         assert main(words) == 0
@@ -238,9 +290,18 @@ def test_implementation_that_cannot_serve(data, tmp_path, capfd):
     assert "implementation='triton'" in one_line(capfd)
 
 
-def test_bad_sampling_flag(trained, capfd):
-    assert main(["sample", "--checkpoint", str(trained), "--temperature", "-1"]) == 2
-    assert "temperature must be at least 0 and finite, got -1.0" in one_line(capfd)
+@pytest.mark.parametrize(
+    ("flag", "value", "message"),
+    [
+        ("--temperature", "-1", "temperature must be at least 0 and finite, got -1.0"),
+        ("--top-p", "0", "top_p must be above 0 and at most 1, got 0.0"),
+        ("--max-bytes", "0", "max_bytes must be an integer of at least 1, got 0"),
+        ("--seed", "-3", "seed must be an integer of at least 0, got -3"),
+    ],
+)
+def test_bad_sampling_flag(trained, capfd, flag, value, message):
+    assert main(["sample", "--checkpoint", str(trained), "--prompt", "a", flag, value]) == 2
+    assert message in one_line(capfd)
 
 
 def test_unreadable_checkpoint(trained, tmp_path, capfd):

@@ -10,13 +10,19 @@ import pytest
 import fsa_jax
 
 ROOT = Path(__file__).parent.parent
-README, GPUS = ROOT / "README.md", ROOT / "docs" / "multi-gpu.md"
-BLOCKS = [
-    block
-    for page in (README, GPUS)
-    for block in re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.S)
-]
+README, GPUS, INFERENCE = (
+    ROOT / path for path in ("README.md", "docs/multi-gpu.md", "docs/inference.md")
+)
+
+
+def python_of(page: Path) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.S)
+
+
+BLOCKS = [block for page in (README, GPUS) for block in python_of(page)]
 PACKAGE = Path(fsa_jax.__file__).parent
+#: The blocks of this page follow from one another: they are one example.
+BLOCKS.append("\n".join(python_of(INFERENCE)))
 MODULES = [
     ".".join(["fsa_jax", *path.relative_to(PACKAGE).with_suffix("").parts])
     for path in sorted(PACKAGE.rglob("*.py"))
@@ -35,7 +41,9 @@ SHAPES = {
     "operator": ("out", (1, 4096, 8, 64)),
     "selected": ("out", (1, 256, 4, 64)),
     "layer": ("y", (2, 1024, 512)),
+    "generation": ("texts", [8, 8]),
     "sequence": ("y", (1, 512, 32)),
+    "inference": ("logits", (2, 8, 257)),
 }
 
 
@@ -46,4 +54,5 @@ def test_examples_of_the_readme(block, result):
     names = {}
     exec(compile(block, str(README), "exec"), names)
     name, shape = result
-    assert names[name].shape == shape
+    got = names[name]
+    assert (list(map(len, got)) if isinstance(got, list) else got.shape) == shape

@@ -1,7 +1,6 @@
-"""The trainer: step, resuming bitwise, files it writes, pictures, sampling, and its errors."""
+"""The trainer: step, resuming bitwise, files it writes, pictures, and its errors."""
 
 import dataclasses
-import functools
 import json
 import math
 import shutil
@@ -11,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 from matplotlib.image import imread
 
 from fsa_jax import NSAConfig
@@ -24,7 +22,6 @@ from fsa_jax.training import (
     plot_blocks,
     plot_losses,
     read_metrics,
-    sample_bytes,
     train,
 )
 from fsa_jax.training.config import config_from_json, config_to_json
@@ -38,7 +35,7 @@ from fsa_jax.training.step import (
     learning_rate_schedule,
     make_train_step,
 )
-from fsa_jax.transformer import Transformer, TransformerConfig
+from fsa_jax.transformer import TransformerConfig
 
 NSA = NSAConfig(
     kernel_size=4,
@@ -308,78 +305,6 @@ def test_plots_of_many_runs_layers_and_heads(tmp_path):
     plot_blocks(tmp_path / "blocks.png", blocks, np.ones(3000, np.int32), NSA)
     for name in ("loss.png", "blocks.png"):
         assert imread(tmp_path / name).std() > 0.01
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def logits_of(graphdef, params, tokens, segment_ids):
-    return nnx.merge(graphdef, params)(tokens, segment_ids)
-
-
-def greedy_by_hand(model, prompt: bytes, row_length: int, count: int) -> bytes:
-    graphdef, params = nnx.split(model)
-    tokens = [256, *prompt]
-    for _ in range(count):
-        seen = tokens[-row_length:]
-        padding = [0] * (row_length - len(seen))
-        row = jnp.asarray([seen + padding], jnp.int32)
-        segment_ids = jnp.asarray([[1] * len(seen) + padding], jnp.int32)
-        logits = logits_of(graphdef, params, row, segment_ids)[0, len(seen) - 1]
-        tokens.append(int(np.argmax(np.asarray(logits)[:256])))
-    return bytes(tokens[1 + len(prompt) :])
-
-
-@pytest.mark.parametrize("prompt", [b"", b"3 bo", b"a prompt that is longer than the row"])
-def test_greedy_sampling_by_hand(straight, prompt):
-    """The buffer fills, slides, and starts full: always the model's likeliest next byte."""
-    model, _ = load_model(straight)
-    got = sample_bytes(model, prompt, row_length=16, max_bytes=14, temperature=0)
-    assert got == greedy_by_hand(model, prompt, 16, 14)
-
-
-def test_sampling_depends_on_the_seed_only(straight):
-    model, _ = load_model(straight)
-
-    def sample(seed):
-        return sample_bytes(model, b"3", row_length=16, max_bytes=20, seed=seed)
-
-    assert sample(0) == sample(0)
-    assert sample(0) != sample(1)
-    assert len(sample(0)) == 20
-
-
-def test_sampling_follows_the_probabilities():
-    """A model that knows only the byte frequencies: the draws must have them."""
-
-    class Fixed(Transformer):
-        def __init__(self):
-            pass
-
-        def __call__(self, tokens, segment_ids=None, positions=None, *, dropout_key=None):
-            logits = jnp.full((*tokens.shape, 257), -jnp.inf)
-            return logits.at[..., 65].set(jnp.log(3.0)).at[..., 66].set(0.0).at[..., 256].set(9.0)
-
-    warm = sample_bytes(Fixed(), b"", row_length=2, max_bytes=2000, temperature=1.0)
-    assert set(warm) == set(b"AB")  # never the document start, however likely
-    assert warm.count(b"A") / 2000 == pytest.approx(3 / 4, abs=0.04)
-    # p ** (1 / temperature), normalised.
-    cool = sample_bytes(Fixed(), b"", row_length=2, max_bytes=2000, temperature=0.5)
-    assert cool.count(b"A") / 2000 == pytest.approx(9 / 10, abs=0.03)
-
-
-@pytest.mark.parametrize(
-    ("argument", "value"),
-    [
-        ("row_length", 0),
-        ("max_bytes", 0),
-        ("temperature", -0.5),
-        ("temperature", math.nan),
-        ("seed", -1),
-    ],
-)
-def test_bad_sampling_arguments(argument, value):
-    arguments = {"row_length": 8, "max_bytes": 4, "temperature": 1.0, "seed": 0, argument: value}
-    with pytest.raises(ValueError, match=rf"{argument} must be .* got {value}"):
-        sample_bytes(None, b"", **arguments)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

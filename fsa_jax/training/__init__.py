@@ -13,5 +13,4 @@ from fsa_jax.training.mesh import ProcessLost as ProcessLost
 from fsa_jax.training.metrics import read_metrics as read_metrics
 from fsa_jax.training.plots import plot_blocks as plot_blocks
 from fsa_jax.training.plots import plot_losses as plot_losses
-from fsa_jax.training.sampling import sample_bytes as sample_bytes
 from fsa_jax.training.step import next_byte_loss as next_byte_loss

@@ -120,11 +120,12 @@ def train(config: TrainConfig) -> TrainResult:
         return _Run(config, corpus, checkpoints, placement).finish()
 
 
-def load_model(run_folder: Path) -> tuple[Transformer, TrainConfig]:
+def load_model(run_folder: Path, **changes: Any) -> tuple[Transformer, TrainConfig]:
     """Reads the model and the configuration of a run's last checkpoint.
 
     Args:
       run_folder: the folder that `train` wrote to.
+      **changes: fields of the model's configuration to change, none that its parameters depend on.
 
     Raises:
       ValueError: there is no checkpoint, or it cannot be read.
@@ -137,7 +138,7 @@ def load_model(run_folder: Path) -> tuple[Transformer, TrainConfig]:
     with Checkpoints(run_folder) as checkpoints:
         step = checkpoints.last_step()
         config = checkpoints.read_position(step).config
-        graphdef, template = abstract_model(config.model)
+        graphdef, template = abstract_model(dataclasses.replace(config.model, **changes))
         return nnx.merge(graphdef, checkpoints.read_params(step, template)), config
 
 

@@ -1,0 +1,241 @@
+"""What the attention layers share: projections, RoPE, positions, padding, and calls with a cache.
+
+Shapes: B batch, T tokens in a row, C features of the residual stream, N query heads, K key/value
+heads, D head width, n tokens of a call with a cache.
+"""
+
+from typing import Any, overload
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from flax.typing import Initializer
+from jaxtyping import Array, Float, Int
+
+from fsa_jax import checks, sharding
+from fsa_jax.cache import Chunk, KVCache
+from fsa_jax.partitioning import partitioned
+from fsa_jax.rope import RoPE
+from fsa_jax.segments import Rows
+
+
+def check_choice(name: str, value: Any, choices: tuple) -> None:
+    """Raises ValueError unless `value` is one of `choices`."""
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {choices}, got {value!r}")
+
+
+def check_heads(num_heads: int, num_kv_heads: int) -> None:
+    """Raises ValueError unless the query heads divide into groups."""
+    if num_heads < 1 or num_kv_heads < 1 or num_heads % num_kv_heads:
+        raise ValueError(
+            "num_heads must be a positive multiple of num_kv_heads, got "
+            f"num_heads={num_heads} and num_kv_heads={num_kv_heads}"
+        )
+
+
+def linear(
+    inputs: tuple[int, ...],
+    outputs: tuple[int, ...],
+    names: tuple[tuple[str | None, ...], tuple[str | None, ...]],
+    **options: Any,
+) -> nnx.LinearGeneral:
+    """A projection of the last axes, with the logical names of its input and output axes."""
+    return nnx.LinearGeneral(
+        inputs,
+        outputs,
+        axis=tuple(range(-len(inputs), 0)),
+        kernel_metadata=partitioned(*names[0], *names[1]),
+        bias_metadata=partitioned(*names[1]),
+        **options,
+    )
+
+
+class AttentionLayer(nnx.Module):
+    """Base of the layers.
+
+    A layer defines `apply_part`, the call without a cache; `init_cache`; and `extend`, the call
+    with one.
+    """
+
+    sequence_axis: str | None = None
+
+    def __init__(
+        self,
+        num_heads: int,
+        in_features: int,
+        *,
+        num_kv_heads: int | None,
+        head_dim: int | None,
+        out_features: int | None,
+        kv_branches: tuple[int, ...],
+        rope: RoPE | None,
+        scale: float | None,
+        implementation: Any,
+        out_kernel_init: Initializer | None,
+        options: dict[str, Any],
+    ):
+        num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        check_heads(num_heads, num_kv_heads)
+        if head_dim is None:
+            if in_features % num_heads:
+                raise ValueError(
+                    "in_features must be a multiple of num_heads where head_dim is not given, got "
+                    f"in_features={in_features} and num_heads={num_heads}"
+                )
+            head_dim = in_features // num_heads
+        if rope is not None:
+            rope.inverse_frequencies(head_dim)  # raises for an odd head_dim
+        self.num_heads = num_heads
+        self.num_kv_heads = num_kv_heads
+        self.head_dim = head_dim
+        self.in_features = in_features
+        self.out_features = in_features if out_features is None else out_features
+        self.rope = rope
+        self.scale = scale
+        self.implementation = implementation
+
+        features, heads = (in_features,), (num_heads, head_dim)
+        kv_heads = (*kv_branches, num_kv_heads, head_dim)
+        head_names = ("heads", "head_dim")
+        kv_names = (*(None for _ in kv_branches), "kv_heads", "head_dim")
+        self.query = linear(features, heads, (("embed",), head_names), **options)
+        self.key = linear(features, kv_heads, (("embed",), kv_names), **options)
+        self.value = linear(features, kv_heads, (("embed",), kv_names), **options)
+        out_options = options | {"kernel_init": out_kernel_init or options["kernel_init"]}
+        self.out = linear(heads, (self.out_features,), (head_names, ("embed",)), **out_options)
+
+    @overload
+    def __call__(
+        self,
+        x: Float[Array, "B T C"],
+        segment_ids: Int[Array, "B T"] | None = None,
+        positions: Int[Array, "B T"] | None = None,
+    ) -> Float[Array, "B T O"]: ...
+
+    @overload
+    def __call__[Cache: KVCache](
+        self,
+        x: Float[Array, "B n C"],
+        *,
+        cache: Cache,
+        num_tokens: Int[Array, " B"] | None = None,
+        fresh: bool = False,
+    ) -> tuple[Float[Array, "B n O"], Cache]: ...
+
+    def __call__(
+        self, x, segment_ids=None, positions=None, *, cache=None, num_tokens=None, fresh=False
+    ) -> Any:
+        """Applies the layer to rows, or to the next tokens of sequences that stand in a cache.
+
+        Args:
+          x: [B, T, C], floating.
+          segment_ids: int32 [B, T], equal ids in a run are one document, 0 is padding; None: every
+            row is one document.
+          positions: int32 [B, T], positions for RoPE; None: counted from each document's start.
+          cache: what `init_cache` or an earlier call gave. Row b of `x` then continues sequence b,
+            from which positions follow; any number of tokens may come at once.
+          num_tokens: with a cache, int32 [B], how many tokens of each row are there; None: all.
+          fresh: with a cache, whether the tokens are the first of their sequences. What the cache
+            held of them is forgotten, and the call runs what training runs, its kernels included:
+            the fast way for a long prompt.
+
+        Returns:
+          [B, T, out_features] in the dtype of the computation; 0 at padding. With a cache, that and
+          the cache with the new tokens. Jit donates the old one: ``jax.jit(..., donate_argnums=)``.
+
+        Raises:
+          ValueError: a shape or dtype does not fit; the cache is of another layer; outside jit, a
+            sequence has no room. Inside jit tokens without room are not stored, and give 0.
+          NotImplementedError: the layer's implementation or sequence_axis cannot serve a cache.
+        """
+        if cache is None:
+            checks.absent("without a cache", num_tokens=num_tokens, fresh=fresh or None)
+            return sharding.layer_call(self, self.sequence_axis, x, segment_ids, positions)
+        checks.absent("with a cache", segment_ids=segment_ids, positions=positions)
+        x = self._check_features(checks.floating("x", x, "B T C"))
+        self.check_cache(cache, x.shape[0])
+        cache = cache.emptied() if fresh else cache
+        chunk = cache.place(x.shape[1], num_tokens)
+        y, cache = self.extend(x, cache, chunk, 0, fresh)
+        return y, cache.advance(chunk)
+
+    def apply_part(self, x, segment_ids, positions) -> jax.Array:
+        """The call without a cache, on one device's part of the arrays."""
+        raise NotImplementedError
+
+    def init_cache(
+        self,
+        batch: int,
+        capacity: int,
+        *,
+        dtype: Any = None,
+        num_pages: int | None = None,
+        layers: int = 1,
+    ) -> KVCache:
+        """An empty cache of this layer; see `KVCache.init`."""
+        raise NotImplementedError
+
+    def extend(
+        self, x: jax.Array, cache: Any, chunk: Chunk, layer: int | jax.Array, fresh: bool
+    ) -> tuple[jax.Array, Any]:
+        """The outputs [B, n, C] of a chunk, and the cache with it in that layer.
+
+        Args:
+          x: [B, n, C].
+          cache: of this layer and others like it; its lengths are those before the chunk.
+          chunk: where the tokens stand.
+          layer: number of the layer.
+          fresh: whether the sequences are empty.
+        """
+        raise NotImplementedError
+
+    def check_cache(self, cache: KVCache, batch: int, layers: int = 1) -> None:
+        """Raises ValueError unless the cache is this layer's, for `batch` sequences."""
+        if self.sequence_axis is not None:
+            raise NotImplementedError(
+                f"sequence_axis={self.sequence_axis!r} cannot serve a cache: it is for training; a "
+                "layer without it takes the same parameters"
+            )
+        if not isinstance(cache, KVCache):
+            raise ValueError(f"cache must be what init_cache gives, got {type(cache).__name__}")
+        dtype = cache.key.dtype  # compared with that of the keys, which x and parameters decide
+        own = jax.eval_shape(lambda: self.init_cache(batch, 1, dtype=dtype, layers=layers))
+        wanted, got = own.traits(), cache.traits()
+        for name, value in wanted.items():
+            if got.get(name) != value:
+                raise ValueError(f"cache must have {name}={value}, got {name}={got.get(name)}")
+
+    def _dtype_of_cache(self, dtype: Any) -> Any:
+        """The dtype asked for, or that of the computation."""
+        return dtype or self.query.dtype or self.query.param_dtype
+
+    def _check_same_dtype(self, key: jax.Array, cache: KVCache) -> None:
+        if key.dtype != cache.key.dtype:
+            raise ValueError(
+                f"cache must have the dtype of the layer's keys, got {cache.key.dtype} and "
+                f"{key.dtype}"
+            )
+
+    def _check_features(self, x: jax.Array) -> jax.Array:
+        if x.shape[-1] != self.in_features:
+            raise ValueError(f"x must have in_features={self.in_features} features, got {x.shape}")
+        return x
+
+    def _describe(
+        self, x: jax.Array, segment_ids: jax.Array | None, positions: jax.Array | None
+    ) -> tuple[Rows, jax.Array]:
+        """Checks the call; gives the documents of each row and every token's position."""
+        x = self._check_features(checks.floating("x", x, "B T C"))
+        rows = checks.rows(x, segment_ids, True)
+        if positions is not None:
+            checks.integers("positions", positions, "B T")
+            checks.same_axes("B T", x=x, positions=positions)
+        return rows, rows.position if positions is None else positions
+
+    def _turn(self, x: jax.Array, positions: jax.Array) -> jax.Array:
+        return x if self.rope is None else self.rope.apply(x, positions)
+
+    def _project_out(self, heads: jax.Array, rows: Rows | Chunk) -> jax.Array:
+        """The output projection; padding gets 0 even where there is a bias."""
+        return jnp.where(rows.valid[..., None], self.out(heads), 0)

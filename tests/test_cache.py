@@ -1,0 +1,358 @@
+"""Layers with a cache: the training forward's outputs, in any chunks, for every option."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_layers import CONFIG, perturbed
+from util import assert_errors_are_at_most_twice_those_of_dense
+
+from fsa_jax import NSAConfig, decode
+from fsa_jax.layers import FullAttention, NativeSparseAttention
+from fsa_jax.rope import Llama3Scaling, RoPE
+
+LENGTH, BATCH, FEATURES = 72, 2, 16
+#: Tokens of a row of a call: one, a few, and more than are served by gathering blocks.
+WIDTHS = (1, 5, 24)
+assert WIDTHS[1] <= decode.FEW < WIDTHS[2]
+
+SCALED = RoPE(theta=5e5, scaling=Llama3Scaling(original_max_position=64))
+#: Windows longer than blocks, no forced first block, a window that reaches over all tokens.
+LONG_WINDOWS = NSAConfig(
+    kernel_size=16,
+    kernel_stride=4,
+    block_size=8,
+    topk=3,
+    init_blocks=0,
+    local_blocks=1,
+    window_size=100,
+)
+#: Windows that do not overlap, of one token each, and the query's own token alone near it.
+ONE_TOKEN = NSAConfig(
+    kernel_size=1,
+    kernel_stride=1,
+    block_size=4,
+    topk=5,
+    init_blocks=2,
+    local_blocks=0,
+    window_size=1,
+)
+OPTIONS = {
+    "default": {},
+    "per_branch": {"compression": "mlp", "kv_per_branch": True, "gate": "token", "heads": (4, 4)},
+    "weighted": {"compression": "weighted", "use_bias": True, "rope": SCALED, "out_features": 6},
+    "mean": {"compression": "mean", "kv_per_branch": True, "rope": None, "heads": (3, 1)},
+    "group_of_16": {"heads": (16, 1), "scale": 1.0, "config": LONG_WINDOWS},
+    "groups_of_8": {"heads": (16, 2), "compression": "mlp", "config": ONE_TOKEN},
+    "full": {"cls": FullAttention, "use_bias": True},
+    "full_group_of_8": {"cls": FullAttention, "heads": (8, 1), "rope": SCALED, "scale": 0.5},
+}
+
+
+def make(cls: Any = NativeSparseAttention, heads=(4, 2), **options: Any) -> Any:
+    if cls is NativeSparseAttention:
+        options = {"config": CONFIG} | options
+    options = {"num_kv_heads": heads[1], "head_dim": 8, "rngs": nnx.Rngs(0)} | options
+    return perturbed(cls(heads[0], FEATURES, implementation="xla", **options))
+
+
+def inputs(dtype=jnp.float32):
+    return jax.random.normal(jax.random.key(7), (BATCH, LENGTH, FEATURES)).astype(dtype)
+
+
+@nnx.jit
+def whole(layer, x):
+    return layer(x)
+
+
+@nnx.jit(static_argnames="fresh")
+def extend(layer, x, cache, num_tokens, fresh=False):
+    return layer(x, cache=cache, num_tokens=num_tokens, fresh=fresh)
+
+
+def feed(layer, x, cache, at, counts, width, fresh=False):
+    """The outputs of the next tokens of each sequence; what is not there is given as NaN."""
+    tokens = np.asarray(x)  # slices of jax arrays would be compiled, one by one
+    rows = np.full((BATCH, width, x.shape[2]), np.nan, tokens.dtype)
+    for row, (start, count) in enumerate(zip(at, counts, strict=True)):
+        rows[row, :count] = tokens[row, start : start + count]
+    y, cache = extend(layer, jnp.asarray(rows), cache, jnp.asarray(counts, jnp.int32), fresh)
+    y = np.asarray(y)
+    for row, count in enumerate(counts):
+        assert not np.any(y[row, count:])
+    return [y[row, :count] for row, count in enumerate(counts)], cache
+
+
+def run(layer, x, cache, calls, fresh=False):
+    """The outputs of all tokens, given in calls of (width, tokens of each sequence)."""
+    at, out = [0] * BATCH, [[] for _ in range(BATCH)]
+    for width, counts in calls:
+        parts, cache = feed(layer, x, cache, at, counts, width, fresh)
+        for row, part in enumerate(parts):
+            out[row].append(part)
+        at, fresh = [a + n for a, n in zip(at, counts, strict=True)], False
+    assert at == [x.shape[1]] * BATCH == cache.lengths.tolist()
+    return np.stack([np.concatenate(rows) for rows in out])
+
+
+@st.composite
+def chunkings(draw, widths):
+    """Calls that give each sequence all its tokens, as many at a time as one likes."""
+    left, calls = [LENGTH] * BATCH, []
+    while any(left):
+        # long rows of single tokens take long and show little
+        width = draw(st.sampled_from(widths[-1:] if len(calls) > 25 else widths))
+        most = [min(width, n) for n in left]
+        counts = [n if len(calls) > 40 else draw(st.integers(0, n)) for n in most]
+        left = [n - count for n, count in zip(left, counts, strict=True)]
+        calls.append((width, tuple(counts)))
+    return calls
+
+
+TOKEN_BY_TOKEN = [(1, (1,) * BATCH)] * LENGTH
+IN_CHUNKS = [(24, (24,) * BATCH)] * 3
+RAGGED = [
+    (24, (24, 0)), (5, (1, 5)), (24, (0, 20)), (5, (1, 1)), (5, (0, 1)), (24, (24, 24)),
+    (5, (2, 1)), (24, (20, 20)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_any_chunks_give_the_training_forward(options):
+    layer, x = make(**options), inputs()
+    want, empty = whole(layer, x), layer.init_cache(BATCH, LENGTH)
+
+    def check(calls):
+        np.testing.assert_allclose(run(layer, x, empty, calls), want, atol=1e-5)
+
+    # every width is a compilation: the default options have all
+    widths = WIDTHS if not options else WIDTHS[::2]
+    for calls in (TOKEN_BY_TOKEN, IN_CHUNKS):
+        check(calls)
+    settings(max_examples=10, deadline=None, database=None)(given(chunkings(widths))(check))()
+
+
+@pytest.mark.parametrize("name", ["default", "per_branch", "full"])
+def test_fresh_sequences_run_the_training_forward_and_forget_what_was_there(name):
+    layer, x = make(**OPTIONS[name]), inputs()
+    used = run_cache(layer, x[:, ::-1], layer.init_cache(BATCH, LENGTH))
+    calls = [(24, (24, 13)), *RAGGED[1:3], (24, (24, 24)), (24, (23, 10))]
+    np.testing.assert_allclose(run(layer, x, used, calls, fresh=True), whole(layer, x), atol=1e-5)
+
+
+def run_cache(layer, x, cache):
+    """The cache that the tokens leave."""
+    for start in range(0, LENGTH, 24):
+        cache = extend(layer, x[:, start : start + 24], cache, None)[1]
+    return cache
+
+
+def test_kernels_serve_chunks_of_sequences_of_different_lengths():
+    config = dataclasses.replace(CONFIG, block_size=16)
+    layer, x = make(config=config), inputs()
+    want = whole(layer, x)
+    kernels = make(config=config)
+    kernels.implementation = "triton_interpret"
+    cache = layer.init_cache(BATCH, LENGTH)
+    at = (24, 5)
+    cache = feed(layer, x, cache, (0, 0), at, 24)[1]
+    parts, _ = feed(kernels, x, cache, at, (20, 24), 24)
+    for row, part in enumerate(parts):
+        np.testing.assert_allclose(part, want[row, at[row] : at[row] + len(part)], atol=1e-5)
+
+
+@pytest.mark.parametrize("cls", [NativeSparseAttention, FullAttention])
+def test_rewinding_takes_back_drafts(cls):
+    """Tokens that turn out wrong leave no trace, whatever windows and blocks they were in."""
+    options = {"rollback": 5} if cls is NativeSparseAttention else {}
+    layer, x = make(cls), inputs()
+    cache, out = layer.init_cache(BATCH, LENGTH, **options), []
+    wrong = jax.random.normal(jax.random.key(1), x.shape)
+    for start in range(0, LENGTH, 3):  # two of each five drafts are wrong
+        drafts = jnp.concatenate([x[:, start : start + 3], wrong[:, :2]], axis=1)
+        counts = jnp.minimum(LENGTH - start, 5) * jnp.ones(BATCH, jnp.int32)
+        y, cache = extend(layer, drafts, cache, counts)
+        cache = cache.rewind(counts - 3)
+        out.append(y[:, :3])
+    np.testing.assert_allclose(np.concatenate(out, axis=1), whole(layer, x), atol=1e-5)
+    with pytest.raises(ValueError, match=r"count must be in 0 \.\. .* got \[0, 73\]"):
+        cache.rewind(jnp.asarray([0, 73], jnp.int32))
+    with pytest.raises(ValueError, match=r"count must be in 0 \.\. .* got \[-1, 0\]"):
+        cache.rewind(jnp.asarray([-1, 0], jnp.int32))
+
+
+def test_rewinding_further_than_the_cache_keeps():
+    cache = make().init_cache(1, LENGTH, rollback=2)
+    cache = dataclasses.replace(cache, lengths=jnp.asarray([9], jnp.int32))
+    with pytest.raises(ValueError, match=r"rollback=2, lengths=\[9\]\), got \[3\]"):
+        cache.rewind(jnp.asarray([3], jnp.int32))
+    assert cache.rewind(jnp.asarray([2], jnp.int32)).lengths.tolist() == [7]
+
+
+@pytest.mark.parametrize("cls", [NativeSparseAttention, FullAttention])
+def test_error_rule_in_bfloat16(cls, x64):
+    """All blocks are selected: a choice that rounding flips is no error of the attention."""
+    dtype, dense_choice = jnp.bfloat16, "xla" if cls is FullAttention else "reference"
+    config = dataclasses.replace(CONFIG, topk=LENGTH // CONFIG.block_size)
+    options = {} if cls is FullAttention else {"config": config}
+    # parameters and tokens are numbers of the low precision, in all three
+    layers = [make(cls, param_dtype=jnp.float64, dtype=d, **options) for d in (dtype, jnp.float64)]
+    for layer in layers:
+        state = jax.tree.map(lambda p: p.astype(dtype).astype(jnp.float64), nnx.state(layer))
+        nnx.update(layer, state)
+    ours, exact = layers
+    x = inputs(dtype)
+    dense = nnx.merge(*nnx.split(ours))
+    dense.implementation = exact.implementation = dense_choice
+    arrays = whole(dense, x), whole(exact, x.astype(jnp.float64))
+    for calls in (TOKEN_BY_TOKEN, IN_CHUNKS):
+        got = run(ours, x, ours.init_cache(BATCH, LENGTH), calls)
+        assert_errors_are_at_most_twice_those_of_dense(got, *arrays)
+
+
+@pytest.mark.parametrize("name", ["default", "full"])
+def test_a_step_works_in_place_and_reads_what_it_needs(name):
+    """Time of a decoding step: a few blocks, the window and the windows' keys, not the cache."""
+    config = dataclasses.replace(CONFIG, kernel_size=32, kernel_stride=16, block_size=64)
+    layer = make(**OPTIONS[name] | ({"config": config} if name == "default" else {}))
+    graphdef, state = nnx.split(layer)
+
+    def step(state, x, cache):
+        return nnx.merge(graphdef, state)(x, cache=cache)
+
+    def cost(capacity, x):
+        cache = layer.init_cache(1, capacity)
+        size = sum(leaf.nbytes for leaf in jax.tree.leaves(cache))
+        compiled: Any = jax.jit(step, donate_argnums=2).lower(state, x, cache).compile()
+        memory = compiled.memory_analysis()
+        assert memory.alias_size_in_bytes >= 0.99 * size  # the old cache becomes the new one
+        return compiled.cost_analysis()["flops"], memory.temp_size_in_bytes, size
+
+    x = jnp.zeros((1, 1, FEATURES))
+    (near, _, _), (far, scratch, size) = (cost(capacity, x) for capacity in (2048, 32768))
+    products = 2 * 4 * 8 * 2 * (32768 - 2048)  # q k and p v: four heads of width 8
+    if name == "full":
+        assert products < far - near < 3 * products
+        return
+    # compressed keys alone grow with the tokens; they are read twice, for scores again
+    assert far - near < 3 * products / config.kernel_stride
+    assert scratch < size / 8
+
+
+def test_a_donated_cache_becomes_the_new_one():
+    layer = make()
+    graphdef, state = nnx.split(layer)
+    cache = layer.init_cache(BATCH, LENGTH)
+    step = jax.jit(
+        lambda state, x, cache: nnx.merge(graphdef, state)(x, cache=cache), donate_argnums=2
+    )
+    _, new = step(state, inputs()[:, :5], cache)
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(cache))
+    assert new.lengths.tolist() == [5, 5]
+
+
+def test_bad_calls():
+    layer, x = make(), inputs()
+    cache = layer.init_cache(BATCH, LENGTH)
+    ids = jnp.ones((BATCH, LENGTH), jnp.int32)
+    for options, message in [
+        ({"cache": cache, "segment_ids": ids}, r"segment_ids must not be given with a cache, got"),
+        ({"cache": cache, "positions": ids}, r"positions must not be given with a cache, got"),
+        ({"num_tokens": ids[:, 0]}, r"num_tokens must not be given without a cache, got \(2,\)"),
+        ({"fresh": True}, r"fresh must not be given without a cache, got True"),
+        ({"cache": 3}, r"cache must be what init_cache gives, got int"),
+        ({"cache": cache, "num_tokens": ids[0]}, r"num_tokens must .* 2 sequences .* \(72,\)"),
+        (
+            {"cache": cache, "num_tokens": ids[:, 0] * -1},
+            r"num_tokens must be in 0 \.\. 72, got \[-1, -1\]",
+        ),
+        (
+            {"cache": cache, "num_tokens": ids[:, 0] * 73},
+            r"num_tokens must be in 0 \.\. 72, got \[73, 73\]",
+        ),
+        ({"cache": layer.init_cache(3, 8)}, r"cache must have sequences=2, got sequences=3"),
+        ({"cache": layer.init_cache(2, 8, layers=2)}, r"cache must have layers=1, got layers=2"),
+        (
+            {"cache": layer.init_cache(2, 72, dtype=jnp.bfloat16)},
+            r"cache must have the dtype of the layer's keys, got bfloat16 and float32",
+        ),
+        (
+            {"cache": make(FullAttention).init_cache(2, 8)},
+            r"cache must have kind=NSACache, got kind=KVCache",
+        ),
+        (
+            {"cache": make(heads=(4, 1)).init_cache(2, 8)},
+            r"cache must have num_kv_heads=2, got num_kv_heads=1",
+        ),
+        (
+            {"cache": make(head_dim=4).init_cache(2, 8)},
+            r"cache must have head_dim=8, got head_dim=4",
+        ),
+        (
+            {"cache": make(kv_per_branch=True).init_cache(2, 8)},
+            r"cache must have window_of_its_own=False, got window_of_its_own=True",
+        ),
+        (
+            {"cache": make(config=dataclasses.replace(CONFIG, window_size=7)).init_cache(2, 8)},
+            r"cache must have config=.*window_size=6.* got .*window_size=7",
+        ),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            layer(x, **options)
+    filled = dataclasses.replace(cache, lengths=jnp.asarray([0, 3], jnp.int32))
+    with pytest.raises(ValueError, match=r"room for 72 .* sequence 1, which holds 3 .* 70 more"):
+        layer(x, cache=filled, num_tokens=jnp.asarray([72, 70], jnp.int32))
+    with pytest.raises(ValueError, match=r"x must have in_features=16 features, got \(2, 72, 15\)"):
+        layer(x[..., :15], cache=cache)
+    with pytest.raises(ValueError, match=r"x must have no empty axis, got shape \(2, 0, 16\)"):
+        layer(x[:, :0], cache=cache)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch": 0}, "batch must be an integer of at least 1, got 0"),
+        ({"capacity": 1.5}, r"capacity must be an integer of at least 1, got 1\.5"),
+        ({"num_pages": 0}, "num_pages must be an integer of at least 1, got 0"),
+        ({"rollback": -1}, "rollback must be an integer of at least 0, got -1"),
+    ],
+)
+def test_bad_sizes(options, message):
+    with pytest.raises(ValueError, match=message):
+        make().init_cache(**{"batch": 1, "capacity": 8} | options)
+
+
+@pytest.mark.parametrize(
+    ("cls", "options", "message"),
+    [
+        (NativeSparseAttention, {"implementation": "reference"}, "implementation='reference'"),
+        (NativeSparseAttention, {"implementation": "triton"}, "implementation='triton'"),
+        (NativeSparseAttention, {"sequence_axis": "tokens"}, "sequence_axis='tokens'"),
+        (FullAttention, {"implementation": "cudnn"}, "implementation='cudnn'"),
+    ],
+)
+def test_layers_that_cannot_serve_a_cache(cls, options, message):
+    layer = make(cls)
+    cache = layer.init_cache(BATCH, LENGTH)
+    for name, value in options.items():
+        setattr(layer, name, value)
+    with pytest.raises(NotImplementedError, match=f"{message} cannot serve"):
+        layer(inputs()[:, :1], cache=cache)
+
+
+def test_tokens_without_room_are_not_stored_inside_jit():
+    layer, x = make(), inputs()
+    cache = layer.init_cache(BATCH, LENGTH)
+    for counts in ((24, 20), (24, 24), (24, 24)):
+        _, cache = feed(layer, x, cache, (0, 0), counts, 24)
+    y, cache = extend(layer, x[:, :24], cache, jnp.asarray([24, 24], jnp.int32))
+    assert cache.lengths.tolist() == [LENGTH, LENGTH]
+    assert not np.any(y[0])
+    assert not np.any(y[1, 4:])
+    assert np.all(np.any(y[1, :4], axis=-1))
