@@ -1,0 +1,371 @@
+"""Kernels of decoding: a few queries a sequence attend to keys and values that stand in pages.
+
+Decoding moves bytes: every key and value that is seen crosses device memory once, for the G query
+heads of a KV head, and the arithmetic is G times less than that of training. So a program takes all
+query heads of one KV head, and what it reads is split over programs until they fill the card:
+
+* `range_attention` and `block_attention` are one kernel. Its programs are (sequence, KV head) x
+  splits: a split walks its share of the entries in tiles of b, a gather through the page table
+  each, with the loads of the next tiles under way, and writes a partial result and its logsumexp.
+  Shares are cut by what is seen, not by the capacity: a short sequence in a large cache fills the
+  card too.
+* `merge_splits_kernel` merges the partial results of a row in the order of the splits.
+
+Products go through the matrix unit, G rows padded to 16. It has 16 times the work that counts and
+still waits for memory: at 16 rows a byte of K takes 16 multiplications, a third of what an H200's
+matrix unit does in the time of that byte. Multiplying and summing in plain registers would take
+2*G instructions an element and the conversion to float32, more than the memory's time from G = 4 on.
+float32 has no matrix unit that is exact; there the padding costs, and exactness comes first.
+
+What nobody sees is never loaded, and may hold anything. Page numbers outside the pool, and blocks
+outside the page table, count as nothing.
+
+Shapes: B sequences, n queries of each, N query heads, K key/value heads, G = N/K, D and E head
+widths, P pages of p entries, J pages that a sequence may have, S listed blocks, R rows and b entries
+of a tile.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jaxtyping import Array, Float, Int
+
+from fsa_jax.pallas.common import (
+    LOG2_E,
+    Softmax,
+    Sum,
+    call,
+    columns_of,
+    dot,
+    exp2,
+    iota,
+    load,
+    load_tiles,
+    next_power_of_two,
+    product,
+    rows_mask,
+    split,
+    store,
+)
+from fsa_jax.pallas.tuning import padded_width
+
+#: Programs that run side by side: two on each of the 132 multiprocessors of an H100 or H200, each
+#: with three tiles of K and V in shared memory. That is 12 MB on their way, three times what 4.8
+#: TB/s bring in the microsecond that a load takes.
+PROGRAMS = 264
+#: Most tiles of a split, where that does not pass MOST_SPLITS: more splits than fill the card cost
+#: little, and keep it filled where one sequence is much longer than the others.
+SPLIT_TILES = 16
+MOST_SPLITS = 128
+#: Elements of K and V of a tile; bytes for two-byte elements are twice as many.
+TILE_ELEMENTS = 16384
+#: Columns of a program that merges: few, so that there are many programs.
+MERGE_COLUMNS = 32
+#: Widest tile of columns.
+COLUMNS = 128
+#: Most blocks of which one program chooses: their ranks stay in registers.
+MOST_BLOCKS = 16384
+LARGEST = 2**31 - 1
+
+
+def range_attention(
+    query: Float[Array, "B n N D"],
+    key_pool: Float[Array, "P p K D"],
+    value_pool: Float[Array, "P p K E"],
+    pages: Int[Array, "B J"],
+    low: Int[Array, "B n"],
+    high: Int[Array, "B n"],
+    *,
+    scale: float,
+    logits: bool = False,
+    most: int | None = None,
+    interpret: bool = False,
+) -> tuple[Float[Array, "B n N E"], Float[Array, "B n N"], Float[Array, "B n N J*p"] | None]:
+    """Attention of each query to the entries low .. high-1 of its sequence.
+
+    Entry e of a sequence is pool[pages[b, e // p], e % p]. Flops, with V the seen entries of all
+    sequences: 2*V*N*(D + E) a query. Bytes: V*K*(D + E) elements of K and V once, whatever n and G
+    are (up to 64 rows; twice for up to 128), and 8*N*(E + 1) a split and query of partial results;
+    the logits, where they are wanted, are 4*V*N more.
+
+    Args:
+      query: float16, bfloat16 or float32.
+      key_pool: pages of keys.
+      value_pool: pages of values.
+      pages: page numbers of each sequence.
+      low: int32, first entry that a query sees.
+      high: int32, one past the last; nothing is seen where it is not above `low`.
+      scale: factor of the logits.
+      logits: whether the logits are wanted.
+      most: the most entries that the queries of a sequence see together, where that is known and
+        less than J*p: a window needs fewer splits.
+      interpret: run the kernels in interpret mode.
+
+    Returns:
+      out in the dtype of `query`; lse float32, natural logarithm; the scaled logits float32, where
+      an entry is seen, and anything elsewhere (None if they are not wanted). 0 and -inf where a
+      query sees nothing.
+    """
+    entries = pages.shape[1] * key_pool.shape[1]
+    positions = min(entries, most or entries)
+    return _attention(
+        query, key_pool, value_pool, pages, low, high, None,
+        scale=scale, positions=positions, logits=logits, interpret=interpret,
+    )  # fmt: skip
+
+
+def block_attention(
+    query: Float[Array, "B n N D"],
+    key_pool: Float[Array, "P p K D"],
+    value_pool: Float[Array, "P p K E"],
+    pages: Int[Array, "B J"],
+    blocks: Int[Array, "B n K S"],
+    last: Int[Array, "B n"],
+    *,
+    scale: float,
+    interpret: bool = False,
+) -> tuple[Float[Array, "B n N E"], Float[Array, "B n N"]]:
+    """Attention of each query and KV head to the tokens up to `last` of its listed blocks.
+
+    A page is a block: block j of a sequence is pool[pages[b, j]]. Flops: 2*B*n*N*S*p*(D + E).
+    Bytes: B*n*K*S*p*(D + E) elements of K and V, each once, and 8*N*(E + 1) a split and query of
+    partial results.
+
+    Args:
+      query: float16, bfloat16 or float32.
+      key_pool: pages of keys.
+      value_pool: pages of values.
+      pages: page numbers of each sequence.
+      blocks: int32, each block at most once in a list; -1 and others that a sequence cannot have
+        count as nothing.
+      last: int32, the last token that a query sees; -1 for none.
+      scale: factor of the logits.
+      interpret: run the kernels in interpret mode.
+
+    Returns:
+      out in the dtype of `query` and lse float32, natural logarithm; 0 and -inf where a query sees
+      nothing.
+    """
+    batch, tokens, heads, width = query.shape
+    kv_heads, slots = blocks.shape[2:]
+    # each query has lists of its own: it is a sequence for itself, with the pages of another one
+    high = last.reshape(-1, 1) + 1
+    out, lse, _ = _attention(
+        query.reshape(batch * tokens, 1, heads, width),
+        key_pool, value_pool, pages, jnp.zeros_like(high), high,
+        blocks.reshape(batch * tokens, kv_heads, slots),
+        scale=scale, positions=slots * key_pool.shape[1], logits=False, interpret=interpret,
+    )  # fmt: skip
+    return out.reshape(batch, tokens, heads, -1), lse.reshape(batch, tokens, heads)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """How the programs are cut: rows and entries of a tile, splits, tiles of rows of a KV head."""
+
+    rows: int
+    entries: int
+    splits: int
+    row_tiles: int
+    num_warps: int
+    num_stages: int
+
+
+def _make_plan(query, key, value, positions: int) -> _Plan:
+    batch, tokens, heads, _ = query.shape
+    kv_heads, itemsize = key.shape[2], key.dtype.itemsize
+    widths, value_width = (padded_width(x) for x in (key.shape[3] + 0, value.shape[3]))
+    widths += value_width
+    rows_of_head = tokens * (heads // kv_heads)
+    # more rows read K and V again, from L2, but hold their sums in registers
+    rows = min(max(16, next_power_of_two(rows_of_head)), 64 if itemsize == 2 else 16)
+    row_tiles = -(-rows_of_head // rows)
+    most = next_power_of_two(TILE_ELEMENTS * 2 // itemsize // widths + 1) // 2
+    entries = max(16, min(most, 64, next_power_of_two(positions)))
+    tiles = -(-positions // entries) + 1  # a range need not start with a tile
+    programs = batch * kv_heads * row_tiles
+    splits = max(PROGRAMS // programs, min(-(-tiles // SPLIT_TILES), MOST_SPLITS), 1)
+    return _Plan(
+        rows=rows,
+        entries=entries,
+        splits=min(splits, tiles, MOST_SPLITS),
+        row_tiles=row_tiles,
+        num_warps=8 if rows * padded_width(value.shape[3]) > 8192 else 4,
+        num_stages=3,
+    )
+
+
+def _attention(
+    query, key, value, pages, low, high, blocks, *, scale, positions, logits, interpret
+):  # fmt: skip
+    """Both functions: with `blocks`, the entries are those of the listed blocks, else all.
+
+    `positions` is the most of them that there can be. A row of `pages` serves as many rows of
+    `query` as there are for each.
+    """
+    plan = _make_plan(query, key, value, positions)
+    batch, tokens, heads, _ = query.shape
+    num_pages, page_size, kv_heads, width = key.shape
+    value_width, columns_of_table = value.shape[3], pages.shape[1]
+    group, sharing = heads // kv_heads, batch // pages.shape[0]
+    softmax = Softmax(scale, exact=key.dtype == jnp.float32)
+    b = plan.entries
+
+    def kernel(query_ref, key_ref, value_ref, pages_ref, low_ref, high_ref, *refs):
+        blocks_ref, refs = (None, refs) if blocks is None else (refs[0], refs[1:])
+        out_ref, lse_ref, *logits_refs = refs
+        number, row_tile = split(pl.program_id(0), plan.row_tiles)
+        row, kv_head = split(number, kv_heads)
+        share = pl.program_id(1)
+        token, g = split(row_tile * plan.rows + iota(plan.rows), group)
+        there = token < tokens
+        head = kv_head * group + g
+        lows = jnp.maximum(load(low_ref.at[row, token], mask=there), 0)
+        highs = load(high_ref.at[row, token], mask=there)
+        highs = jnp.minimum(highs, columns_of_table * page_size)
+        sighted = highs > lows
+        # no row sees anything before `first`, or from `end` on
+        first = jnp.min(jnp.where(sighted, lows, LARGEST))
+        end = jnp.max(jnp.where(sighted, highs, 0))
+        first = jnp.minimum(first, end)
+        columns, value_columns = (columns_of(x, COLUMNS) for x in (width, value_width))
+        queries = load_tiles(query_ref, row, token, head, columns, sighted)
+
+        def entries_of(position):
+            """The entries that stand at some positions of the walk; -1 for none."""
+            if blocks_ref is None:
+                return position
+            slot, offset = split(position, page_size)
+            listed = slot < blocks_ref.shape[2]
+            block = load(blocks_ref.at[row, kv_head, slot], mask=listed, other=-1)
+            listed = (block >= 0) & (block < columns_of_table)
+            return jnp.where(listed, block * page_size + offset, -1)
+
+        def step(tile, state):
+            top, total, out = state
+            position = tile * b + iota(b)
+            entry = entries_of(position)
+            seen = (entry >= first) & (entry < end)
+            at, offset = split(entry, page_size)
+            page = load(pages_ref.at[row // sharing, at], mask=seen, other=-1)
+            seen &= (page >= 0) & (page < num_pages)
+            visible = (entry[None, :] >= lows[:, None]) & (entry[None, :] < highs[:, None])
+            visible &= seen[None, :]
+            if tokens > 1:  # there may be entries between the ranges of two queries
+                seen = jnp.max(visible.astype(jnp.int32), axis=0) > 0
+            keys, values = (
+                [
+                    load(
+                        ref.at[page[:, None], offset[:, None], kv_head, d[None, :]],
+                        mask=rows_mask(seen, d, ref.shape[3]),
+                    )
+                    for d in cut
+                ]
+                for ref, cut in ((key_ref, columns), (value_ref, value_columns))
+            )
+            products = product(queries, keys)
+            for ref in logits_refs:
+                store(
+                    ref.at[row, token[:, None], head[:, None], position[None, :]],
+                    products * scale,
+                    mask=visible,
+                )
+            products = jnp.where(visible, softmax.signed(products), -jnp.inf)
+            new_top = jnp.maximum(top, softmax.top(products))
+            # a row that has seen nothing yet: its weights and decay are 2^-inf = 0
+            safe = jnp.where(new_top == -jnp.inf, 0.0, new_top)
+            p = softmax.weights(products, safe[:, None])
+            decay = softmax.decay(top, safe)
+            p_cut = p.astype(value_ref.dtype)
+            out = [
+                x.add(dot(p_cut, v, (1, 0)), decay[:, None])
+                for x, v in zip(out, values, strict=True)
+            ]
+            return new_top, total * decay + jnp.sum(p, axis=1), out
+
+        # what there is to walk, in equal shares
+        begin, tiles_end = 0, -(-positions // b)
+        if blocks is None:
+            begin, tiles_end = jax.lax.div(first, b), pl.cdiv(end, b)
+        each = pl.cdiv(tiles_end - begin, plan.splits)
+        begin = begin + share * each
+        zeros = jnp.zeros((plan.rows,), jnp.float32)
+        out = [Sum.zeros((plan.rows, e.size), softmax.exact) for e in value_columns]
+        top, total, out = jax.lax.fori_loop(
+            begin, jnp.minimum(begin + each, tiles_end), step, (zeros - jnp.inf, zeros, out)
+        )
+        some = total > 0
+        total = jnp.where(some, total, 1.0)
+        for e, x in zip(value_columns, out, strict=True):
+            store(
+                out_ref.at[share, row, token[:, None], head[:, None], e[None, :]],
+                softmax.mean(x.total, total),
+                mask=rows_mask(there, e, value_width),
+            )
+        lse = jnp.where(some, softmax.lse(top, total), -jnp.inf)
+        store(lse_ref.at[share, row, token, head], lse, mask=there)
+
+    kernel.__name__ = "paged_range_kernel" if blocks is None else "paged_block_kernel"
+    rows = (batch, tokens, heads)
+    shapes = [(plan.splits, *rows, value_width), (plan.splits, *rows)]
+    shapes += [(*rows, columns_of_table * page_size)] * logits
+    part, part_lse, *found = call(
+        kernel,
+        query,
+        key,
+        value,
+        pages,
+        low,
+        high,
+        *(() if blocks is None else (blocks,)),
+        grid=(batch * kv_heads * plan.row_tiles, plan.splits),
+        out_shape=[jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes],
+        interpret=interpret,
+        num_warps=plan.num_warps,
+        num_stages=plan.num_stages,
+    )
+    out, lse = _merge(part, part_lse, query.dtype, interpret)
+    return out, lse, found[0] if logits else None
+
+
+def _merge(part, part_lse, dtype, interpret):
+    """Merges partial results [splits, B, n, N, E]: lse = log(sum of exp(lse_s)), out likewise.
+
+    A program takes a few columns of one row, of all splits at a time: all loads are in flight
+    together. Bytes: 4*splits*(E + 1) read a row.
+    """
+    splits, *rows, width = part.shape
+    count = rows[0] * rows[1] * rows[2]
+
+    def merge_splits_kernel(part_ref, lse_ref, out_ref, result_lse_ref):
+        row = pl.program_id(0)
+        s = iota(next_power_of_two(splits))
+        e = pl.program_id(1) * MERGE_COLUMNS + iota(MERGE_COLUMNS)
+        lses = load(lse_ref.at[s, row], mask=s < splits, other=-jnp.inf)
+        top = jnp.max(lses)
+        weight = exp2((lses - jnp.where(top == -jnp.inf, 0.0, top)) * LOG2_E)
+        total = jnp.sum(weight)
+        parts = load(
+            part_ref.at[s[:, None], row, e[None, :]], mask=rows_mask(s < splits, e, width)
+        )
+        out = jnp.sum(parts * weight[:, None], axis=0) / jnp.where(total > 0, total, 1.0)
+        store(out_ref.at[row, e], out.astype(dtype), mask=e < width)
+        # the same number from every program of the row
+        result_lse_ref[row] = jnp.where(total > 0, top + jnp.log(total), -jnp.inf)
+
+    out, lse = call(
+        merge_splits_kernel,
+        part.reshape(splits, count, width),
+        part_lse.reshape(splits, count),
+        grid=(count, pl.cdiv(width, MERGE_COLUMNS)),
+        out_shape=(
+            jax.ShapeDtypeStruct((count, width), dtype),
+            jax.ShapeDtypeStruct((count,), jnp.float32),
+        ),
+        interpret=interpret,
+        num_warps=2,
+        num_stages=1,
+    )
+    return out.reshape(*rows, width), lse.reshape(rows)
