@@ -29,9 +29,12 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int
 
+from fsa_jax import xla
+from fsa_jax.config import NSAConfig
 from fsa_jax.pallas.common import (
     LOG2_E,
     Softmax,
@@ -173,10 +176,10 @@ class _Plan:
     num_stages: int
 
 
-def _make_plan(query, key, value, positions: int) -> _Plan:
+def _make_plan(query, key, value, positions: int, listed: bool) -> _Plan:
     batch, tokens, heads, _ = query.shape
     kv_heads, itemsize = key.shape[2], key.dtype.itemsize
-    widths, value_width = (padded_width(x) for x in (key.shape[3] + 0, value.shape[3]))
+    widths, value_width = (padded_width(x.shape[3]) for x in (key, value))
     widths += value_width
     rows_of_head = tokens * (heads // kv_heads)
     # more rows read K and V again, from L2, but hold their sums in registers
@@ -184,7 +187,7 @@ def _make_plan(query, key, value, positions: int) -> _Plan:
     row_tiles = -(-rows_of_head // rows)
     most = next_power_of_two(TILE_ELEMENTS * 2 // itemsize // widths + 1) // 2
     entries = max(16, min(most, 64, next_power_of_two(positions)))
-    tiles = -(-positions // entries) + 1  # a range need not start with a tile
+    tiles = -(-positions // entries) + (not listed)  # a range need not start with a tile
     programs = batch * kv_heads * row_tiles
     splits = max(PROGRAMS // programs, min(-(-tiles // SPLIT_TILES), MOST_SPLITS), 1)
     return _Plan(
@@ -205,7 +208,7 @@ def _attention(
     `positions` is the most of them that there can be. A row of `pages` serves as many rows of
     `query` as there are for each.
     """
-    plan = _make_plan(query, key, value, positions)
+    plan = _make_plan(query, key, value, positions, blocks is not None)
     batch, tokens, heads, _ = query.shape
     num_pages, page_size, kv_heads, width = key.shape
     value_width, columns_of_table = value.shape[3], pages.shape[1]
@@ -233,24 +236,27 @@ def _attention(
         columns, value_columns = (columns_of(x, COLUMNS) for x in (width, value_width))
         queries = load_tiles(query_ref, row, token, head, columns, sighted)
 
-        def entries_of(position):
-            """The entries that stand at some positions of the walk; -1 for none."""
-            if blocks_ref is None:
-                return position
-            slot, offset = split(position, page_size)
-            listed = slot < blocks_ref.shape[2]
-            block = load(blocks_ref.at[row, kv_head, slot], mask=listed, other=-1)
-            listed = (block >= 0) & (block < columns_of_table)
-            return jnp.where(listed, block * page_size + offset, -1)
+        def look_up(tile):
+            """The entries of a tile and their pages, -1 where nobody sees the entry."""
+            position = tile * b + iota(b)
+            entry = position
+            if blocks_ref is not None:
+                slot, offset = split(position, page_size)
+                listed = slot < blocks_ref.shape[2]
+                block = load(blocks_ref.at[row, kv_head, slot], mask=listed, other=-1)
+                listed = (block >= 0) & (block < columns_of_table)
+                entry = jnp.where(listed, block * page_size + offset, -1)
+            seen = (entry >= first) & (entry < end)
+            at, _ = split(entry, page_size)
+            page = load(pages_ref.at[row // sharing, at], mask=seen, other=-1)
+            return entry, jnp.where(page < num_pages, page, -1)
 
         def step(tile, state):
-            top, total, out = state
-            position = tile * b + iota(b)
-            entry = entries_of(position)
-            seen = (entry >= first) & (entry < end)
-            at, offset = split(entry, page_size)
-            page = load(pages_ref.at[row // sharing, at], mask=seen, other=-1)
-            seen &= (page >= 0) & (page < num_pages)
+            (entry, page), top, total, out = state
+            # page numbers come one step ahead of the keys, so that these need not wait for them
+            following = look_up(tile + 1)
+            seen = page >= 0
+            _, offset = split(entry, page_size)
             visible = (entry[None, :] >= lows[:, None]) & (entry[None, :] < highs[:, None])
             visible &= seen[None, :]
             if tokens > 1:  # there may be entries between the ranges of two queries
@@ -266,6 +272,7 @@ def _attention(
                 for ref, cut in ((key_ref, columns), (value_ref, value_columns))
             )
             products = product(queries, keys)
+            position = tile * b + iota(b)
             for ref in logits_refs:
                 store(
                     ref.at[row, token[:, None], head[:, None], position[None, :]],
@@ -283,7 +290,7 @@ def _attention(
                 x.add(dot(p_cut, v, (1, 0)), decay[:, None])
                 for x, v in zip(out, values, strict=True)
             ]
-            return new_top, total * decay + jnp.sum(p, axis=1), out
+            return following, new_top, total * decay + jnp.sum(p, axis=1), out
 
         # what there is to walk, in equal shares
         begin, tiles_end = 0, -(-positions // b)
@@ -293,9 +300,9 @@ def _attention(
         begin = begin + share * each
         zeros = jnp.zeros((plan.rows,), jnp.float32)
         out = [Sum.zeros((plan.rows, e.size), softmax.exact) for e in value_columns]
-        top, total, out = jax.lax.fori_loop(
-            begin, jnp.minimum(begin + each, tiles_end), step, (zeros - jnp.inf, zeros, out)
-        )
+        state = (look_up(begin), zeros - jnp.inf, zeros, out)
+        limit = jnp.minimum(begin + each, tiles_end)
+        _, top, total, out = jax.lax.fori_loop(begin, limit, step, state)
         some = total > 0
         total = jnp.where(some, total, 1.0)
         for e, x in zip(value_columns, out, strict=True):
@@ -369,3 +376,83 @@ def _merge(part, part_lse, dtype, interpret):
         num_stages=1,
     )
     return out.reshape(*rows, width), lse.reshape(rows)
+
+
+def select_blocks(
+    logits: Float[Array, "B n N M"],
+    lse: Float[Array, "B n N"],
+    visible: Int[Array, "B n"],
+    own: Int[Array, "B n"],
+    *,
+    config: NSAConfig,
+    kv_heads: int,
+    interpret: bool = False,
+) -> Int[Array, "B n K S"]:
+    """The blocks that each query and KV head selects, by the rule of `xla.select_blocks`.
+
+    Bytes: 4*B*n*(N*M + 2*K*J) and the lists, all of them in L2: XLA sums the weights and folds them
+    into ranks of the J = M / (p/d) blocks, and one program of a kernel takes the best of a list
+    without a sort: a round of it for each of the S slots, all ranks in registers.
+
+    Args:
+      logits: of the compressed keys, from `range_attention`; M of whole blocks.
+      lse: likewise.
+      visible: int32, how many compressed keys a query sees, from the first one on.
+      own: int32, the block of each query; -1 for none.
+      config: what is selected.
+      kv_heads: K.
+      interpret: run the kernel in interpret mode.
+
+    Returns:
+      int32 block numbers, ascending, -1 at the tail.
+    """
+    blocks = logits.shape[3] // (config.block_size // config.kernel_stride)
+    grouped = rearrange(logits, "b q (k g) m -> b k g q m", k=kv_heads)
+    lse = rearrange(lse, "b q (k g) -> b k g q", k=kv_heads)
+    window = jnp.arange(logits.shape[3], dtype=jnp.int32)[None, None]
+    p = xla.group_weights(grouped, lse, window < visible[..., None])
+    rank = xla.block_ranks(p, own[:, None], blocks, config)
+    if blocks > MOST_BLOCKS:
+        best = xla.take_best(rank, config.topk)
+    else:
+        best = _take_best(rank, config.topk, interpret)
+    return rearrange(best, "b k q s -> b q k s")
+
+
+def _take_best(rank, topk: int, interpret: bool):
+    """`xla.take_best` as a kernel."""
+    *rows, blocks = rank.shape
+    count = rows[0] * rows[1] * rows[2]
+    width = next_power_of_two(blocks)
+
+    def take_best_kernel(rank_ref, best_ref):
+        row = pl.program_id(0)
+        block, s = iota(width), iota(next_power_of_two(topk))
+        ranks = load(rank_ref.at[row, block], mask=block < blocks, other=-1)
+
+        def take(i, state):
+            ranks, chosen = state
+            best = jnp.max(ranks)
+            at = jnp.min(jnp.where(ranks == best, block, LARGEST))
+            chosen = jnp.where((s == i) & (best >= 0), at, chosen)
+            return jnp.where(block == at, -1, ranks), chosen
+
+        chosen = jnp.full(s.shape, LARGEST, jnp.int32)
+        _, chosen = jax.lax.fori_loop(0, topk, take, (ranks, chosen))
+        # each goes behind those that are smaller; of the slots without a block, in their order
+        before = chosen[None, :] < chosen[:, None]
+        before |= (chosen[None, :] == chosen[:, None]) & (s[None, :] < s[:, None])
+        place = jnp.sum(before.astype(jnp.int32), axis=1)
+        chosen = jnp.where(chosen == LARGEST, -1, chosen)
+        store(best_ref.at[row, place], chosen, mask=place < topk)
+
+    best = call(
+        take_best_kernel,
+        rank.reshape(count, blocks),
+        grid=(count,),
+        out_shape=jax.ShapeDtypeStruct((count, topk), jnp.int32),
+        interpret=interpret,
+        num_warps=min(max(width // 1024, 1), 16),
+        num_stages=1,
+    )
+    return best.reshape(*rows, topk)
