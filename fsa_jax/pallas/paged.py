@@ -6,16 +6,15 @@ query heads of one KV head, and what it reads is split over programs until they 
 
 * `range_attention` and `block_attention` are one kernel. Its programs are (sequence, KV head) x
   splits: a split walks its share of the entries in tiles of b, a gather through the page table
-  each, with the loads of the next tiles under way, and writes a partial result and its logsumexp.
-  Shares are cut by what is seen, not by the capacity: a short sequence in a large cache fills the
-  card too.
-* `merge_splits_kernel` merges the partial results of a row in the order of the splits.
+  each, with the loads of the next tiles under way, and writes partial sums. Shares are cut by what
+  is seen, not by the capacity: a short sequence in a large cache fills the card too.
+* `merge_splits_kernel` merges the partial sums of a row, all splits at once in a fixed tree.
 
-Products go through the matrix unit, G rows padded to 16. It has 16 times the work that counts and
-still waits for memory: at 16 rows a byte of K takes 16 multiplications, a third of what an H200's
-matrix unit does in the time of that byte. Multiplying and summing in plain registers would take
-2*G instructions an element and the conversion to float32, more than the memory's time from G = 4 on.
-float32 has no matrix unit that is exact; there the padding costs, and exactness comes first.
+Products go through the matrix unit, rows padded to 16: 16 flops a byte of 16-bit K and V, which is
+77 TFLOP/s at 4.8 TB/s, a tenth of what an H200's matrix unit does. In plain registers an element
+takes a conversion and G multiplications, of the 14 instructions there are in the time that memory
+needs for it: all of them at G = 16, and addresses, masks and sums over lanes want some too.
+float32 has no matrix unit that is exact: there rows are padded to a power of two alone.
 
 What nobody sees is never loaded, and may hold anything. Page numbers outside the pool, and blocks
 outside the page table, count as nothing.
@@ -36,13 +35,11 @@ from jaxtyping import Array, Float, Int
 from fsa_jax import xla
 from fsa_jax.config import NSAConfig
 from fsa_jax.pallas.common import (
-    LOG2_E,
     Softmax,
     Sum,
     call,
     columns_of,
     dot,
-    exp2,
     iota,
     load,
     load_tiles,
@@ -55,15 +52,15 @@ from fsa_jax.pallas.common import (
 from fsa_jax.pallas.tuning import padded_width
 
 #: Programs that run side by side: two on each of the 132 multiprocessors of an H100 or H200, each
-#: with three tiles of K and V in shared memory. That is 12 MB on their way, three times what 4.8
-#: TB/s bring in the microsecond that a load takes.
+#: with two tiles of K and V on their way. Those are 17 MB, three times what 4.8 TB/s bring in the
+#: microsecond that a load takes.
 PROGRAMS = 264
 #: Most tiles of a split, where that does not pass MOST_SPLITS: more splits than fill the card cost
 #: little, and keep it filled where one sequence is much longer than the others.
 SPLIT_TILES = 16
 MOST_SPLITS = 128
-#: Elements of K and V of a tile; bytes for two-byte elements are twice as many.
-TILE_ELEMENTS = 16384
+#: Most bytes of K and V of a tile.
+TILE_BYTES = 32768
 #: Columns of a program that merges: few, so that there are many programs.
 MERGE_COLUMNS = 32
 #: Widest tile of columns.
@@ -89,9 +86,9 @@ def range_attention(
     """Attention of each query to the entries low .. high-1 of its sequence.
 
     Entry e of a sequence is pool[pages[b, e // p], e % p]. Flops, with V the seen entries of all
-    sequences: 2*V*N*(D + E) a query. Bytes: V*K*(D + E) elements of K and V once, whatever n and G
-    are (up to 64 rows; twice for up to 128), and 8*N*(E + 1) a split and query of partial results;
-    the logits, where they are wanted, are 4*V*N more.
+    sequences: 2*V*N*(D + E) a query. Bytes: V*K*(D + E) elements of K and V, once while n*G is at
+    most 64 (32 for wide heads, 16 for float32), else once for each so many rows; 8*N*(E + 2) of
+    partial results a split and query; 4*V*N of logits, where they are wanted.
 
     Args:
       query: float16, bfloat16 or float32.
@@ -102,8 +99,8 @@ def range_attention(
       high: int32, one past the last; nothing is seen where it is not above `low`.
       scale: factor of the logits.
       logits: whether the logits are wanted.
-      most: the most entries that the queries of a sequence see together, where that is known and
-        less than J*p: a window needs fewer splits.
+      most: how many entries the queries of a sequence see together at most, where that is known: a
+        window needs few splits. A wrong number costs time alone.
       interpret: run the kernels in interpret mode.
 
     Returns:
@@ -133,8 +130,8 @@ def block_attention(
     """Attention of each query and KV head to the tokens up to `last` of its listed blocks.
 
     A page is a block: block j of a sequence is pool[pages[b, j]]. Flops: 2*B*n*N*S*p*(D + E).
-    Bytes: B*n*K*S*p*(D + E) elements of K and V, each once, and 8*N*(E + 1) a split and query of
-    partial results.
+    Bytes: B*n*K*S*p*(D + E) elements of K and V, each once, and 8*N*(E + 2) of partial
+    results a split and query.
 
     Args:
       query: float16, bfloat16 or float32.
@@ -179,14 +176,16 @@ class _Plan:
 def _make_plan(query, key, value, positions: int, listed: bool) -> _Plan:
     batch, tokens, heads, _ = query.shape
     kv_heads, itemsize = key.shape[2], key.dtype.itemsize
-    widths, value_width = (padded_width(x.shape[3]) for x in (key, value))
-    widths += value_width
+    exact = itemsize == 4
+    widths = sum(padded_width(x.shape[3]) for x in (key, value))
     rows_of_head = tokens * (heads // kv_heads)
-    # more rows read K and V again, from L2, but hold their sums in registers
-    rows = min(max(16, next_power_of_two(rows_of_head)), 64 if itemsize == 2 else 16)
+    # A matrix unit takes at least 16 rows; float32 knows none, and pays for every row. More rows
+    # than a program has registers for are another one's, which reads K and V from L2.
+    least, most = (1, 16) if exact else (16, 64 if widths <= 256 else 32)
+    rows = min(max(least, next_power_of_two(rows_of_head)), most)
     row_tiles = -(-rows_of_head // rows)
-    most = next_power_of_two(TILE_ELEMENTS * 2 // itemsize // widths + 1) // 2
-    entries = max(16, min(most, 64, next_power_of_two(positions)))
+    fit = TILE_BYTES // (itemsize * next_power_of_two(widths))
+    entries = max(16, min(fit, 64, next_power_of_two(positions)))
     tiles = -(-positions // entries) + (not listed)  # a range need not start with a tile
     programs = batch * kv_heads * row_tiles
     splits = max(PROGRAMS // programs, min(-(-tiles // SPLIT_TILES), MOST_SPLITS), 1)
@@ -195,7 +194,7 @@ def _make_plan(query, key, value, positions: int, listed: bool) -> _Plan:
         entries=entries,
         splits=min(splits, tiles, MOST_SPLITS),
         row_tiles=row_tiles,
-        num_warps=8 if rows * padded_width(value.shape[3]) > 8192 else 4,
+        num_warps=8 if exact else 4,
         num_stages=3,
     )
 
@@ -218,7 +217,7 @@ def _attention(
 
     def kernel(query_ref, key_ref, value_ref, pages_ref, low_ref, high_ref, *refs):
         blocks_ref, refs = (None, refs) if blocks is None else (refs[0], refs[1:])
-        out_ref, lse_ref, *logits_refs = refs
+        out_ref, top_ref, total_ref, *logits_refs = refs
         number, row_tile = split(pl.program_id(0), plan.row_tiles)
         row, kv_head = split(number, kv_heads)
         share = pl.program_id(1)
@@ -303,22 +302,20 @@ def _attention(
         state = (look_up(begin), zeros - jnp.inf, zeros, out)
         limit = jnp.minimum(begin + each, tiles_end)
         _, top, total, out = jax.lax.fori_loop(begin, limit, step, state)
-        some = total > 0
-        total = jnp.where(some, total, 1.0)
         for e, x in zip(value_columns, out, strict=True):
             store(
                 out_ref.at[share, row, token[:, None], head[:, None], e[None, :]],
-                softmax.mean(x.total, total),
+                x.total,
                 mask=rows_mask(there, e, value_width),
             )
-        lse = jnp.where(some, softmax.lse(top, total), -jnp.inf)
-        store(lse_ref.at[share, row, token, head], lse, mask=there)
+        store(top_ref.at[share, row, token, head], top, mask=there)
+        store(total_ref.at[share, row, token, head], total, mask=there)
 
     kernel.__name__ = "paged_range_kernel" if blocks is None else "paged_block_kernel"
     rows = (batch, tokens, heads)
-    shapes = [(plan.splits, *rows, value_width), (plan.splits, *rows)]
+    shapes = [(plan.splits, *rows, value_width), *[(plan.splits, *rows)] * 2]
     shapes += [(*rows, columns_of_table * page_size)] * logits
-    part, part_lse, *found = call(
+    part, top, total, *found = call(
         kernel,
         query,
         key,
@@ -333,39 +330,43 @@ def _attention(
         num_warps=plan.num_warps,
         num_stages=plan.num_stages,
     )
-    out, lse = _merge(part, part_lse, query.dtype, interpret)
+    out, lse = _merge(part, top, total, softmax, query.dtype, interpret)
     return out, lse, found[0] if logits else None
 
 
-def _merge(part, part_lse, dtype, interpret):
-    """Merges partial results [splits, B, n, N, E]: lse = log(sum of exp(lse_s)), out likewise.
+def _merge(part, top, total, softmax: Softmax, dtype, interpret):
+    """Merges partial sums [splits, B, n, N, E] of weighted values, and the sums of their weights.
 
-    A program takes a few columns of one row, of all splits at a time: all loads are in flight
-    together. Bytes: 4*splits*(E + 1) read a row.
+    The weights of a split are in the unit of its own exponent `top`: where logits are large, a
+    logsumexp would be a rounded one. A program takes a few columns of one row, of all splits at a
+    time: all loads are in flight together. Bytes: 4*splits*(E + 2) read a row.
     """
     splits, *rows, width = part.shape
     count = rows[0] * rows[1] * rows[2]
 
-    def merge_splits_kernel(part_ref, lse_ref, out_ref, result_lse_ref):
+    def merge_splits_kernel(part_ref, top_ref, total_ref, out_ref, lse_ref):
         row = pl.program_id(0)
         s = iota(next_power_of_two(splits))
         e = pl.program_id(1) * MERGE_COLUMNS + iota(MERGE_COLUMNS)
-        lses = load(lse_ref.at[s, row], mask=s < splits, other=-jnp.inf)
-        top = jnp.max(lses)
-        weight = exp2((lses - jnp.where(top == -jnp.inf, 0.0, top)) * LOG2_E)
-        total = jnp.sum(weight)
-        parts = load(
-            part_ref.at[s[:, None], row, e[None, :]], mask=rows_mask(s < splits, e, width)
-        )
-        out = jnp.sum(parts * weight[:, None], axis=0) / jnp.where(total > 0, total, 1.0)
+        there = s < splits
+        tops = load(top_ref.at[s, row], mask=there, other=-jnp.inf)
+        totals = load(total_ref.at[s, row], mask=there)
+        parts = load(part_ref.at[s[:, None], row, e[None, :]], mask=rows_mask(there, e, width))
+        top = jnp.max(tops)
+        weight = softmax.decay(tops, jnp.where(top == -jnp.inf, 0.0, top))
+        total = jnp.sum(totals * weight)
+        some = total > 0
+        total = jnp.where(some, total, 1.0)
+        out = jnp.sum(parts * weight[:, None], axis=0) / total
         store(out_ref.at[row, e], out.astype(dtype), mask=e < width)
         # the same number from every program of the row
-        result_lse_ref[row] = jnp.where(total > 0, top + jnp.log(total), -jnp.inf)
+        lse_ref[row] = jnp.where(some, softmax.lse(top, total), -jnp.inf)
 
     out, lse = call(
         merge_splits_kernel,
         part.reshape(splits, count, width),
-        part_lse.reshape(splits, count),
+        top.reshape(splits, count),
+        total.reshape(splits, count),
         grid=(count, pl.cdiv(width, MERGE_COLUMNS)),
         out_shape=(
             jax.ShapeDtypeStruct((count, width), dtype),
