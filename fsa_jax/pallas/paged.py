@@ -20,8 +20,7 @@ What nobody sees is never loaded, and may hold anything. Page numbers outside th
 outside the page table, count as nothing.
 
 Shapes: B sequences, n queries of each, N query heads, K key/value heads, G = N/K, D and E head
-widths, P pages of p entries, J pages that a sequence may have, S listed blocks, R rows and b entries
-of a tile.
+widths, P pages of p entries, J pages that a sequence may have, S listed blocks, b entries a tile.
 """
 
 import dataclasses
@@ -352,15 +351,15 @@ def _merge(part, top, total, softmax: Softmax, dtype, interpret):
         tops = load(top_ref.at[s, row], mask=there, other=-jnp.inf)
         totals = load(total_ref.at[s, row], mask=there)
         parts = load(part_ref.at[s[:, None], row, e[None, :]], mask=rows_mask(there, e, width))
-        top = jnp.max(tops)
+        top = jnp.max(tops, keepdims=True)
         weight = softmax.decay(tops, jnp.where(top == -jnp.inf, 0.0, top))
-        total = jnp.sum(totals * weight)
+        total = jnp.sum(totals * weight, keepdims=True)
         some = total > 0
         total = jnp.where(some, total, 1.0)
         out = jnp.sum(parts * weight[:, None], axis=0) / total
         store(out_ref.at[row, e], out.astype(dtype), mask=e < width)
         # the same number from every program of the row
-        lse_ref[row] = jnp.where(some, softmax.lse(top, total), -jnp.inf)
+        store(lse_ref.at[row + iota(1)], jnp.where(some, softmax.lse(top, total), -jnp.inf))
 
     out, lse = call(
         merge_splits_kernel,
