@@ -21,7 +21,7 @@ import numpy as np
 from fsa_jax import NSAConfig, checks, triton
 from fsa_jax.bench import cases, check, timing
 from fsa_jax.bench.cases import Case, Subject
-from fsa_jax.bench.run import RIGHT_CHOICES, TINY
+from fsa_jax.bench.check import RIGHT_CHOICES
 from fsa_jax.pallas import ranges, select, tuned
 from fsa_jax.pallas.ranges import RangeTile
 from fsa_jax.pallas.tuned import Key
