@@ -225,13 +225,14 @@ def split_arguments():
 @functools.cache
 def by_both_kernels():
     """What both functions make of the same arrays, compiled anew at each call."""
-    args, lists, _ = split_arguments()
+    (*arrays, low, high), (lists, last), _ = split_arguments()
 
-    def run(*args):
-        ranges = paged.range_attention(*args, scale=SCALE, interpret=True)[:2]
-        return ranges, paged.block_attention(*args[:4], *lists, scale=SCALE, interpret=True)
+    def run(query, key, value, pages):
+        args, options = (query, key, value, pages), {"scale": SCALE, "interpret": True}
+        ranges = paged.range_attention(*args, low, high, **options)[:2]
+        return ranges, paged.block_attention(*args, lists, last, **options)
 
-    return jax.jit(run)(*args)
+    return jax.jit(run)(*arrays)
 
 
 def test_a_bound_on_the_entries_changes_rounding_alone():

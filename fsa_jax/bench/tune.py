@@ -113,7 +113,7 @@ def tune(config: TuneConfig) -> Path:
 def jobs(config: TuneConfig, interpret: bool) -> list[_Job]:
     """What is measured, in order."""
     if interpret:
-        found = [Case(length=200, heads=4, kv_heads=2, width=16, config=TINY)]
+        found = [Case(length=200, heads=4, kv_heads=2, width=16, config=cases.TINY)]
     else:
         found = [
             Case(
