@@ -163,6 +163,15 @@ def test_a_query_sees_a_range(name):
     assert_close(np.asarray(logits)[shown], wanted[shown], 1e-5)
 
 
+def test_nothing_between_the_ranges_of_two_queries_is_read():
+    case = Case(batch=1, tokens=2, page=8, columns=20)
+    low, high = (np.array([x], np.int32) for x in ((3, 150), (20, 155)))
+    sees = sees_range(case, low, high)
+    key_pool, value_pool, pages, key, value = pools(case, sees.any(axis=(1, 2)))
+    got = attend_range(query_of(case), key_pool, value_pool, pages, low, high)
+    assert_right(case, got[:2], key, value, sees)
+
+
 def lists_of(case, seed=4):
     """Lists with all kinds of numbers: -1 anywhere, wild ones, empty lists; none stands twice."""
     rng = np.random.default_rng(seed)
@@ -173,8 +182,9 @@ def lists_of(case, seed=4):
         lists[place][:count] = rng.permutation(case.columns)[:count]
         rng.shuffle(lists[place])
     lists = np.where(rng.random(lists.shape) < 0.2, -1, lists)
-    wild = rng.choice([case.columns, 2**31 - 1, -(2**31)], lists.shape)
-    lists = np.where(rng.random(lists.shape) < 0.1, wild, lists)
+    # 2^30 blocks of 4 entries and more start at entry 0 in 32 bits
+    wild = rng.choice([case.columns, 2**30, 2**31 - 1, -(2**31)], lists.shape)
+    lists = np.where(rng.random(lists.shape) < 0.2, wild, lists)
     several = lists[..., 0].size > 1
     if several:
         lists[-1, 0, -1] = -1
@@ -422,7 +432,7 @@ def whole_branches(query, arrays, window_of_its_own):
 @pytest.mark.parametrize(("tokens", "window_of_its_own"), [(1, False), (3, True)])
 def test_a_step_is_the_end_of_the_whole_sequence(tokens, window_of_its_own):
     batch, length, kv_heads, group, width, layers = 4, 150, 2, 3, 8, 2
-    lengths = [150, 97, 3, 21]
+    lengths = [150, 99, 3, 21]  # the second one ends with a window
     arrays = [normal(i, batch, length, kv_heads, width) for i in range(4)]
     query = normal(9, batch, length, group * kv_heads, width)
     cache = filled(arrays, lengths, window_of_its_own, layers)
