@@ -6,7 +6,8 @@
 Needs jax's plugin for CUDA 12 (`jax-cuda12-plugin`, `jax-cuda12-pjrt`) and NVIDIA's assembler
 (`nvidia-cuda-nvcc-cu12`), but no GPU. Compiles selected attention, and compressed attention and
 the selection, with their gradients, at the `main` shape of tests/shapes.py with other numbers of
-query heads; asks ptxas about each kernel, writes JSON and prints it as a table.
+query heads, and a step of decoding at 131,072 tokens with those heads; asks ptxas about each
+kernel, writes JSON and prints it as a table.
 """
 
 import argparse
@@ -18,6 +19,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -30,6 +32,7 @@ from tests.ahead_of_time import (  # noqa: E402
     TARGETS,
     compile_for,
     compressed_gradients,
+    decode_step,
     selected_gradients,
 )
 from tests.shapes import KERNELS  # noqa: E402
@@ -39,7 +42,8 @@ OUT = ROOT / "benchmarks" / "results" / "resources.json"
 DEVICES = ("A100", "L40", "H200", "B200")
 GROUPS = (1, 2, 3, 4, 5, 6, 7, 8, 12, 16)
 #: Kernels to look at: of the methods of selected attention (with "query_outer" the backward kernel
-#: computes dK and dV alone), and those of compressed attention, which the window shares.
+#: computes dK and dV alone), those of compressed attention, which the window shares, and those of
+#: decoding.
 METHODS = {
     "kv_outer": (
         "forward_kernel",
@@ -56,6 +60,12 @@ METHODS = {
         "range_key_gradient_kernel",
         "score_kernel",
         "choose_kernel",
+    ),
+    "decode": (
+        "paged_range_kernel",
+        "paged_block_kernel",
+        "merge_splits_kernel",
+        "take_best_kernel",
     ),
 }
 #: What ptxas reports, in numbers.
@@ -113,11 +123,23 @@ def measure(ptxas: str, device: str, group: int, method: str) -> list[dict]:
     """A row for each kernel of a method on a device, with `group` query heads of a key head."""
     main = KERNELS["main"]
     shape = dataclasses.replace(main, heads=group * main.kv_heads)
-    if method == "compressed":
+    if method == "decode":
+        program = decode_step(length=131072, heads=shape.heads, kv_heads=shape.kv_heads)
+    elif method == "compressed":
         program = compressed_gradients(shape, implementation="triton")
     else:
         tuning = SelectedTuning(method=method)
         program = selected_gradients(shape, implementation="triton", tuning=tuning)
+    kernels = look(ptxas, device, program, METHODS[method])
+    rows = [{"device": device, "method": method, "group": group} | row for row in kernels]
+    missing = set(METHODS[method]).difference(row["kernel"] for row in rows)
+    if missing:
+        raise RuntimeError(f"{method} on {device} has no kernel {sorted(missing)}")
+    return sorted(rows, key=lambda row: row["kernel"])
+
+
+def look(ptxas: str, device: str, program: tuple, kernels: Sequence[str]) -> list[dict]:
+    """A row for each of the named kernels in a program, (function, shapes ...), on a device."""
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         dump = {"xla_dump_to": folder, "xla_dump_emitter_re": "ptx"}
@@ -126,21 +148,18 @@ def measure(ptxas: str, device: str, group: int, method: str) -> list[dict]:
         for path in Path(folder).glob("*.ptx"):
             # the second of two kernels with one name has a number behind it
             found = re.search(r"\.entry ((\w+?)(?:__\d+)?)\(", path.read_text())
-            if found is None or found[2] not in METHODS[method]:
+            if found is None or found[2] not in kernels:
                 continue
             launch = first(rf"\b{found[1]} (grid: .*)", launches)
             rows.append(
-                {"device": device, "method": method, "group": group, "kernel": found[1]}
+                {"kernel": found[1]}
                 | {
                     "threads": int(first(r"threads: \[(\d+), 1, 1\]", launch)),
                     "shared_bytes": int(first(r"shared_memory: (\d+) bytes", launch)),
                 }
                 | assemble(ptxas, path)
             )
-    missing = set(METHODS[method]).difference(row["kernel"] for row in rows)
-    if missing:
-        raise RuntimeError(f"{method} on {device} has no kernel {sorted(missing)}")
-    return sorted(rows, key=lambda row: row["kernel"])
+    return rows
 
 
 def table(rows: list[dict]) -> str:

@@ -6,8 +6,8 @@ tokens that a sequence gets in the call:
 
 * few (decoding, and drafts to verify): a query reads the blocks in its list, the window and the
   compressed keys, page by page. That is topk * block_size + window_size + T / kernel_stride
-  entries a token, and never the whole cache. It is dense products over what was gathered, since a
-  loop over tiles would be more steps than work.
+  entries a token, and never the whole cache. On a GPU that is `pallas/decode_step.py`; elsewhere
+  dense products over what was gathered, since a loop over tiles would be more steps than work.
 * many (a chunk of a long prompt): neighbours choose the same blocks, and a copy of them for each
   query would be topk * block_size times the chunk. So the keys of each sequence are copied once
   into a row, and the computations of training (`operators.py`, with their kernels) serve it. The
@@ -18,6 +18,7 @@ Shapes: B sequences, n tokens of a chunk, N query heads, K key/value heads, G = 
 widths, m keys, S selected blocks, p tokens of a page, which is a block.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -28,6 +29,7 @@ from jaxtyping import Array, Bool, Float, Int
 from fsa_jax import dispatch, operators, segments, triton, xla
 from fsa_jax.cache import Chunk, KVCache, NSACache
 from fsa_jax.operators import Call
+from fsa_jax.pallas import decode_step
 from fsa_jax.precision import einsum, wide_dtype
 from fsa_jax.segments import Rows, Windows
 
@@ -96,11 +98,17 @@ def attend(
       chunk: where the queries stand.
       layer: number of the layer.
       scale: factor of the logits.
-      mode: of `mode_of`; few tokens are served by plain XLA on any device.
+      mode: of `mode_of`.
     """
-    if query.shape[1] <= FEW:
-        return _few(query, cache, chunk, layer, scale)
-    return _many(query, cache, chunk, layer, scale, mode)
+    if query.shape[1] > FEW:
+        return _many(query, cache, chunk, layer, scale, mode)
+
+    def kernels(*args):
+        interpret = mode == "interpret"
+        return Branches(*decode_step.attend(*args, scale=scale, interpret=interpret)[0])
+
+    few = Call(mode, scale).choose(kernels, functools.partial(_few, scale=scale))
+    return few(query, cache, chunk, jnp.asarray(layer, jnp.int32))
 
 
 def attend_full(
@@ -157,7 +165,7 @@ def _compressed(cache: NSACache, chunk: Chunk, layer) -> _Seen:
 # Few tokens
 
 
-def _few(query, cache: NSACache, chunk: Chunk, layer, scale: float) -> Branches:
+def _few(query, cache: NSACache, chunk: Chunk, layer, *, scale: float) -> Branches:
     config = cache.config
     seen = _compressed(cache, chunk, layer)
     visible = _until(seen.windows.visible, cache.windows)

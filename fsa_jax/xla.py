@@ -102,22 +102,63 @@ def select_blocks(
         query, lse, first, visible, position, valid = xs
         window = jnp.arange(slots, dtype=jnp.int32)[None, None]
         logits = scale * einsum("bqkgd,bmkd->bkgqm", query, key)
-        lse = rearrange(jnp.where(jnp.isneginf(lse), 0, lse), "b q k g -> b k g q 1").astype(wide)
+        lse = rearrange(lse, "b q k g -> b k g q").astype(wide)
         # slot s holds window s - first of the query's document: align them, then hide the others
         sees = (window >= first[..., None]) & (window < (first + visible)[..., None])
-        p = jnp.where(sees[:, None], jnp.exp(logits - lse).sum(axis=2), 0)  # [B, K, q, M]
+        p = group_weights(logits, lse, sees)
         if rows.packed:
             slot = jnp.minimum(first[..., None] + window, slots - 1)
             p = jnp.take_along_axis(p, slot[:, None], axis=-1)
             p = jnp.where((window < visible[..., None])[:, None], p, 0)
         own = jnp.where(valid, position // config.block_size, -1)[:, None]
-        return rearrange(_best_blocks(_fold(p, blocks, config), own, config), "b k q s -> b q k s")
+        best = take_best(block_ranks(p, own, blocks, config), config.topk)
+        return rearrange(best, "b k q s -> b q k s")
 
     query = rearrange(query, "b t (k g) d -> b t k g d", k=kv_heads)
     lse = rearrange(lse, "b t (k g) -> b t k g", k=kv_heads)
     tokenwise = (query, lse, windows.first, windows.visible, rows.position, rows.valid)
     tiles = jax.lax.map(one_tile, tuple(_tiles(x, tile) for x in tokenwise))
     return rearrange(tiles, "n b q k s -> b (n q) k s")[:, :length]
+
+
+def group_weights(
+    logits: Float[Array, "B K G Q M"], lse: Float[Array, "B K G Q"], sees: Bool[Array, "B Q M"]
+) -> Float[Array, "B K Q M"]:
+    """Weights of the compressed keys, summed over the heads of a group; 0 where they are hidden."""
+    lse = jnp.where(jnp.isneginf(lse), 0, lse)[..., None]
+    return jnp.where(sees[:, None], jnp.exp(logits - lse).sum(axis=2), 0)
+
+
+def block_ranks(
+    p: Float[Array, "B K Q M"], own: Int[Array, "B #K Q"], blocks: int, config: NSAConfig
+) -> Int[Array, "B K Q J"]:
+    """What blocks are chosen by: the largest ranks, equal ones by number, none below 0.
+
+    Args:
+      p: weights of the windows of a document, from its first one on.
+      own: the block of each query, -1 for none.
+      blocks: their number J.
+      config: what is selected.
+    """
+    score = _fold(p, blocks, config)
+    block = jnp.arange(blocks, dtype=jnp.int32)[None, None, None]
+    own = own[..., None]
+    # The bits of a float >= 0 order like the number, so one integer holds score and priority.
+    integer = jnp.int32 if score.dtype == jnp.float32 else jnp.int64
+    largest = jnp.iinfo(integer).max
+    bits = jax.lax.bitcast_convert_type(score, integer)
+    forced = (block < config.init_blocks) | (block > own - config.local_blocks)
+    return jnp.where(block > own, -1, jnp.where(forced, largest, jnp.clip(bits, 0, largest - 1)))
+
+
+def take_best(rank: Int[Array, "B K Q J"], topk: int) -> Int[Array, "B K Q S"]:
+    """The `topk` blocks of the largest ranks, ascending; -1 at the tail."""
+    blocks = rank.shape[-1]
+    kept = min(topk, blocks)
+    rank, best = jax.lax.top_k(rank, kept)  # of equal ones, the lower index comes first
+    chosen = jnp.sort(jnp.where(rank >= 0, best.astype(jnp.int32), blocks), axis=-1)
+    chosen = jnp.where(chosen < blocks, chosen, -1)
+    return jnp.pad(chosen, ((0, 0), (0, 0), (0, 0), (0, topk - kept)), constant_values=-1)
 
 
 def _fold(p: Float[Array, "B K Q M"], blocks: int, config: NSAConfig) -> Float[Array, "B K Q J"]:
@@ -133,26 +174,6 @@ def _fold(p: Float[Array, "B K Q M"], blocks: int, config: NSAConfig) -> Float[A
         column = before + offset
         score = score + shared * padded[..., column : column + blocks * per_block : per_block]
     return score
-
-
-def _best_blocks(
-    score: Float[Array, "B K Q J"], own: Int[Array, "B #K Q"], config: NSAConfig
-) -> Int[Array, "B K Q S"]:
-    """Forced blocks, then the highest scores, equal ones by number; ascending, -1 at the tail."""
-    blocks = score.shape[-1]
-    block = jnp.arange(blocks, dtype=jnp.int32)[None, None, None]
-    own = own[..., None]
-    # The bits of a float >= 0 order like the number, so one integer holds score and priority.
-    integer = jnp.int32 if score.dtype == jnp.float32 else jnp.int64
-    largest = jnp.iinfo(integer).max
-    bits = jax.lax.bitcast_convert_type(score, integer)
-    forced = (block < config.init_blocks) | (block > own - config.local_blocks)
-    rank = jnp.where(block > own, -1, jnp.where(forced, largest, jnp.clip(bits, 0, largest - 1)))
-    kept = min(config.topk, blocks)
-    rank, best = jax.lax.top_k(rank, kept)  # of equal ones, the lower index comes first
-    chosen = jnp.sort(jnp.where(rank >= 0, best.astype(jnp.int32), blocks), axis=-1)
-    chosen = jnp.where(chosen < blocks, chosen, -1)
-    return jnp.pad(chosen, ((0, 0), (0, 0), (0, 0), (0, config.topk - kept)), constant_values=-1)
 
 
 def _flatten(kv_heads, query, key, value, *ranges):

@@ -5,6 +5,7 @@ kernel and the buffers of the whole program; the one difference from a compilati
 is that XLA's own sort kernels stand where CUB would be called.
 """
 
+import functools
 import math
 import warnings
 
@@ -14,6 +15,8 @@ from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
 
 import fsa_jax
+from fsa_jax.cache import Chunk, NSACache
+from fsa_jax.pallas.decode_step import attend
 
 _CONFIG = """
 gpu_device_info {{
@@ -193,3 +196,27 @@ def operator_gradients(shape, *, dtype=jnp.bfloat16, packed=False, **arguments):
     floats = (shape.query, shape.key, shape.value, *compressed, gates, out)
     ids = [jax.ShapeDtypeStruct(shape.query[:2], jnp.int32)] if packed else []
     return run, *(jax.ShapeDtypeStruct(x, dtype) for x in floats), *ids
+
+
+def decode_step(
+    *, length, heads, kv_heads, width=128, batch=1, tokens=1, layers=1, dtype=jnp.bfloat16
+):
+    """A step of decoding in one layer, and the shapes it takes; `length` tokens fit a sequence."""
+    cache = jax.eval_shape(
+        functools.partial(
+            NSACache.init,
+            batch,
+            length,
+            config=fsa_jax.NSAConfig(),
+            num_kv_heads=kv_heads,
+            head_dim=width,
+            dtype=dtype,
+            layers=layers,
+        )
+    )
+    run = functools.partial(attend, scale=width**-0.5)
+    query = jax.ShapeDtypeStruct((batch, tokens, heads, width), dtype)
+    chunk = jax.eval_shape(
+        lambda: Chunk(*(jnp.zeros((batch, tokens), dtype) for dtype in (jnp.int32, jnp.bool)))
+    )
+    return run, query, cache, chunk, jax.ShapeDtypeStruct((), jnp.int32)

@@ -8,11 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fsa_jax.bench import cases, ceilings, check, run, timing
+from fsa_jax.bench import cases, ceilings, check, decode, run, timing
 from fsa_jax.bench.cases import Case
 from fsa_jax.bench.run import BenchConfig, bench
+from fsa_jax.pallas import paged
 
-CASE = Case(length=120, heads=6, kv_heads=2, width=16, config=run.TINY)
+CASE = Case(length=120, heads=6, kv_heads=2, width=16, config=cases.TINY)
 
 
 def rows_of(path):
@@ -42,6 +43,12 @@ def test_every_suite_runs_without_a_gpu_and_says_that_it_measures_nothing(suite,
     elif suite == "kernels":
         methods = {r["method"] for r in rows if r["function"] == "selected_attention"}
         assert methods == {*cases.METHODS, "triton"}
+    elif suite == "decode":
+        found = {(row["function"], row["method"]) for row in rows}
+        assert found == {("decode_step", "triton"), ("full_attention", "xla")}
+        step, full = rows
+        assert step["right_lists"] == 1
+        assert 0 < step["bytes"] < 2 * full["bytes"]
     else:
         assert {row["method"] for row in rows} == {"nsa", "full"}
         assert all(row["tokens_per_s"] > 0 for row in rows)
@@ -82,6 +89,38 @@ def test_what_the_time_budget_leaves_out_is_recorded(tmp_path):
     assert all("time budget" in row["error"] for row in results["rows"])
 
 
+@pytest.mark.parametrize(
+    ("function", "message"), [("block_attention", "relative error"), ("select_blocks", "the lists")]
+)
+def test_a_wrong_step_of_decoding_ends_the_run(function, message, monkeypatch):
+    """Wrong numbers, or the right ones of blocks that do not have the best scores."""
+    state = run._Run(BenchConfig(suite="decode", rounds=1, threads=2), interpret=True)
+    right = getattr(paged, function)
+
+    def wrong(*args, **options):
+        found = right(*args, **options)
+        if function == "block_attention":
+            return 1.1 * found[0], found[1]
+        return jnp.broadcast_to(jnp.arange(6, dtype=jnp.int32)[None, None, None], found.shape)
+
+    monkeypatch.setattr(paged, function, wrong)
+    with pytest.raises(run.WrongResult, match=rf"decode_step.*{message}"):
+        list(decode.rows(state, None))
+
+
+@pytest.mark.parametrize("length", [7, 16, 90, 200])
+def test_the_work_of_a_step_counts_the_keys_that_are_seen(length):
+    step = decode.Step(batch=3, length=length, heads=6, kv_heads=2, width=16, config=cases.TINY)
+    config, token = step.config, range(length)
+    seen = sum(length - i >= config.kernel_size for i in token[:: config.kernel_stride])
+    blocks = {i // config.block_size for i in token}
+    kept = sorted(blocks)[-config.topk :]  # whichever they are, the last one among them
+    seen += sum(i // config.block_size in kept for i in token) + len(token[-config.window_size :])
+    flops, moved = step.work("decode_step")
+    assert (flops, moved) == (3 * seen * 4 * 6 * 16, 3 * seen * 2 * 2 * 16 * 2)
+    assert step.work("full_attention")[1] == 3 * length * 2 * 2 * 16 * 2
+
+
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("selection", cases.SELECTIONS)
 def test_work_counts_what_is_visible(packed, selection):
@@ -108,7 +147,7 @@ def test_the_check_tells_right_from_wrong_blocks(packed):
     assert check.check_blocks(case, arrays, lists) == 1
     worse = dataclasses.replace(case, selection="uniform")
     wrong = cases.choose_blocks(worse, arrays, jax.random.key(0), "xla")
-    assert check.check_blocks(case, arrays, jnp.sort(wrong, axis=-1)) < run.RIGHT_CHOICES
+    assert check.check_blocks(case, arrays, jnp.sort(wrong, axis=-1)) < check.RIGHT_CHOICES
 
 
 def test_busy_time_is_the_union_of_the_spans():

@@ -83,6 +83,18 @@ def models(suite: str, name: str) -> dict:
     return a_file(suite, rows)
 
 
+def decode() -> dict:
+    rows = []
+    for batch in (1, 16):
+        shape = {"batch": batch, "length": 131072, "heads": 32, "kv_heads": 8}
+        for function, method, ms in (
+            ("decode_step", "triton", 0.25), ("full_attention", "cudnn", 0.5 * batch),
+            ("full_attention", "xla", 4.0),
+        ):  # fmt: skip
+            rows.append(a_row(function, method, "decode", ms * batch, **shape))
+    return a_file("decode", rows)
+
+
 def write(folder: Path, **files: object) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
@@ -96,6 +108,7 @@ def everything() -> dict:
         "operator": operator(),
         "training": models("training", "step"),
         "prefill": models("prefill", "prefill"),
+        "decode": decode(),
         "small": operator("xla", device="cpu", measurement=False, ceilings=None),
         "other": {"what": "something else"},
     }
@@ -126,7 +139,7 @@ def test_sections_and_plots(made):
     assert images == wanted
     assert set(re.findall(r"\]\(images/(.*?)\)", text)) == images
     gpu, cpu = devices.values()
-    for name in ("kernels", "operator", "training", "prefill"):
+    for name in ("kernels", "operator", "training", "prefill", "decode"):
         assert f"Raw figures: `{name}.json`, commit c0ffee." in gpu
     for fact in ("570.1", "jax 0.11.2", "790 TFLOP/s, 4.30 TB/s (measured: products and a copy)"):
         assert fact in gpu
@@ -152,6 +165,9 @@ def test_tables(made):
     full = "3.00 / 3.00 | {} | 0.500 | 0.500 | 0.500 |"
     assert f"{branches} {full.format('cudnn')}" in gpu
     assert f"{branches} {full.format('xla')}" in cpu
+    step = "| decode_step | decode | {} | 131,072 | 32 | 8 | {} (2%) | - | - | 2.00 | {} |"
+    assert step.format(1, "0.250", "0.500 (full attention, cudnn)") in gpu
+    assert step.format(16, "4.00", "0.0625 (full attention, xla)") in gpu
     model = r"| Llama\|8B | 8,192 | 32 | 16 | 4 |"
     assert f"{model} step | nsa | 100 (2%) | 81,920 | 50.0% | 1.00 | 0.500 |" in gpu
     assert f"{model} step | full | 50.0 (2%) | 163,840 | - | 1.00 | - |" in gpu

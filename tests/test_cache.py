@@ -153,18 +153,21 @@ def run_cache(layer, x, cache):
     return cache
 
 
-def test_kernels_serve_chunks_of_sequences_of_different_lengths():
+def test_kernels_serve_sequences_of_different_lengths():
+    """A chunk by the kernels of training, then some tokens by those of decoding."""
     config = dataclasses.replace(CONFIG, block_size=16)
     layer, x = make(config=config), inputs()
     want = whole(layer, x)
     kernels = make(config=config)
     kernels.implementation = "triton_interpret"
     cache = layer.init_cache(BATCH, LENGTH)
-    at = (24, 5)
+    at = np.asarray([24, 5])
     cache = feed(layer, x, cache, (0, 0), at, 24)[1]
-    parts, _ = feed(kernels, x, cache, at, (20, 24), 24)
-    for row, part in enumerate(parts):
-        np.testing.assert_allclose(part, want[row, at[row] : at[row] + len(part)], atol=1e-5)
+    for counts, length in (((20, 24), 24), ((1, 3), 3), ((0, 1), 3)):
+        parts, cache = feed(kernels, x, cache, at, counts, length)
+        for row, part in enumerate(parts):
+            np.testing.assert_allclose(part, want[row, at[row] : at[row] + len(part)], atol=1e-5)
+        at += counts
 
 
 @pytest.mark.parametrize("cls", [NativeSparseAttention, FullAttention])

@@ -27,6 +27,8 @@ SELECTIONS = ("nsa", "uniform", "skewed")
 CORRELATION = 0.99
 #: Flops of a backward pass over those of the forward pass.
 BACKWARD = 2.5
+#: Sizes where nothing is measured.
+TINY = NSAConfig(kernel_size=8, kernel_stride=4, block_size=16, topk=6, window_size=40)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

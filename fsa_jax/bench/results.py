@@ -12,7 +12,7 @@ from typing import Any
 type Row = dict[str, Any]
 
 WHAT = "fsa-jax bench"
-SUITES = ("kernels", "operator", "training", "prefill")
+SUITES = ("kernels", "operator", "training", "prefill", "decode")
 #: Methods in the order of their columns. Of ours the first that was run stands for the others.
 OURS = ("triton", "nsa", "kv_outer", "xla")
 METHODS = ("triton", "kv_outer", "query_tile", "nsa", "query_outer", "cudnn", "xla", "full")
@@ -25,6 +25,8 @@ BRANCHES = {
     "combine_branches": "combine",
 }
 WHOLE, FULL, MODEL = "native_sparse_attention", "full_attention", "model"
+#: Sparse attention of one query a sequence, all branches.
+STEP = "decode_step"
 PASSES = ("forward", "backward")
 BOTH = "forward + backward"
 
@@ -46,15 +48,15 @@ _MEASURED_KEYS = {
     "peak_bytes": _MAYBE,
 }  # fmt: skip
 _MEASURED_MODEL_KEYS = {"tokens_per_s": _NUMBER, "model_flops_utilisation": _MAYBE}
-ALL_PASSES = (*PASSES, "step", "prefill")
+ALL_PASSES = (*PASSES, "step", "prefill", "decode")
 _CHOICES = {"suite": SUITES, "pass": ALL_PASSES}
 _POSITIVE = {"ms", "length", "heads", "kv_heads"}
 
 #: What tells shapes apart, with the letters of the tables; full attention knows no blocks.
 SHAPE = {
-    "model": "model", "layers": "layers", "length": "T", "heads": "N", "kv_heads": "K",
-    "width": "D", "block_size": "block size", "topk": "blocks", "selection": "selection",
-    "packed": "packed", "dtype": "dtype",
+    "model": "model", "layers": "layers", "batch": "B", "length": "T", "heads": "N",
+    "kv_heads": "K", "width": "D", "block_size": "block size", "topk": "blocks",
+    "selection": "selection", "packed": "packed", "dtype": "dtype",
 }  # fmt: skip
 _DENSE_SHAPE = [name for name in SHAPE if name not in ("block_size", "topk", "selection")]
 ALWAYS = ("length", "heads", "kv_heads")
@@ -143,12 +145,12 @@ def is_ours(row: Row) -> bool:
 
 
 def rivals(row: Row, rows: Iterable[Row]) -> list[Row]:
-    """Rows of peers of the same pass and shape; full attention is one of the whole operator."""
+    """Rows of peers of the same pass and shape; full attention is one of all branches together."""
 
     def same(other: Row) -> bool:
         if other["pass"] != row["pass"] or not is_peer(other):
             return False
-        if other["function"] == FULL and row["function"] == WHOLE:
+        if other["function"] == FULL and row["function"] in (WHOLE, STEP):
             return shape(other, _DENSE_SHAPE) == shape(row, _DENSE_SHAPE)
         return other["function"] == row["function"] and shape(other) == shape(row)
 

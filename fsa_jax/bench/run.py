@@ -17,8 +17,9 @@ from typing import Any, Literal
 import jax.numpy as jnp
 
 from fsa_jax import NSAConfig, checks, triton
-from fsa_jax.bench import cases, ceilings, check, models, peers, timing
-from fsa_jax.bench.cases import Case, Subject
+from fsa_jax.bench import cases, ceilings, check, decode, models, peers, timing
+from fsa_jax.bench.cases import TINY, Case, Subject
+from fsa_jax.bench.check import WrongResult
 
 KERNELS = (
     "selected_attention",
@@ -41,17 +42,9 @@ HEADS = ((32, 8), (64, 4), (32, 32), (32, 4), (16, 8))
 GROUPS = (4, 1, 16, 8, 2)
 #: Tokens of a row; like heads and groups, what tells most comes first.
 LENGTHS = (65536, 8192, 131072, 32768, 262144, 16384, 4096)
-SUITES = ("kernels", "operator", "training", "prefill")
-TINY = NSAConfig(kernel_size=8, kernel_stride=4, block_size=16, topk=6, window_size=40)
+SUITES = ("kernels", "operator", "training", "prefill", "decode")
 #: All input sets of a case together, bytes: several times the L2 cache.
 SETS_BYTES = 2**28
-#: Least share of the sampled queries whose blocks must be a right choice: bfloat16 kernels and the
-#: check add in other orders, so that near ties may differ.
-RIGHT_CHOICES = 0.95
-
-
-class WrongResult(ArithmeticError):
-    """A result that is not what the definition gives."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -74,7 +67,7 @@ class BenchConfig:
       peer_path: a checkout of other projects' kernels to time beside ours; see `bench/peers.py`.
     """
 
-    suite: Literal["quick", "kernels", "operator", "training", "prefill", "all"] = "quick"
+    suite: Literal["quick", "kernels", "operator", "training", "prefill", "decode", "all"] = "quick"
     out: Path = Path("runs/bench")
     report: Path | None = None
     lengths: tuple[int, ...] = ()
@@ -153,6 +146,7 @@ def _suite(run: _Run, name: str) -> Path:
         "operator": _operator,
         "training": functools.partial(models.rows, "training"),
         "prefill": functools.partial(models.rows, "prefill"),
+        "decode": decode.rows,
     }[name]
     for row in rows(run, run.ceilings):
         results["rows"].append(row)
@@ -307,7 +301,7 @@ def _measure_subject(run, case: Case, subject: Subject, programs, sets) -> dict[
     rounds, first = run.config.rounds, sets[0]
     if not subject.differentiated:
         share = check.check_blocks(case, first, programs["forward"](*arguments[0]))
-        if share < RIGHT_CHOICES:
+        if share < check.RIGHT_CHOICES:
             raise WrongResult(f"{subject.function}: {share:.1%} of the sampled lists are right")
         return {"forward": _timed(programs["forward"], arguments, rounds) | {"right_lists": share}}
     kept = [programs["residuals"](*args) for args in arguments]

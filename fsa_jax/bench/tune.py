@@ -21,7 +21,7 @@ import numpy as np
 from fsa_jax import NSAConfig, checks, triton
 from fsa_jax.bench import cases, check, timing
 from fsa_jax.bench.cases import Case, Subject
-from fsa_jax.bench.run import RIGHT_CHOICES, TINY
+from fsa_jax.bench.check import RIGHT_CHOICES
 from fsa_jax.pallas import ranges, select, tuned
 from fsa_jax.pallas.ranges import RangeTile
 from fsa_jax.pallas.tuned import Key
@@ -113,7 +113,7 @@ def tune(config: TuneConfig) -> Path:
 def jobs(config: TuneConfig, interpret: bool) -> list[_Job]:
     """What is measured, in order."""
     if interpret:
-        found = [Case(length=200, heads=4, kv_heads=2, width=16, config=TINY)]
+        found = [Case(length=200, heads=4, kv_heads=2, width=16, config=cases.TINY)]
     else:
         found = [
             Case(

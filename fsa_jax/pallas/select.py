@@ -251,7 +251,7 @@ def _rank(where, query, key, lse, own, first, visible, *, config, scale, plan, i
             block = tile * BLOCKS + iota(BLOCKS)
             if padded_group > 1:
                 score = jnp.sum(score.reshape(tokens, padded_group, BLOCKS), axis=1)
-            # the bits of a float >= 0 order like the number; see xla._best_blocks
+            # the bits of a float >= 0 order like the number; see xla.block_ranks
             rank = jnp.clip(jax.lax.bitcast_convert_type(score, jnp.int32), 0, LARGEST - 1)
             free = block[None, :] <= owns[:, None] - config.local_blocks
             if config.init_blocks:

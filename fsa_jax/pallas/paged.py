@@ -1,0 +1,458 @@
+"""Kernels of decoding: a few queries a sequence attend to keys and values that stand in pages.
+
+Decoding moves bytes: every key and value that is seen crosses device memory once, for the G query
+heads of a KV head, and the arithmetic is G times less than that of training. So a program takes all
+query heads of one KV head, and what it reads is split over programs until they fill the card:
+
+* `range_attention` and `block_attention` are one kernel. Its programs are (sequence, KV head) x
+  splits: a split walks its share of the entries in tiles of b, a gather through the page table
+  each, with the loads of the next tiles under way, and writes partial sums. Shares are cut by what
+  is seen, not by the capacity: a short sequence in a large cache fills the card too.
+* `merge_splits_kernel` merges the partial sums of a row, all splits at once in a fixed tree.
+
+Products go through the matrix unit, rows padded to 16: 16 flops a byte of 16-bit K and V, which is
+77 TFLOP/s at 4.8 TB/s, a tenth of what an H200's matrix unit does. In plain registers an element
+takes a conversion and G multiplications, of the 14 instructions there are in the time that memory
+needs for it: all of them at G = 16, and addresses, masks and sums over lanes want some too.
+float32 has no matrix unit that is exact: there rows are padded to a power of two alone.
+
+What nobody sees is never loaded, and may hold anything. Page numbers outside the pool, and blocks
+outside the page table, count as nothing.
+
+Shapes: B sequences, n queries of each, N query heads, K key/value heads, G = N/K, D and E head
+widths, P pages of p entries, J pages that a sequence may have, S listed blocks, b entries a tile.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from jax.experimental import pallas as pl
+from jaxtyping import Array, Float, Int
+
+from fsa_jax import xla
+from fsa_jax.config import NSAConfig
+from fsa_jax.pallas.common import (
+    Softmax,
+    Sum,
+    call,
+    columns_of,
+    dot,
+    iota,
+    load,
+    load_tiles,
+    next_power_of_two,
+    product,
+    rows_mask,
+    split,
+    store,
+)
+from fsa_jax.pallas.tuning import padded_width
+
+#: Programs that run side by side: two on each of the 132 multiprocessors of an H100 or H200, each
+#: with two tiles of K and V on their way. Those are 17 MB, three times what 4.8 TB/s bring in the
+#: microsecond that a load takes.
+PROGRAMS = 264
+#: Most tiles of a split, where that does not pass MOST_SPLITS: more splits than fill the card cost
+#: little, and keep it filled where one sequence is much longer than the others.
+SPLIT_TILES = 16
+MOST_SPLITS = 128
+#: Most bytes of K and V of a tile.
+TILE_BYTES = 32768
+#: Columns of a program that merges: few, so that there are many programs.
+MERGE_COLUMNS = 32
+#: Widest tile of columns.
+COLUMNS = 128
+#: Most blocks of which one program chooses: their ranks stay in registers.
+MOST_BLOCKS = 16384
+LARGEST = 2**31 - 1
+
+
+def range_attention(
+    query: Float[Array, "B n N D"],
+    key_pool: Float[Array, "P p K D"],
+    value_pool: Float[Array, "P p K E"],
+    pages: Int[Array, "B J"],
+    low: Int[Array, "B n"],
+    high: Int[Array, "B n"],
+    *,
+    scale: float,
+    logits: bool = False,
+    most: int | None = None,
+    interpret: bool = False,
+) -> tuple[Float[Array, "B n N E"], Float[Array, "B n N"], Float[Array, "B n N J*p"] | None]:
+    """Attention of each query to the entries low .. high-1 of its sequence.
+
+    Entry e of a sequence is pool[pages[b, e // p], e % p]. Flops, with V the seen entries of all
+    sequences: 2*V*N*(D + E) a query. Bytes: V*K*(D + E) elements of K and V, once while n*G is at
+    most 64 (32 for wide heads, 16 for float32), else once for each so many rows; 8*N*(E + 2) of
+    partial results a split and query; 4*V*N of logits, where they are wanted.
+
+    Args:
+      query: float16, bfloat16 or float32.
+      key_pool: pages of keys.
+      value_pool: pages of values.
+      pages: page numbers of each sequence.
+      low: int32, first entry that a query sees.
+      high: int32, one past the last; nothing is seen where it is not above `low`.
+      scale: factor of the logits.
+      logits: whether the logits are wanted.
+      most: how many entries the queries of a sequence see together at most, where that is known: a
+        window needs few splits. A wrong number costs time alone.
+      interpret: run the kernels in interpret mode.
+
+    Returns:
+      out in the dtype of `query`; lse float32, natural logarithm; the scaled logits float32, where
+      an entry is seen, and anything elsewhere (None if they are not wanted). 0 and -inf where a
+      query sees nothing.
+    """
+    entries = pages.shape[1] * key_pool.shape[1]
+    positions = min(entries, most or entries)
+    return _attention(
+        query, key_pool, value_pool, pages, low, high, None,
+        scale=scale, positions=positions, logits=logits, interpret=interpret,
+    )  # fmt: skip
+
+
+def block_attention(
+    query: Float[Array, "B n N D"],
+    key_pool: Float[Array, "P p K D"],
+    value_pool: Float[Array, "P p K E"],
+    pages: Int[Array, "B J"],
+    blocks: Int[Array, "B n K S"],
+    last: Int[Array, "B n"],
+    *,
+    scale: float,
+    interpret: bool = False,
+) -> tuple[Float[Array, "B n N E"], Float[Array, "B n N"]]:
+    """Attention of each query and KV head to the tokens up to `last` of its listed blocks.
+
+    A page is a block: block j of a sequence is pool[pages[b, j]]. Flops: 2*B*n*N*S*p*(D + E).
+    Bytes: B*n*K*S*p*(D + E) elements of K and V, each once, and 8*N*(E + 2) of partial
+    results a split and query.
+
+    Args:
+      query: float16, bfloat16 or float32.
+      key_pool: pages of keys.
+      value_pool: pages of values.
+      pages: page numbers of each sequence.
+      blocks: int32, each block at most once in a list; -1 and others that a sequence cannot have
+        count as nothing.
+      last: int32, the last token that a query sees; -1 for none.
+      scale: factor of the logits.
+      interpret: run the kernels in interpret mode.
+
+    Returns:
+      out in the dtype of `query` and lse float32, natural logarithm; 0 and -inf where a query sees
+      nothing.
+    """
+    batch, tokens, heads, width = query.shape
+    kv_heads, slots = blocks.shape[2:]
+    # each query has lists of its own: it is a sequence for itself, with the pages of another one
+    high = last.reshape(-1, 1) + 1
+    out, lse, _ = _attention(
+        query.reshape(batch * tokens, 1, heads, width),
+        key_pool, value_pool, pages, jnp.zeros_like(high), high,
+        blocks.reshape(batch * tokens, kv_heads, slots),
+        scale=scale, positions=slots * key_pool.shape[1], logits=False, interpret=interpret,
+    )  # fmt: skip
+    return out.reshape(batch, tokens, heads, -1), lse.reshape(batch, tokens, heads)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """How the programs are cut: rows and entries of a tile, splits, tiles of rows of a KV head."""
+
+    rows: int
+    entries: int
+    splits: int
+    row_tiles: int
+    num_warps: int
+    num_stages: int
+
+
+def _make_plan(query, key, value, positions: int, listed: bool) -> _Plan:
+    batch, tokens, heads, _ = query.shape
+    kv_heads, itemsize = key.shape[2], key.dtype.itemsize
+    exact = itemsize == 4
+    widths = sum(padded_width(x.shape[3]) for x in (key, value))
+    rows_of_head = tokens * (heads // kv_heads)
+    # A matrix unit takes at least 16 rows; float32 knows none, and pays for every row. More rows
+    # than a program has registers for are another one's, which reads K and V from L2.
+    least, most = (1, 16) if exact else (16, 64 if widths <= 256 else 32)
+    rows = min(max(least, next_power_of_two(rows_of_head)), most)
+    row_tiles = -(-rows_of_head // rows)
+    fit = TILE_BYTES // (itemsize * next_power_of_two(widths))
+    entries = max(16, min(fit, 64, next_power_of_two(positions)))
+    tiles = -(-positions // entries) + (not listed)  # a range need not start with a tile
+    programs = batch * kv_heads * row_tiles
+    splits = max(PROGRAMS // programs, min(-(-tiles // SPLIT_TILES), MOST_SPLITS), 1)
+    return _Plan(
+        rows=rows,
+        entries=entries,
+        splits=min(splits, tiles, MOST_SPLITS),
+        row_tiles=row_tiles,
+        num_warps=8 if exact else 4,
+        num_stages=3,
+    )
+
+
+def _attention(
+    query, key, value, pages, low, high, blocks, *, scale, positions, logits, interpret
+):  # fmt: skip
+    """Both functions: with `blocks`, the entries are those of the listed blocks, else all.
+
+    `positions` is the most of them that there can be. A row of `pages` serves as many rows of
+    `query` as there are for each.
+    """
+    plan = _make_plan(query, key, value, positions, blocks is not None)
+    batch, tokens, heads, _ = query.shape
+    num_pages, page_size, kv_heads, _ = key.shape
+    value_width, columns_of_table = value.shape[3], pages.shape[1]
+    group, sharing = heads // kv_heads, batch // pages.shape[0]
+    softmax = Softmax(scale, exact=key.dtype == jnp.float32)
+    b = plan.entries
+
+    def kernel(query_ref, key_ref, value_ref, pages_ref, low_ref, high_ref, *refs):
+        blocks_ref, refs = (None, refs) if blocks is None else (refs[0], refs[1:])
+        out_ref, top_ref, total_ref, *logits_refs = refs
+        number, row_tile = split(pl.program_id(0), plan.row_tiles)
+        row, kv_head = split(number, kv_heads)
+        share = pl.program_id(1)
+        token, g = split(row_tile * plan.rows + iota(plan.rows), group)
+        there = token < tokens
+        head = kv_head * group + g
+        lows = jnp.maximum(load(low_ref.at[row, token], mask=there), 0)
+        highs = load(high_ref.at[row, token], mask=there)
+        highs = jnp.minimum(highs, columns_of_table * page_size)
+        sighted = highs > lows
+        # no row sees anything before `first`, or from `end` on
+        first = jnp.min(jnp.where(sighted, lows, LARGEST))
+        end = jnp.max(jnp.where(sighted, highs, 0))
+        first = jnp.minimum(first, end)
+        columns, value_columns = (columns_of(x, COLUMNS) for x in (key, value))
+        queries = load_tiles(query_ref, row, token, head, columns, sighted)
+
+        def look_up(tile):
+            """The entries of a tile and their pages, -1 where nobody sees the entry."""
+            position = tile * b + iota(b)
+            entry = position
+            if blocks_ref is not None:
+                slot, offset = split(position, page_size)
+                listed = slot < blocks_ref.shape[2]
+                block = load(blocks_ref.at[row, kv_head, slot], mask=listed, other=-1)
+                listed = (block >= 0) & (block < columns_of_table)
+                entry = jnp.where(listed, block * page_size + offset, -1)
+            seen = (entry >= first) & (entry < end)
+            at, _ = split(entry, page_size)
+            page = load(pages_ref.at[row // sharing, at], mask=seen, other=-1)
+            return entry, jnp.where(page < num_pages, page, -1)
+
+        def step(tile, state):
+            (entry, page), top, total, out = state
+            # page numbers come one step ahead of the keys, so that these need not wait for them
+            following = look_up(tile + 1)
+            seen = page >= 0
+            _, offset = split(entry, page_size)
+            visible = (entry[None, :] >= lows[:, None]) & (entry[None, :] < highs[:, None])
+            visible &= seen[None, :]
+            if tokens > 1:  # there may be entries between the ranges of two queries
+                seen = jnp.max(visible.astype(jnp.int32), axis=0) > 0
+            keys, values = (
+                [
+                    load(
+                        ref.at[page[:, None], offset[:, None], kv_head, d[None, :]],
+                        mask=rows_mask(seen, d, ref.shape[3]),
+                    )
+                    for d in cut
+                ]
+                for ref, cut in ((key_ref, columns), (value_ref, value_columns))
+            )
+            products = product(queries, keys)
+            position = tile * b + iota(b)
+            for ref in logits_refs:
+                store(
+                    ref.at[row, token[:, None], head[:, None], position[None, :]],
+                    products * scale,
+                    mask=visible,
+                )
+            products = jnp.where(visible, softmax.signed(products), -jnp.inf)
+            new_top = jnp.maximum(top, softmax.top(products))
+            # a row that has seen nothing yet: its weights and decay are 2^-inf = 0
+            safe = jnp.where(new_top == -jnp.inf, 0.0, new_top)
+            p = softmax.weights(products, safe[:, None])
+            decay = softmax.decay(top, safe)
+            p_cut = p.astype(value_ref.dtype)
+            out = [
+                x.add(dot(p_cut, v, (1, 0)), decay[:, None])
+                for x, v in zip(out, values, strict=True)
+            ]
+            return following, new_top, total * decay + jnp.sum(p, axis=1), out
+
+        # what there is to walk, in equal shares
+        begin, tiles_end = 0, -(-positions // b)
+        if blocks is None:
+            begin, tiles_end = jax.lax.div(first, b), pl.cdiv(end, b)
+        each = pl.cdiv(tiles_end - begin, plan.splits)
+        begin = begin + share * each
+        zeros = jnp.zeros((plan.rows,), jnp.float32)
+        out = [Sum.zeros((plan.rows, e.size), softmax.exact) for e in value_columns]
+        state = (look_up(begin), zeros - jnp.inf, zeros, out)
+        limit = jnp.minimum(begin + each, tiles_end)
+        _, top, total, out = jax.lax.fori_loop(begin, limit, step, state)
+        for e, x in zip(value_columns, out, strict=True):
+            store(
+                out_ref.at[share, row, token[:, None], head[:, None], e[None, :]],
+                x.total,
+                mask=rows_mask(there, e, value_width),
+            )
+        store(top_ref.at[share, row, token, head], top, mask=there)
+        store(total_ref.at[share, row, token, head], total, mask=there)
+
+    kernel.__name__ = "paged_range_kernel" if blocks is None else "paged_block_kernel"
+    rows = (batch, tokens, heads)
+    shapes = [(plan.splits, *rows, value_width), *[(plan.splits, *rows)] * 2]
+    shapes += [(*rows, columns_of_table * page_size)] * logits
+    part, top, total, *found = call(
+        kernel,
+        query,
+        key,
+        value,
+        pages,
+        low,
+        high,
+        *(() if blocks is None else (blocks,)),
+        grid=(batch * kv_heads * plan.row_tiles, plan.splits),
+        out_shape=[jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes],
+        interpret=interpret,
+        num_warps=plan.num_warps,
+        num_stages=plan.num_stages,
+    )
+    out, lse = _merge(part, top, total, softmax, query.dtype, interpret)
+    return out, lse, found[0] if logits else None
+
+
+def _merge(part, top, total, softmax: Softmax, dtype, interpret):
+    """Merges partial sums [splits, B, n, N, E] of weighted values, and the sums of their weights.
+
+    The weights of a split are in the unit of its own exponent `top`: where logits are large, a
+    logsumexp would be a rounded one. A program takes a few columns of one row, of all splits at a
+    time: all loads are in flight together. Bytes: 4*splits*(E + 2) read a row.
+    """
+    splits, *rows, width = part.shape
+    count = rows[0] * rows[1] * rows[2]
+
+    def merge_splits_kernel(part_ref, top_ref, total_ref, out_ref, lse_ref):
+        row = pl.program_id(0)
+        s = iota(next_power_of_two(splits))
+        e = pl.program_id(1) * MERGE_COLUMNS + iota(MERGE_COLUMNS)
+        there = s < splits
+        tops = load(top_ref.at[s, row], mask=there, other=-jnp.inf)
+        totals = load(total_ref.at[s, row], mask=there)
+        parts = load(part_ref.at[s[:, None], row, e[None, :]], mask=rows_mask(there, e, width))
+        top = jnp.max(tops, keepdims=True)
+        weight = softmax.decay(tops, jnp.where(top == -jnp.inf, 0.0, top))
+        total = jnp.sum(totals * weight, keepdims=True)
+        some = total > 0
+        total = jnp.where(some, total, 1.0)
+        out = jnp.sum(parts * weight[:, None], axis=0) / total
+        store(out_ref.at[row, e], out.astype(dtype), mask=e < width)
+        # the same number from every program of the row
+        store(lse_ref.at[row + iota(1)], jnp.where(some, softmax.lse(top, total), -jnp.inf))
+
+    out, lse = call(
+        merge_splits_kernel,
+        part.reshape(splits, count, width),
+        top.reshape(splits, count),
+        total.reshape(splits, count),
+        grid=(count, pl.cdiv(width, MERGE_COLUMNS)),
+        out_shape=(
+            jax.ShapeDtypeStruct((count, width), dtype),
+            jax.ShapeDtypeStruct((count,), jnp.float32),
+        ),
+        interpret=interpret,
+        num_warps=2,
+        num_stages=1,
+    )
+    return out.reshape(*rows, width), lse.reshape(rows)
+
+
+def select_blocks(
+    logits: Float[Array, "B n N M"],
+    lse: Float[Array, "B n N"],
+    visible: Int[Array, "B n"],
+    own: Int[Array, "B n"],
+    *,
+    config: NSAConfig,
+    kv_heads: int,
+    interpret: bool = False,
+) -> Int[Array, "B n K S"]:
+    """The blocks that each query and KV head selects, by the rule of `xla.select_blocks`.
+
+    Bytes: 4*B*n*(N*M + 2*K*J) and the lists, all of them in L2: XLA sums the weights and folds them
+    into ranks of the J = M / (p/d) blocks, and one program of a kernel takes the best of a list
+    without a sort: a round of it for each of the S slots, all ranks in registers.
+
+    Args:
+      logits: of the compressed keys, from `range_attention`; M of whole blocks.
+      lse: likewise.
+      visible: int32, how many compressed keys a query sees, from the first one on.
+      own: int32, the block of each query; -1 for none.
+      config: what is selected.
+      kv_heads: K.
+      interpret: run the kernel in interpret mode.
+
+    Returns:
+      int32 block numbers, ascending, -1 at the tail.
+    """
+    blocks = logits.shape[3] // (config.block_size // config.kernel_stride)
+    grouped = rearrange(logits, "b q (k g) m -> b k g q m", k=kv_heads)
+    lse = rearrange(lse, "b q (k g) -> b k g q", k=kv_heads)
+    window = jnp.arange(logits.shape[3], dtype=jnp.int32)[None, None]
+    p = xla.group_weights(grouped, lse, window < visible[..., None])
+    rank = xla.block_ranks(p, own[:, None], blocks, config)
+    if blocks > MOST_BLOCKS:
+        best = xla.take_best(rank, config.topk)
+    else:
+        best = _take_best(rank, config.topk, interpret)
+    return rearrange(best, "b k q s -> b q k s")
+
+
+def _take_best(rank, topk: int, interpret: bool):
+    """`xla.take_best` as a kernel."""
+    *rows, blocks = rank.shape
+    count = rows[0] * rows[1] * rows[2]
+    width = next_power_of_two(blocks)
+
+    def take_best_kernel(rank_ref, best_ref):
+        row = pl.program_id(0)
+        block, s = iota(width), iota(next_power_of_two(topk))
+        ranks = load(rank_ref.at[row, block], mask=block < blocks, other=-1)
+
+        def take(i, state):
+            ranks, chosen = state
+            best = jnp.max(ranks)
+            at = jnp.min(jnp.where(ranks == best, block, LARGEST))
+            chosen = jnp.where((s == i) & (best >= 0), at, chosen)
+            return jnp.where(block == at, -1, ranks), chosen
+
+        chosen = jnp.full(s.shape, LARGEST, jnp.int32)
+        _, chosen = jax.lax.fori_loop(0, topk, take, (ranks, chosen))
+        # each goes behind those that are smaller; of the slots without a block, in their order
+        before = chosen[None, :] < chosen[:, None]
+        before |= (chosen[None, :] == chosen[:, None]) & (s[None, :] < s[:, None])
+        place = jnp.sum(before.astype(jnp.int32), axis=1)
+        chosen = jnp.where(chosen == LARGEST, -1, chosen)
+        store(best_ref.at[row, place], chosen, mask=place < topk)
+
+    best = call(
+        take_best_kernel,
+        rank.reshape(count, blocks),
+        grid=(count,),
+        out_shape=jax.ShapeDtypeStruct((count, topk), jnp.int32),
+        interpret=interpret,
+        num_warps=min(max(width // 1024, 1), 16),
+        num_stages=1,
+    )
+    return best.reshape(*rows, topk)
