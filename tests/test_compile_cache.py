@@ -53,6 +53,7 @@ def test_a_step_takes_little_memory():
     print(f"{scratch / MIB:.0f} MiB of {size / MIB:.0f}")
     # compressed keys and values of a layer, blocks of one query; most are weights, laid out anew
     assert scratch < 200 * MIB < size / 5
+    assert "merge_splits_kernel" in text
     assert "range_forward_kernel" not in text
 
 
