@@ -235,14 +235,13 @@ def split_arguments():
 @functools.cache
 def by_both_kernels():
     """What both functions make of the same arrays, compiled anew at each call."""
-    (*arrays, low, high), (lists, last), _ = split_arguments()
+    (*arrays, low, high), lists, _ = split_arguments()
+    low, high, blocks, last = (jnp.asarray(x, jnp.int32) for x in (low, high, *lists))
 
     def run(query, key, value, pages):
         args, options = (query, key, value, pages), {"scale": SCALE, "interpret": True}
-        bounds = (jnp.asarray(x, jnp.int32) for x in (low, high, lists, last))
-        low_, high_, lists_, last_ = bounds
-        ranges = paged.range_attention(*args, low_, high_, **options)[:2]
-        return ranges, paged.block_attention(*args, lists_, last_, **options)
+        ranges = paged.range_attention(*args, low, high, **options)[:2]
+        return ranges, paged.block_attention(*args, blocks, last, **options)
 
     return jax.jit(run)(*arrays)
 
