@@ -28,6 +28,8 @@ from fsa_jax.pallas.decode_step import attend
 from fsa_jax.segments import describe_rows, describe_windows
 
 SCALE = 0.3
+#: test_gpu_paged.py runs these tests on a GPU.
+INTERPRET = jax.default_backend() == "cpu"
 DENSE = jax.jit(reference._attend, static_argnums=4)
 
 
@@ -139,12 +141,12 @@ def sees_range(case, low, high):
 
 @functools.partial(jax.jit, static_argnames=("logits", "most", "scale"))
 def attend_range(*args, logits=True, most=None, scale=SCALE):
-    return paged.range_attention(*args, scale=scale, logits=logits, most=most, interpret=True)
+    return paged.range_attention(*args, scale=scale, logits=logits, most=most, interpret=INTERPRET)
 
 
 @functools.partial(jax.jit, static_argnames="scale")
 def attend_blocks(*args, scale=SCALE):
-    return paged.block_attention(*args, scale=scale, interpret=True)
+    return paged.block_attention(*args, scale=scale, interpret=INTERPRET)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -239,7 +241,7 @@ def by_both_kernels():
     low, high, blocks, last = (jnp.asarray(x, jnp.int32) for x in (low, high, *lists))
 
     def run(query, key, value, pages):
-        args, options = (query, key, value, pages), {"scale": SCALE, "interpret": True}
+        args, options = (query, key, value, pages), {"scale": SCALE, "interpret": INTERPRET}
         ranges = paged.range_attention(*args, low, high, **options)[:2]
         return ranges, paged.block_attention(*args, blocks, last, **options)
 
@@ -361,7 +363,7 @@ def test_selection_is_that_of_the_portable_path(config, ties, monkeypatch):
 
     def select():
         arrays = (logits, lse, jnp.asarray(visible, jnp.int32), own)
-        return paged.select_blocks(*arrays, config=config, kv_heads=kv_heads, interpret=True)
+        return paged.select_blocks(*arrays, config=config, kv_heads=kv_heads, interpret=INTERPRET)
 
     got = jax.jit(select)()
     real = length // config.kernel_stride
@@ -442,7 +444,7 @@ def test_a_step_is_the_end_of_the_whole_sequence(tokens, window_of_its_own):
     valid[3] = False
     position = np.asarray(lengths)[:, None] - tokens + np.arange(tokens)
     row = np.arange(batch)[:, None]
-    got, _ = jax.jit(functools.partial(attend, scale=SCALE, interpret=True))(
+    got, _ = jax.jit(functools.partial(attend, scale=SCALE, interpret=INTERPRET))(
         query[row, position],
         cache,
         Chunk(jnp.asarray(position, jnp.int32), jnp.asarray(valid)),

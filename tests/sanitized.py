@@ -1,0 +1,95 @@
+"""One small case of the kernels, both passes: `compute-sanitizer python tests/sanitized.py CASE`.
+
+Without a GPU the kernels are interpreted. Run with XLA_PYTHON_CLIENT_ALLOCATOR=platform, so that every array has an allocation of its own.
+"planted" reads outside its array, which the tool must find.
+"""
+
+import functools
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+from util import both_ways, lists, normal, selected
+
+import fsa_jax
+from fsa_jax import NSAConfig
+from fsa_jax.cache import Chunk, NSACache
+from fsa_jax.pallas import SelectedTuning, decode_step
+
+#: Neither whole tiles nor whole blocks.
+LENGTH = 333
+INTERPRET = jax.default_backend() == "cpu"
+IMPLEMENTATION = "triton_interpret" if INTERPRET else "triton"
+CONFIG = NSAConfig(topk=4, window_size=100)
+
+
+def segment_ids():
+    ids = np.repeat([1, 1, 2, 0, 3, 4], [1, 90, 150, 20, 70, 2])
+    return jnp.asarray(ids, jnp.int32)[None]
+
+
+def arrays(group, *, kv_heads=2, width=64):
+    shapes = ((group * kv_heads, width), (kv_heads, width), (kv_heads, width))
+    return [normal(i, 1, LENGTH, *x, dtype=jnp.bfloat16) for i, x in enumerate(shapes)]
+
+
+def selection(method, group=4):
+    indices = lists(3, 1, LENGTH, 2, 7, -(-LENGTH // 64))
+    tuning = SelectedTuning(method=method, pairs=48)
+    attend = selected(indices, 64, segment_ids(), IMPLEMENTATION, tuning=tuning)
+    return both_ways(attend, 5)(*arrays(group))
+
+
+def operator():
+    query, key, value = arrays(4)
+    ids = segment_ids()
+    gates = jax.nn.sigmoid(normal(7, 1, LENGTH, 8, 3, dtype=jnp.bfloat16))
+
+    def attend(query, key, value, gates):
+        windows = {"kernel_size": 32, "kernel_stride": 16, "method": "mean", "segment_ids": ids}
+        compressed = [fsa_jax.compress(x, **windows) for x in (key, value)]
+        return fsa_jax.native_sparse_attention(
+            query, key, value, *compressed, gates,
+            config=CONFIG, segment_ids=ids, implementation=IMPLEMENTATION,
+        )  # fmt: skip
+
+    return both_ways(attend, 5)(query, key, value, gates)
+
+
+def decoding():
+    """A step after 333 tokens of one sequence and none of another one."""
+    query, key, value = (jnp.concatenate([x, x]) for x in arrays(4))
+    cache = NSACache.init(2, LENGTH, config=CONFIG, num_kv_heads=2, head_dim=64, dtype=key.dtype)
+    chunk = cache.place(LENGTH, jnp.asarray([LENGTH, 0], jnp.int32))
+    cache = cache.append(key, value, 0, chunk)
+    mean = functools.partial(fsa_jax.compress, kernel_size=32, kernel_stride=16, method="mean")
+    cache = cache.append_compressed(key, value, 0, chunk, lambda x, _: mean(x), mean)
+    last = Chunk(jnp.asarray([[LENGTH - 1], [0]], jnp.int32), jnp.asarray([[True], [False]]))
+    attend = jax.jit(functools.partial(decode_step.attend, scale=0.1, interpret=INTERPRET))
+    return attend(query[:, -1:], cache.advance(chunk), last, 0)
+
+
+def planted():
+    def kernel(x_ref, out_ref):
+        place = jax.lax.iota(jnp.int32, 16)
+        plgpu.store(out_ref.at[place], plgpu.load(x_ref.at[2**24 + place]))
+
+    params, shape = plgpu.CompilerParams(num_warps=1), jax.ShapeDtypeStruct((16,), jnp.float32)
+    read = pl.pallas_call(kernel, out_shape=shape, compiler_params=params, interpret=INTERPRET)
+    return read(jnp.ones(16))
+
+
+CASES = {
+    **{name: functools.partial(selection, name) for name in ("kv_outer", "query_outer")},
+    "query_tile": functools.partial(selection, "query_tile"),
+    "operator": operator,
+    "decoding": decoding,
+    "planted": planted,
+}
+
+
+if __name__ == "__main__":
+    jax.block_until_ready(CASES[sys.argv[1]]())

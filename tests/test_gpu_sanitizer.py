@@ -1,0 +1,29 @@
+"""On an NVIDIA GPU, with CUDA's compute-sanitizer: no kernel reads or writes outside its arrays."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from sanitized import CASES
+
+pytestmark = pytest.mark.gpu
+FOUND = 99
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_no_access_outside_an_array(name):
+    tool = shutil.which("compute-sanitizer")
+    assert tool is not None, "needs compute-sanitizer, a part of the CUDA toolkit, on the PATH"
+    done = subprocess.run(
+        [tool, "--tool", "memcheck", "--error-exitcode", str(FOUND), sys.executable,
+         str(Path(__file__).with_name("sanitized.py")), name],
+        env=os.environ | {"XLA_PYTHON_CLIENT_ALLOCATOR": "platform"},
+        capture_output=True, text=True, timeout=900,
+    )  # fmt: skip
+    output = done.stdout[-3000:] + done.stderr[-3000:]
+    assert done.returncode == (FOUND if name == "planted" else 0), output
+    if name == "planted":
+        assert "Invalid __global__ read" in output
