@@ -1,7 +1,7 @@
 """One small case of the kernels, both passes: `compute-sanitizer python tests/sanitized.py CASE`.
 
-Without a GPU the kernels are interpreted. Run with XLA_PYTHON_CLIENT_ALLOCATOR=platform, so that every array has an allocation of its own.
-"planted" reads outside its array, which the tool must find.
+Without a GPU the kernels are interpreted. With XLA_PYTHON_CLIENT_ALLOCATOR=platform every array
+has an allocation of its own. "planted" reads outside its array, which the tool must find.
 """
 
 import functools

@@ -1,4 +1,4 @@
-"""On an NVIDIA GPU: the tests of the kernels of decoding, compiled. See test_gpu.py and test_paged.py."""
+"""On an NVIDIA GPU: the kernels of decoding. See test_gpu.py and test_paged.py."""
 
 from test_gpu import dirty_memory, pytestmark
 from test_paged import (
