@@ -18,6 +18,7 @@ import fsa_jax
 from fsa_jax import NSAConfig
 from fsa_jax.cache import Chunk, NSACache
 from fsa_jax.pallas import SelectedTuning, decode_step
+from fsa_jax.pallas.tuning import METHODS
 
 #: Neither whole tiles nor whole blocks.
 LENGTH = 333
@@ -83,8 +84,7 @@ def planted():
 
 
 CASES = {
-    **{name: functools.partial(selection, name) for name in ("kv_outer", "query_outer")},
-    "query_tile": functools.partial(selection, "query_tile"),
+    **{name: functools.partial(selection, name) for name in METHODS},
     "operator": operator,
     "decoding": decoding,
     "planted": planted,
