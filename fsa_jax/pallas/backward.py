@@ -22,8 +22,6 @@ Shapes: H heads of a chunk, C tokens of it, P = C*S pairs of a head, G query hea
 b keys of a block, D and E head widths, I items, X of them of blocks that are cut.
 """
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
@@ -102,7 +100,7 @@ def partial_gradients(
       dout: cotangent of the output, [B, T, N, E].
       lse: float32 [B, T, N].
       delta: sum(out * dout) - dlse, float32 [B, T, N].
-      inverse: `inverse_units`, float32 [B, T, N]; None for no dq.
+      inverse: `inverse_units`, float32 [B, T, N].
       sums: dkey [B, T, K, D] and dvalue [B, T, K, E], updated in place at the blocks that have one
         item. float32 sums are added to: then a head may come in several chunks. Others are set.
       heads: H.
@@ -118,23 +116,19 @@ def partial_gradients(
 
     Returns:
       dkey and dvalue; dK [X*b, D] and dV [X*b, E] of blocks that are cut, float32, unwritten where
-      there is no such item; and if wanted dq / scale * inverse, [H, P*G, D], unwritten where a pair
-      does not count.
+      there is no such item; and dq / scale * inverse, [H, P*G, D], unwritten where a pair does not
+      count.
     """
     _, length, kv_heads, width = key.shape
-    value_width = value.shape[3]
     group = query.shape[2] // kv_heads
     sizes = {"length": length, "group": group, "kv_heads": kv_heads, "slots": slots}
     sizes |= {"block": block, "pairs": pairs, "partial": query.shape[1] != length}
-    items, inputs = item_arrays(where, lists), (query, key, value, dout, lse, delta)
-    want_dq = inverse is not None
+    items, inputs = item_arrays(where, lists), (query, key, value, dout, lse, delta, inverse)
 
     def backward_kernel(*refs):
         item_refs, refs = refs[: len(items)], refs[len(items) :]
-        query_ref, key_ref, value_ref, dout_ref, lse_ref, delta_ref, *refs = refs
-        inverse_ref: Any = refs.pop(0) if want_dq else None
-        part_ref: Any = refs.pop() if want_dq else None
-        _dkey, _dvalue, *refs = refs
+        query_ref, key_ref, value_ref, dout_ref, lse_ref, delta_ref, inverse_ref, *refs = refs
+        _dkey, _dvalue, *refs, part_ref = refs
         item = Item(item_refs, rows=tile.rows, **sizes)
         columns, value_columns = (columns_of(x, COLUMNS) for x in (key, value))
         keys = item.load_block(key_ref, columns)
@@ -152,7 +146,7 @@ def partial_gradients(
                 return load(inverse_ref.at[item.batch, token, query_head], mask=live)
 
             # Read here or where they are used: whichever the registers of the group allow.
-            inverses = read_inverses() if want_dq and tile.rows % group else None
+            inverses = read_inverses() if tile.rows % group else None
             deltas = load(delta_ref.at[item.batch, token, query_head], mask=live)
             # This order of the products is the fastest of those that spill no registers.
             dp = product(douts, values)
@@ -163,15 +157,14 @@ def partial_gradients(
             p_cut = p.astype(dout_ref.dtype)
             dvalues = [x + dot(do, p_cut, (0, 0)) for x, do in zip(dvalues, douts, strict=True)]
             ds = (p * (dp - deltas[:, None])).astype(key_ref.dtype)
-            if want_dq:
-                inverses = read_inverses() if inverses is None else inverses
-                for d, tile_keys in zip(columns, keys, strict=True):
-                    part = dot(ds, tile_keys, (1, 0)) * inverses[:, None]
-                    store(
-                        part_ref.at[item.head, slot[:, None], d[None, :]],
-                        part.astype(part_ref.dtype),
-                        mask=rows_mask(live, d, width),
-                    )
+            inverses = read_inverses() if inverses is None else inverses
+            for d, tile_keys in zip(columns, keys, strict=True):
+                part = dot(ds, tile_keys, (1, 0)) * inverses[:, None]
+                store(
+                    part_ref.at[item.head, slot[:, None], d[None, :]],
+                    part.astype(part_ref.dtype),
+                    mask=rows_mask(live, d, width),
+                )
             dkeys = [x + dot(q, ds, (0, 0)) for x, q in zip(dkeys, queries, strict=True)]
             return dkeys, dvalues
 
@@ -182,19 +175,16 @@ def partial_gradients(
         dkeys, dvalues = jax.lax.fori_loop(0, item.steps(), step, zeros)
         # read again: kept over the loop, what the item tells would cost registers
         item = Item(item_refs, rows=tile.rows, **sizes)
-        for (sum_ref, piece_ref), d, parts, factor, size in (
-            (refs[::2], columns, dkeys, scale, width),
-            (refs[1::2], value_columns, dvalues, 1.0, value_width),
+        for (sum_ref, piece_ref), d, parts, factor in (
+            (refs[::2], columns, dkeys, scale),
+            (refs[1::2], value_columns, dvalues, 1.0),
         ):
-            _store_block(item, sum_ref, piece_ref, d, [x * factor for x in parts], size)
+            store_block(item, sum_ref, piece_ref, d, [x * factor for x in parts], axis=1)
 
     rows = max(1, pieces) * block
     shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in sums]
     shapes += [jax.ShapeDtypeStruct((rows, x.shape[3]), jnp.float32) for x in sums]
-    if want_dq:
-        shape = (heads, tokens * slots * group, width)
-        shapes.append(jax.ShapeDtypeStruct(shape, partial_dtype))
-        inputs = (*inputs, inverse)
+    shapes.append(jax.ShapeDtypeStruct((heads, tokens * slots * group, width), partial_dtype))
     before = len(items) + len(inputs)
     return call(
         backward_kernel,
@@ -210,15 +200,26 @@ def partial_gradients(
     )
 
 
-def _store_block(item, sum_ref, piece_ref, columns, sums, width):
-    """Stores tiles [columns, b] of an item's sums where they belong; the block may be its alone."""
+def store_block(item, sum_ref, piece_ref, columns, sums, axis):
+    """Stores tiles of an item's sums where they belong; the block may be its alone.
+
+    Keys are axis `axis` of the tiles, columns the other one.
+    """
+
+    def keys(x):
+        return jnp.expand_dims(x, 1 - axis)
+
+    def place(head, d):
+        cells = rows_mask(head, d, sum_ref.shape[3])
+        return jnp.expand_dims(d, axis), cells if axis == 0 else cells.T
+
     row = item.piece * item.block + iota(item.block)
     for d, part in zip(columns, sums, strict=True):
-        cut = rows_mask(jnp.full(row.shape, item.piece >= 0), d, width).T
-        store(piece_ref.at[row[None, :], d[:, None]], part, mask=cut)
+        d, cut = place(jnp.full(row.shape, item.piece >= 0), d)
+        store(piece_ref.at[keys(row), d], part, mask=cut)
     for d, part in zip(columns, sums, strict=True):
-        alone = rows_mask(item.inside & (item.piece < 0), d, width).T
-        target = sum_ref.at[item.batch, item.column[None, :], item.kv_head, d[:, None]]
+        d, alone = place(item.inside & (item.piece < 0), d)
+        target = sum_ref.at[item.batch, keys(item.column), item.kv_head, d]
         total = part
         if sum_ref.dtype == jnp.float32:
             total += load(target, mask=alone)

@@ -6,8 +6,8 @@ from the others. As with query-outer kernels there are no partial results; unlik
 cross L2 once a tile, and no row is padding. The worst case, tokens that share no block, moves as
 many bytes as query-outer kernels do, and multiplies `tokens` times as much.
 
-Dataflow: `merge_lists` walks the ascending lists of a tile's tokens side by side and writes the
-blocks of the tile, ascending, each with the set of tokens that chose it. The main kernels then are
+Dataflow: `merge_lists` holds the lists of a tile's tokens, takes the lowest block, then the lowest
+one behind it, and so on, and writes each with the set of tokens that chose it. The main kernels then are
 those of `range_rows.py`, but for the blocks they load and the mask.
 
 Flops, with U the blocks of all tiles: forward 2*U*R*b*(D + E), dq 2*U*R*b*(2*D + E). Bytes: q, dout
@@ -44,8 +44,8 @@ from fsa_jax.pallas.tuning import Tile
 
 #: Most tokens of a tile: a set of them is 16 bits, which a float32 holds exactly.
 MOST_TOKENS = 16
-#: Tiles whose lists one program merges.
-MERGED = 64
+#: Entries of lists that a program of `merge_lists` holds: those of several tiles, if they are short.
+MERGED = 4096
 #: Widest tile of columns.
 COLUMNS = 128
 
@@ -98,51 +98,47 @@ def merge_lists(
     batch, length, kv_heads, slots = starts.shape
     tokens = tile_tokens(tile, group)
     tiles = -(-length // tokens)
-    ascending = jnp.sort(starts, axis=-1)
+    width = next_power_of_two(slots)
+    entries = next_power_of_two(tokens) * width
+    merged = max(1, MERGED // entries)
 
     def merge_lists_kernel(starts_ref, start_ref, members_ref, count_ref):
         row, kv_head = split(pl.program_id(1), kv_heads)
-        number_of_tile = pl.program_id(0) * MERGED + iota(MERGED)
-        of_tile = iota(next_power_of_two(tokens))[None, :]
+        number_of_tile = pl.program_id(0) * merged + iota(merged)
+        of_tile, slot = (x[None, :] for x in split(iota(entries), width))
         token = number_of_tile[:, None] * tokens + of_tile
-        there = (token < length) & (of_tile < tokens)
+        there = (token < length) & (of_tile < tokens) & (slot < slots)
+        listed = load(starts_ref.at[row, token, kv_head, slot], mask=there, other=end)
         bits = jnp.left_shift(jnp.ones_like(of_tile), of_tile)
 
-        def heads_of(position):
-            """The next block of each token; `end` behind its last one."""
-            mask = there & (position < slots)
-            return load(starts_ref.at[row, token, kv_head, position], mask=mask, other=end)
-
         def more(state):
-            _, _, heads = state
-            return jnp.min(heads) < end
+            _, first = state
+            return jnp.min(first) < end
 
         def step(state):
-            number, position, heads = state
-            first = jnp.min(heads, axis=1)
-            chosen = heads == first[:, None]
-            at = (row, kv_head, number_of_tile, number)
+            number, first = state
             live = first < end
+            at = (row, kv_head, number_of_tile, number)
             store(start_ref.at[*at], first, mask=live)
-            members = jnp.sum(jnp.where(chosen, bits, 0), axis=1)
+            # a list is a set: each bit is added once at most
+            members = jnp.sum(jnp.where(listed == first[:, None], bits, 0), axis=1)
             store(members_ref.at[*at], members, mask=live)
-            position += (chosen & live[:, None]).astype(jnp.int32)
-            return number + live.astype(jnp.int32), position, heads_of(position)
+            later = jnp.min(jnp.where(listed > first[:, None], listed, end), axis=1)
+            return number + live.astype(jnp.int32), later
 
-        position = jnp.zeros(token.shape, jnp.int32)
-        state = (jnp.zeros((MERGED,), jnp.int32), position, heads_of(position))
-        count, _, _ = jax.lax.while_loop(more, step, state)
+        state = (jnp.zeros((merged,), jnp.int32), jnp.min(listed, axis=1))
+        count, _ = jax.lax.while_loop(more, step, state)
         store(count_ref.at[row, kv_head, number_of_tile], count, mask=number_of_tile < tiles)
 
     wide = jax.ShapeDtypeStruct((batch, kv_heads, tiles, tokens * slots), jnp.int32)
     return Lists(
         *call(
             merge_lists_kernel,
-            ascending,
-            grid=(-(-tiles // MERGED), batch * kv_heads),
+            starts,
+            grid=(-(-tiles // merged), batch * kv_heads),
             out_shape=(wide, wide, jax.ShapeDtypeStruct((batch, kv_heads, tiles), jnp.int32)),
             interpret=interpret,
-            num_warps=2,
+            num_warps=4,
             num_stages=1,
         )
     )

@@ -3,7 +3,8 @@
 Forward: build_index, then per chunk partial_attention -> merge_outputs; or, where neighbouring
 queries share enough of their blocks, query_tile. Which of them is decided on the device, by the
 lists themselves: the other one finds no work and ends.
-Backward: per chunk partial_gradients -> sum_blocks (dK, dV) and sum_gradients (dQ).
+Backward: per chunk partial_gradients -> sum_gradients (dQ) and sum_blocks (dK, dV); where the group
+is large, dQ by query_tile or query_outer, and per chunk key_gradients -> sum_blocks.
 A chunk is some (row, KV head) pairs and some tokens of all queries; its partial results fit the
 scratch budget. Chunks run one after another in a scan, and update the results in place.
 
@@ -19,7 +20,7 @@ import jax.numpy as jnp
 from einops import rearrange
 from jaxtyping import Array, Float, Int
 
-from fsa_jax.pallas import backward, forward, index, merge, query_outer, query_tile
+from fsa_jax.pallas import backward, block_keys, forward, index, merge, query_outer, query_tile
 from fsa_jax.pallas.tuning import Plan
 from fsa_jax.segments import Rows
 
@@ -167,26 +168,37 @@ def gradients(
     def step(sums, chunk):
         where, starts, lists = chunk
         dquery, dkey, dvalue = sums
-        dkey, dvalue, dkey_pieces, dvalue_pieces, *part = backward.partial_gradients(
-            where,
-            lists,
-            query,
-            key,
-            value,
-            dout,
-            lse,
-            delta,
-            inverse,
-            (dkey, dvalue),
-            heads=plan.heads,
-            tokens=plan.tokens,
-            slots=starts.shape[-1],
-            pairs=plan.pairs,
-            tile=plan.backward,
-            pieces=index.num_pieces(starts.size, plan.pairs),
-            partial_dtype=plan.gradient_dtype,
-            **static,
-        )
+        pieces = index.num_pieces(starts.size, plan.pairs)
+        sizes = {"slots": starts.shape[-1], "pairs": plan.pairs, "pieces": pieces} | static
+        arrays, sums = (query, key, value, dout, lse, delta), (dkey, dvalue)
+        if kv_outer:
+            *found, part = backward.partial_gradients(
+                where,
+                lists,
+                *arrays,
+                inverse,
+                sums,
+                heads=plan.heads,
+                tokens=plan.tokens,
+                tile=plan.backward,
+                partial_dtype=plan.gradient_dtype,
+                **sizes,
+            )
+            dquery = merge.sum_gradients(
+                where,
+                _counted(starts, query, key),
+                part,
+                inverse,
+                dquery,
+                scale=scale,
+                kv_heads=kv_heads,
+                elements=plan.merge_elements,
+                interpret=interpret,
+            )
+        else:
+            tile = plan.key_gradient
+            found = block_keys.key_gradients(where, lists, *arrays, sums, tile=tile, **sizes)
+        dkey, dvalue, dkey_pieces, dvalue_pieces = found
         dkey, dvalue = backward.sum_blocks(
             where,
             lists,
@@ -198,18 +210,6 @@ def gradients(
             spacing=spacing,
             interpret=interpret,
         )
-        if kv_outer:
-            dquery = merge.sum_gradients(
-                where,
-                _counted(starts, query, key),
-                part[0],
-                inverse,
-                dquery,
-                scale=scale,
-                kv_heads=kv_heads,
-                elements=plan.merge_elements,
-                interpret=interpret,
-            )
         return dquery, dkey, dvalue
 
     if sums is not None:

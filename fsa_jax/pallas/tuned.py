@@ -35,6 +35,7 @@ SELECTED = {
     "kv_outer_backward": ("kv_outer", "backward", "backward"),
     "query_tile_forward": ("query_tile", "forward", "query_tile"),
     "query_tile_backward": ("query_tile", "backward", "query_tile_backward"),
+    "key_gradient": ("query_tile", "backward", "key_gradient"),
 }
 KERNELS = (
     *SELECTED,

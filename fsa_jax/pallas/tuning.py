@@ -115,6 +115,7 @@ class Plan:
         between on the device.
       block: keys of a tile; a listed block is `block_size // block` of them.
       forward, backward: tiles of the KV-outer kernels.
+      key_gradient: that of dK and dV alone.
       query_outer, query_outer_backward: tiles of the query-outer kernels.
       query_tile, query_tile_backward: tiles of the query-tile kernels.
       pairs: the most pairs of an item.
@@ -129,6 +130,7 @@ class Plan:
     block: int
     forward: Tile
     backward: Tile
+    key_gradient: Tile
     query_outer: Tile
     query_outer_backward: Tile
     query_tile: Tile
@@ -207,26 +209,27 @@ def make_plan(
     if not narrow:  # query tiles are for matrix units, and small heads
         forward = "kv_outer" if group <= EITHER_FORWARD else "query_outer"
         backward = "kv_outer" if group <= KV_OUTER_BACKWARD else "query_outer"
-    heads, tokens = _chunk(
-        tuning.scratch_bytes,
-        batch * kv_heads,
-        query.shape[1],
-        slots * (block_size // block),
-        group * max(width * gradient_dtype.itemsize, value_width * dtype.itemsize)
-        + 4 * group
-        + 16
-        + 8 * block * (width + value_width) // pairs,
-    )
+    forward, backward = tuning.method or forward, tuning.method or backward
+    # bytes of a pair: its place in the lists, its share of the pieces of hot blocks, and, of the
+    # kernels that make them, its partial results
+    pair_bytes = 16 + 8 * block * (width + value_width) // pairs
+    if forward in ("kv_outer", "either") or backward == "kv_outer":
+        part = max(width * gradient_dtype.itemsize, value_width * dtype.itemsize)
+        pair_bytes += group * (part + 4)
+    slots = slots * (block_size // block)
+    batch_heads, length = batch * kv_heads, query.shape[1]
+    heads, tokens = _chunk(tuning.scratch_bytes, batch_heads, length, slots, pair_bytes)
     backward_tile = Tile(rows=rows, num_stages=2 if rows % group else 3)
     if group == 2 and rows == 64:  # with 4 warps this group alone spills registers
         backward_tile = Tile(rows=128, num_warps=8, num_stages=2)
     return Plan(
-        forward_method=tuning.method or forward,
-        backward_method=tuning.method or backward,
+        forward_method=forward,
+        backward_method=backward,
         block=block,
         forward=tuning.forward or Tile(rows=rows),
         # a third stage pays, but costs registers that groups other than powers of two do not leave
         backward=tuning.backward or backward_tile,
+        key_gradient=tuning.backward or Tile(rows=rows, num_stages=2),
         query_outer=tuning.forward or Tile(num_warps=2, num_stages=2),
         query_outer_backward=tuning.backward or Tile(num_stages=2),
         query_tile=tuning.forward or query_tile,
