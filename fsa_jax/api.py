@@ -6,19 +6,18 @@ compressed windows, l kernel_size, d kernel_stride. Query head n uses key head n
 the batch axis B may be left out, of all arrays of a call together.
 """
 
+import functools
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-from einops import rearrange
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from fsa_jax import checks, compression, context, triton
+from fsa_jax import checks, compression, context, gating, operators, reference, triton
 from fsa_jax.config import NSAConfig, check_window
 from fsa_jax.dispatch import check_name, choose, mode_of, resolve
+from fsa_jax.operators import Call
 from fsa_jax.pallas import SelectedTuning
-from fsa_jax.precision import wide_dtype
 from fsa_jax.sharding import partitions_itself
 
 #: Names that outputs carry for remat policies such as
@@ -242,13 +241,16 @@ def select_blocks(
     rows = checks.rows(query, segment_ids, has_batch)
     lse = checks.with_batch("lse", lse, "T N", has_batch)
     checks.same_axes("B T N", query=query, lse=lse)
-    query, key, lse = jax.lax.stop_gradient((query, key, lse))
-    reason = triton.select_reason(query, key, config)
-    indices = choose("select_blocks", implementation, reason)(
-        query, key, lse, rows, config=config, scale=checks.scale(scale, query.shape[-1])
-    )
-    indices = checkpoint_name(indices, "block_indices")
+    scale = checks.scale(scale, query.shape[-1])
+    indices = _choose_blocks(query, key, lse, rows, config, scale, implementation)
     return indices if has_batch else indices[0]
+
+
+def _choose_blocks(query, key, lse, rows, config, scale, implementation) -> jax.Array:
+    query, key, lse = jax.lax.stop_gradient((query, key, lse))
+    serve = choose("select_blocks", implementation, triton.select_reason(query, key, config))
+    indices = serve(query, key, lse, rows, config=config, scale=scale)
+    return checkpoint_name(indices, "block_indices")
 
 
 @partitions_itself(
@@ -455,63 +457,91 @@ def native_sparse_attention(
     _check_operator(
         query, key, value, compressed_key, compressed_value, gates, config, implementation
     )
+    return gated_attention(
+        query,
+        (compressed_key, compressed_value),
+        ((key, value),),
+        gates,
+        config=config,
+        scale=scale,
+        segment_ids=segment_ids,
+        implementation=implementation,
+        sequence_axis=sequence_axis,
+    )
+
+
+def gated_attention(
+    query, compressed, sources, gates, *, config, scale, segment_ids, implementation, sequence_axis
+) -> jax.Array:  # fmt: skip
+    """`native_sparse_attention`, perhaps with other keys and values for the window.
+
+    `sources` are one pair of them for the selected branch and the window, or a pair for each.
+    """
+    pairs = [checks.attention_arrays(query, *pair)[1:3] for pair in sources]
+    query, *compressed, has_batch = checks.attention_arrays(
+        query, *compressed, config.kernel_stride
+    )
+    gates = checks.gates(gates, query, has_batch)
+    scale = checks.scale(scale, query.shape[-1])
+    rows = checks.rows(query, segment_ids, has_batch)
+    reasons = {
+        "compressed_attention": triton.range_reason(query, *compressed),
+        "selected_attention": triton.selected_reason(
+            query, *pairs[0], block_size=config.block_size
+        ),
+        "sliding_window_attention": triton.range_reason(query, *pairs[-1]),
+    }
     if sequence_axis is not None:
-        branches = attention_branches(
+        checks.sequence(sequence_axis, has_batch, query.shape[1], config.kernel_stride)
+        reason = triton.select_reason(query, compressed[0], config)
+        reason = next(filter(None, (reason, *reasons.values())), None)
+        mode = mode_of("native_sparse_attention", implementation, reason)
+        if mode == "reference":
+            raise NotImplementedError(
+                f"implementation='reference' cannot serve sequence_axis={sequence_axis!r}: it is "
+                "for one device; use 'xla', 'triton' or None"
+            )
+        outs, lses = context.attention(
             query,
-            (compressed_key, compressed_value),
-            ((key, value),),
+            tuple(compressed),
+            pairs,
+            segment_ids,
             config=config,
             scale=scale,
-            segment_ids=segment_ids,
-            implementation=implementation,
-            sequence_axis=sequence_axis,
+            mode=mode,
+            axis=sequence_axis,
         )
-        return combine_branches(gates, *branches)
-    common = {"scale": scale, "segment_ids": segment_ids, "implementation": implementation}
-    compressed, lse = compressed_attention(
+        return gating.gated_sum(Call(mode, scale), sequence_axis, gates, outs, lses)
+    by_name = {name: mode_of(name, implementation, reason) for name, reason in reasons.items()}
+    exact = implementation == "reference"
+    attend = {
+        name: getattr(reference, name)
+        if exact
+        else functools.partial(getattr(operators, name), mode=mode, gated=True)
+        for name, mode in by_name.items()
+    }
+    out, lse = attend["compressed_attention"](
         query,
-        compressed_key,
-        compressed_value,
+        *compressed,
+        rows,
         kernel_size=config.kernel_size,
         kernel_stride=config.kernel_stride,
-        return_residuals=True,
-        **common,
+        scale=scale,
     )
-    indices = select_blocks(query, compressed_key, lse, config=config, **common)
-    selected = selected_attention(
-        query, key, value, indices, block_size=config.block_size, **common
+    indices = _choose_blocks(query, compressed[0], lse, rows, config, scale, implementation)
+    selected, selected_lse = attend["selected_attention"](
+        query, *pairs[0], indices, rows, block_size=config.block_size, scale=scale
     )
-    window = sliding_window_attention(query, key, value, window_size=config.window_size, **common)
-    return combine_branches(gates, compressed, selected, window)
-
-
-def attention_branches(
-    query, compressed, sources, *, config, scale, segment_ids, implementation, sequence_axis
-) -> Any:  # fmt: skip
-    """The branches of `native_sparse_attention` over a sequence axis; see `context.attention`."""
-    checks.sequence(sequence_axis, query.ndim == 4, query.shape[1], config.kernel_stride)
-    checks.rows(query, segment_ids, True)
-    reasons = [triton.select_reason(query, compressed[0], config)]
-    reasons += [
-        triton.selected_reason(query, *pair, block_size=config.block_size) for pair in sources
-    ]
-    reason = next(filter(None, reasons), None)
-    mode = mode_of("native_sparse_attention", implementation, reason)
-    if mode == "reference":
-        raise NotImplementedError(
-            f"implementation='reference' cannot serve sequence_axis={sequence_axis!r}: it is "
-            "for one device; use 'xla', 'triton' or None"
-        )
-    return context.attention(
-        query,
-        compressed,
-        sources,
-        segment_ids,
-        config=config,
-        scale=checks.scale(scale, query.shape[-1]),
-        mode=mode,
-        axis=sequence_axis,
+    window, window_lse = attend["sliding_window_attention"](
+        query, *pairs[-1], rows, window_size=config.window_size, scale=scale
     )
+    outs = (out, selected, window)
+    if exact:
+        total = gating.combine(gates, outs)
+    else:
+        call = Call(by_name["sliding_window_attention"], scale)
+        total = gating.gated_sum(call, None, gates, outs, (lse, selected_lse, window_lse))
+    return total if has_batch else total[0]
 
 
 def _check_operator(
@@ -548,10 +578,7 @@ def combine_branches(
     out = branches[0]
     has_batch = out.ndim == 4
     gates = checks.gates(gates, out if has_batch else out[None], has_batch)
-    wide = wide_dtype(out)
-    gates = rearrange((gates if has_batch else gates[0]).astype(wide), "... n c -> c ... n 1")
-    total = sum(gate * branch.astype(wide) for gate, branch in zip(gates, branches, strict=True))
-    return jnp.asarray(total).astype(out.dtype)
+    return gating.combine(gates if has_batch else gates[0], branches)
 
 
 def _result(result, has_batch: bool, return_residuals: bool) -> Any:

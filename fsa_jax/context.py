@@ -55,13 +55,14 @@ class _Static:
             tuning=None if self.mode == "portable" else SelectedTuning(scratch_bytes=SCRATCH_BYTES),
             config=self.config,
             table=self.table,
+            gated=True,
         )
 
 
 def attention(
     query, compressed, sources, segment_ids, *, config: NSAConfig, scale: float, mode, axis: str
 ):  # fmt: skip
-    """The three branches, for queries that are split over a mesh axis.
+    """The three branches for `gating.gated_sum`, of queries that are split over a mesh axis.
 
     Args:
       query: [B, T, N, D]; all arrays of tokens are in stripe order.
@@ -75,12 +76,13 @@ def attention(
       axis: the mesh axis.
 
     Returns:
-      The compressed, selected and window branch, [B, T, N, E] each.
+      Outputs [B, T, N, E] and logsumexps [B, T, N] of the compressed, selected and window branch.
     """
     packed, ids = stripes.ids_or_zeros(segment_ids, query.shape[:2])
     static = _Static(config, scale, mode, packed, len(sources) == 1, axis)
     flat = tuple(x for pair in sources for x in pair)
-    return _attention(static, query, compressed, flat, ids)
+    results = _attention(static, query, compressed, flat, ids)
+    return results[::2], results[1::2]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -92,12 +94,13 @@ def _attention_fwd(static, query, compressed, sources, ids):
     results = _forward_on(static)(query, *compressed, *sources, ids)
     names = [f"{branch}_{part}" for branch in _BRANCHES for part in ("out", "lse")]
     results = tuple(map(checkpoint_name, results, (*names, "block_indices")))
-    return results[:6:2], (query, compressed, sources, ids, results)
+    *results, indices = results
+    return tuple(results), (query, compressed, sources, ids, results[1::2], indices)
 
 
 def _attention_bwd(static, residuals, cotangents):
-    query, compressed, sources, ids, results = residuals
-    arrays = (query, *compressed, *sources, ids, *results, *cotangents)
+    query, compressed, sources, ids, lses, indices = residuals
+    arrays = (query, *compressed, *sources, ids, *lses, indices, *cotangents)
     dquery, dkey, dvalue, *dsources = _backward_on(static)(*arrays)
     return dquery, (dkey, dvalue), tuple(dsources), None
 
@@ -129,13 +132,13 @@ def _backward_on(static):
 
     def body(axis, *arrays):
         task = _Task(static, axis, *arrays[:count])
-        step = functools.partial(task.backward, arrays[count : count + 7], arrays[count + 7 :])
+        step = functools.partial(task.backward, arrays[count : count + 4], arrays[count + 4 :])
         return task.head_by_head(step)
 
     operands = _operands(static)
-    results = (f"{b}_{p}" for b in _BRANCHES for p in ("out", "lse"))
-    given = dict(zip((*results, "block_indices"), _RESULTS, strict=True))
-    given |= {f"d{branch}": "b t n e" for branch in _BRANCHES}
+    given = {f"{branch}_lse": "b t n" for branch in _BRANCHES} | {"block_indices": "b t k s"}
+    results = (f"d{b}_{p}" for b in _BRANCHES for p in ("out", "lse"))
+    given |= dict(zip(results, _RESULTS, strict=False))
     grads = tuple(operands.values())[:-1]
     stride = static.config.kernel_stride
     return stripes.over_axis(body, static.axis, stride, operands | given, grads)
@@ -290,7 +293,10 @@ class _Task:
         return operators.choose_blocks(call, query, key, lse, self._local(half), windows)
 
     def backward(self, results, cotangents, head):
-        """Gradients of one KV head: of its queries, compressed keys and values, and sources."""
+        """Gradients of one KV head: of its queries, compressed keys and values, and sources.
+
+        `results` are the logsumexps of the branches and the lists of blocks.
+        """
         keys = self._keys(head)
         compressed, sources = keys
         wide = wide_dtype(self.query)
@@ -303,24 +309,23 @@ class _Task:
                 return self.device.half_of(self._head(x, head, size), half)
 
             dcompressed, dsources = sums
-            q, *saved = (own(x, self.group) for x in (self.query, *results[:6]))
-            douts = [own(x, self.group) for x in cotangents]
-            dlse = jnp.zeros_like(saved[1])
-            arrays = (q, *compressed, *self._windows(half), *saved[:2])
+            q, *lses = (own(x, self.group) for x in (self.query, *results[:3]))
+            cotangent = [own(x, self.group) for x in cotangents]
+            arrays = (q, *compressed, *self._windows(half), None, lses[0])
             call = self.static.call("compressed")
-            dq, *parts = operators.range_gradients(call, arrays, (douts[0], dlse))
+            dq, *parts = operators.range_gradients(call, arrays, cotangent[:2])
             dcompressed = add(dcompressed, parts)
-            starts = self._blocks(half, own(results[6], 1))
-            arrays = (q, *sources[:2], starts, *self._row(half), *saved[2:4])
+            starts = self._blocks(half, own(results[3], 1))
+            arrays = (q, *sources[:2], starts, *self._row(half), None, lses[1])
             call = self.static.call("selected")
             dq_selected, *sums = operators.block_gradients(
-                call, arrays, (douts[1], dlse), dsources[:2]
+                call, arrays, cotangent[2:4], dsources[:2]
             )
             dsources = sums + dsources[2:]
             near = (self._nearby(x, half) for x in sources[-2:])
-            arrays = (q, *near, *self._window(half), *saved[4:])
+            arrays = (q, *near, *self._window(half), None, lses[2])
             call = self.static.call("window")
-            dq_window, *parts = operators.range_gradients(call, arrays, (douts[2], dlse))
+            dq_window, *parts = operators.range_gradients(call, arrays, cotangent[4:])
             begin, _ = self._near(half)
             dsources = dsources[:-2] + [
                 jax.lax.dynamic_update_slice_in_dim(total, new, begin, axis=1)

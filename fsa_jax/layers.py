@@ -188,38 +188,12 @@ class NativeSparseAttention(AttentionLayer):
         """The gated sum of the branches, [B, T, N, D]."""
         gates = jax.nn.sigmoid(self.gate(x))
         shared = self._shared(segment_ids)
-        if self.sequence_axis is not None:
-            sources = (inputs.selected, inputs.window)[: 2 if self.kv_per_branch else 1]
-            branches = api.attention_branches(
-                inputs.query,
-                inputs.compressed,
-                sources,
-                config=self.config,
-                sequence_axis=self.sequence_axis,
-                **shared,
-            )
-            return api.combine_branches(gates, *branches)
+        shared |= {"config": self.config, "sequence_axis": self.sequence_axis}
+        arrays = (inputs.query, *inputs.selected, *inputs.compressed, gates)
         if not self.kv_per_branch:
-            return api.native_sparse_attention(
-                inputs.query,
-                *inputs.selected,
-                *inputs.compressed,
-                gates,
-                config=self.config,
-                **shared,
-            )
-        compressed, block_indices = self._select(inputs, segment_ids)
-        selected = api.selected_attention(
-            inputs.query,
-            *inputs.selected,
-            block_indices,
-            block_size=self.config.block_size,
-            **shared,
-        )
-        window = api.sliding_window_attention(
-            inputs.query, *inputs.window, window_size=self.config.window_size, **shared
-        )
-        return api.combine_branches(gates, compressed, selected, window)
+            return api.native_sparse_attention(*arrays, **shared)
+        sources = (inputs.selected, inputs.window)
+        return api.gated_attention(inputs.query, inputs.compressed, sources, gates, **shared)
 
     def init_cache(
         self,

@@ -6,9 +6,9 @@ work divides over devices (`sharding.partitioned`; sizes of tiles follow from on
 
 Residuals of the backward passes, besides query, key and value (which the branches share):
 
-* compressed and window attention: out [B, T, N, E], lse float32 [B, T, N], and the visible ranges,
-  8 bytes a token and 8 a key;
-* selected attention: out, lse, the lists as first tokens int32 [B, T, K, S], and for the kernels
+* compressed and window attention: out [B, T, N, E] (of a `gated` call not: its `gated_sum` keeps
+  it), lse float32 [B, T, N], and the visible ranges, 8 bytes a token and 8 a key;
+* selected attention: out (likewise), lse, the lists as first tokens int32 [B, T, K, S], and for the kernels
   their index (int32 [B, K, T*S], and 36 bytes for each block that may exist and each thousand
   pairs) and the documents, 9 bytes a token;
 * selection: none, it has no gradient.
@@ -38,6 +38,7 @@ from fsa_jax.triton import planned_capability
 
 _ATTENTION = {"query": "b t n d", "key": "b m k d", "value": "b m k e"}
 _RESULTS = {"out": "b t n e", "lse": "b t n"}
+_COTANGENTS = {"lse": "b t n", "delta": "b t n", "dout": "b t n e"}
 _ROWS = {"start": "b t", "end": "b t", "valid": "b t"}
 _KEY_ROWS = {name: "b m" for name in _ROWS}
 
@@ -55,6 +56,7 @@ class Call:
       block_size, packed, tuning: of selected attention.
       config: of the selection.
       table: of measured tiles.
+      gated: the cotangent of lse is that of `gating.gated_sum`, -delta.
     """
 
     mode: str
@@ -66,6 +68,7 @@ class Call:
     tuning: SelectedTuning | None = None
     config: NSAConfig | None = None
     table: str | None = dataclasses.field(default_factory=tuned.table)
+    gated: bool = False
 
     @property
     def static(self):
@@ -82,10 +85,11 @@ class Call:
     def named(self, out, lse):
         return checkpoint_name(out, f"{self.name}_out"), checkpoint_name(lse, f"{self.name}_lse")
 
-
-def _delta(out, dout, dlse):
-    """What every ds of a query subtracts."""
-    return jnp.sum(out.astype(jnp.float32) * dout.astype(jnp.float32), axis=-1) - dlse
+    def delta(self, out, dout, dlse):
+        """What every ds of a query subtracts."""
+        if self.gated:
+            return -dlse
+        return jnp.sum(out.astype(dlse.dtype) * dout.astype(dlse.dtype), axis=-1) - dlse
 
 
 # Attention to a contiguous range of keys
@@ -101,15 +105,17 @@ def compressed_attention(
     kernel_stride: int,
     scale: float,
     mode: str,
+    gated: bool = False,
 ):
-    """See fsa_jax.compressed_attention; `mode` as in `Call`."""
+    """See fsa_jax.compressed_attention; `mode` and `gated` as in `Call`."""
     if key.shape[1] == 0:  # a row too short for even one window
         out = jnp.zeros((*query.shape[:3], value.shape[3]), query.dtype)
         return out, jnp.full(query.shape[:3], -jnp.inf, wide_dtype(query))
     windows = segments.describe_windows(rows, kernel_size, kernel_stride)
     visible = segments.visible_windows(windows)
     seers = segments.seers_of_windows(rows, windows, kernel_size)
-    return range_attention(Call(mode, scale, name="compressed"), query, key, value, visible, seers)
+    call = Call(mode, scale, name="compressed", gated=gated)
+    return range_attention(call, query, key, value, visible, seers)
 
 
 def sliding_window_attention(
@@ -121,11 +127,13 @@ def sliding_window_attention(
     window_size: int,
     scale: float,
     mode: str,
+    gated: bool = False,
 ):
-    """See fsa_jax.sliding_window_attention; `mode` as in `Call`."""
+    """See fsa_jax.sliding_window_attention; `mode` and `gated` as in `Call`."""
     visible = segments.visible_tokens(rows, window_size)
     seers = segments.seers_of_tokens(rows, window_size)
-    return range_attention(Call(mode, scale, name="window"), query, key, value, visible, seers)
+    call = Call(mode, scale, name="window", gated=gated)
+    return range_attention(call, query, key, value, visible, seers)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -144,7 +152,7 @@ def _range_forward(call, query, key, value, visible, seers):
 
 def _range_attention_fwd(call, *args):
     out, lse = _range_forward(call, *args)
-    return (out, lse), (*args, out, lse)
+    return (out, lse), (*args, None if call.gated else out, lse)
 
 
 def _range_attention_bwd(call, residuals, cotangents):
@@ -154,8 +162,9 @@ def _range_attention_bwd(call, residuals, cotangents):
 def range_gradients(call: Call, residuals, cotangents):
     """(dq, dk, dv) of `range_attention`: residuals are its arguments and its results."""
     query, key, value, visible, seers, out, lse = residuals
-    arrays = (query, key, value, *visible, *seers, out, lse, *cotangents)
-    return _range_backward_on(call)(*arrays)
+    dout, dlse = cotangents
+    delta = call.delta(out, dout, dlse)
+    return _range_backward_on(call)(query, key, value, *visible, *seers, lse, delta, dout)
 
 
 range_attention.defvjp(_range_attention_fwd, _range_attention_bwd)
@@ -178,20 +187,20 @@ def _range_forward_on(call):
 
 @functools.cache
 def _range_backward_on(call):
-    def kernels(query, key, value, low, high, first, last, out, lse, dout, dlse):
+    def kernels(query, key, value, low, high, first, last, lse, delta, dout):
         plan = ranges.make_plan(query, key, value, call.capability, call.table)
-        delta = _delta(out, dout, dlse)
         return ranges.gradients(
             plan, query, key, value, (low, high), (first, last), lse, delta, dout, **call.static
         )
 
-    def portable(query, key, value, low, high, first, last, out, lse, dout, dlse):
+    def portable(query, key, value, low, high, first, last, lse, delta, dout):
         del first, last
-        rest = (out, lse, dout, dlse)
+        rest = (lse, delta, dout)
         return xla.range_gradients(query, key, value, (low, high), *rest, scale=call.scale)
 
-    operands = _RANGES | _RESULTS | {f"d{name}": axes for name, axes in _RESULTS.items()}
-    return partitioned(call.choose(kernels, portable), operands, tuple(_ATTENTION.values()))
+    return partitioned(
+        call.choose(kernels, portable), _RANGES | _COTANGENTS, tuple(_ATTENTION.values())
+    )
 
 
 # Selection
@@ -261,10 +270,12 @@ def selected_attention(
     scale: float,
     mode: str,
     tuning: SelectedTuning | None = None,
+    gated: bool = False,
 ):
-    """See fsa_jax.selected_attention; `mode` as in `Call`."""
+    """See fsa_jax.selected_attention; `mode` and `gated` as in `Call`."""
     starts = segments.listed_block_starts(rows, block_indices, block_size)
-    call = Call(mode, scale, block_size=block_size, packed=rows.packed, tuning=tuning)
+    sizes = {"block_size": block_size, "packed": rows.packed, "tuning": tuning}
+    call = Call(mode, scale, gated=gated, **sizes)
     documents = (rows.start, rows.end, rows.valid)
     offset = jnp.zeros_like(rows.start[:, :1])
     return block_attention(call, query, key, value, starts, documents, offset)
@@ -290,14 +301,15 @@ def _block_forward(call, query, key, value, starts, documents, offset):
 
 def _block_attention_fwd(call, *args):
     out, lse, lists = _block_forward(call, *args)
-    return (out, lse), (*args, out, lse, lists)
+    return (out, lse), (*args, None if call.gated else out, lse, lists)
 
 
 def _block_attention_bwd(call, residuals, cotangents):
     query, key, value, starts, documents, offset, out, lse, lists = residuals
-    arrays = (query, key, value, starts, *documents, offset, out, lse, *cotangents, *lists)
+    dout, dlse = cotangents
+    rest = (lse, call.delta(out, dout, dlse), dout, *lists)
     run = _block_backward_on(call, _lists_of(call, query, key, value, starts, documents, offset))
-    return *run(*arrays), None, None, None
+    return *run(query, key, value, starts, *documents, offset, *rest), None, None, None
 
 
 def block_gradients(call: Call, residuals, cotangents, sums):
@@ -306,8 +318,10 @@ def block_gradients(call: Call, residuals, cotangents, sums):
     `sums` of dk and dv, in float32 (or float64), are added to. The index is built again.
     """
     query, key, value, starts, documents, offset, out, lse = residuals
-    arrays = (query, key, value, starts, *documents, offset, out, lse, *cotangents)
-    return _block_backward_on(call, (), True)(*arrays, *sums)
+    dout, dlse = cotangents
+    rest = (lse, call.delta(out, dout, dlse), dout, *sums)
+    run = _block_backward_on(call, (), True)
+    return run(query, key, value, starts, *documents, offset, *rest)
 
 
 block_attention.defvjp(_block_attention_fwd, _block_attention_bwd)
@@ -394,29 +408,28 @@ def _packed_axes(room):
 
 @functools.cache
 def _block_backward_on(call, room, summed=False):
-    def kernels(query, key, value, starts, start, end, valid, offset, out, lse, dout, dlse, *more):
+    def kernels(query, key, value, starts, start, end, valid, offset, lse, delta, dout, *more):
         packed, sums = ((), more) if summed else (more, None)
         documents = (start, end, valid)
         arrays = (query, key, value, starts, documents, offset)
         lists = _unpack(call, packed, *arrays) if room else _build_lists(call, *arrays)
-        rows, delta = Rows(*documents, packed=call.packed), _delta(out, dout, dlse)
+        rows = Rows(*documents, packed=call.packed)
         return selected.gradients(
             _plan_of(call, query, key, value, starts),
             query, key, value, starts, lists, offset[0], rows, lse, delta, dout, sums,
             block_size=call.block_size, **call.static,
         )  # fmt: skip
 
-    def portable(query, key, value, starts, start, end, valid, offset, out, lse, dout, dlse, *more):
+    def portable(query, key, value, starts, start, end, valid, offset, lse, delta, dout, *more):
         del start, end, valid
         dquery, *dkeys = xla.block_gradients(
-            query, key, value, starts, offset[0], out, lse, dout, dlse,
+            query, key, value, starts, offset[0], lse, delta, dout,
             block_size=call.block_size, scale=call.scale,
         )  # fmt: skip
         if summed:
             dkeys = [total + x.astype(total.dtype) for total, x in zip(more, dkeys, strict=True)]
         return dquery, *dkeys
 
-    operands = _BLOCKS | _RESULTS | {f"d{name}": axes for name, axes in _RESULTS.items()}
-    operands |= _packed_axes(room)
+    operands = _BLOCKS | _COTANGENTS | _packed_axes(room)
     operands |= {"dkey": "b m k d", "dvalue": "b m k e"} if summed else {}
     return partitioned(call.choose(kernels, portable), operands, tuple(_ATTENTION.values()))

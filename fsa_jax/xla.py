@@ -45,11 +45,11 @@ def range_attention(query, key, value, visible, *, scale):
     return _unflatten(kv_heads, out), _unflatten(kv_heads, lse)
 
 
-def range_gradients(query, key, value, visible, out, lse, dout, dlse, *, scale):
-    """(dq, dk, dv) of `range_attention`, whose results and their cotangents are given."""
+def range_gradients(query, key, value, visible, lse, delta, dout, *, scale):
+    """(dq, dk, dv) of `range_attention`, given delta = sum(out * dout) - dlse."""
     kv_heads = key.shape[2]
     flat = _flatten(kv_heads, query, key, value, *visible)
-    rest = _flatten_heads(kv_heads, out, lse, dout, dlse)
+    rest = _flatten_heads(kv_heads, lse, delta, dout)
     dquery, *dkeys = _range_backward(scale, *flat, *rest)
     return _unflatten(kv_heads, dquery), *(_keys_back(kv_heads, x) for x in dkeys)
 
@@ -67,13 +67,13 @@ def block_attention(query, key, value, starts, offset, *, block_size, scale):
 
 
 def block_gradients(
-    query, key, value, starts, offset, out, lse, dout, dlse, *, block_size, scale
+    query, key, value, starts, offset, lse, delta, dout, *, block_size, scale
 ):  # fmt: skip
-    """(dq, dk, dv) of `block_attention`, whose results and their cotangents are given."""
+    """(dq, dk, dv) of `block_attention`, given delta = sum(out * dout) - dlse."""
     kv_heads = key.shape[2]
     query, key, value = _flatten(kv_heads, query, key, value)
     starts = rearrange(starts, "b t k s -> (b k) t s")
-    rest = _flatten_heads(kv_heads, out, lse, dout, dlse)
+    rest = _flatten_heads(kv_heads, lse, delta, dout)
     dquery, *dkeys = _block_backward(block_size, scale, query, key, value, starts, offset[0], *rest)
     return _unflatten(kv_heads, dquery), *(_keys_back(kv_heads, x) for x in dkeys)
 
@@ -258,12 +258,6 @@ def _tile_gradients(query, key, value, cotangent, lse, delta, visible, scale):
     return dq, dk, dv
 
 
-def _delta(out, dout, dlse):
-    """What every ds of a query subtracts: sum(out * dout), less the cotangent of lse."""
-    wide = dlse.dtype
-    return jnp.sum(out.astype(wide) * dout.astype(wide), axis=-1) - dlse
-
-
 # Attention to a contiguous range of keys
 
 
@@ -297,7 +291,7 @@ def _range_forward(
     return _untile(out, length), _untile(lse, length)
 
 
-def _range_backward(scale, query, key, value, low, high, out, lse, dout, dlse):
+def _range_backward(scale, query, key, value, low, high, lse, delta, dout):
     """Gradients (dq, dk, dv)."""
     length, keys = query.shape[1], key.shape[1]
     tile, key_tile = min(QUERY_TILE, length), min(KEY_TILE, keys)
@@ -321,7 +315,7 @@ def _range_backward(scale, query, key, value, low, high, out, lse, dout, dlse):
     zeros = tuple(
         jnp.zeros_like(query, lse.dtype, shape=x.shape) for x in (padded_key, padded_value)
     )
-    tokenwise = (query, low, high, lse, dout, _delta(out, dout, dlse))
+    tokenwise = (query, low, high, lse, dout, delta)
     (dk, dv), dq = jax.lax.scan(one_tile, zeros, tuple(_tiles(x, tile) for x in tokenwise))
     dk, dv = dk[:, :keys].astype(key.dtype), dv[:, :keys].astype(value.dtype)
     return _untile(dq, length), dk, dv
@@ -387,14 +381,11 @@ def _block_forward(
     return _finish(top, total, out, query.dtype)
 
 
-def _block_backward(
-    block_size, scale, query, key, value, starts, offset, out, lse, dout, dlse
-):  # fmt: skip
+def _block_backward(block_size, scale, query, key, value, starts, offset, lse, delta, dout):
     """Gradients (dq, dk, dv)."""
     length = key.shape[1]
     count, read_tile = _block_tiles(starts, offset, length, block_size)
     padded_key, padded_value = (_pad_tokens(x, block_size) for x in (key, value))
-    delta = _delta(out, dout, dlse)
 
     def step(index, state):
         dq, dk, dv = state

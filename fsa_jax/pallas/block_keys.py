@@ -35,9 +35,11 @@ def key_gradients(
     where, lists, query, key, value, dout, lse, delta, sums, *,
     slots, block, pairs, scale, tile, pieces, interpret,
 ):  # fmt: skip
-    """Gradients of the keys and values of a chunk's pairs; arguments and results as those of
-    `backward.partial_gradients`, but for dq."""
-    _, length, kv_heads, width = key.shape
+    """Gradients of the keys and values of a chunk's pairs.
+
+    Arguments and results are those of `backward.partial_gradients`, but for dq.
+    """
+    _, length, kv_heads, _ = key.shape
     group = query.shape[2] // kv_heads
     sizes = {"length": length, "group": group, "kv_heads": kv_heads, "slots": slots}
     sizes |= {"block": block, "pairs": pairs, "partial": query.shape[1] != length}

@@ -7,8 +7,8 @@ cross L2 once a tile, and no row is padding. The worst case, tokens that share n
 many bytes as query-outer kernels do, and multiplies `tokens` times as much.
 
 Dataflow: `merge_lists` holds the lists of a tile's tokens, takes the lowest block, then the lowest
-one behind it, and so on, and writes each with the set of tokens that chose it. The main kernels then are
-those of `range_rows.py`, but for the blocks they load and the mask.
+one behind it, and so on, and writes each with the set of tokens that chose it. The main kernels
+then are those of `range_rows.py`, but for the blocks they load and the mask.
 
 Flops, with U the blocks of all tiles: forward 2*U*R*b*(D + E), dq 2*U*R*b*(2*D + E). Bytes: q, dout
 and the result once, U*b*(D + E) elements of K and V from L2; 8*T*K*S bytes of lists written, and
@@ -44,7 +44,7 @@ from fsa_jax.pallas.tuning import Tile
 
 #: Most tokens of a tile: a set of them is 16 bits, which a float32 holds exactly.
 MOST_TOKENS = 16
-#: Entries of lists that a program of `merge_lists` holds: those of several tiles, if they are short.
+#: Entries of lists that a program of `merge_lists` holds: of several tiles, where they are few.
 MERGED = 4096
 #: Widest tile of columns.
 COLUMNS = 128
