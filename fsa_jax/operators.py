@@ -8,9 +8,9 @@ Residuals of the backward passes, besides query, key and value (which the branch
 
 * compressed and window attention: out [B, T, N, E] (of a `gated` call not: its `gated_sum` keeps
   it), lse float32 [B, T, N], and the visible ranges, 8 bytes a token and 8 a key;
-* selected attention: out (likewise), lse, the lists as first tokens int32 [B, T, K, S], and for the kernels
-  their index (int32 [B, K, T*S], and 36 bytes for each block that may exist and each thousand
-  pairs) and the documents, 9 bytes a token;
+* selected attention: out (likewise), lse, the lists as first tokens int32 [B, T, K, S], and for the
+  kernels their index (int32 [B, K, T*S], and 36 bytes for each block that may exist and each
+  thousand pairs) and the documents, 9 bytes a token;
 * selection: none, it has no gradient.
 
 Shapes: B rows, T tokens, N query heads, K key/value heads, G = N/K, D and E head widths, S slots, M

@@ -57,7 +57,7 @@ def test_every_suite_runs_without_a_gpu_and_says_that_it_measures_nothing(suite,
 def test_a_failing_method_is_recorded_and_the_others_go_on(monkeypatch):
     """CuDNN on a CPU: the error stands in its rows."""
     state = run._Run(BenchConfig(rounds=1, threads=2), interpret=False)
-    rows = list(run.measure_case(state, CASE, "xla", ("full_attention",), None))
+    rows = list(run.measure_cases(state, [(CASE, ("full_attention",))], "xla", None))
     outcomes = {(row["method"], row["pass"]): "error" in row for row in rows}
     assert outcomes == {
         (method, name): method == "cudnn"
@@ -79,7 +79,7 @@ def test_a_wrong_result_ends_the_run(function, monkeypatch):
 
     monkeypatch.setattr(cases, "subjects", wrong)
     with pytest.raises(run.WrongResult, match=f"{function} by xla.*relative error"):
-        list(run.measure_case(state, CASE, "xla", (function,), None))
+        list(run.measure_cases(state, [(CASE, (function,))], "xla", None))
 
 
 def test_what_the_time_budget_leaves_out_is_recorded(tmp_path):

@@ -81,7 +81,7 @@ def packages(monkeypatch):
 
 def rows_of(methods):
     state = run._Run(BenchConfig(rounds=2, threads=2), interpret=True, peers=methods)
-    rows = list(run.measure_case(state, CASE, "xla", ("selected_attention",), None))
+    rows = list(run.measure_cases(state, [(CASE, ("selected_attention",))], "xla", None))
     return {(row["method"], row["pass"]): row for row in rows if row["method"] in methods}
 
 

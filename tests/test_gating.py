@@ -50,7 +50,9 @@ def test_branches_get_what_their_gradients_subtract(mode):
     outs = tuple(outs)
     lses = (jnp.zeros((2, 37, 6)),) * 3
     call = dataclasses.replace(Call(mode, 1.0), gated=True)
-    _, pull = jax.vjp(lambda outs, lses: gating.gated_sum(call, None, gates, outs, lses), outs, lses)
+    _, pull = jax.vjp(
+        lambda outs, lses: gating.gated_sum(call, None, gates, outs, lses), outs, lses
+    )
     douts, dlses = pull(normal(7, *outs[0].shape, dtype=jnp.bfloat16))
     for out, dout, dlse in zip(outs, douts, dlses, strict=True):
         wanted = -np.sum(np.asarray(out, np.float64) * np.asarray(dout, np.float64), axis=-1)

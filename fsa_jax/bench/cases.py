@@ -8,7 +8,7 @@ Shapes: one row of T tokens, N query heads, K key/value heads, D head width, M w
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import jax
@@ -17,12 +17,16 @@ import numpy as np
 
 import fsa_jax
 from fsa_jax import NSAConfig
-from fsa_jax.api import combine_branches
+from fsa_jax.dispatch import mode_of
+from fsa_jax.gating import gated_sum
+from fsa_jax.operators import Call
 from fsa_jax.pallas import SelectedTuning
 from fsa_jax.pallas.tuning import METHODS
 
 DTYPE = jnp.bfloat16
 SELECTIONS = ("nsa", "uniform", "skewed")
+#: Outputs that stand for those of the branches.
+BRANCHES = ("compressed_out", "selected_out", "window_out")
 #: Correlation of neighbouring tokens in the processes that stand for queries and keys.
 CORRELATION = 0.99
 #: Flops of a backward pass over those of the forward pass.
@@ -73,6 +77,7 @@ class Case:
             "gates": (tokens, self.heads, 3),
         }
         arrays = {name: jax.ShapeDtypeStruct((1, *shape), DTYPE) for name, shape in of.items()}
+        arrays |= dict.fromkeys(BRANCHES, arrays["query"])
         arrays["lse"] = jax.ShapeDtypeStruct((1, tokens, self.heads), jnp.float32)
         lists = (1, tokens, self.kv_heads, self.config.topk)
         arrays["block_indices"] = jax.ShapeDtypeStruct(lists, jnp.int32)
@@ -159,9 +164,13 @@ def subjects(case: Case, implementation: str, functions: Sequence[str]) -> list[
     options = attention | {"window_size": config.window_size}
     call = bound(fsa_jax.sliding_window_attention, 3, **options)
     found.append(Subject("sliding_window_attention", ours, call, keys, ids))
-    # any three arrays of the output's shape will do
-    call = lambda gates, query: combine_branches(gates, query, query + 1, query + 2)  # noqa: E731
-    found.append(Subject("combine_branches", "xla", call, ("gates", "query")))
+    gated = Call(mode_of("sliding_window_attention", implementation), 1.0)
+
+    def combine(gates, *arrays):
+        *outs, lse = arrays
+        return gated_sum(gated, None, gates, tuple(outs), (lse,) * 3)
+
+    found.append(Subject("combine_branches", ours, combine, ("gates", *BRANCHES), ("lse",)))
     call = bound(fsa_jax.native_sparse_attention, 6, config=config, implementation=implementation)
     arrays = (*keys, "compressed_key", "compressed_value", "gates")
     found.append(Subject("native_sparse_attention", ours, call, arrays, ids))
@@ -208,15 +217,27 @@ def make_inputs(case: Case, seed: int, implementation: str) -> dict[str, jax.Arr
         )
     gates = jax.random.normal(keys[3], shapes["gates"].shape)
     arrays["gates"] = jax.nn.sigmoid(gates).astype(DTYPE)
-    _, arrays["lse"] = fsa_jax.compressed_attention(
+    arrays["compressed_out"], arrays["lse"] = fsa_jax.compressed_attention(
         *(arrays[name] for name in ("query", "compressed_key", "compressed_value")),
         **windows,
         **packed,
         implementation=implementation,
         return_residuals=True,
     )
+    # any other two arrays of the output's shape will do
+    arrays["selected_out"] = arrays["query"][:, ::-1]
+    arrays["window_out"] = arrays["compressed_out"][:, ::-1]
     arrays["block_indices"] = choose_blocks(case, arrays, keys[4], implementation)
     return arrays | packed
+
+
+def compile_inputs(case: Case, implementation: str, names: Collection[str]):
+    """`make_inputs` of a seed, compiled; only the named arrays."""
+
+    def make(seed):
+        return {k: x for k, x in make_inputs(case, seed, implementation).items() if k in names}
+
+    return jax.jit(make).lower(jax.ShapeDtypeStruct((), jnp.uint32)).compile()
 
 
 def choose_blocks(case: Case, arrays, seed, implementation: str) -> jax.Array:

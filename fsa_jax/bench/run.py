@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax.numpy as jnp
+import numpy as np
 
 from fsa_jax import NSAConfig, checks, triton
 from fsa_jax.bench import cases, ceilings, check, decode, models, peers, timing
@@ -43,6 +44,8 @@ GROUPS = (4, 1, 16, 8, 2)
 #: Tokens of a row; like heads and groups, what tells most comes first.
 LENGTHS = (65536, 8192, 131072, 32768, 262144, 16384, 4096)
 SUITES = ("kernels", "operator", "training", "prefill", "decode")
+#: Cases that are compiled at a time, before any of them is measured.
+AHEAD = 4
 #: All input sets of a case together, bytes: several times the L2 cache.
 SETS_BYTES = 2**28
 
@@ -165,8 +168,7 @@ def _kernels(run: _Run, ceilings) -> Iterator[dict]:
     else:
         found = _kernel_cases(run.config.lengths or LENGTHS)
     implementation = "triton_interpret" if run.interpret else "triton"
-    for case, functions in found:
-        yield from measure_case(run, case, implementation, functions, ceilings)
+    yield from measure_cases(run, found, implementation, ceilings)
 
 
 def _kernel_cases(lengths: Sequence[int]) -> list[tuple[Case, Sequence[str]]]:
@@ -194,8 +196,8 @@ def _operator(run: _Run, ceilings) -> Iterator[dict]:
     else:
         found = _operator_cases(run.config.lengths or LENGTHS)
     implementation = "xla" if run.interpret else "triton"
-    for case in found:
-        yield from measure_case(run, case, implementation, OPERATOR, ceilings)
+    found = [(case, OPERATOR) for case in found]
+    yield from measure_cases(run, found, implementation, ceilings)
 
 
 def _operator_cases(lengths: Sequence[int]) -> list[Case]:
@@ -207,11 +209,38 @@ def _operator_cases(lengths: Sequence[int]) -> list[Case]:
     ]
 
 
-def measure_case(run, case: Case, implementation: str, functions, ceilings) -> Iterator[dict]:
-    """Rows of the subjects of a case: checked first, then timed."""
-    subjects = cases.subjects(case, implementation, functions)
-    if run.interpret:  # there is no cuDNN without a GPU
-        subjects = [subject for subject in subjects if subject.method != "cudnn"]
+def measure_cases(run, found, implementation: str, ceilings) -> Iterator[dict]:
+    """Rows of the subjects of pairs (case, functions): compiled side by side, checked, timed."""
+    for several in itertools.batched(found, AHEAD):
+        tasks = [(case, _subjects(run, case, implementation, names)) for case, names in several]
+        jobs = {}
+        for number, (case, subjects) in enumerate(() if run.late() else tasks):
+            used = {name for s in subjects for name in (*s.differentiated, *s.others)}
+            names = [x for x in case.shapes() if x in used or x not in cases.BRANCHES]
+            make = functools.partial(cases.compile_inputs, case, implementation, names)
+            jobs[number, "inputs", ""] = make
+            jobs |= {(number, s.function, s.method): _compilation(case, s) for s in subjects}
+        compiled = timing.compile_all(jobs, run.config.threads)
+        for number, (case, subjects) in enumerate(tasks):
+            # taken out, so that programs and what they hold go with their case
+            own = {key[1:]: compiled.pop(key) for key in list(compiled) if key[0] == number}
+            yield from _measure_case(run, case, subjects, own, ceilings)
+
+
+def _subjects(run, case: Case, implementation: str, functions) -> list[Subject]:
+    found = cases.subjects(case, implementation, functions)
+    # there is no cuDNN without a GPU
+    return [subject for subject in found if not (run.interpret and subject.method == "cudnn")]
+
+
+def _compilation(case: Case, subject: Subject):
+    shapes = case.shapes()
+    arrays = [[shapes[x] for x in names] for names in (subject.differentiated, subject.others)]
+    return functools.partial(timing.compile_passes, subject.call, *arrays)
+
+
+def _measure_case(run, case: Case, subjects, compiled, ceilings) -> Iterator[dict]:
+    """Rows of the subjects of a case, which are compiled, as its inputs are."""
     passes = [(s, name) for s in subjects for name in ("forward", "backward")]
     passes = [(s, name) for s, name in passes if s.differentiated or name == "forward"]
     rows = {
@@ -224,22 +253,14 @@ def measure_case(run, case: Case, implementation: str, functions, ceilings) -> I
         yield from (row | {"error": reason} for row in rows.values())
         return
     timing.say(f"{case}")
-    shapes = case.shapes()
-    jobs = {
-        (s.function, s.method): functools.partial(
-            timing.compile_passes,
-            s.call,
-            [shapes[name] for name in s.differentiated],
-            [shapes[name] for name in s.others],
-        )
-        for s in subjects
-    }
+    make = compiled.pop(("inputs", ""))
     try:
-        compiled = timing.compile_all(jobs, run.config.threads)
-        sets = [cases.make_inputs(case, 0, implementation)]
+        if isinstance(make, Exception):
+            raise make
+        sets = [make(np.uint32(0))]
         size = sum(x.nbytes for x in sets[0].values())
         count = 1 if run.interpret else min(max(-(-SETS_BYTES // size), 2), 8)
-        sets += [cases.make_inputs(case, seed, implementation) for seed in range(1, count)]
+        sets += [make(np.uint32(seed)) for seed in range(1, count)]
     except Exception as error:
         yield from (row | {"error": timing.describe_error(error)} for row in rows.values())
         return
@@ -264,8 +285,9 @@ def measure_case(run, case: Case, implementation: str, functions, ceilings) -> I
             row = rows[key] | {"flops": flops, "bytes": moved, "floor_ms": floor} | found
             yield row
             timing.say(f"{key}: {row.get('ms', row.get('error'))}")
-    if "selected_attention" in functions and not case.packed:
-        programs = next(x for (name, _), x in compiled.items() if name == "selected_attention")
+    selected = [x for (name, _), x in compiled.items() if name == "selected_attention"]
+    if selected and not case.packed:
+        programs = selected[0]
         for method in run.peers:
             yield from _peer_rows(run, case, method, programs, sets, ceilings)
 
