@@ -168,6 +168,12 @@ def load(ref, *, mask=None, other: float = 0) -> jax.Array:
 store = plgpu.store
 
 
+def barrier() -> None:
+    """Every thread of the program gets here before any goes on, and sees what others stored."""
+    if not _interpreted.get():
+        plgpu.debug_barrier()
+
+
 def load_tiles(ref, batch, token, head, columns: list[jax.Array], rows=None) -> list[jax.Array]:
     """Tiles [R, columns] of `ref` [B, T, H, D] at R tokens of one row, cut as `columns` say.
 

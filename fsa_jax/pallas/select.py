@@ -10,15 +10,17 @@ Dataflow, for each chunk of (row, KV head) pairs and tokens:
 1. `score_kernel`. A program has R rows (token, head of the group; row r is head r % Gp of token
    r // Gp) and walks tiles of BLOCKS blocks. Windows are aligned with blocks by strided loads: for
    each offset o, the keys of windows r*j + o of all blocks j of the tile. p from the logsumexp,
-   times the units that such a window shares with its block, summed over offsets and heads. It
+   times the units that such a window shares with its block, summed over offsets and heads. The
+   last window of each block, if windows are of two strides, hands the next block its share, through
+   the place where the ranks will be; others are computed again for each block that they touch. It
    writes ranks, int32 that order as the scores do, and the largest rank of each tile.
 2. `choose_kernel`. A program has some tokens, and keeps the largest ranks of their tiles on chip.
    It takes the best block `free` times: the best tile, then the best block in it, by loading just
    that tile again. Blocks go in the order of (rank descending, number ascending).
 
-Flops: (r + q - 1) / r * T*N*D * M, where no rank is computed of a block after the query. Bytes: K
-once for each tile of rows, from L2; ranks: written once, 4 * T*K * J/2, and free * BLOCKS of J
-read again.
+Flops: T*N*D * M, times (r + q - 1) / r where q is not 2; no rank is computed of a block after the
+query. Bytes: K once for each tile of rows, from L2; ranks: written once, 4 * T*K * J/2, and free *
+BLOCKS of J read again.
 
 Shapes: B rows of the batch, T tokens, N query heads, K key/value heads, G = N/K, Gp = G padded, M
 window slots, J blocks of a row, Jp = J padded to BLOCKS; H heads and C tokens of a chunk. r strides
@@ -35,6 +37,7 @@ from jaxtyping import Array, Float, Int
 from fsa_jax.config import NSAConfig
 from fsa_jax.pallas import tuned
 from fsa_jax.pallas.common import (
+    barrier,
     call,
     columns_of,
     iota,
@@ -68,6 +71,7 @@ class SelectPlan:
     Attributes:
       rows: R, a power of two from 16 on, at least G.
       num_warps, num_stages: of the score kernel.
+      hands_over: whether a window that two blocks share is computed once, see above.
       heads, tokens: H and C of a chunk.
       choose_tokens: tokens of a program of the second kernel, a power of two.
       choose_warps: its warps.
@@ -76,6 +80,7 @@ class SelectPlan:
     rows: int
     num_warps: int
     num_stages: int
+    hands_over: bool
     heads: int
     tokens: int
     choose_tokens: int
@@ -124,6 +129,7 @@ def make_plan(
         rows=rows,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
+        hands_over=config.kernel_size == 2 * config.kernel_stride,
         heads=heads,
         tokens=tokens,
         choose_tokens=choose_tokens,
@@ -196,7 +202,10 @@ def _rank(where, query, key, lse, own, first, visible, *, config, scale, plan, i
     rows = tokens * padded_group
     per_block = config.block_size // config.kernel_stride
     per_window = config.kernel_size // config.kernel_stride
-    offsets = per_window - 1 + per_block  # of the windows that share units with a block
+    # The windows that share units with a block begin at offsets -before .. per_block - 1 from it;
+    # of two strides, the one before the block is the last one of the block before.
+    before = 0 if plan.hands_over else per_window - 1
+    offsets = before + per_block
 
     def score_kernel(
         where_ref, query_ref, key_ref, lse_ref, own_ref, first_ref, visible_ref, ranks_ref, tops_ref
@@ -246,11 +255,38 @@ def _rank(where, query, key, lse, own, first, visible, *, config, scale, plan, i
                 p = jnp.where(inside[None, :] & (window[None, :] < row_seen[:, None]), p, 0.0)
             return p
 
-        def finish(tile, score):
-            """Stores the ranks of a tile."""
+        def of_tokens(x):
+            """Sums over the heads of each token."""
+            if padded_group == 1:
+                return x
+            return jnp.sum(x.reshape(tokens, padded_group, BLOCKS), axis=1)
+
+        def hand_over(tile, share):
+            """Puts the share [tokens, BLOCKS] of each block's last window where `taken` looks."""
             block = tile * BLOCKS + iota(BLOCKS)
-            if padded_group > 1:
-                score = jnp.sum(score.reshape(tokens, padded_group, BLOCKS), axis=1)
+            bits = jax.lax.bitcast_convert_type(share, jnp.int32)
+            mask = rows_mask(live, block, ranks_ref.shape[2])
+            store(ranks_ref.at[head, of_chunk[:, None], block[None, :]], bits, mask=mask)
+
+        def taken(tile, carry):
+            """What each block gets of the one before it; `carry` [tokens] is for the first one.
+
+            Also the carry for the next tile.
+            """
+            barrier()
+            of_tile = iota(BLOCKS)[None, :]
+            first = tile * BLOCKS
+            at = (head, of_chunk[:, None], first + of_tile - 1)
+            bits = load(ranks_ref.at[*at], mask=live[:, None] & (of_tile > 0))
+            moved = jax.lax.bitcast_convert_type(bits, jnp.float32)
+            moved = jnp.where(of_tile == 0, carry[:, None], moved)
+            bits = load(ranks_ref.at[head, of_chunk, first + BLOCKS - 1], mask=live)
+            barrier()
+            return moved, jax.lax.bitcast_convert_type(bits, jnp.float32)
+
+        def finish(tile, score):
+            """Stores the ranks of a tile, given the scores of its tokens."""
+            block = tile * BLOCKS + iota(BLOCKS)
             # the bits of a float >= 0 order like the number; see xla.block_ranks
             rank = jnp.clip(jax.lax.bitcast_convert_type(score, jnp.int32), 0, LARGEST - 1)
             free = block[None, :] <= owns[:, None] - config.local_blocks
@@ -261,30 +297,40 @@ def _rank(where, query, key, lse, own, first, visible, *, config, scale, plan, i
             store(ranks_ref.at[head, of_chunk[:, None], block[None, :]], rank, mask=mask)
             store(tops_ref.at[head, of_chunk, tile], jnp.max(rank, axis=1), mask=live)
 
-        def walk(count, tile_of, masked):
+        def walk(carry, count, tile_of, masked):
             """Scores of `count` tiles: one loop over tiles and offsets, so that loads run ahead."""
 
-            def step(number, score):
+            def step(number, state):
                 i, offset = split(number, offsets)
-                tile, offset = tile_of(i), offset - (per_window - 1)
+                tile, offset = tile_of(i), offset - before
                 p = weights(tile * BLOCKS + iota(BLOCKS), offset, masked)
                 shared = jnp.minimum(offset + per_window, per_block) - jnp.maximum(offset, 0)
+                score, carry = state
                 score = multiply_add(p, shared.astype(jnp.float32), score)
 
-                def last(score):
-                    finish(tile, score)
-                    return jnp.zeros_like(score)
+                def last(score, carry):
+                    if plan.hands_over:  # first, since sums of p and of scores do not fit on chip
+                        hand_over(tile, of_tokens(p))
+                    total = of_tokens(score)
+                    if plan.hands_over:
+                        moved, carry = taken(tile, carry)
+                        total += moved
+                    finish(tile, total)
+                    return jnp.zeros_like(score), carry
 
-                return jax.lax.cond(offset == per_block - 1, last, lambda score: score, score)
+                whole = offset == per_block - 1
+                return jax.lax.cond(whole, last, lambda *state: state, score, carry)
 
             score = jnp.zeros((rows, BLOCKS), jnp.float32)
-            jax.lax.fori_loop(0, count * offsets, step, score)
+            return jax.lax.fori_loop(0, count * offsets, step, (score, carry))[1]
 
         # Tiles begin .. end-1 hold windows that all live tokens see, and need no mask.
-        begin = jnp.minimum(min(per_window - 1, 1), tiles)
+        begin = jnp.minimum(min(before, 1), tiles)
         end = jnp.clip(jax.lax.div(least, BLOCKS * per_block), begin, tiles)
-        walk(end - begin, lambda i: begin + i, masked=False)
-        walk(begin + tiles - end, lambda i: jnp.where(i < begin, i, end - begin + i), masked=True)
+        carry = jnp.zeros((tokens,), jnp.float32)
+        carry = walk(carry, end - begin, lambda i: begin + i, masked=False)
+        behind = lambda i: jnp.where(i < begin, i, end - begin + i)  # noqa: E731
+        walk(carry, begin + tiles - end, behind, masked=True)
 
     tiles = _tiles(query, key, config)
     return call(
