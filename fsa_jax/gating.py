@@ -1,7 +1,7 @@
-"""The gated sum of the branches, and its gradient in one pass over them.
+"""The gated sum of the branches, and its gradient in one pass over each of them.
 
 The backward pass of a branch needs dout_b = gate_b * dout and delta_b = sum(out_b * dout_b).
-`gated_sum` computes both where it reads the branches for the gradient of the gates, and hands
+`gated_sum` computes both where it reads the branch for the gradient of its gate, and hands
 -delta_b to the branch as the cotangent of its logsumexp. That is an agreement between it and
 `operators.Call(gated=True)`, whose backward pass then reads no output: nothing else that is
 differentiated may use the logsumexp of such a branch.
@@ -54,11 +54,14 @@ def _gated_sum_fwd(call, sequence_axis, gates, outs, lses):
 def _gated_sum_bwd(call, sequence_axis, residuals, dout):
     gates, outs = residuals
     one_gate = gates.shape[2] == 1
-    dgates, *rest = _gradients_on(call, one_gate, sequence_axis)(gates, dout, *outs)
+    run = _gradients_on(call, one_gate, sequence_axis)
+    # branch by branch: then there need not be three cotangents of their size at a time
+    found = [run(gates[..., i], dout, out) for i, out in enumerate(outs)]
+    dgates, douts, deltas = zip(*found, strict=True)
+    dgates = jnp.stack(dgates, axis=-1)
     if one_gate:
         dgates = jnp.sum(dgates, axis=2, keepdims=True)
-    douts, deltas = rest[: len(outs)], rest[len(outs) :]
-    return dgates.astype(gates.dtype), tuple(douts), tuple(-delta for delta in deltas)
+    return dgates.astype(gates.dtype), douts, tuple(-delta for delta in deltas)
 
 
 gated_sum.defvjp(_gated_sum_fwd, _gated_sum_bwd)
@@ -66,27 +69,20 @@ gated_sum.defvjp(_gated_sum_fwd, _gated_sum_bwd)
 
 @functools.cache
 def _gradients_on(call, one_gate, sequence_axis):
-    def kernels(gates, dout, *outs):
-        return kernel.gradients(gates, dout, *outs, interpret=call.static["interpret"])
+    def kernels(gate, dout, out):
+        return kernel.gradients(gate, dout, out, interpret=call.static["interpret"])
 
-    operands = {"gates": "b t one c" if one_gate else "b t n c", "dout": "b t n e"}
-    operands |= {f"out[{i}]": "b t n e" for i in range(3)}
-    results = ("b t n c", *["b t n e"] * 3, *["b t n"] * 3)
+    operands = {"gates": "b t one" if one_gate else "b t n", "dout": "b t n e", "out": "b t n e"}
     function = call.choose(kernels, _gradients)
     # every token is for itself, wherever it is
     sequence = (function, sequence_axis, 1) if sequence_axis else None
-    return partitioned(function, operands, results, sequence)
+    return partitioned(function, operands, ("b t n", "b t n e", "b t n"), sequence)
 
 
-def _gradients(gates, dout, *outs):
+def _gradients(gate, dout, out):
     """What `pallas.gates.gradients` computes."""
     wide = wide_dtype(dout)
-    each = rearrange(gates.astype(wide), "... n c -> c ... n 1")
-    over = dout.astype(wide)
-    dgates = jnp.stack([jnp.sum(out.astype(wide) * over, axis=-1) for out in outs], axis=-1)
-    douts = [(gate * over).astype(dout.dtype) for gate in each]
-    deltas = [
-        jnp.sum(out.astype(wide) * own.astype(wide), axis=-1)
-        for out, own in zip(outs, douts, strict=True)
-    ]
-    return dgates, *douts, *deltas
+    over, out = dout.astype(wide), out.astype(wide)
+    dbranch = (gate.astype(wide)[..., None] * over).astype(dout.dtype)
+    delta = jnp.sum(out * dbranch.astype(wide), axis=-1)
+    return jnp.sum(out * over, axis=-1), dbranch, delta

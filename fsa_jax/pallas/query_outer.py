@@ -24,6 +24,7 @@ from fsa_jax.pallas.common import (
     load_tiles,
     product,
     rows_mask,
+    share_out,
     softmax_weights,
     split,
     store,
@@ -54,7 +55,8 @@ def attention(starts, query, key, value, offset, *, block, scale, tile, interpre
     def query_outer_kernel(
         starts_ref, query_ref, key_ref, value_ref, offset_ref, out_ref, lse_ref
     ):  # fmt: skip
-        batch, kv_head, token, query_head, there = _place(query_ref, key_ref)
+        batch, kv_head, query_head, there = _heads(query_ref, key_ref)
+        token = pl.program_id(0)
         columns, value_columns = (columns_of(x, WIDEST) for x in (key, value))
         queries = _load_rows(query_ref, batch, token, query_head, there, columns)
 
@@ -96,7 +98,7 @@ def attention(starts, query, key, value, offset, *, block, scale, tile, interpre
         key,
         value,
         offset,
-        grid=_grid(query, key),
+        grid=(query.shape[1], key.shape[0] * key.shape[2]),
         out_shape=(
             jax.ShapeDtypeStruct((*query.shape[:3], value.shape[3]), query.dtype),
             jax.ShapeDtypeStruct(query.shape[:3], jnp.float32),
@@ -116,36 +118,42 @@ def query_gradient(
     Where `done`, int32 [1], is not 0, the gradient is there already: `into`, given back as it is.
     """
     given = () if done is None else (done, into)
+    per, grid = share_out(query.shape[1], key.shape[0] * key.shape[2])
 
     def query_gradient_kernel(
         starts_ref, query_ref, key_ref, value_ref, dout_ref, lse_ref, delta_ref, offset_ref, *refs
     ):  # fmt: skip
-        dquery_ref, slots = refs[-1], starts_ref.shape[3]
-        batch, kv_head, token, query_head, there = _place(query_ref, key_ref)
+        dquery_ref = refs[-1]
+        batch, kv_head, query_head, there = _heads(query_ref, key_ref)
+
+        def differentiate(token, _):
+            columns, value_columns = (columns_of(x, WIDEST) for x in (key, value))
+            queries = _load_rows(query_ref, batch, token, query_head, there, columns)
+            douts = _load_rows(dout_ref, batch, token, query_head, there, value_columns)
+            lses = load(lse_ref.at[batch, token, query_head], mask=there)
+            deltas = load(delta_ref.at[batch, token, query_head], mask=there)
+
+            def step(slot, dquery):
+                column, seen = _block(starts_ref, offset_ref, batch, token, kv_head, slot, block)
+                keys = load_tiles(key_ref, batch, column, kv_head, columns, seen)
+                values = load_tiles(value_ref, batch, column, kv_head, value_columns, seen)
+                p = softmax_weights(product(keys, queries), lses[None, :], scale, key_ref.dtype)
+                p = jnp.where(seen[:, None] & there[None, :], p, 0.0)
+                ds = (p * (product(values, douts) - deltas[None, :])).astype(key_ref.dtype)
+                return [x + dot(k, ds, (0, 0)) for x, k in zip(dquery, keys, strict=True)]
+
+            zeros = [jnp.zeros((d.size, query_head.size), jnp.float32) for d in columns]
+            dquery = jax.lax.fori_loop(0, starts_ref.shape[3], step, zeros)
+            for d, x in zip(columns, dquery, strict=True):
+                target = dquery_ref.at[batch, token, query_head[None, :], d[:, None]]
+                mask = rows_mask(there, d, dquery_ref.shape[3]).T
+                store(target, (x * scale).astype(dquery_ref.dtype), mask=mask)
+
+        first = pl.program_id(0) * per
+        last = jnp.minimum(first + per, query_ref.shape[1])
         if given:
-            wanted = refs[0][0] == 0
-            there, slots = there & wanted, jnp.where(wanted, jnp.int32(slots), 0)
-        columns, value_columns = (columns_of(x, WIDEST) for x in (key, value))
-        queries = _load_rows(query_ref, batch, token, query_head, there, columns)
-        douts = _load_rows(dout_ref, batch, token, query_head, there, value_columns)
-        lses = load(lse_ref.at[batch, token, query_head], mask=there)
-        deltas = load(delta_ref.at[batch, token, query_head], mask=there)
-
-        def step(slot, dquery):
-            column, seen = _block(starts_ref, offset_ref, batch, token, kv_head, slot, block)
-            keys = load_tiles(key_ref, batch, column, kv_head, columns, seen)
-            values = load_tiles(value_ref, batch, column, kv_head, value_columns, seen)
-            p = softmax_weights(product(keys, queries), lses[None, :], scale, key_ref.dtype)
-            p = jnp.where(seen[:, None] & there[None, :], p, 0.0)
-            ds = (p * (product(values, douts) - deltas[None, :])).astype(key_ref.dtype)
-            return [x + dot(k, ds, (0, 0)) for x, k in zip(dquery, keys, strict=True)]
-
-        zeros = [jnp.zeros((d.size, query_head.size), jnp.float32) for d in columns]
-        dquery = jax.lax.fori_loop(0, slots, step, zeros)
-        for d, x in zip(columns, dquery, strict=True):
-            target = dquery_ref.at[batch, token, query_head[None, :], d[:, None]]
-            mask = rows_mask(there, d, dquery_ref.shape[3]).T
-            store(target, (x * scale).astype(dquery_ref.dtype), mask=mask)
+            last = jnp.where(refs[0][0] == 0, last, first)
+        jax.lax.fori_loop(first, last, differentiate, None)
 
     return call(
         query_gradient_kernel,
@@ -158,7 +166,7 @@ def query_gradient(
         delta,
         offset,
         *given,
-        grid=_grid(query, key),
+        grid=grid,
         out_shape=jax.ShapeDtypeStruct(query.shape, query.dtype),
         aliases={9: 0} if given else None,
         interpret=interpret,
@@ -167,17 +175,13 @@ def query_gradient(
     )
 
 
-def _grid(query, key):
-    return (query.shape[1], key.shape[0] * key.shape[2])
-
-
-def _place(query_ref, key_ref):
-    """Row of the batch, KV head and token of a program, its query heads, which of them exist."""
+def _heads(query_ref, key_ref):
+    """Row of the batch and KV head of a program, the head's query heads, which of them exist."""
     kv_heads = key_ref.shape[2]
     group = query_ref.shape[2] // kv_heads
     batch, kv_head = split(pl.program_id(1), kv_heads)
     g = iota(tile_width(group))
-    return batch, kv_head, pl.program_id(0), kv_head * group + g, g < group
+    return batch, kv_head, kv_head * group + g, g < group
 
 
 def _block(starts_ref, offset_ref, batch, token, kv_head, slot, block):

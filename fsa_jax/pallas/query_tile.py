@@ -36,6 +36,7 @@ from fsa_jax.pallas.common import (
     next_power_of_two,
     product,
     rows_mask,
+    share_out,
     softmax_weights,
     split,
     store,
@@ -165,40 +166,46 @@ def attention(
       out [B, T, N, E] in the dtype of `query` and lse float32 [B, T, N], natural logarithm.
     """
     softmax = Softmax(scale, exact=key.dtype == jnp.float32)
+    per, grid = share_out(lists.count.shape[2], lists.count.shape[0] * lists.count.shape[1])
 
     def query_tile_kernel(query_ref, key_ref, value_ref, *refs):
         *list_refs, out_ref, lse_ref = refs
-        rows = _Rows(list_refs, query_ref, key_ref, block, tile)
-        columns, value_columns = (columns_of(x, COLUMNS) for x in (key, value))
-        queries = load_tiles(query_ref, *rows.target, columns, rows.there)
 
-        def step(number, state):
-            top, total, out = state
-            keys, values, seen = rows.load_block(
-                number, (key_ref, value_ref), (columns, value_columns)
-            )
-            logits = jnp.where(seen, softmax.signed(product(queries, keys)), -jnp.inf)
-            new_top = jnp.maximum(top, softmax.top(logits))
-            # a row that has seen nothing yet: its weights and decay are 2^-inf = 0
-            safe = jnp.where(new_top == -jnp.inf, 0.0, new_top)
-            p = softmax.weights(logits, safe[:, None])
-            decay = softmax.decay(top, safe)
-            p_cut = p.astype(value_ref.dtype)
-            out = [
-                x * decay[:, None] + dot(p_cut, v, (1, 0)) for x, v in zip(out, values, strict=True)
-            ]
-            return new_top, total * decay + jnp.sum(p, axis=1), out
+        def attend(head, number_of_tile):
+            rows = _Rows(list_refs, query_ref, key_ref, block, tile, head, number_of_tile)
+            columns, value_columns = (columns_of(x, COLUMNS) for x in (key, value))
+            queries = load_tiles(query_ref, *rows.target, columns, rows.there)
 
-        zeros = jnp.zeros((tile.rows,), jnp.float32)
-        out = [jnp.zeros((tile.rows, e.size), jnp.float32) for e in value_columns]
-        state = (zeros - jnp.inf, zeros, out)
-        top, total, out = jax.lax.fori_loop(0, rows.count, step, state)
-        some = total > 0
-        total = jnp.where(some, total, 1.0)
-        for e, x in zip(value_columns, out, strict=True):
-            rows.store(out_ref, softmax.mean(x, total), e)
-        lse = jnp.where(some, softmax.lse(top, total), -jnp.inf)
-        store(lse_ref.at[*rows.target], lse, mask=rows.there)
+            def step(number, state):
+                top, total, out = state
+                keys, values, seen = rows.load_block(
+                    number, (key_ref, value_ref), (columns, value_columns)
+                )
+                logits = jnp.where(seen, softmax.signed(product(queries, keys)), -jnp.inf)
+                new_top = jnp.maximum(top, softmax.top(logits))
+                # a row that has seen nothing yet: its weights and decay are 2^-inf = 0
+                safe = jnp.where(new_top == -jnp.inf, 0.0, new_top)
+                p = softmax.weights(logits, safe[:, None])
+                decay = softmax.decay(top, safe)
+                p_cut = p.astype(value_ref.dtype)
+                out = [
+                    x * decay[:, None] + dot(p_cut, v, (1, 0))
+                    for x, v in zip(out, values, strict=True)
+                ]
+                return new_top, total * decay + jnp.sum(p, axis=1), out
+
+            zeros = jnp.zeros((tile.rows,), jnp.float32)
+            out = [jnp.zeros((tile.rows, e.size), jnp.float32) for e in value_columns]
+            state = (zeros - jnp.inf, zeros, out)
+            top, total, out = jax.lax.fori_loop(0, rows.count, step, state)
+            some = total > 0
+            total = jnp.where(some, total, 1.0)
+            for e, x in zip(value_columns, out, strict=True):
+                rows.store(out_ref, softmax.mean(x, total), e)
+            lse = jnp.where(some, softmax.lse(top, total), -jnp.inf)
+            store(lse_ref.at[*rows.target], lse, mask=rows.there)
+
+        _each_tile(list_refs, per, attend)
 
     return call(
         query_tile_kernel,
@@ -206,7 +213,7 @@ def attention(
         key,
         value,
         *_list_arrays(lists, offset, enabled),
-        grid=_grid(lists),
+        grid=grid,
         out_shape=(
             jax.ShapeDtypeStruct((*query.shape[:3], value.shape[3]), query.dtype),
             jax.ShapeDtypeStruct(query.shape[:3], jnp.float32),
@@ -222,29 +229,34 @@ def query_gradient(
     block, scale, tile, interpret,
 ):  # fmt: skip
     """Gradient [B, T, N, D] of the queries; arguments as in `attention` and `backward.py`."""
+    per, grid = share_out(lists.count.shape[2], lists.count.shape[0] * lists.count.shape[1])
 
     def query_tile_gradient_kernel(query_ref, key_ref, value_ref, *refs):
         *list_refs, dout_ref, lse_ref, delta_ref, dquery_ref = refs
-        rows = _Rows(list_refs, query_ref, key_ref, block, tile)
-        columns, value_columns = (columns_of(x, COLUMNS) for x in (key, value))
-        lses = load(lse_ref.at[*rows.target], mask=rows.there, other=-jnp.inf)
-        live = lses > -jnp.inf  # what sees nothing may hold anything
-        queries = load_tiles(query_ref, *rows.target, columns, live)
-        douts = load_tiles(dout_ref, *rows.target, value_columns, live)
-        deltas = load(delta_ref.at[*rows.target], mask=live)
 
-        def step(number, dquery):
-            keys, values, seen = rows.load_block(
-                number, (key_ref, value_ref), (columns, value_columns)
-            )
-            p = softmax_weights(product(queries, keys), lses[:, None], scale, key_ref.dtype)
-            p = jnp.where(seen, p, 0.0)
-            ds = (p * (product(douts, values) - deltas[:, None])).astype(key_ref.dtype)
-            return [x + dot(ds, k, (1, 0)) for x, k in zip(dquery, keys, strict=True)]
+        def differentiate(head, number_of_tile):
+            rows = _Rows(list_refs, query_ref, key_ref, block, tile, head, number_of_tile)
+            columns, value_columns = (columns_of(x, COLUMNS) for x in (key, value))
+            lses = load(lse_ref.at[*rows.target], mask=rows.there, other=-jnp.inf)
+            live = lses > -jnp.inf  # what sees nothing may hold anything
+            queries = load_tiles(query_ref, *rows.target, columns, live)
+            douts = load_tiles(dout_ref, *rows.target, value_columns, live)
+            deltas = load(delta_ref.at[*rows.target], mask=live)
 
-        zeros = [jnp.zeros((tile.rows, d.size), jnp.float32) for d in columns]
-        for d, x in zip(columns, jax.lax.fori_loop(0, rows.count, step, zeros), strict=True):
-            rows.store(dquery_ref, x * scale, d)
+            def step(number, dquery):
+                keys, values, seen = rows.load_block(
+                    number, (key_ref, value_ref), (columns, value_columns)
+                )
+                p = softmax_weights(product(queries, keys), lses[:, None], scale, key_ref.dtype)
+                p = jnp.where(seen, p, 0.0)
+                ds = (p * (product(douts, values) - deltas[:, None])).astype(key_ref.dtype)
+                return [x + dot(ds, k, (1, 0)) for x, k in zip(dquery, keys, strict=True)]
+
+            zeros = [jnp.zeros((tile.rows, d.size), jnp.float32) for d in columns]
+            for d, x in zip(columns, jax.lax.fori_loop(0, rows.count, step, zeros), strict=True):
+                rows.store(dquery_ref, x * scale, d)
+
+        _each_tile(list_refs, per, differentiate)
 
     return call(
         query_tile_gradient_kernel,
@@ -255,7 +267,7 @@ def query_gradient(
         dout,
         lse,
         delta,
-        grid=_grid(lists),
+        grid=grid,
         out_shape=jax.ShapeDtypeStruct(query.shape, query.dtype),
         interpret=interpret,
         num_warps=tile.num_warps,
@@ -268,35 +280,37 @@ def _list_arrays(lists, offset, enabled):
     return lists.start, lists.members, lists.count, offset, enabled
 
 
-def _grid(lists):
-    batch, kv_heads, tiles = lists.count.shape
-    return (tiles, batch * kv_heads)
+def _each_tile(list_refs, per, body) -> None:
+    """Calls `body(head, number of tile)` for the tiles of this program; for none if not enabled."""
+    _, _, count_ref, _, enabled_ref = list_refs
+    first, head = pl.program_id(0) * per, pl.program_id(1)
+    last = jnp.minimum(first + per, count_ref.shape[2])
+    last = jnp.where(enabled_ref[0] > 0, last, first)
+    jax.lax.fori_loop(first, last, lambda number, _: body(head, number), None)
 
 
 class _Rows:
-    """The rows of a program: row r is query head r % G of token r // G of the tile.
+    """The rows of a tile: row r is query head r % G of token r // G of the tile.
 
     Attributes:
       count: number of blocks of the tile.
-      there: bool [R], rows that exist and are wanted.
+      there: bool [R], rows that exist.
       target: batch row, token [R] and query head [R].
       column: int32 [R], the token of each row in the row of keys.
     """
 
-    def __init__(self, list_refs, query_ref, key_ref, block, tile):
+    def __init__(self, list_refs, query_ref, key_ref, block, tile, head, number_of_tile):
         _, length, heads, _ = query_ref.shape
         kv_heads = key_ref.shape[2]
         group = heads // kv_heads
         tokens = tile_tokens(tile, group)
-        self.start_ref, self.members_ref, count_ref, offset_ref, enabled_ref = list_refs
-        enabled = enabled_ref[0] > 0
-        self.tile, self.block = pl.program_id(0), block
-        self.batch, self.kv_head = split(pl.program_id(1), kv_heads)
-        count = count_ref[self.batch, self.kv_head, self.tile]
-        self.count = jnp.where(enabled, count, 0)
+        self.start_ref, self.members_ref, count_ref, offset_ref, _ = list_refs
+        self.tile, self.block = number_of_tile, block
+        self.batch, self.kv_head = split(head, kv_heads)
+        self.count = count_ref[self.batch, self.kv_head, self.tile]
         self.of_tile, g = split(iota(tile.rows), group)
         token = self.tile * tokens + self.of_tile
-        self.there = (self.of_tile < tokens) & (token < length) & enabled
+        self.there = (self.of_tile < tokens) & (token < length)
         self.target = (self.batch, token, self.kv_head * group + g)
         # where the tile and its queries are in the row of keys
         self.first = self.tile * tokens + offset_ref[0]
