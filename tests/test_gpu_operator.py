@@ -1,4 +1,4 @@
-"""On an NVIDIA GPU: compressed and window attention, selection, the whole operator and the layer.
+"""On an NVIDIA GPU: compressed and window attention, selection, gates, operator and layer.
 
 `JAX_PLATFORMS=cuda python -m pytest -m gpu`; see test_gpu.py.
 """
@@ -10,6 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from test_gating import (
+    test_branches_get_what_their_gradients_subtract,
+    test_error_is_at_most_twice_that_of_the_plain_sum,
+)
 from test_gpu import dirty_memory, pytestmark, segments
 from util import (
     assert_errors_are_at_most_twice_those_of_dense,
@@ -22,7 +26,12 @@ from util import (
 import fsa_jax
 from fsa_jax.layers import NativeSparseAttention
 
-__all__ = ["dirty_memory", "pytestmark"]  # used by pytest
+__all__ = [  # used by pytest
+    "dirty_memory",
+    "pytestmark",
+    "test_branches_get_what_their_gradients_subtract",
+    "test_error_is_at_most_twice_that_of_the_plain_sum",
+]
 LENGTH = 1024
 WINDOWS = {"kernel_size": 32, "kernel_stride": 16}
 FUNCTIONS = {
