@@ -41,9 +41,8 @@ OUT = ROOT / "benchmarks" / "results" / "resources.json"
 #: An H100 gets the code of an H200.
 DEVICES = ("A100", "L40", "H200", "B200")
 GROUPS = (1, 2, 3, 4, 5, 6, 7, 8, 12, 16)
-#: Kernels to look at: of the methods of selected attention (with "query_outer" the backward kernel
-#: computes dK and dV alone), those of compressed attention, which the window shares, and those of
-#: decoding.
+#: Kernels to look at: of the methods of selected attention, those of compressed attention, which
+#: the window shares, and those of decoding.
 METHODS = {
     "kv_outer": (
         "forward_kernel",
@@ -53,7 +52,8 @@ METHODS = {
         "sum_blocks_kernel",
         "search_kernel",
     ),
-    "query_outer": ("query_outer_kernel", "query_gradient_kernel", "backward_kernel"),
+    "query_outer": ("query_outer_kernel", "query_gradient_kernel", "block_key_gradient_kernel"),
+    "query_tile": ("query_tile_kernel", "query_tile_gradient_kernel", "merge_lists_kernel"),
     "compressed": (
         "range_forward_kernel",
         "range_query_gradient_kernel",

@@ -14,8 +14,6 @@ LOG2_E = math.log2(math.e)
 #: Whether the kernel that is being traced is for interpret mode, which knows no instructions of a
 #: GPU.
 _interpreted = contextvars.ContextVar("interpreted", default=False)
-#: Programs of a kernel whose work may be wanted or not.
-PROGRAMS = 8192
 #: Widest tile of float32 columns; products of float32 hold one of each side in registers.
 FLOAT32_COLUMNS = 32
 
@@ -132,14 +130,9 @@ def columns_of(array, most: int) -> list[jax.Array]:
     return [start + iota(size) for start, size in cut_width(array.shape[-1], most)]
 
 
-def share_out(tasks: int, heads: int) -> tuple[int, tuple[int, int]]:
-    """How many of the `tasks` of each head one program does, one after another, and the grid.
-
-    Enough programs to keep a GPU busy; many more would take their time, also to do nothing where
-    the device finds that other kernels are to do the work: 2 to 6 ns each.
-    """
-    per = max(1, tasks * heads // PROGRAMS)
-    return per, (-(-tasks // per), heads)
+def only_if(wanted: jax.Array, body) -> None:
+    """Calls `body()` where the scalar is not 0: where it is, the program is over at once."""
+    jax.lax.fori_loop(0, (wanted != 0).astype(jnp.int32), lambda _, state: body(), None)
 
 
 def iota(size: int) -> jax.Array:

@@ -22,9 +22,9 @@ from fsa_jax.pallas.common import (
     iota,
     load,
     load_tiles,
+    only_if,
     product,
     rows_mask,
-    share_out,
     softmax_weights,
     split,
     store,
@@ -98,7 +98,7 @@ def attention(starts, query, key, value, offset, *, block, scale, tile, interpre
         key,
         value,
         offset,
-        grid=(query.shape[1], key.shape[0] * key.shape[2]),
+        grid=_grid(query, key),
         out_shape=(
             jax.ShapeDtypeStruct((*query.shape[:3], value.shape[3]), query.dtype),
             jax.ShapeDtypeStruct(query.shape[:3], jnp.float32),
@@ -118,7 +118,6 @@ def query_gradient(
     Where `done`, int32 [1], is not 0, the gradient is there already: `into`, given back as it is.
     """
     given = () if done is None else (done, into)
-    per, grid = share_out(query.shape[1], key.shape[0] * key.shape[2])
 
     def query_gradient_kernel(
         starts_ref, query_ref, key_ref, value_ref, dout_ref, lse_ref, delta_ref, offset_ref, *refs
@@ -126,7 +125,9 @@ def query_gradient(
         dquery_ref = refs[-1]
         batch, kv_head, query_head, there = _heads(query_ref, key_ref)
 
-        def differentiate(token, _):
+        token = pl.program_id(0)
+
+        def differentiate():
             columns, value_columns = (columns_of(x, WIDEST) for x in (key, value))
             queries = _load_rows(query_ref, batch, token, query_head, there, columns)
             douts = _load_rows(dout_ref, batch, token, query_head, there, value_columns)
@@ -149,11 +150,7 @@ def query_gradient(
                 mask = rows_mask(there, d, dquery_ref.shape[3]).T
                 store(target, (x * scale).astype(dquery_ref.dtype), mask=mask)
 
-        first = pl.program_id(0) * per
-        last = jnp.minimum(first + per, query_ref.shape[1])
-        if given:
-            last = jnp.where(refs[0][0] == 0, last, first)
-        jax.lax.fori_loop(first, last, differentiate, None)
+        only_if(refs[0][0] == 0 if given else jnp.ones((), jnp.int32), differentiate)
 
     return call(
         query_gradient_kernel,
@@ -166,13 +163,17 @@ def query_gradient(
         delta,
         offset,
         *given,
-        grid=grid,
+        grid=_grid(query, key),
         out_shape=jax.ShapeDtypeStruct(query.shape, query.dtype),
         aliases={9: 0} if given else None,
         interpret=interpret,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
     )
+
+
+def _grid(query, key):
+    return (query.shape[1], key.shape[0] * key.shape[2])
 
 
 def _heads(query_ref, key_ref):

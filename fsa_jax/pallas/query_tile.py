@@ -34,9 +34,9 @@ from fsa_jax.pallas.common import (
     load,
     load_tiles,
     next_power_of_two,
+    only_if,
     product,
     rows_mask,
-    share_out,
     softmax_weights,
     split,
     store,
@@ -166,13 +166,14 @@ def attention(
       out [B, T, N, E] in the dtype of `query` and lse float32 [B, T, N], natural logarithm.
     """
     softmax = Softmax(scale, exact=key.dtype == jnp.float32)
-    per, grid = share_out(lists.count.shape[2], lists.count.shape[0] * lists.count.shape[1])
 
     def query_tile_kernel(query_ref, key_ref, value_ref, *refs):
         *list_refs, out_ref, lse_ref = refs
 
-        def attend(head, number_of_tile):
-            rows = _Rows(list_refs, query_ref, key_ref, block, tile, head, number_of_tile)
+        place = (pl.program_id(0), pl.program_id(1))
+
+        def attend():
+            rows = _Rows(list_refs, query_ref, key_ref, block, tile, place)
             columns, value_columns = (columns_of(x, COLUMNS) for x in (key, value))
             queries = load_tiles(query_ref, *rows.target, columns, rows.there)
 
@@ -205,7 +206,7 @@ def attention(
             lse = jnp.where(some, softmax.lse(top, total), -jnp.inf)
             store(lse_ref.at[*rows.target], lse, mask=rows.there)
 
-        _each_tile(list_refs, per, attend)
+        only_if(list_refs[-1][0], attend)
 
     return call(
         query_tile_kernel,
@@ -213,7 +214,7 @@ def attention(
         key,
         value,
         *_list_arrays(lists, offset, enabled),
-        grid=grid,
+        grid=_grid(lists),
         out_shape=(
             jax.ShapeDtypeStruct((*query.shape[:3], value.shape[3]), query.dtype),
             jax.ShapeDtypeStruct(query.shape[:3], jnp.float32),
@@ -229,13 +230,14 @@ def query_gradient(
     block, scale, tile, interpret,
 ):  # fmt: skip
     """Gradient [B, T, N, D] of the queries; arguments as in `attention` and `backward.py`."""
-    per, grid = share_out(lists.count.shape[2], lists.count.shape[0] * lists.count.shape[1])
 
     def query_tile_gradient_kernel(query_ref, key_ref, value_ref, *refs):
         *list_refs, dout_ref, lse_ref, delta_ref, dquery_ref = refs
 
-        def differentiate(head, number_of_tile):
-            rows = _Rows(list_refs, query_ref, key_ref, block, tile, head, number_of_tile)
+        place = (pl.program_id(0), pl.program_id(1))
+
+        def differentiate():
+            rows = _Rows(list_refs, query_ref, key_ref, block, tile, place)
             columns, value_columns = (columns_of(x, COLUMNS) for x in (key, value))
             lses = load(lse_ref.at[*rows.target], mask=rows.there, other=-jnp.inf)
             live = lses > -jnp.inf  # what sees nothing may hold anything
@@ -256,7 +258,7 @@ def query_gradient(
             for d, x in zip(columns, jax.lax.fori_loop(0, rows.count, step, zeros), strict=True):
                 rows.store(dquery_ref, x * scale, d)
 
-        _each_tile(list_refs, per, differentiate)
+        only_if(list_refs[-1][0], differentiate)
 
     return call(
         query_tile_gradient_kernel,
@@ -267,7 +269,7 @@ def query_gradient(
         dout,
         lse,
         delta,
-        grid=grid,
+        grid=_grid(lists),
         out_shape=jax.ShapeDtypeStruct(query.shape, query.dtype),
         interpret=interpret,
         num_warps=tile.num_warps,
@@ -280,17 +282,13 @@ def _list_arrays(lists, offset, enabled):
     return lists.start, lists.members, lists.count, offset, enabled
 
 
-def _each_tile(list_refs, per, body) -> None:
-    """Calls `body(head, number of tile)` for the tiles of this program; for none if not enabled."""
-    _, _, count_ref, _, enabled_ref = list_refs
-    first, head = pl.program_id(0) * per, pl.program_id(1)
-    last = jnp.minimum(first + per, count_ref.shape[2])
-    last = jnp.where(enabled_ref[0] > 0, last, first)
-    jax.lax.fori_loop(first, last, lambda number, _: body(head, number), None)
+def _grid(lists):
+    batch, kv_heads, tiles = lists.count.shape
+    return (tiles, batch * kv_heads)
 
 
 class _Rows:
-    """The rows of a tile: row r is query head r % G of token r // G of the tile.
+    """The rows of a program: row r is query head r % G of token r // G of the tile.
 
     Attributes:
       count: number of blocks of the tile.
@@ -299,14 +297,14 @@ class _Rows:
       column: int32 [R], the token of each row in the row of keys.
     """
 
-    def __init__(self, list_refs, query_ref, key_ref, block, tile, head, number_of_tile):
+    def __init__(self, list_refs, query_ref, key_ref, block, tile, place):
         _, length, heads, _ = query_ref.shape
         kv_heads = key_ref.shape[2]
         group = heads // kv_heads
         tokens = tile_tokens(tile, group)
         self.start_ref, self.members_ref, count_ref, offset_ref, _ = list_refs
-        self.tile, self.block = number_of_tile, block
-        self.batch, self.kv_head = split(head, kv_heads)
+        self.tile, self.block = place[0], block
+        self.batch, self.kv_head = split(place[1], kv_heads)
         self.count = count_ref[self.batch, self.kv_head, self.tile]
         self.of_tile, g = split(iota(tile.rows), group)
         token = self.tile * tokens + self.of_tile

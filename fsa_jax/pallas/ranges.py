@@ -23,8 +23,10 @@ MOST_HEADS = 65535
 #: Rows, keys, warps and stages of tiles, the fastest first, by kernel and what it multiplies:
 #: 16-bit numbers of D + E <= 256 or more, or float32, which has no matrix unit. Measured on an H100
 #: (benchmarks/NOTES.md): two programs of 4 warps on a multiprocessor, one of which multiplies while
-#: the other one takes exponents, beat one of 8.
+#: the other one takes exponents, beat one of 8. A window has few tiles of keys that all rows see
+#: whole: narrower ones leave less to mask.
 TILES = {
+    ("forward", "window"): ((64, 32, 4, 3), (32, 32, 4, 3)),
     ("forward", "narrow"): ((64, 64, 4, 3), (64, 32, 4, 3), (32, 32, 4, 3)),
     ("forward", "wide"): ((64, 32, 4, 3), (32, 32, 4, 3), (16, 16, 4, 2)),
     ("forward", "float32"): ((32, 32, 8, 2), (16, 16, 4, 2)),
@@ -93,10 +95,12 @@ def make_plan(query, key, value, capability: int, table: str | None = None) -> P
     """The tiles of the table, else the first of `TILES` that fit on chip; None if none does."""
     both = sum(padded_width(x.shape[3]) for x in (key, value))
     kind = "float32" if query.dtype.itemsize == 4 else "wide" if both > 256 else "narrow"
+    window = kind == "narrow" and tuned.branch_of(query, key) == "window"
 
     def fitting(kernel):
         """The first tile that fits in shared memory, unless a faster one is known."""
-        for rows, keys, num_warps, most in TILES[kernel, kind]:
+        known = (kernel, "window") if window and (kernel, "window") in TILES else (kernel, kind)
+        for rows, keys, num_warps, most in TILES[known]:
             if num_warps == 8 and capability < 90 and kind == "narrow":
                 continue  # older matrix units need more registers
             for stages in range(most, 1, -1):

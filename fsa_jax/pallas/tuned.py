@@ -76,14 +76,14 @@ class Key:
     block_size: int | None
 
 
-def key_of(kernel: str, query, key, value, block_size: int | None = None) -> Key:
-    """The key of a call; arrays as the plans take them.
+def branch_of(query, key) -> str:
+    """Which branch a range of keys is of: compressed keys are at most half as many as queries."""
+    return BRANCHES[2 * key.shape[1] > query.shape[1]]
 
-    The branch of a range is told by its keys: compressed ones are at most half as many as queries.
-    """
-    branch = None
-    if kernel.startswith("range"):
-        branch = BRANCHES[2 * key.shape[1] > query.shape[1]]
+
+def key_of(kernel: str, query, key, value, block_size: int | None = None) -> Key:
+    """The key of a call; arrays as the plans take them."""
+    branch = branch_of(query, key) if kernel.startswith("range") else None
     return Key(
         kernel=kernel,
         branch=branch,
