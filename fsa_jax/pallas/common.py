@@ -131,8 +131,8 @@ def columns_of(array, most: int) -> list[jax.Array]:
 
 
 def only_if(wanted: jax.Array, body) -> None:
-    """Calls `body()` where the scalar is not 0: where it is, the program is over at once."""
-    jax.lax.fori_loop(0, (wanted != 0).astype(jnp.int32), lambda _, state: body(), None)
+    """Calls `body()` where the bool is true; else the program is over at once."""
+    jax.lax.fori_loop(0, wanted.astype(jnp.int32), lambda _, state: body(), None)
 
 
 def iota(size: int) -> jax.Array:

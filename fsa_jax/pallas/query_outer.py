@@ -150,7 +150,7 @@ def query_gradient(
                 mask = rows_mask(there, d, dquery_ref.shape[3]).T
                 store(target, (x * scale).astype(dquery_ref.dtype), mask=mask)
 
-        only_if(refs[0][0] == 0 if given else jnp.ones((), jnp.int32), differentiate)
+        only_if(refs[0][0] == 0 if given else jnp.asarray(True), differentiate)
 
     return call(
         query_gradient_kernel,

@@ -206,7 +206,7 @@ def attention(
             lse = jnp.where(some, softmax.lse(top, total), -jnp.inf)
             store(lse_ref.at[*rows.target], lse, mask=rows.there)
 
-        only_if(list_refs[-1][0], attend)
+        only_if(list_refs[-1][0] > 0, attend)
 
     return call(
         query_tile_kernel,
@@ -258,7 +258,7 @@ def query_gradient(
             for d, x in zip(columns, jax.lax.fori_loop(0, rows.count, step, zeros), strict=True):
                 rows.store(dquery_ref, x * scale, d)
 
-        only_if(list_refs[-1][0], differentiate)
+        only_if(list_refs[-1][0] > 0, differentiate)
 
     return call(
         query_tile_gradient_kernel,
