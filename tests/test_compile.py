@@ -164,14 +164,23 @@ def test_the_measure_sees_an_array_of_tokens_by_blocks():
 def test_matrix_kernels_stay_in_registers_and_use_the_wide_instructions(tmp_path):
     out = tmp_path / "resources.json"
     script = ROOT / "benchmarks" / "resources.py"
-    arguments = ["--devices", "H200", "--methods", "kv_outer", "compressed", "--out", out]
-    subprocess.run([sys.executable, script, *arguments], check=True)
-    rows = json.loads(out.read_text())["rows"]
-    kernels = ("forward", "backward", "range_forward", "range_query_gradient")
-    for kernel in (*kernels, "range_key_gradient", "score"):
-        found = {row["group"]: row for row in rows if row["kernel"] == f"{kernel}_kernel"}
-        assert sorted(found) == [1, 2, 3, 4, 5, 6, 7, 8, 12, 16]
-        for row in found.values():
-            assert row["spill_store_bytes"] == row["spill_load_bytes"] == 0, row
-            assert row["wgmma"] > 0, row
-            assert row["mma_sync"] == 0, row
+
+    def check(methods, kernels, groups):
+        arguments = ["--devices", "H200", "--methods", *methods, "--out", out]
+        arguments += ["--groups", *map(str, groups)]
+        subprocess.run([sys.executable, script, *arguments], check=True)
+        rows = json.loads(out.read_text())["rows"]
+        for kernel in kernels:
+            found = {row["group"]: row for row in rows if row["kernel"] == f"{kernel}_kernel"}
+            assert sorted(found) == groups
+            for row in found.values():
+                assert row["spill_store_bytes"] == row["spill_load_bytes"] == 0, row
+                assert row["wgmma"] > 0, row
+                assert row["mma_sync"] == 0, row
+
+    ranges = ("range_forward", "range_query_gradient", "range_key_gradient", "score")
+    every = [1, 2, 3, 4, 5, 6, 7, 8, 12, 16]
+    check(["kv_outer", "compressed"], ("forward", "backward", *ranges), every)
+    # of large groups
+    tiles = ("query_tile", "query_tile_gradient", "block_key_gradient")
+    check(["query_tile", "query_outer"], tiles, [16])

@@ -1,6 +1,7 @@
 """What a program of a KV-outer kernel works on: an item of the query index.
 
-Shared by `forward.py` and `backward.py`: which keys, which queries in which step, how to load them.
+Shared by `forward.py`, `backward.py` and `block_keys.py`: which keys, which queries in which step,
+how to load them.
 
 Shapes: b keys of a block, R rows (query token, head of its group) of a step, S slots, G heads of a
 group. Row r of a step is head r % G of pair r // G; the last R % G rows of a step are idle.
