@@ -240,6 +240,16 @@ class Softmax:
         """What the unit of `top` is in that of `new_top`."""
         return exp2((top - new_top) * (LOG2_E if self.exact else 1.0))
 
+    def fold(self, top: jax.Array, logits: jax.Array, whole: bool = False):
+        """A step of an online softmax: the new largest exponents, the weights, and the decay.
+
+        A row that has seen nothing yet, -inf alone, gets weights and decay 2^-inf = 0; where there
+        is no such row, `whole` spares the care for it.
+        """
+        new_top = jnp.maximum(top, self.top(logits))
+        safe = new_top if whole else jnp.where(new_top == -jnp.inf, 0.0, new_top)
+        return new_top, self.weights(logits, safe[:, None]), self.decay(top, safe)
+
     def mean(self, x: jax.Array, total: jax.Array) -> jax.Array:
         """Sums x [R, D] of weighted values over the sums of the weights [R]."""
         return x / total[:, None] if self.exact else x * reciprocal(total)[:, None]

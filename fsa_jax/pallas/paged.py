@@ -278,17 +278,13 @@ def _attention(
                     mask=visible,
                 )
             products = jnp.where(visible, softmax.signed(products), -jnp.inf)
-            new_top = jnp.maximum(top, softmax.top(products))
-            # a row that has seen nothing yet: its weights and decay are 2^-inf = 0
-            safe = jnp.where(new_top == -jnp.inf, 0.0, new_top)
-            p = softmax.weights(products, safe[:, None])
-            decay = softmax.decay(top, safe)
+            top, p, decay = softmax.fold(top, products)
             p_cut = p.astype(value_ref.dtype)
             out = [
                 x.add(dot(p_cut, v, (1, 0)), decay[:, None])
                 for x, v in zip(out, values, strict=True)
             ]
-            return following, new_top, total * decay + jnp.sum(p, axis=1), out
+            return following, top, total * decay + jnp.sum(p, axis=1), out
 
         # what there is to walk, in equal shares
         begin, tiles_end = 0, -(-positions // b)

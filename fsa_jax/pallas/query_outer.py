@@ -67,15 +67,12 @@ def attention(starts, query, key, value, offset, *, block, scale, tile, interpre
             values = load_tiles(value_ref, batch, column, kv_head, value_columns, seen)
             logits = softmax.signed(product(queries, keys))
             logits = jnp.where(seen[None, :], logits, -jnp.inf)
-            new_top = jnp.maximum(top, softmax.top(logits))
-            safe = jnp.where(new_top == -jnp.inf, 0.0, new_top)
-            p = softmax.weights(logits, safe[:, None])
-            decay = softmax.decay(top, safe)
+            top, p, decay = softmax.fold(top, logits)
             p_cut = p.astype(value_ref.dtype)
             out = [
                 x * decay[:, None] + dot(p_cut, v, (1, 0)) for x, v in zip(out, values, strict=True)
             ]
-            return new_top, total * decay + jnp.sum(p, axis=1), out
+            return top, total * decay + jnp.sum(p, axis=1), out
 
         rows = query_head.size
         zeros = jnp.zeros((rows,), jnp.float32)

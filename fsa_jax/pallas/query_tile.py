@@ -183,17 +183,13 @@ def attention(
                     number, (key_ref, value_ref), (columns, value_columns)
                 )
                 logits = jnp.where(seen, softmax.signed(product(queries, keys)), -jnp.inf)
-                new_top = jnp.maximum(top, softmax.top(logits))
-                # a row that has seen nothing yet: its weights and decay are 2^-inf = 0
-                safe = jnp.where(new_top == -jnp.inf, 0.0, new_top)
-                p = softmax.weights(logits, safe[:, None])
-                decay = softmax.decay(top, safe)
+                top, p, decay = softmax.fold(top, logits)
                 p_cut = p.astype(value_ref.dtype)
                 out = [
                     x * decay[:, None] + dot(p_cut, v, (1, 0))
                     for x, v in zip(out, values, strict=True)
                 ]
-                return new_top, total * decay + jnp.sum(p, axis=1), out
+                return top, total * decay + jnp.sum(p, axis=1), out
 
             zeros = jnp.zeros((tile.rows,), jnp.float32)
             out = [jnp.zeros((tile.rows, e.size), jnp.float32) for e in value_columns]

@@ -74,17 +74,13 @@ def attention(query, key, value, visible, seers, *, plan, scale, interpret):
             logits = softmax.signed(product(queries, keys))
             if masked:
                 logits = jnp.where(rows.sees(start), logits, -jnp.inf)
-            new_top = jnp.maximum(top, softmax.top(logits))
-            # a row that has seen nothing yet: its weights and decay are 2^-inf = 0
-            safe = jnp.where(new_top == -jnp.inf, 0.0, new_top) if masked else new_top
-            p = softmax.weights(logits, safe[:, None])
-            decay = softmax.decay(top, safe)
+            top, p, decay = softmax.fold(top, logits, whole=not masked)
             p_cut = p.astype(value_ref.dtype)
             out = [
                 x.add(dot(p_cut, v, (1, 0)), decay[:, None])
                 for x, v in zip(out, values, strict=True)
             ]
-            return new_top, total * decay + jnp.sum(p, axis=1), out
+            return top, total * decay + jnp.sum(p, axis=1), out
 
         zeros = jnp.zeros((tile.rows,), jnp.float32)
         out = [Sum.zeros((tile.rows, e.size), exact) for e in value_columns]
