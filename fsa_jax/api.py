@@ -501,17 +501,17 @@ def gated_attention(
                 f"implementation='reference' cannot serve sequence_axis={sequence_axis!r}: it is "
                 "for one device; use 'xla', 'triton' or None"
             )
-        outs, lses = context.attention(
+        return context.attention(
             query,
             tuple(compressed),
             pairs,
+            gates,
             segment_ids,
             config=config,
             scale=scale,
             mode=mode,
             axis=sequence_axis,
         )
-        return gating.gated_sum(Call(mode, scale), sequence_axis, gates, outs, lses)
     by_name = {name: mode_of(name, implementation, reason) for name, reason in reasons.items()}
     exact = implementation == "reference"
     attend = {
@@ -540,7 +540,7 @@ def gated_attention(
         total = gating.combine(gates, outs)
     else:
         call = Call(by_name["sliding_window_attention"], scale)
-        total = gating.gated_sum(call, None, gates, outs, (lse, selected_lse, window_lse))
+        total = gating.gated_sum(call, gates, outs, (lse, selected_lse, window_lse))
     return total if has_batch else total[0]
 
 

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from einops import rearrange
 from jax.ad_checkpoint import checkpoint_name
 
-from fsa_jax import operators, segments, stripes
+from fsa_jax import gating, operators, segments, stripes
 from fsa_jax.config import NSAConfig
 from fsa_jax.operators import Call
 from fsa_jax.pallas import SelectedTuning, tuned
@@ -60,15 +60,17 @@ class _Static:
 
 
 def attention(
-    query, compressed, sources, segment_ids, *, config: NSAConfig, scale: float, mode, axis: str
+    query, compressed, sources, gates, segment_ids, *,
+    config: NSAConfig, scale: float, mode, axis: str,
 ):  # fmt: skip
-    """The three branches for `gating.gated_sum`, of queries that are split over a mesh axis.
+    """The gated sum of the three branches, of queries that are split over a mesh axis.
 
     Args:
       query: [B, T, N, D]; all arrays of tokens are in stripe order.
       compressed: key [B, M, K, D] and value [B, M, K, E], windows laid out by stripes.
       sources: one pair (key [B, T, K, D], value [B, T, K, E]) for the selected branch and the
         window, or a pair for each.
+      gates: [B, T, N, 3] or [B, T, 1, 3].
       segment_ids: int32 [B, T], or None.
       config: the sizes.
       scale: factor of the logits.
@@ -76,33 +78,47 @@ def attention(
       axis: the mesh axis.
 
     Returns:
-      Outputs [B, T, N, E] and logsumexps [B, T, N] of the compressed, selected and window branch.
+      [B, T, N, E].
     """
     packed, ids = stripes.ids_or_zeros(segment_ids, query.shape[:2])
     static = _Static(config, scale, mode, packed, len(sources) == 1, axis)
     flat = tuple(x for pair in sources for x in pair)
-    results = _attention(static, query, compressed, flat, ids)
-    return results[::2], results[1::2]
+    return _attention(static, query, compressed, flat, gates, ids)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(static, query, compressed, sources, ids) -> Any:
-    return _attention_fwd(static, query, compressed, sources, ids)[0]
+def _attention(static, query, compressed, sources, gates, ids) -> Any:
+    return _attention_fwd(static, query, compressed, sources, gates, ids)[0]
 
 
-def _attention_fwd(static, query, compressed, sources, ids):
+def _attention_fwd(static, query, compressed, sources, gates, ids):
     results = _forward_on(static)(query, *compressed, *sources, ids)
     names = [f"{branch}_{part}" for branch in _BRANCHES for part in ("out", "lse")]
     results = tuple(map(checkpoint_name, results, (*names, "block_indices")))
     *results, indices = results
-    return tuple(results), (query, compressed, sources, ids, results[1::2], indices)
+    outs, lses = results[::2], results[1::2]
+    return gating.combine(gates, outs), (
+        query,
+        compressed,
+        sources,
+        gates,
+        ids,
+        outs,
+        lses,
+        indices,
+    )
 
 
-def _attention_bwd(static, residuals, cotangents):
-    query, compressed, sources, ids, lses, indices = residuals
-    arrays = (query, *compressed, *sources, ids, *lses, indices, *cotangents)
-    dquery, dkey, dvalue, *dsources = _backward_on(static)(*arrays)
-    return dquery, (dkey, dvalue), tuple(dsources), None
+def _attention_bwd(static, residuals, dout):
+    query, compressed, sources, gates, ids, outs, lses, indices = residuals
+    # What needs the outputs comes first. The cotangents of the branches are made where they are
+    # used, a head and stripe at a time: whole, they would be three times as large as dout.
+    found = [gating.gate_gradient(gates[..., i], dout, out) for i, out in enumerate(outs)]
+    dgates, _, deltas = zip(*found, strict=True)
+    arrays = (query, *compressed, *sources, ids, *lses, *deltas, indices, gates, dout)
+    dquery, dkey, dvalue, *dsources = _backward_on(static, gates.shape[2] == 1)(*arrays)
+    dgates = gating.gates_gradient(gates, dgates)
+    return dquery, (dkey, dvalue), tuple(dsources), dgates, None
 
 
 _attention.defvjp(_attention_fwd, _attention_bwd)
@@ -127,18 +143,18 @@ def _forward_on(static):
     return stripes.over_axis(body, static.axis, stride, _operands(static), _RESULTS)
 
 
-def _backward_on(static):
+def _backward_on(static, one_gate):
     count = len(_operands(static))
 
     def body(axis, *arrays):
         task = _Task(static, axis, *arrays[:count])
-        step = functools.partial(task.backward, arrays[count : count + 4], arrays[count + 4 :])
+        step = functools.partial(task.backward, arrays[count:])
         return task.head_by_head(step)
 
     operands = _operands(static)
-    given = {f"{branch}_lse": "b t n" for branch in _BRANCHES} | {"block_indices": "b t k s"}
-    results = (f"d{b}_{p}" for b in _BRANCHES for p in ("out", "lse"))
-    given |= dict(zip(results, _RESULTS, strict=False))
+    given = {f"{branch} {name}": "b t n" for name in ("lse", "delta") for branch in _BRANCHES}
+    given |= {"block_indices": "b t k s", "gates": "b t one c" if one_gate else "b t n c"}
+    given |= {"dout": "b t n e"}
     grads = tuple(operands.values())[:-1]
     stride = static.config.kernel_stride
     return stripes.over_axis(body, static.axis, stride, operands | given, grads)
@@ -292,11 +308,12 @@ class _Task:
         call = self.static.call("selection")
         return operators.choose_blocks(call, query, key, lse, self._local(half), windows)
 
-    def backward(self, results, cotangents, head):
+    def backward(self, given, head):
         """Gradients of one KV head: of its queries, compressed keys and values, and sources.
 
-        `results` are the logsumexps of the branches and the lists of blocks.
+        `given` are lse and delta of the branches, the lists of blocks, the gates, and dout.
         """
+        lses, deltas, (indices, gates, dout) = given[:3], given[3:6], given[6:]
         keys = self._keys(head)
         compressed, sources = keys
         wide = wide_dtype(self.query)
@@ -309,23 +326,31 @@ class _Task:
                 return self.device.half_of(self._head(x, head, size), half)
 
             dcompressed, dsources = sums
-            q, *lses = (own(x, self.group) for x in (self.query, *results[:3]))
-            cotangent = [own(x, self.group) for x in cotangents]
-            arrays = (q, *compressed, *self._windows(half), None, lses[0])
-            call = self.static.call("compressed")
-            dq, *parts = operators.range_gradients(call, arrays, cotangent[:2])
-            dcompressed = add(dcompressed, parts)
-            starts = self._blocks(half, own(results[3], 1))
-            arrays = (q, *sources[:2], starts, *self._row(half), None, lses[1])
+            q, over, *lse = (own(x, self.group) for x in (self.query, dout, *lses))
+            shared = gates.shape[2] == 1
+            gate = self.device.half_of(gates, half) if shared else own(gates, self.group)
+
+            def cotangents(branch, *before):
+                dout, _ = jax.lax.optimization_barrier((over, before))
+                dbranch = gating.branch_cotangent(gate[..., branch], dout)
+                return dbranch, -own(deltas[branch], self.group)
+
+            # The selected branch comes first, since it needs most memory by itself.
+            starts = self._blocks(half, own(indices, 1))
+            arrays = (q, *sources[:2], starts, *self._row(half), None, lse[1])
             call = self.static.call("selected")
             dq_selected, *sums = operators.block_gradients(
-                call, arrays, cotangent[2:4], dsources[:2]
+                call, arrays, cotangents(1), dsources[:2]
             )
             dsources = sums + dsources[2:]
+            arrays = (q, *compressed, *self._windows(half), None, lse[0])
+            call = self.static.call("compressed")
+            dq, *parts = operators.range_gradients(call, arrays, cotangents(0, dq_selected))
+            dcompressed = add(dcompressed, parts)
             near = (self._nearby(x, half) for x in sources[-2:])
-            arrays = (q, *near, *self._window(half), None, lses[2])
+            arrays = (q, *near, *self._window(half), None, lse[2])
             call = self.static.call("window")
-            dq_window, *parts = operators.range_gradients(call, arrays, cotangent[4:])
+            dq_window, *parts = operators.range_gradients(call, arrays, cotangents(2, dq_selected))
             begin, _ = self._near(half)
             dsources = dsources[:-2] + [
                 jax.lax.dynamic_update_slice_in_dim(total, new, begin, axis=1)

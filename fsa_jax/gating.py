@@ -31,62 +31,68 @@ def combine(gates: Float[Array, "B T #N 3"], outs) -> Float[Array, "B T N E"]:
     return jnp.asarray(total).astype(outs[0].dtype)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def gated_sum(call: Call, sequence_axis: str | None, gates, outs, lses) -> Any:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def gated_sum(call: Call, gates, outs, lses) -> Any:
     """`combine` of branches that were computed with `gated=True`.
 
     Args:
       call: mode of the gradient.
-      sequence_axis: mesh axis over which tokens may be split.
       gates: [B, T, N, 3] or [B, T, 1, 3].
       outs: outputs of the three branches, [B, T, N, E] each.
       lses: their logsumexps, [B, T, N] each.
     """
-    del call, sequence_axis, lses
+    del call, lses
     return combine(gates, outs)
 
 
-def _gated_sum_fwd(call, sequence_axis, gates, outs, lses):
-    del call, sequence_axis, lses
+def _gated_sum_fwd(call, gates, outs, lses):
+    del call, lses
     return combine(gates, outs), (gates, outs)
 
 
-def _gated_sum_bwd(call, sequence_axis, residuals, dout):
+def _gated_sum_bwd(call, residuals, dout):
     gates, outs = residuals
-    one_gate = gates.shape[2] == 1
-    run = _gradients_on(call, one_gate, sequence_axis)
+    run = _gradients_on(call, gates.shape[2] == 1)
     # branch by branch: then there need not be three cotangents of their size at a time
     found = [run(gates[..., i], dout, out) for i, out in enumerate(outs)]
     dgates, douts, deltas = zip(*found, strict=True)
-    dgates = jnp.stack(dgates, axis=-1)
-    if one_gate:
-        dgates = jnp.sum(dgates, axis=2, keepdims=True)
-    return dgates.astype(gates.dtype), douts, tuple(-delta for delta in deltas)
+    return gates_gradient(gates, dgates), douts, tuple(-delta for delta in deltas)
 
 
 gated_sum.defvjp(_gated_sum_fwd, _gated_sum_bwd)
 
 
+def gates_gradient(gates, dgates):
+    """The gradient of the gates, from that [B, T, N] of each branch as `gate_gradient` gives it."""
+    dgates = jnp.stack(dgates, axis=-1)
+    if gates.shape[2] == 1:
+        dgates = jnp.sum(dgates, axis=2, keepdims=True)
+    return dgates.astype(gates.dtype)
+
+
 @functools.cache
-def _gradients_on(call, one_gate, sequence_axis):
+def _gradients_on(call, one_gate):
     def kernels(gate, dout, out):
         return kernel.gradients(gate, dout, out, interpret=call.static["interpret"])
 
     operands = {"gates": "b t one" if one_gate else "b t n", "dout": "b t n e", "out": "b t n e"}
-    function = call.choose(kernels, _gradients)
-    # every token is for itself, wherever it is
-    sequence = (function, sequence_axis, 1) if sequence_axis else None
-    return partitioned(function, operands, ("b t n", "b t n e", "b t n"), sequence)
+    function = call.choose(kernels, gate_gradient)
+    return partitioned(function, operands, ("b t n", "b t n e", "b t n"))
 
 
-def _gradients(gate, dout, out):
+def gate_gradient(gate, dout, out):
     """What `pallas.gates.gradients` computes."""
     wide = wide_dtype(dout)
-    over, out = dout.astype(wide), out.astype(wide)
-    dbranch = gate.astype(wide)[..., None] * over
+    dbranch, out = branch_cotangent(gate, dout), out.astype(wide)
+    delta = jnp.sum(out * dbranch.astype(wide), axis=-1)
+    return jnp.sum(out * dout.astype(wide), axis=-1), dbranch, delta
+
+
+def branch_cotangent(gate, dout):
+    """The gate times dout, rounded to the dtype of `dout`."""
+    wide = wide_dtype(dout)
+    dbranch = gate.astype(wide)[..., None] * dout.astype(wide)
     if dout.dtype != wide:  # XLA may leave out a rounding that it is not told of
         digits = jnp.finfo(dout.dtype)
         dbranch = jax.lax.reduce_precision(dbranch, digits.nexp, digits.nmant)
-    dbranch = dbranch.astype(dout.dtype)
-    delta = jnp.sum(out * dbranch.astype(wide), axis=-1)
-    return jnp.sum(out * over, axis=-1), dbranch, delta
+    return dbranch.astype(dout.dtype)

@@ -26,7 +26,7 @@ def arrays(dtype, *, width=80, heads=6, gate_heads=6, length=37):
 def gated(mode, length=37, heads=6):
     """The gated sum, as a function whose gradients are those of gates, outputs and lse."""
     lse = jnp.zeros((2, length, heads))
-    return lambda gates, *outs: gating.gated_sum(Call(mode, 1.0), None, gates, outs, (lse,) * 3)
+    return lambda gates, *outs: gating.gated_sum(Call(mode, 1.0), gates, outs, (lse,) * 3)
 
 
 @pytest.mark.parametrize("mode", [KERNELS, "portable", "either"])
@@ -50,9 +50,7 @@ def test_branches_get_what_their_gradients_subtract(mode):
     outs = tuple(outs)
     lses = (jnp.zeros((2, 37, 6)),) * 3
     call = dataclasses.replace(Call(mode, 1.0), gated=True)
-    _, pull = jax.vjp(
-        lambda outs, lses: gating.gated_sum(call, None, gates, outs, lses), outs, lses
-    )
+    _, pull = jax.vjp(lambda outs, lses: gating.gated_sum(call, gates, outs, lses), outs, lses)
     douts, dlses = pull(normal(7, *outs[0].shape, dtype=jnp.bfloat16))
     for out, dout, dlse in zip(outs, douts, dlses, strict=True):
         wanted = -np.sum(np.asarray(out, np.float64) * np.asarray(dout, np.float64), axis=-1)

@@ -168,7 +168,7 @@ def subjects(case: Case, implementation: str, functions: Sequence[str]) -> list[
 
     def combine(gates, *arrays):
         *outs, lse = arrays
-        return gated_sum(gated, None, gates, tuple(outs), (lse,) * 3)
+        return gated_sum(gated, gates, tuple(outs), (lse,) * 3)
 
     found.append(Subject("combine_branches", ours, combine, ("gates", *BRANCHES), ("lse",)))
     call = bound(fsa_jax.native_sparse_attention, 6, config=config, implementation=implementation)
