@@ -472,28 +472,28 @@ def native_sparse_attention(
 
 def gated_attention(
     query, compressed, sources, gates, *, config, scale, segment_ids, implementation, sequence_axis
-) -> jax.Array:  # fmt: skip
+) -> Any:  # fmt: skip
     """`native_sparse_attention`, perhaps with other keys and values for the window.
 
     `sources` are one pair of them for the selected branch and the window, or a pair for each.
     """
     pairs = [checks.attention_arrays(query, *pair)[1:3] for pair in sources]
-    query, *compressed, has_batch = checks.attention_arrays(
-        query, *compressed, config.kernel_stride
-    )
+    key, value = compressed
+    stride = config.kernel_stride
+    query, *windows, has_batch = checks.attention_arrays(query, key, value, stride)
     gates = checks.gates(gates, query, has_batch)
     scale = checks.scale(scale, query.shape[-1])
     rows = checks.rows(query, segment_ids, has_batch)
     reasons = {
-        "compressed_attention": triton.range_reason(query, *compressed),
+        "compressed_attention": triton.range_reason(query, *windows),
         "selected_attention": triton.selected_reason(
             query, *pairs[0], block_size=config.block_size
         ),
         "sliding_window_attention": triton.range_reason(query, *pairs[-1]),
     }
     if sequence_axis is not None:
-        checks.sequence(sequence_axis, has_batch, query.shape[1], config.kernel_stride)
-        reason = triton.select_reason(query, compressed[0], config)
+        checks.sequence(sequence_axis, has_batch, query.shape[1], stride)
+        reason = triton.select_reason(query, windows[0], config)
         reason = next(filter(None, (reason, *reasons.values())), None)
         mode = mode_of("native_sparse_attention", implementation, reason)
         if mode == "reference":
@@ -503,7 +503,7 @@ def gated_attention(
             )
         return context.attention(
             query,
-            tuple(compressed),
+            tuple(windows),
             pairs,
             gates,
             segment_ids,
@@ -522,13 +522,13 @@ def gated_attention(
     }
     out, lse = attend["compressed_attention"](
         query,
-        *compressed,
+        *windows,
         rows,
         kernel_size=config.kernel_size,
         kernel_stride=config.kernel_stride,
         scale=scale,
     )
-    indices = _choose_blocks(query, compressed[0], lse, rows, config, scale, implementation)
+    indices = _choose_blocks(query, windows[0], lse, rows, config, scale, implementation)
     selected, selected_lse = attend["selected_attention"](
         query, *pairs[0], indices, rows, block_size=config.block_size, scale=scale
     )
@@ -536,6 +536,7 @@ def gated_attention(
         query, *pairs[-1], rows, window_size=config.window_size, scale=scale
     )
     outs = (out, selected, window)
+    total: Any
     if exact:
         total = gating.combine(gates, outs)
     else:
