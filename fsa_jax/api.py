@@ -6,17 +6,13 @@ compressed windows, l kernel_size, d kernel_stride. Query head n uses key head n
 the batch axis B may be left out, of all arrays of a call together.
 """
 
-import functools
 from typing import Any
 
-import jax
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from fsa_jax import checks, compression, context, gating, operators, reference, triton
+from fsa_jax import branches, checks, compression, gating, triton
 from fsa_jax.config import NSAConfig, check_window
-from fsa_jax.dispatch import check_name, choose, mode_of, resolve
-from fsa_jax.operators import Call
+from fsa_jax.dispatch import check_name, choose, resolve
 from fsa_jax.pallas import SelectedTuning
 from fsa_jax.sharding import partitions_itself
 
@@ -242,15 +238,8 @@ def select_blocks(
     lse = checks.with_batch("lse", lse, "T N", has_batch)
     checks.same_axes("B T N", query=query, lse=lse)
     scale = checks.scale(scale, query.shape[-1])
-    indices = _choose_blocks(query, key, lse, rows, config, scale, implementation)
+    indices = branches.choose_blocks(query, key, lse, rows, config, scale, implementation)
     return indices if has_batch else indices[0]
-
-
-def _choose_blocks(query, key, lse, rows, config, scale, implementation) -> jax.Array:
-    query, key, lse = jax.lax.stop_gradient((query, key, lse))
-    serve = choose("select_blocks", implementation, triton.select_reason(query, key, config))
-    indices = serve(query, key, lse, rows, config=config, scale=scale)
-    return checkpoint_name(indices, "block_indices")
 
 
 @partitions_itself(
@@ -457,7 +446,7 @@ def native_sparse_attention(
     _check_operator(
         query, key, value, compressed_key, compressed_value, gates, config, implementation
     )
-    return gated_attention(
+    return branches.gated_attention(
         query,
         (compressed_key, compressed_value),
         ((key, value),),
@@ -468,81 +457,6 @@ def native_sparse_attention(
         implementation=implementation,
         sequence_axis=sequence_axis,
     )
-
-
-def gated_attention(
-    query, compressed, sources, gates, *, config, scale, segment_ids, implementation, sequence_axis
-) -> Any:  # fmt: skip
-    """`native_sparse_attention`, perhaps with other keys and values for the window.
-
-    `sources` are one pair of them for the selected branch and the window, or a pair for each.
-    """
-    pairs = [checks.attention_arrays(query, *pair)[1:3] for pair in sources]
-    key, value = compressed
-    stride = config.kernel_stride
-    query, *windows, has_batch = checks.attention_arrays(query, key, value, stride)
-    gates = checks.gates(gates, query, has_batch)
-    scale = checks.scale(scale, query.shape[-1])
-    rows = checks.rows(query, segment_ids, has_batch)
-    reasons = {
-        "compressed_attention": triton.range_reason(query, *windows),
-        "selected_attention": triton.selected_reason(
-            query, *pairs[0], block_size=config.block_size
-        ),
-        "sliding_window_attention": triton.range_reason(query, *pairs[-1]),
-    }
-    if sequence_axis is not None:
-        checks.sequence(sequence_axis, has_batch, query.shape[1], stride)
-        reason = triton.select_reason(query, windows[0], config)
-        reason = next(filter(None, (reason, *reasons.values())), None)
-        mode = mode_of("native_sparse_attention", implementation, reason)
-        if mode == "reference":
-            raise NotImplementedError(
-                f"implementation='reference' cannot serve sequence_axis={sequence_axis!r}: it is "
-                "for one device; use 'xla', 'triton' or None"
-            )
-        return context.attention(
-            query,
-            tuple(windows),
-            pairs,
-            gates,
-            segment_ids,
-            config=config,
-            scale=scale,
-            mode=mode,
-            axis=sequence_axis,
-        )
-    by_name = {name: mode_of(name, implementation, reason) for name, reason in reasons.items()}
-    exact = implementation == "reference"
-    attend = {
-        name: getattr(reference, name)
-        if exact
-        else functools.partial(getattr(operators, name), mode=mode, gated=True)
-        for name, mode in by_name.items()
-    }
-    out, lse = attend["compressed_attention"](
-        query,
-        *windows,
-        rows,
-        kernel_size=config.kernel_size,
-        kernel_stride=config.kernel_stride,
-        scale=scale,
-    )
-    indices = _choose_blocks(query, windows[0], lse, rows, config, scale, implementation)
-    selected, selected_lse = attend["selected_attention"](
-        query, *pairs[0], indices, rows, block_size=config.block_size, scale=scale
-    )
-    window, window_lse = attend["sliding_window_attention"](
-        query, *pairs[-1], rows, window_size=config.window_size, scale=scale
-    )
-    outs = (out, selected, window)
-    total: Any
-    if exact:
-        total = gating.combine(gates, outs)
-    else:
-        call = Call(by_name["sliding_window_attention"], scale)
-        total = gating.gated_sum(call, gates, outs, (lse, selected_lse, window_lse))
-    return total if has_batch else total[0]
 
 
 def _check_operator(
@@ -562,13 +476,13 @@ def _check_operator(
 
 
 def combine_branches(
-    gates: Float[Array, "*B T #N 3"], *branches: Float[Array, "*B T N E"]
+    gates: Float[Array, "*B T #N 3"], *outs: Float[Array, "*B T N E"]
 ) -> Float[Array, "*B T N E"]:
     """The gated sum of the compressed, selected and window branch, in that order.
 
     Args:
       gates: [B, T, N, 3] or [B, T, 1, 3], floating.
-      *branches: three arrays [B, T, N, E] of one dtype.
+      *outs: three arrays [B, T, N, E] of one dtype.
 
     Returns:
       [B, T, N, E] in the dtype of the branches; the sum itself is float32 or float64.
@@ -576,10 +490,10 @@ def combine_branches(
     Raises:
       ValueError: the gates have a wrong shape or dtype.
     """
-    out = branches[0]
+    out = outs[0]
     has_batch = out.ndim == 4
     gates = checks.gates(gates, out if has_batch else out[None], has_batch)
-    return gating.combine(gates if has_batch else gates[0], branches)
+    return gating.combine(gates if has_batch else gates[0], outs)
 
 
 def _result(result, has_batch: bool, return_residuals: bool) -> Any:

@@ -97,16 +97,8 @@ def _attention_fwd(static, query, compressed, sources, gates, ids):
     results = tuple(map(checkpoint_name, results, (*names, "block_indices")))
     *results, indices = results
     outs, lses = results[::2], results[1::2]
-    return gating.combine(gates, outs), (
-        query,
-        compressed,
-        sources,
-        gates,
-        ids,
-        outs,
-        lses,
-        indices,
-    )
+    residuals = (query, compressed, sources, gates, ids, outs, lses, indices)
+    return gating.combine(gates, outs), residuals
 
 
 def _attention_bwd(static, residuals, dout):

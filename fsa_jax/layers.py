@@ -21,7 +21,7 @@ from flax.nnx.nn import initializers
 from flax.typing import Dtype, Initializer, PrecisionLike
 from jaxtyping import Array, Float, Int
 
-from fsa_jax import api, checks, decode, stripes
+from fsa_jax import api, branches, checks, decode, stripes
 from fsa_jax.attention_layer import AttentionLayer, check_choice, linear
 from fsa_jax.attention_layer import check_heads as check_heads
 from fsa_jax.cache import Chunk, NSACache
@@ -193,7 +193,7 @@ class NativeSparseAttention(AttentionLayer):
         if not self.kv_per_branch:
             return api.native_sparse_attention(*arrays, **shared)
         sources = (inputs.selected, inputs.window)
-        return api.gated_attention(inputs.query, inputs.compressed, sources, gates, **shared)
+        return branches.gated_attention(inputs.query, inputs.compressed, sources, gates, **shared)
 
     def init_cache(
         self,
@@ -258,8 +258,8 @@ class NativeSparseAttention(AttentionLayer):
             heads = self._attend(x, inputs, chunk.valid.astype(jnp.int32))
         else:
             scale = checks.scale(self.scale, self.head_dim)
-            branches = decode.attend(query, cache, chunk, layer, scale=scale, mode=mode)
-            heads = api.combine_branches(jax.nn.sigmoid(self.gate(x)), *branches)
+            outs = decode.attend(query, cache, chunk, layer, scale=scale, mode=mode)
+            heads = api.combine_branches(jax.nn.sigmoid(self.gate(x)), *outs)
         return self._project_out(heads, chunk), cache
 
     def selected_blocks(
