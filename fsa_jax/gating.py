@@ -53,8 +53,12 @@ def _gated_sum_fwd(call, gates, outs, lses):
 def _gated_sum_bwd(call, residuals, dout):
     gates, outs = residuals
     run = _gradients_on(call, gates.shape[2] == 1)
-    # branch by branch: then there need not be three cotangents of their size at a time
-    found = [run(gates[..., i], dout, out) for i, out in enumerate(outs)]
+    # One branch after the other: else the compiler may make all three cotangents at once, which
+    # need three times the memory.
+    found = []
+    for i, out in enumerate(outs):
+        late, _ = jax.lax.optimization_barrier((dout, found[-1:]))
+        found.append(run(gates[..., i], late, out))
     dgates, douts, deltas = zip(*found, strict=True)
     return gates_gradient(gates, dgates), douts, tuple(-delta for delta in deltas)
 
