@@ -181,18 +181,37 @@ def partial_gradients(
         ):
             store_block(item, sum_ref, piece_ref, d, [x * factor for x in parts], axis=1)
 
+    part = jax.ShapeDtypeStruct((heads, tokens * slots * group, width), partial_dtype)
     rows = max(1, pieces) * block
+    return call_on_items(backward_kernel, items, inputs, sums, rows, tile, interpret, part)
+
+
+def call_on_items(kernel, items, inputs, sums, rows, tile, interpret, *more):
+    """Calls a kernel whose programs own an item each.
+
+    Args:
+      kernel: of the arrays of the items, the inputs, the sums, and the results.
+      items: what `item.arrays` gives.
+      inputs: other arrays.
+      sums: dkey and dvalue, updated in place.
+      rows: of the pieces.
+      tile: `tuning.Tile`.
+      interpret: run the kernel in interpret mode.
+      *more: shapes of other results.
+
+    Returns:
+      The sums, their pieces float32 [rows, width], and the other results.
+    """
     shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in sums]
     shapes += [jax.ShapeDtypeStruct((rows, x.shape[3]), jnp.float32) for x in sums]
-    shapes.append(jax.ShapeDtypeStruct((heads, tokens * slots * group, width), partial_dtype))
     before = len(items) + len(inputs)
     return call(
-        backward_kernel,
+        kernel,
         *items,
         *inputs,
         *sums,
-        grid=lists.start.shape,
-        out_shape=tuple(shapes),
+        grid=items[1].shape,
+        out_shape=(*shapes, *more),
         aliases={before: 0, before + 1: 1},
         interpret=interpret,
         num_warps=tile.num_warps,

@@ -14,10 +14,9 @@ rows of a step, X items of blocks that are cut.
 import jax
 import jax.numpy as jnp
 
-from fsa_jax.pallas.backward import store_block
+from fsa_jax.pallas.backward import call_on_items, store_block
 from fsa_jax.pallas.common import (
     Sum,
-    call,
     columns_of,
     dot,
     load,
@@ -90,20 +89,5 @@ def key_gradients(
         ):
             store_block(item, sum_ref, piece_ref, d, [x.total * factor for x in parts], axis=0)
 
-    shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in sums]
-    shapes += [
-        jax.ShapeDtypeStruct((max(1, pieces) * block, x.shape[3]), jnp.float32) for x in sums
-    ]
-    before = len(items) + len(inputs)
-    return call(
-        block_key_gradient_kernel,
-        *items,
-        *inputs,
-        *sums,
-        grid=lists.start.shape,
-        out_shape=tuple(shapes),
-        aliases={before: 0, before + 1: 1},
-        interpret=interpret,
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
-    )
+    rows = max(1, pieces) * block
+    return call_on_items(block_key_gradient_kernel, items, inputs, sums, rows, tile, interpret)
