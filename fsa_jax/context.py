@@ -17,7 +17,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from einops import rearrange
 from jax.ad_checkpoint import checkpoint_name
 
 from fsa_jax import gating, operators, segments, stripes
@@ -128,8 +127,7 @@ def _operands(static):
 
 def _forward_on(static):
     def body(axis, *arrays):
-        task = _Task(static, axis, *arrays)
-        return task.head_by_head(task.forward)
+        return _Task(static, axis, *arrays).forward()
 
     stride = static.config.kernel_stride
     return stripes.over_axis(body, static.axis, stride, _operands(static), _RESULTS)
@@ -139,9 +137,7 @@ def _backward_on(static, one_gate):
     count = len(_operands(static))
 
     def body(axis, *arrays):
-        task = _Task(static, axis, *arrays[:count])
-        step = functools.partial(task.backward, arrays[count:])
-        return task.head_by_head(step)
+        return _Task(static, axis, *arrays[:count]).backward(arrays[count:])
 
     operands = _operands(static)
     given = {f"{branch} {name}": "b t n" for name in ("lse", "delta") for branch in _BRANCHES}
@@ -169,21 +165,24 @@ class _Task:
         )
         self.total = self.rows.start.shape[1]
 
-    def head_by_head(self, step):
-        """Results [B, T, heads, ...] of `step(head)`, written in place for one after the other."""
+    def head_by_head(self, step, results):
+        """The results after `step(results, head)` for one KV head after the other."""
         heads = jnp.arange(self.kv_heads, dtype=jnp.int32)
-        zeros = (
-            jnp.zeros((*x.shape[:2], self.kv_heads * x.shape[2], *x.shape[3:]), x.dtype)
-            for x in jax.eval_shape(step, heads[0])
+        return jax.lax.scan(lambda results, head: (step(results, head), None), results, heads)[0]
+
+    def _stripe_by_stripe(self, step, carry):
+        """The carry after `step(carry, half)` for both: at once, they need twice the memory."""
+        halves = jnp.arange(2, dtype=jnp.int32)
+        return jax.lax.scan(lambda carry, half: (step(carry, half), None), carry, halves)[0]
+
+    def _put(self, results, parts, head, half=0):
+        """Results [B, T, heads, ...] with parts of one KV head and stripe written in place."""
+        return tuple(
+            jax.lax.dynamic_update_slice(
+                x, part, (0, half * part.shape[1], head * part.shape[2], *[0] * (x.ndim - 3))
+            )
+            for x, part in zip(results, parts, strict=True)
         )
-
-        def write(results, head):
-            return tuple(
-                jax.lax.dynamic_update_slice_in_dim(x, part, head * part.shape[2], axis=2)
-                for x, part in zip(results, step(head), strict=True)
-            ), None
-
-        return jax.lax.scan(write, tuple(zeros), heads)[0]
 
     def _head(self, x, head, size=1):
         """Heads of one KV head of [B, T, heads, ...]."""
@@ -269,30 +268,38 @@ class _Task:
         offset = jnp.broadcast_to(self.device.offset(half), (self.query.shape[0], 1))
         return documents, offset
 
-    def forward(self, head) -> Any:
-        """Results of one KV head: out and lse of each branch, and the lists of blocks."""
-        compressed, sources = self._keys(head)
-        query = self._head(self.query, head, self.group)
+    def forward(self) -> Any:
+        """Out and lse of each branch, and the lists of blocks."""
         ranges: Any = operators.range_attention
         listed: Any = operators.block_attention
 
-        def stripe(half):
-            q = self.device.half_of(query, half)
-            arrays = (q, *compressed, *self._windows(half))
-            out, lse = ranges(self.static.call("compressed"), *arrays)
-            indices = self._choose(half, q, compressed[0], lse)
-            arrays = (q, *sources[:2], self._blocks(half, indices), *self._row(half))
-            blocks = listed(self.static.call("selected"), *arrays)
-            near = (self._nearby(x, half) for x in sources[-2:])
-            arrays = (q, *near, *self._window(half))
-            window = ranges(self.static.call("window"), *arrays)
-            return out, lse, *blocks, *window, indices
+        def step(results, head):
+            compressed, sources = self._keys(head)
+            query = self._head(self.query, head, self.group)
 
-        return self._joined(jax.lax.map(stripe, jnp.arange(2, dtype=jnp.int32)))
+            def stripe(results, half):
+                q = self.device.half_of(query, half)
+                arrays = (q, *compressed, *self._windows(half))
+                out, lse = ranges(self.static.call("compressed"), *arrays)
+                indices = self._choose(half, q, compressed[0], lse)
+                arrays = (q, *sources[:2], self._blocks(half, indices), *self._row(half))
+                blocks = listed(self.static.call("selected"), *arrays)
+                near = (self._nearby(x, half) for x in sources[-2:])
+                arrays = (q, *near, *self._window(half))
+                window = ranges(self.static.call("window"), *arrays)
+                return self._put(results, (out, lse, *blocks, *window, indices), head, half)
 
-    def _joined(self, parts):
-        """[2, B, L, ...] of the stripes to [B, 2L, ...]."""
-        return tuple(rearrange(x, "s b l ... -> b (s l) ...") for x in parts)
+            return self._stripe_by_stripe(stripe, results)
+
+        places = self.query.shape[:3]
+        values = (self.compressed[1], self.sources[1], self.sources[-1])
+        results = [
+            jnp.zeros((*places, *width), dtype)
+            for x in values
+            for width, dtype in ((x.shape[3:], x.dtype), ((), wide_dtype(x)))
+        ]
+        indices = jnp.zeros((*places[:2], self.kv_heads, self.static.config.topk), jnp.int32)
+        return self.head_by_head(step, (*results, indices))
 
     def _choose(self, half, query, key, lse):
         visible = (self.device.cut(x, half) for x in (self.windows.first, self.windows.visible))
@@ -300,24 +307,23 @@ class _Task:
         call = self.static.call("selection")
         return operators.choose_blocks(call, query, key, lse, self._local(half), windows)
 
-    def backward(self, given, head):
-        """Gradients of one KV head: of its queries, compressed keys and values, and sources.
+    def backward(self, given):
+        """Gradients of the queries, the compressed keys and values, and the sources.
 
         `given` are lse and delta of the branches, the lists of blocks, the gates, and dout.
         """
         lses, deltas, (indices, gates, dout) = given[:3], given[3:6], given[6:]
-        keys = self._keys(head)
-        compressed, sources = keys
         wide = wide_dtype(self.query)
 
         def add(sums, parts):
             return [total + part.astype(wide) for total, part in zip(sums, parts, strict=True)]
 
-        def stripe(sums, half):
+        def stripe(keys, head, state, half):
             def own(x, size):
                 return self.device.half_of(self._head(x, head, size), half)
 
-            dcompressed, dsources = sums
+            compressed, sources = keys
+            dquery, dcompressed, dsources = state
             q, over, *lse = (own(x, self.group) for x in (self.query, dout, *lses))
             shared = gates.shape[2] == 1
             gate = self.device.half_of(gates, half) if shared else own(gates, self.group)
@@ -352,15 +358,22 @@ class _Task:
                     strict=True,
                 )
             ]
-            dquery = dq.astype(wide) + dq_selected.astype(wide) + dq_window.astype(wide)
-            return (dcompressed, dsources), (dquery.astype(q.dtype),)
+            dq = dq.astype(wide) + dq_selected.astype(wide) + dq_window.astype(wide)
+            dquery = self._put([dquery], [dq.astype(q.dtype)], head, half)[0]
+            return dquery, dcompressed, dsources
 
-        # One stripe after the other: at once, they would need twice the memory.
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, wide), keys)
-        halves = jnp.arange(2, dtype=jnp.int32)
-        (dcompressed, dsources), dquery = jax.lax.scan(stripe, zeros, halves)
-        if self.static.packed:
-            dcompressed = [self._by_stripes(x) for x in dcompressed]
-        scattered = (self.device.scatter(x) for x in (*dcompressed, *dsources))
-        # key and value have the dtype of the query
-        return *self._joined(dquery), *(x.astype(self.query.dtype) for x in scattered)
+        def step(results, head):
+            keys = self._keys(head)
+            zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, wide), keys)
+            dquery, dcompressed, dsources = self._stripe_by_stripe(
+                functools.partial(stripe, keys, head), (results[0], *zeros)
+            )
+            if self.static.packed:
+                dcompressed = [self._by_stripes(x) for x in dcompressed]
+            scattered = (self.device.scatter(x) for x in (*dcompressed, *dsources))
+            # key and value have the dtype of the query
+            parts = (x.astype(self.query.dtype) for x in scattered)
+            return dquery, *self._put(results[1:], parts, head)
+
+        shares = (self.query, *self.compressed, *self.sources)
+        return self.head_by_head(step, tuple(map(jnp.zeros_like, shares)))

@@ -28,6 +28,8 @@ TOLERANCE = 0.05
 #: Least share of the sampled queries whose blocks must be a right choice: bfloat16 kernels and the
 #: check add in other orders, so that near ties may differ.
 RIGHT_CHOICES = 0.95
+#: These run once a shape: the search for the fastest matrix product took 15 s of each case.
+_jit = functools.partial(jax.jit, compiler_options={"xla_gpu_autotune_level": 0})
 
 
 class WrongResult(ArithmeticError):
@@ -103,6 +105,7 @@ def relative_error(got, wanted) -> float:
     return float(error / size) if size else float(error > 0)
 
 
+@functools.partial(_jit, static_argnums=(0, 1))
 def visible(case: Case, function: str, arrays, rows: Array, keys: Array) -> Array:
     """Which of the keys the queries at some tokens see: bool [K or 1, n, M], by definition."""
     documents = describe_rows(arrays.get("segment_ids"), 1, case.length)
@@ -122,7 +125,7 @@ def visible(case: Case, function: str, arrays, rows: Array, keys: Array) -> Arra
     return (block[None, :, :, None] == lists).any(axis=-1) & seen[None]
 
 
-@jax.jit
+@_jit
 def _rows(query, key, value, cotangent, seen):
     """Output and dq of some rows."""
 
@@ -140,7 +143,7 @@ def _rows(query, key, value, cotangent, seen):
     return out, pullback(cotangent.astype(jnp.float32))[0]
 
 
-@jax.jit
+@_jit
 def _keys(query, key, value, cotangent, out, lse, seen):
     """DK and dV of some keys."""
     cotangent = cotangent.astype(jnp.float32)
@@ -173,7 +176,7 @@ def check_blocks(case: Case, arrays, lists: Array) -> float:
     rows = np.asarray(sample)
     slots = jnp.arange(arrays["compressed_key"].shape[1], dtype=jnp.int32)
     seen = visible(case, "compressed_attention", arrays, sample, slots)
-    logits = _logits(arrays["query"][0, sample], arrays["compressed_key"][0])
+    logits = _jit(_logits)(arrays["query"][0, sample], arrays["compressed_key"][0])
     lse = rearrange(arrays["lse"][0, sample], "n (k g) -> k g n 1", k=case.kv_heads)
     p = np.asarray(jnp.where(seen[:, None], jnp.exp(logits - lse), 0).sum(axis=1), np.float64)
     documents = describe_rows(arrays.get("segment_ids"), 1, case.length)
