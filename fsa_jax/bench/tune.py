@@ -2,8 +2,8 @@
 
 One kernel at a time, all others with the tiles of the heuristics: every candidate that fits in
 shared memory is compiled, its results are compared with those of the heuristic tile, and the pass
-that the kernel is part of is timed. A candidate is taken if it is faster by more than the spread
-of both; else the heuristic tile stays. `fsa_jax/pallas/tuned.py` says which calls an entry serves.
+that the kernel is part of is timed. A candidate is taken if its slowest round is faster than the
+fastest of the heuristic tile; else that stays. `fsa_jax/pallas/tuned.py` says which calls an entry serves.
 """
 
 import dataclasses
@@ -275,12 +275,14 @@ def difference(got, wanted) -> str | None:
 
 
 def fastest(candidates: list[dict[str, Any]]) -> int:
-    """Number of the tile to take: the heuristic one, the first, unless beaten beyond the spread."""
-    first = candidates[0]
+    """Number of the tile to take: the heuristic one, the first, unless beaten in every round.
 
-    def beats(found):
-        margin = max(found["spread"], first["spread"])
-        return found["ms"] < first["ms"] * (1 - margin)
-
-    numbers = [i for i, x in enumerate(candidates) if i and "error" not in x and beats(x)]
+    By the fastest round of the heuristic tile: one that was disturbed says nothing.
+    """
+    best = min(candidates[0]["samples_ms"])
+    numbers = [
+        i
+        for i, x in enumerate(candidates)
+        if i and "error" not in x and max(x["samples_ms"]) < best
+    ]
     return min(numbers, key=lambda i: (candidates[i]["ms"], i), default=0)
