@@ -22,7 +22,6 @@ from fsa_jax.pallas.common import (
     iota,
     load,
     load_tiles,
-    only_if,
     product,
     rows_mask,
     softmax_weights,
@@ -32,8 +31,13 @@ from fsa_jax.pallas.common import (
 )
 from fsa_jax.pallas.tuning import WIDEST
 
+#: Programs that any GPU can share evenly, and the most tokens that one gets where there are more.
+ENOUGH_PROGRAMS, MOST_TOKENS = 16384, 4
 
-def attention(starts, query, key, value, offset, *, block, scale, tile, interpret):
+
+def attention(
+    starts, query, key, value, offset, *, block, scale, tile, interpret, done=None, into=None
+):  # fmt: skip
     """Attention of each query to its listed blocks.
 
     Args:
@@ -46,47 +50,55 @@ def attention(starts, query, key, value, offset, *, block, scale, tile, interpre
       scale: factor of the logits.
       tile: `tuning.Tile`; its rows are not used.
       interpret: run the kernel in interpret mode.
+      done: int32 [1] or None; where it is not 0, the results are there already.
+      into: those results, given back as they are.
 
     Returns:
       out [B, T, N, E] in the dtype of `query` and lse float32 [B, T, N], natural logarithm.
     """
+    given = () if done is None else (done, *into)
     softmax = Softmax(scale, exact=key.dtype == jnp.float32)
 
-    def query_outer_kernel(
-        starts_ref, query_ref, key_ref, value_ref, offset_ref, out_ref, lse_ref
-    ):  # fmt: skip
+    grid, tokens = _grid(query, key), query.shape[1]
+
+    def query_outer_kernel(starts_ref, query_ref, key_ref, value_ref, offset_ref, *refs):
+        out_ref, lse_ref = refs[-2:]
         batch, kv_head, query_head, there = _heads(query_ref, key_ref)
-        token = pl.program_id(0)
-        columns, value_columns = (columns_of(x, WIDEST) for x in (key, value))
-        queries = _load_rows(query_ref, batch, token, query_head, there, columns)
 
-        def step(slot, state):
-            top, total, out = state
-            column, seen = _block(starts_ref, offset_ref, batch, token, kv_head, slot, block)
-            keys = load_tiles(key_ref, batch, column, kv_head, columns, seen)
-            values = load_tiles(value_ref, batch, column, kv_head, value_columns, seen)
-            logits = softmax.signed(product(queries, keys))
-            logits = jnp.where(seen[None, :], logits, -jnp.inf)
-            top, p, decay = softmax.fold(top, logits)
-            p_cut = p.astype(value_ref.dtype)
-            out = [
-                x * decay[:, None] + dot(p_cut, v, (1, 0)) for x, v in zip(out, values, strict=True)
-            ]
-            return top, total * decay + jnp.sum(p, axis=1), out
+        def attend(token):
+            columns, value_columns = (columns_of(x, WIDEST) for x in (key, value))
+            queries = _load_rows(query_ref, batch, token, query_head, there, columns)
 
-        rows = query_head.size
-        zeros = jnp.zeros((rows,), jnp.float32)
-        out = [jnp.zeros((rows, e.size), jnp.float32) for e in value_columns]
-        state = (zeros - jnp.inf, zeros, out)
-        top, total, out = jax.lax.fori_loop(0, starts_ref.shape[3], step, state)
-        some = total > 0
-        total = jnp.where(some, total, 1.0)
-        for e, x in zip(value_columns, out, strict=True):
-            target = out_ref.at[batch, token, query_head[:, None], e[None, :]]
-            mask = rows_mask(there, e, out_ref.shape[3])
-            store(target, softmax.mean(x, total).astype(out_ref.dtype), mask=mask)
-        lse = jnp.where(some, softmax.lse(top, total), -jnp.inf)
-        store(lse_ref.at[batch, token, query_head], lse, mask=there)
+            def step(slot, state):
+                top, total, out = state
+                column, seen = _block(starts_ref, offset_ref, batch, token, kv_head, slot, block)
+                keys = load_tiles(key_ref, batch, column, kv_head, columns, seen)
+                values = load_tiles(value_ref, batch, column, kv_head, value_columns, seen)
+                logits = softmax.signed(product(queries, keys))
+                logits = jnp.where(seen[None, :], logits, -jnp.inf)
+                top, p, decay = softmax.fold(top, logits)
+                p_cut = p.astype(value_ref.dtype)
+                out = [
+                    x * decay[:, None] + dot(p_cut, v, (1, 0))
+                    for x, v in zip(out, values, strict=True)
+                ]
+                return top, total * decay + jnp.sum(p, axis=1), out
+
+            rows = query_head.size
+            zeros = jnp.zeros((rows,), jnp.float32)
+            out = [jnp.zeros((rows, e.size), jnp.float32) for e in value_columns]
+            state = (zeros - jnp.inf, zeros, out)
+            top, total, out = jax.lax.fori_loop(0, starts_ref.shape[3], step, state)
+            some = total > 0
+            total = jnp.where(some, total, 1.0)
+            for e, x in zip(value_columns, out, strict=True):
+                target = out_ref.at[batch, token, query_head[:, None], e[None, :]]
+                mask = rows_mask(there, e, out_ref.shape[3])
+                store(target, softmax.mean(x, total).astype(out_ref.dtype), mask=mask)
+            lse = jnp.where(some, softmax.lse(top, total), -jnp.inf)
+            store(lse_ref.at[batch, token, query_head], lse, mask=there)
+
+        _each_token(tokens, grid[0], refs[0][0] == 0 if given else jnp.asarray(True), attend)
 
     return call(
         query_outer_kernel,
@@ -95,11 +107,13 @@ def attention(starts, query, key, value, offset, *, block, scale, tile, interpre
         key,
         value,
         offset,
-        grid=_grid(query, key),
+        *given,
+        grid=grid,
         out_shape=(
             jax.ShapeDtypeStruct((*query.shape[:3], value.shape[3]), query.dtype),
             jax.ShapeDtypeStruct(query.shape[:3], jnp.float32),
         ),
+        aliases={6: 0, 7: 1} if given else None,
         interpret=interpret,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
@@ -115,6 +129,7 @@ def query_gradient(
     Where `done`, int32 [1], is not 0, the gradient is there already: `into`, given back as it is.
     """
     given = () if done is None else (done, into)
+    grid, tokens = _grid(query, key), query.shape[1]
 
     def query_gradient_kernel(
         starts_ref, query_ref, key_ref, value_ref, dout_ref, lse_ref, delta_ref, offset_ref, *refs
@@ -122,9 +137,7 @@ def query_gradient(
         dquery_ref = refs[-1]
         batch, kv_head, query_head, there = _heads(query_ref, key_ref)
 
-        token = pl.program_id(0)
-
-        def differentiate():
+        def differentiate(token):
             columns, value_columns = (columns_of(x, WIDEST) for x in (key, value))
             queries = _load_rows(query_ref, batch, token, query_head, there, columns)
             douts = _load_rows(dout_ref, batch, token, query_head, there, value_columns)
@@ -147,7 +160,7 @@ def query_gradient(
                 mask = rows_mask(there, d, dquery_ref.shape[3]).T
                 store(target, (x * scale).astype(dquery_ref.dtype), mask=mask)
 
-        only_if(refs[0][0] == 0 if given else jnp.asarray(True), differentiate)
+        _each_token(tokens, grid[0], refs[0][0] == 0 if given else jnp.asarray(True), differentiate)
 
     return call(
         query_gradient_kernel,
@@ -160,7 +173,7 @@ def query_gradient(
         delta,
         offset,
         *given,
-        grid=_grid(query, key),
+        grid=grid,
         out_shape=jax.ShapeDtypeStruct(query.shape, query.dtype),
         aliases={9: 0} if given else None,
         interpret=interpret,
@@ -170,7 +183,21 @@ def query_gradient(
 
 
 def _grid(query, key):
-    return (query.shape[1], key.shape[0] * key.shape[2])
+    """Programs have several tokens each, where there are many: even an idle one costs time."""
+    rows, tokens = key.shape[0] * key.shape[2], query.shape[1]
+    each = max(1, min(tokens * rows // ENOUGH_PROGRAMS, MOST_TOKENS))
+    return (-(-tokens // each), rows)
+
+
+def _each_token(tokens, programs, wanted, body):
+    """Calls `body(token)` for the tokens of a program, if wanted.
+
+    Programs that run at the same time have neighbouring tokens, which load the same keys.
+    """
+    first = pl.program_id(0)
+    count = jax.lax.div(tokens - first + programs - 1, programs)
+    count = jnp.where(wanted, count, 0)
+    jax.lax.fori_loop(0, count, lambda number, _: body(first + number * programs), None)
 
 
 def _heads(query_ref, key_ref):

@@ -22,6 +22,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Int
 
@@ -47,6 +48,8 @@ from fsa_jax.pallas.tuning import Tile
 MOST_TOKENS = 16
 #: Entries of lists that a program of `merge_lists` holds: of several tiles, where they are few.
 MERGED = 4096
+#: One of so many tiles is asked whether this kernel pays.
+SAMPLED = 16
 #: Widest tile of columns.
 COLUMNS = 128
 
@@ -72,29 +75,49 @@ def tile_tokens(tile: Tile, group: int) -> int:
     return min(tile.rows // group, MOST_TOKENS)
 
 
-def pays(lists: Lists, starts: Int[Array, "B T K S"], end: int, pairs: float) -> Int[Array, "1"]:
+def pays(
+    starts: Int[Array, "B T K S"],
+    end: int,
+    pairs: float,
+    tile: Tile,
+    group: int,
+    *,
+    interpret: bool,
+) -> Int[Array, "1"]:
     """Whether tiles share so many blocks that one costs less than the `pairs` that it stands for.
 
+    By one of `SAMPLED` tiles, where there are so many.
+
     Args:
-      lists: the blocks of the tiles.
-      starts: what they were merged from.
+      starts: first token of each listed block.
       end: marks the entries of `starts` that do not count.
       pairs: how many (query, block) pairs another kernel serves in the time of a tile's block.
+      tile: that of the kernel to ask for.
+      group: query heads of a key head.
+      interpret: run the kernel in interpret mode.
 
     Returns:
       1 or 0.
     """
+    tokens = tile_tokens(tile, group)
+    several = starts.shape[1] // (SAMPLED * tokens)
+    if several:
+        starts = starts[:, : several * SAMPLED * tokens]
+        starts = rearrange(starts, "b (m n t) k s -> b m n t k s", n=SAMPLED, t=tokens)
+        starts = rearrange(starts[:, :, SAMPLED // 2], "b m t k s -> b (m t) k s")
+    lists = merge_lists(starts, end, tile, group, interpret=interpret)
     blocks = jnp.sum(lists.count.astype(jnp.float32))
     listed = jnp.sum((starts < end).astype(jnp.float32))
     return (blocks * pairs < listed).astype(jnp.int32)[None]
 
 
 def merge_lists(
-    starts: Int[Array, "B T K S"], end: int, tile: Tile, group: int, *, interpret: bool
+    starts: Int[Array, "B T K S"], end: int, tile: Tile, group: int, wanted=None, *, interpret: bool
 ) -> Lists:
     """Merges the lists of the neighbouring tokens of each tile of `group` heads a token.
 
-    `starts` holds the first token of each listed block, `end` where the entry does not count.
+    `starts` holds the first token of each listed block, `end` where the entry does not count. Where
+    `wanted`, int32 [1], is 0, tiles have no blocks.
     """
     batch, length, kv_heads, slots = starts.shape
     tokens = tile_tokens(tile, group)
@@ -103,12 +126,15 @@ def merge_lists(
     entries = next_power_of_two(tokens) * width
     merged = max(1, MERGED // entries)
 
-    def merge_lists_kernel(starts_ref, start_ref, members_ref, count_ref):
+    def merge_lists_kernel(starts_ref, *refs):
+        start_ref, members_ref, count_ref = refs[-3:]
         row, kv_head = split(pl.program_id(1), kv_heads)
         number_of_tile = pl.program_id(0) * merged + iota(merged)
         of_tile, slot = (x[None, :] for x in split(iota(entries), width))
         token = number_of_tile[:, None] * tokens + of_tile
         there = (token < length) & (of_tile < tokens) & (slot < slots)
+        if wanted is not None:
+            there &= refs[0][0] > 0
         listed = load(starts_ref.at[row, token, kv_head, slot], mask=there, other=end)
         bits = jnp.left_shift(jnp.ones_like(of_tile), of_tile)
 
@@ -136,6 +162,7 @@ def merge_lists(
         *call(
             merge_lists_kernel,
             starts,
+            *(() if wanted is None else (wanted,)),
             grid=(-(-tiles // merged), batch * kv_heads),
             out_shape=(wide, wide, jax.ShapeDtypeStruct((batch, kv_heads, tiles), jnp.int32)),
             interpret=interpret,

@@ -1,8 +1,8 @@
 """Selected attention from kernels: chunks, the order of the kernels, and the two passes.
 
-Forward: build_index, then per chunk partial_attention -> merge_outputs; or, where neighbouring
-queries share enough of their blocks, query_tile. Which of them is decided on the device, by the
-lists themselves: the other one finds no work and ends.
+Forward: build_index, then per chunk partial_attention -> merge_outputs, or query_outer where the
+group is large; or, where neighbouring queries share enough of their blocks, query_tile. Which of
+them is decided on the device, by the lists themselves: the other one finds no work and ends.
 Backward: per chunk partial_gradients -> sum_gradients (dQ) and sum_blocks (dK, dV); where the group
 is large, dQ by query_tile or query_outer, and per chunk key_gradients -> sum_blocks.
 A chunk is some (row, KV head) pairs and some tokens of all queries; its partial results fit the
@@ -24,10 +24,10 @@ from fsa_jax.pallas import backward, block_keys, forward, index, merge, query_ou
 from fsa_jax.pallas.tuning import Plan
 from fsa_jax.segments import Rows
 
-#: What a block of a tile of 64 rows costs the query-tile kernel: as much as so many rows of pairs
-#: cost the KV-outer forward kernels, and as so many pairs cost the query-outer kernel of dq.
-#: Measured on an H100 at 65,536 tokens, 4 key heads of width 128 (benchmarks/NOTES.md).
-KV_OUTER_ROWS, QUERY_OUTER_PAIRS = 13, 1.27
+#: What a block of a tile of 64 rows costs the query-tile kernels: as much as so many rows of pairs
+#: cost the KV-outer forward kernels, and as so many pairs cost the query-outer kernels, forward and
+#: of dq. Measured at 65,536 tokens, 4 key heads of width 128 (benchmarks/NOTES.md).
+KV_OUTER_ROWS, QUERY_OUTER_PAIRS, QUERY_OUTER_DQ_PAIRS = 13, 1.15, 1.27
 
 
 def build_lists(
@@ -84,25 +84,31 @@ def attention(
     starts = _split_blocks(starts, offset, key.shape[1], block_size, plan.block)
     static = {"block": plan.block, "scale": scale, "interpret": interpret}
     arrays = (query, key, value)
-    if plan.forward_method == "query_outer":
-        return query_outer.attention(starts, *arrays, offset, tile=plan.query_outer, **static)
-    results = (
-        jnp.zeros((*query.shape[:3], value.shape[3]), query.dtype),
-        jnp.zeros(query.shape[:3], jnp.float32),
+    outer = functools.partial(
+        query_outer.attention, starts, *arrays, offset, tile=plan.query_outer, **static
     )
-    done = jnp.zeros((1,), jnp.int32)
-    if plan.forward_method in ("query_tile", "either"):
-        group, tile = query.shape[2] // key.shape[2], plan.query_tile
-        tiles = query_tile.merge_lists(starts, key.shape[1], tile, group, interpret=interpret)
-        if plan.forward_method == "either":
-            done = query_tile.pays(tiles, starts, key.shape[1], KV_OUTER_ROWS / group)
-        else:
-            done = jnp.ones_like(done)
+    methods, done = plan.forward_methods, jnp.zeros((1,), jnp.int32)
+    if methods == ("query_outer",):
+        return outer()
+    if "query_tile" in methods:
+        pairs, tile = None, plan.query_tile
+        if "kv_outer" in methods:
+            pairs = KV_OUTER_ROWS / (query.shape[2] // key.shape[2])
+        elif "query_outer" in methods:
+            pairs = QUERY_OUTER_PAIRS
+        tiles, done = _tiles(starts, arrays, tile, pairs, interpret)
         results = query_tile.attention(tiles, *arrays, offset, done, tile=tile, **static)
-        if plan.forward_method == "query_tile":
+        if "query_outer" in methods:
+            return outer(done=done, into=results)
+        if "kv_outer" not in methods:
             return results
         # items without pairs: no kernel below does anything where the results are there already
         lists = dataclasses.replace(lists, count=jnp.where(done > 0, 0, lists.count))
+    else:
+        results = (
+            jnp.zeros((*query.shape[:3], value.shape[3]), query.dtype),
+            jnp.zeros(query.shape[:3], jnp.float32),
+        )
     where, starts = _chunk_lists(plan, starts, offset, key.shape[1])
 
     def step(results, chunk):
@@ -151,7 +157,7 @@ def gradients(
     starts = _split_blocks(starts, offset, key.shape[1], block_size, plan.block)
     static = {"block": plan.block, "scale": scale, "interpret": interpret}
     kv_heads, spacing = key.shape[2], _spacing(plan, rows)
-    kv_outer = plan.backward_method == "kv_outer"
+    kv_outer = "kv_outer" in plan.backward_methods
     if kv_outer:
         dquery = jnp.zeros(query.shape, query.dtype)
     else:
@@ -226,20 +232,27 @@ def _query_gradient(plan, starts, arrays, static):
     outer = functools.partial(
         query_outer.query_gradient, starts, *arrays, tile=plan.query_outer_backward, **static
     )
-    if plan.backward_method == "query_outer":
+    methods = plan.backward_methods
+    if methods == ("query_outer",):
         return outer()
-    query, key, value, dout, lse, delta, offset = arrays
-    group, tile = query.shape[2] // key.shape[2], plan.query_tile_backward
-    interpret = static["interpret"]
-    tiles = query_tile.merge_lists(starts, key.shape[1], tile, group, interpret=interpret)
-    either = plan.backward_method == "either"
-    done = jnp.ones((1,), jnp.int32)
-    if either:
-        done = query_tile.pays(tiles, starts, key.shape[1], QUERY_OUTER_PAIRS)
-    dquery = query_tile.query_gradient(
-        tiles, query, key, value, dout, lse, delta, offset, done, tile=tile, **static
-    )
+    either, tile = len(methods) > 1, plan.query_tile_backward
+    pairs = QUERY_OUTER_DQ_PAIRS if either else None
+    tiles, done = _tiles(starts, arrays, tile, pairs, static["interpret"])
+    dquery = query_tile.query_gradient(tiles, *arrays, done, tile=tile, **static)
     return outer(done=done, into=dquery) if either else dquery
+
+
+def _tiles(starts, arrays, tile, pairs, interpret):
+    """The lists of tiles, and whether those pay; with no `pairs` to compare with they do."""
+    query, key, *_ = arrays
+    sizes = (key.shape[1], tile, query.shape[2] // key.shape[2])
+    if pairs is None:
+        return query_tile.merge_lists(starts, *sizes, interpret=interpret), jnp.ones(
+            (1,), jnp.int32
+        )
+    end, tile, group = sizes
+    done = query_tile.pays(starts, end, pairs, tile, group, interpret=interpret)
+    return query_tile.merge_lists(starts, *sizes, done, interpret=interpret), done
 
 
 def _counted(starts, query, key):

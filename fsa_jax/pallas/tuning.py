@@ -18,8 +18,8 @@ WIDEST, MOST_ROWS = 256, 128
 #: Elements of K and V of a tile, so that dK and dV stay in registers.
 ON_CHIP = 20480
 #: Largest groups for which the KV-outer kernels are always taken, and for which the lists decide
-#: between them and the query-tile kernels; larger ones take query-tile kernels, which here beat
-#: query-outer ones on any lists. Measured on an H100 (benchmarks/NOTES.md).
+#: between them and the query-tile kernels; for larger ones they decide between query-tile and
+#: query-outer kernels. Measured on an H100 (benchmarks/NOTES.md).
 KV_OUTER_FORWARD, EITHER_FORWARD = 2, 10
 #: Largest group for which the KV-outer backward kernel makes dq too. For larger ones the lists
 #: decide between query-tile and query-outer kernels.
@@ -111,8 +111,7 @@ class Plan:
     """Everything static about a call of the kernels.
 
     Attributes:
-      forward_method, backward_method: of `METHODS`, or "either" of those that the lists decide
-        between on the device.
+      forward_methods, backward_methods: of `METHODS`; of two, the lists decide on the device.
       block: keys of a tile; a listed block is `block_size // block` of them.
       forward, backward: tiles of the KV-outer kernels.
       key_gradient: that of dK and dV alone.
@@ -125,8 +124,8 @@ class Plan:
       partial_dtype, gradient_dtype: of partial outputs and of partial dq.
     """
 
-    forward_method: str
-    backward_method: str
+    forward_methods: tuple[str, ...]
+    backward_methods: tuple[str, ...]
     block: int
     forward: Tile
     backward: Tile
@@ -202,18 +201,19 @@ def make_plan(
     narrow = query.dtype.itemsize == 2 and widths <= 256
     most = max(64 if narrow else 32 if widths <= 256 else 16, next_power_of_two(group))
     query_tile = Tile(rows=most, num_warps=max(4, most // 16), num_stages=3 if narrow else 2)
-    forward = "kv_outer" if group <= KV_OUTER_FORWARD else "either"
-    backward = "kv_outer" if group <= KV_OUTER_BACKWARD else "either"
-    if group > EITHER_FORWARD:
-        forward = "query_tile"
-    if not narrow:  # query tiles are for matrix units, and small heads
-        forward = "kv_outer" if group <= EITHER_FORWARD else "query_outer"
-        backward = "kv_outer" if group <= KV_OUTER_BACKWARD else "query_outer"
-    forward, backward = tuning.method or forward, tuning.method or backward
+    forward = ("kv_outer",) if group <= EITHER_FORWARD else ("query_outer",)
+    backward = ("kv_outer",) if group <= KV_OUTER_BACKWARD else ("query_outer",)
+    if narrow:  # query tiles are for matrix units, and small heads
+        if group > KV_OUTER_FORWARD:
+            forward = ("query_tile", *forward)
+        if group > KV_OUTER_BACKWARD:
+            backward = ("query_tile", *backward)
+    if tuning.method is not None:
+        forward = backward = (tuning.method,)
     # bytes of a pair: its place in the lists, its share of the pieces of hot blocks, and, of the
     # kernels that make them, its partial results
     pair_bytes = 16 + 8 * block * (width + value_width) // pairs
-    if forward in ("kv_outer", "either") or backward == "kv_outer":
+    if "kv_outer" in forward + backward:
         part = max(width * gradient_dtype.itemsize, value_width * dtype.itemsize)
         pair_bytes += group * (part + 4)
     slots = slots * (block_size // block)
@@ -223,8 +223,8 @@ def make_plan(
     if group == 2 and rows == 64:  # with 4 warps this group alone spills registers
         backward_tile = Tile(rows=128, num_warps=8, num_stages=2)
     return Plan(
-        forward_method=forward,
-        backward_method=backward,
+        forward_methods=forward,
+        backward_methods=backward,
         block=block,
         forward=tuning.forward or Tile(rows=rows),
         # a third stage pays, but costs registers that groups other than powers of two do not leave
