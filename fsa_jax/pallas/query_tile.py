@@ -63,11 +63,13 @@ class Lists:
       start: first token of each block of a tile, ascending; unwritten behind the last one.
       members: bit i is set where token i of the tile chose the block.
       count: number of blocks.
+      entries: number of the entries of lists that they stand for.
     """
 
     start: Int[Array, "B K M nS"]
     members: Int[Array, "B K M nS"]
     count: Int[Array, "B K M"]
+    entries: Int[Array, "B K M"]
 
 
 def tile_tokens(tile: Tile, group: int) -> int:
@@ -106,9 +108,8 @@ def pays(
         starts = rearrange(starts, "b (m n t) k s -> b m n t k s", n=SAMPLED, t=tokens)
         starts = rearrange(starts[:, :, SAMPLED // 2], "b m t k s -> b (m t) k s")
     lists = merge_lists(starts, end, tile, group, interpret=interpret)
-    blocks = jnp.sum(lists.count.astype(jnp.float32))
-    listed = jnp.sum((starts < end).astype(jnp.float32))
-    return (blocks * pairs < listed).astype(jnp.int32)[None]
+    blocks, entries = (jnp.sum(x.astype(jnp.float32)) for x in (lists.count, lists.entries))
+    return (blocks * pairs < entries).astype(jnp.int32)[None]
 
 
 def merge_lists(
@@ -127,7 +128,7 @@ def merge_lists(
     merged = max(1, MERGED // entries)
 
     def merge_lists_kernel(starts_ref, *refs):
-        start_ref, members_ref, count_ref = refs[-3:]
+        start_ref, members_ref, count_ref, entries_ref = refs[-4:]
         row, kv_head = split(pl.program_id(1), kv_heads)
         number_of_tile = pl.program_id(0) * merged + iota(merged)
         of_tile, slot = (x[None, :] for x in split(iota(entries), width))
@@ -137,6 +138,8 @@ def merge_lists(
             there &= refs[0][0] > 0
         listed = load(starts_ref.at[row, token, kv_head, slot], mask=there, other=end)
         bits = jnp.left_shift(jnp.ones_like(of_tile), of_tile)
+        found = jnp.sum((listed < end).astype(jnp.int32), axis=1)
+        store(entries_ref.at[row, kv_head, number_of_tile], found, mask=number_of_tile < tiles)
 
         def more(state):
             _, first = state
@@ -157,14 +160,15 @@ def merge_lists(
         count, _ = jax.lax.while_loop(more, step, state)
         store(count_ref.at[row, kv_head, number_of_tile], count, mask=number_of_tile < tiles)
 
-    wide = jax.ShapeDtypeStruct((batch, kv_heads, tiles, tokens * slots), jnp.int32)
+    narrow = jax.ShapeDtypeStruct((batch, kv_heads, tiles), jnp.int32)
+    wide = jax.ShapeDtypeStruct((*narrow.shape, tokens * slots), jnp.int32)
     return Lists(
         *call(
             merge_lists_kernel,
             starts,
             *(() if wanted is None else (wanted,)),
             grid=(-(-tiles // merged), batch * kv_heads),
-            out_shape=(wide, wide, jax.ShapeDtypeStruct((batch, kv_heads, tiles), jnp.int32)),
+            out_shape=(wide, wide, narrow, narrow),
             interpret=interpret,
             num_warps=4,
             num_stages=1,

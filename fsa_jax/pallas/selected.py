@@ -27,7 +27,7 @@ from fsa_jax.segments import Rows
 #: What a block of a tile of 64 rows costs the query-tile kernels: as much as so many rows of pairs
 #: cost the KV-outer forward kernels, and as so many pairs cost the query-outer kernels, forward and
 #: of dq. Measured at 65,536 tokens, 4 key heads of width 128 (benchmarks/NOTES.md).
-KV_OUTER_ROWS, QUERY_OUTER_PAIRS, QUERY_OUTER_DQ_PAIRS = 13, 1.15, 1.27
+KV_OUTER_ROWS, QUERY_OUTER_PAIRS, QUERY_OUTER_DQ_PAIRS = 13, 1.25, 1.27
 
 
 def build_lists(
