@@ -56,7 +56,7 @@ def attention(
     Returns:
       out [B, T, N, E] in the dtype of `query` and lse float32 [B, T, N], natural logarithm.
     """
-    given = () if done is None else (done, *into)
+    given = () if done is None or into is None else (done, *into)
     softmax = Softmax(scale, exact=key.dtype == jnp.float32)
 
     grid, tokens = _grid(query, key), query.shape[1]

@@ -238,21 +238,19 @@ def _query_gradient(plan, starts, arrays, static):
     either, tile = len(methods) > 1, plan.query_tile_backward
     pairs = QUERY_OUTER_DQ_PAIRS if either else None
     tiles, done = _tiles(starts, arrays, tile, pairs, static["interpret"])
-    dquery = query_tile.query_gradient(tiles, *arrays, done, tile=tile, **static)
+    dquery = query_tile.query_gradient(tiles, *arrays, enabled=done, tile=tile, **static)
     return outer(done=done, into=dquery) if either else dquery
 
 
 def _tiles(starts, arrays, tile, pairs, interpret):
     """The lists of tiles, and whether those pay; with no `pairs` to compare with they do."""
     query, key, *_ = arrays
-    sizes = (key.shape[1], tile, query.shape[2] // key.shape[2])
+    end, group = key.shape[1], query.shape[2] // key.shape[2]
     if pairs is None:
-        return query_tile.merge_lists(starts, *sizes, interpret=interpret), jnp.ones(
-            (1,), jnp.int32
-        )
-    end, tile, group = sizes
-    done = query_tile.pays(starts, end, pairs, tile, group, interpret=interpret)
-    return query_tile.merge_lists(starts, *sizes, done, interpret=interpret), done
+        done = jnp.ones((1,), jnp.int32)
+    else:
+        done = query_tile.pays(starts, end, pairs, tile, group, interpret=interpret)
+    return query_tile.merge_lists(starts, end, tile, group, done, interpret=interpret), done
 
 
 def _counted(starts, query, key):
