@@ -38,7 +38,7 @@ from tests.ahead_of_time import (  # noqa: E402
 from tests.shapes import KERNELS  # noqa: E402
 
 OUT = ROOT / "benchmarks" / "results" / "resources.json"
-#: An H100 gets the code of an H200.
+#: An H100 gets the code of an H200, but for measured tiles.
 DEVICES = ("A100", "L40", "H200", "B200")
 GROUPS = (1, 2, 3, 4, 5, 6, 7, 8, 12, 16)
 #: Kernels to look at: of the methods of selected attention, those of compressed attention, which
