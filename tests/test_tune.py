@@ -102,6 +102,13 @@ def test_the_nearest_group_serves_and_its_tile_holds_the_group():
     assert chosen == {1: 16, 2: 16, 3: 16, 4: 16, 6: 32, 12: 32, 33: 64, 64: 64}
 
 
+def test_where_the_heuristic_tile_won_the_heuristics_stay(user_table):
+    entry = tuned.entry(tuned.key_of("range_forward", *arrays()), WIDE)
+    for chosen, wanted in ((0, RangeTile()), (1, WIDE)):
+        name = user_table(entry | {"chosen": chosen})
+        assert tuned.choose("range_forward", name, RangeTile(), *arrays(8)) == wanted
+
+
 def test_plans_of_all_kernels_take_their_tiles():
     query, key, value = arrays()
     call = operators.Call("gpu", 1.0, block_size=64)

@@ -7,7 +7,8 @@ picks tiles and nothing else, so that results mean the same with and without it.
 
 An entry serves calls of its kernel, branch, bits of a number, padded head widths and block size. Of
 those that serve, the one whose group is nearest is taken, by ratio, at most a factor of 2 away; of
-two equally near ones that of the smaller group.
+two equally near ones that of the smaller group. Where the heuristic tile won (`chosen` is 0), the
+heuristics stay: they know what that group's tile would cost another one in registers.
 """
 
 import contextlib
@@ -168,6 +169,8 @@ def choose[Some: Tile](
     if not serve:
         return heuristic
     best = min(serve, key=lambda found: (distance(found), found["group"]))
+    if best.get("chosen") == 0:
+        return heuristic
     sizes = {field.name: best[field.name] for field in dataclasses.fields(heuristic)}
     return dataclasses.replace(heuristic, **sizes)
 
