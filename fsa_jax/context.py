@@ -148,6 +148,12 @@ def _backward_on(static, one_gate):
     return stripes.over_axis(body, static.axis, stride, operands | given, grads)
 
 
+def _in_turn(count, step, carry):
+    """The carry after `step(carry, number)` of each head or stripe: at once they need more room."""
+    numbers = jnp.arange(count, dtype=jnp.int32)
+    return jax.lax.scan(lambda carry, number: (step(carry, number), None), carry, numbers)[0]
+
+
 class _Task:
     """A device's part of the attention: its queries, and one KV head's keys of the whole row."""
 
@@ -164,16 +170,6 @@ class _Task:
             self.rows, config.kernel_size, config.kernel_stride
         )
         self.total = self.rows.start.shape[1]
-
-    def head_by_head(self, step, results):
-        """The results after `step(results, head)` for one KV head after the other."""
-        heads = jnp.arange(self.kv_heads, dtype=jnp.int32)
-        return jax.lax.scan(lambda results, head: (step(results, head), None), results, heads)[0]
-
-    def _stripe_by_stripe(self, step, carry):
-        """The carry after `step(carry, half)` for both: at once, they need twice the memory."""
-        halves = jnp.arange(2, dtype=jnp.int32)
-        return jax.lax.scan(lambda carry, half: (step(carry, half), None), carry, halves)[0]
 
     def _put(self, results, parts, head, half=0):
         """Results [B, T, heads, ...] with parts of one KV head and stripe written in place."""
@@ -289,7 +285,7 @@ class _Task:
                 window = ranges(self.static.call("window"), *arrays)
                 return self._put(results, (out, lse, *blocks, *window, indices), head, half)
 
-            return self._stripe_by_stripe(stripe, results)
+            return _in_turn(2, stripe, results)
 
         places = self.query.shape[:3]
         values = (self.compressed[1], self.sources[1], self.sources[-1])
@@ -299,7 +295,7 @@ class _Task:
             for width, dtype in ((x.shape[3:], x.dtype), ((), wide_dtype(x)))
         ]
         indices = jnp.zeros((*places[:2], self.kv_heads, self.static.config.topk), jnp.int32)
-        return self.head_by_head(step, (*results, indices))
+        return _in_turn(self.kv_heads, step, (*results, indices))
 
     def _choose(self, half, query, key, lse):
         visible = (self.device.cut(x, half) for x in (self.windows.first, self.windows.visible))
@@ -365,8 +361,8 @@ class _Task:
         def step(results, head):
             keys = self._keys(head)
             zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, wide), keys)
-            dquery, dcompressed, dsources = self._stripe_by_stripe(
-                functools.partial(stripe, keys, head), (results[0], *zeros)
+            dquery, dcompressed, dsources = _in_turn(
+                2, functools.partial(stripe, keys, head), (results[0], *zeros)
             )
             if self.static.packed:
                 dcompressed = [self._by_stripes(x) for x in dcompressed]
@@ -376,4 +372,4 @@ class _Task:
             return dquery, *self._put(results[1:], parts, head)
 
         shares = (self.query, *self.compressed, *self.sources)
-        return self.head_by_head(step, tuple(map(jnp.zeros_like, shares)))
+        return _in_turn(self.kv_heads, step, tuple(map(jnp.zeros_like, shares)))

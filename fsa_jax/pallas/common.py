@@ -250,6 +250,14 @@ class Softmax:
         safe = new_top if whole else jnp.where(new_top == -jnp.inf, 0.0, new_top)
         return new_top, self.weights(logits, safe[:, None]), self.decay(top, safe)
 
+    def attend(self, state, logits: jax.Array, values):
+        """The next state (largest exponents, sums of weights, sums of weighted values in tiles)."""
+        top, total, out = state
+        top, p, decay = self.fold(top, logits)
+        p_cut = p.astype(values[0].dtype)
+        out = [x * decay[:, None] + dot(p_cut, v, (1, 0)) for x, v in zip(out, values, strict=True)]
+        return top, total * decay + jnp.sum(p, axis=1), out
+
     def mean(self, x: jax.Array, total: jax.Array) -> jax.Array:
         """Sums x [R, D] of weighted values over the sums of the weights [R]."""
         return x / total[:, None] if self.exact else x * reciprocal(total)[:, None]

@@ -70,19 +70,11 @@ def attention(
             queries = _load_rows(query_ref, batch, token, query_head, there, columns)
 
             def step(slot, state):
-                top, total, out = state
                 column, seen = _block(starts_ref, offset_ref, batch, token, kv_head, slot, block)
                 keys = load_tiles(key_ref, batch, column, kv_head, columns, seen)
                 values = load_tiles(value_ref, batch, column, kv_head, value_columns, seen)
                 logits = softmax.signed(product(queries, keys))
-                logits = jnp.where(seen[None, :], logits, -jnp.inf)
-                top, p, decay = softmax.fold(top, logits)
-                p_cut = p.astype(value_ref.dtype)
-                out = [
-                    x * decay[:, None] + dot(p_cut, v, (1, 0))
-                    for x, v in zip(out, values, strict=True)
-                ]
-                return top, total * decay + jnp.sum(p, axis=1), out
+                return softmax.attend(state, jnp.where(seen[None, :], logits, -jnp.inf), values)
 
             rows = query_head.size
             zeros = jnp.zeros((rows,), jnp.float32)

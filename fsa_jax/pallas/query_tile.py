@@ -209,18 +209,11 @@ def attention(
             queries = load_tiles(query_ref, *rows.target, columns, rows.there)
 
             def step(number, state):
-                top, total, out = state
                 keys, values, seen = rows.load_block(
                     number, (key_ref, value_ref), (columns, value_columns)
                 )
                 logits = jnp.where(seen, softmax.signed(product(queries, keys)), -jnp.inf)
-                top, p, decay = softmax.fold(top, logits)
-                p_cut = p.astype(value_ref.dtype)
-                out = [
-                    x * decay[:, None] + dot(p_cut, v, (1, 0))
-                    for x, v in zip(out, values, strict=True)
-                ]
-                return top, total * decay + jnp.sum(p, axis=1), out
+                return softmax.attend(state, logits, values)
 
             zeros = jnp.zeros((tile.rows,), jnp.float32)
             out = [jnp.zeros((tile.rows, e.size), jnp.float32) for e in value_columns]
