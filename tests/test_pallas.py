@@ -29,7 +29,12 @@ import fsa_jax
 from fsa_jax import dispatch, operators, triton
 from fsa_jax.pallas import SelectedTuning, Tile, query_tile
 from fsa_jax.pallas.index import build_index, num_pieces, search
-from fsa_jax.pallas.selected import KV_OUTER_ROWS, QUERY_OUTER_DQ_PAIRS, QUERY_OUTER_PAIRS
+from fsa_jax.pallas.selected import (
+    KV_OUTER_DQ_ROWS,
+    KV_OUTER_ROWS,
+    QUERY_OUTER_DQ_PAIRS,
+    QUERY_OUTER_PAIRS,
+)
 from fsa_jax.pallas.tuning import METHODS, make_plan
 from fsa_jax.segments import describe_rows
 
@@ -138,14 +143,18 @@ def test_tuning_changes_no_result(name):
 @pytest.mark.parametrize("alike", [True, False])
 @pytest.mark.parametrize("group", [4, 16])
 def test_the_lists_decide_which_kernels_run(group, alike):
-    """Group 4: query tiles or KV-outer kernels forward; 16: query tiles or query-outer kernels."""
+    """Group 4: query tiles or KV-outer kernels; group 16: query tiles or query-outer kernels."""
     shape = Shape(length=480, heads=2 * group, kv_heads=2, width=32, value_width=32, slots=1)
     args = inputs(shape, jnp.bfloat16)
     token = jnp.arange(shape.length, dtype=jnp.int32)
     chosen = token * (0 if alike else 1) % (token // shape.block_size + 1)
     indices = jnp.broadcast_to(chosen[None, :, None, None], shape.indices)
     starts = indices * shape.block_size
-    for pairs in [KV_OUTER_ROWS / 4] if group == 4 else [QUERY_OUTER_PAIRS, QUERY_OUTER_DQ_PAIRS]:
+    costs = {
+        4: (KV_OUTER_ROWS / 4, KV_OUTER_DQ_ROWS / 4),
+        16: (QUERY_OUTER_PAIRS, QUERY_OUTER_DQ_PAIRS),
+    }
+    for pairs in costs[group]:
         pays = query_tile.pays(starts, shape.length, pairs, Tile(), group, interpret=True)
         assert bool(pays[0]) == alike
     make = functools.partial(selected, indices, shape.block_size, None)

@@ -78,9 +78,12 @@ def key_gradients(
             [Sum.zeros((block, d.size), exact=False) for d in cut]
             for cut in (columns, value_columns)
         )
-        edge = item.steps_at_edge()
+        steps = item.steps()
+        # a loop for the steps that need no mask, where idle rows leave registers for two loops
+        edge = steps if tile.rows % group else item.steps_at_edge()
         sums = jax.lax.fori_loop(0, edge, lambda i, x: step(i, x, True), sums)
-        sums = jax.lax.fori_loop(edge, item.steps(), lambda i, x: step(i, x, False), sums)
+        if edge is not steps:
+            sums = jax.lax.fori_loop(edge, steps, lambda i, x: step(i, x, False), sums)
         # read again: kept over the loop, what the item tells would cost registers
         item = Item(item_refs, rows=tile.rows, **sizes)
         for (sum_ref, piece_ref), d, parts, factor in (

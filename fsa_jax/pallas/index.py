@@ -20,7 +20,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jaxtyping import Array, Int
+from jaxtyping import Array, Bool, Int
 
 from fsa_jax.pallas.common import call, iota, load, store
 from fsa_jax.segments import Rows
@@ -134,6 +134,16 @@ def build_index(
         piece=jnp.where(live & (of_item(needed) > 1), of_item(block_piece) + ordinal, -1),
         block_items=needed,
         block_piece=block_piece,
+    )
+
+
+def only_if(wanted: Bool[Array, "1"], lists: Index) -> Index:
+    """The items as they are where `wanted`, bool [1], is true, else items without pairs."""
+    return dataclasses.replace(
+        lists,
+        count=jnp.where(wanted, lists.count, 0),
+        piece=jnp.where(wanted, lists.piece, -1),
+        block_items=jnp.where(wanted, lists.block_items, 0),
     )
 
 

@@ -104,15 +104,21 @@ def merge_outputs(
     )
 
 
-def sum_gradients(where, starts, part, inverse, dquery, *, scale, kv_heads, elements, interpret):
+def sum_gradients(
+    where, starts, part, inverse, dquery, done, *, scale, kv_heads, elements, interpret
+):  # fmt: skip
     """Sums the partial gradients of the queries of a chunk into dquery [B, T, N, D], in place.
 
     `part` [H, P*G, D] is what `backward.partial_gradients` gives, in the unit that `inverse`
     [B, T, N] says; the other arguments are those of `merge_outputs`.
     """
 
-    def sum_gradients_kernel(where_ref, starts_ref, part_ref, inverse_ref, _dquery, dquery_ref):
+    def sum_gradients_kernel(
+        where_ref, starts_ref, part_ref, inverse_ref, _dquery, done_ref, dquery_ref
+    ):  # fmt: skip
         place = _Place(where_ref, starts_ref, dquery_ref, kv_heads, elements)
+        wanted = done_ref[0] == 0
+        place.there &= wanted
         d = iota(next_power_of_two(place.width))
 
         def add(total, slots):
@@ -122,7 +128,8 @@ def sum_gradients(where, starts, part, inverse, dquery, *, scale, kv_heads, elem
 
         inverses = load(inverse_ref.at[*place.target], mask=place.there)
         unit = jnp.where(inverses == 0, 0.0, scale / inverses)
-        total = place.walk(add, jnp.zeros((place.rows, d.size), jnp.float32))
+        zeros = jnp.zeros((place.rows, d.size), jnp.float32)
+        total = jax.lax.cond(wanted, lambda x: place.walk(add, x), lambda x: x, zeros)
         place.store(dquery_ref, total * unit[:, None], d)
 
     return call(
@@ -132,6 +139,7 @@ def sum_gradients(where, starts, part, inverse, dquery, *, scale, kv_heads, elem
         part,
         inverse,
         dquery,
+        done,
         grid=_grid(starts, dquery, kv_heads, elements),
         out_shape=jax.ShapeDtypeStruct(dquery.shape, dquery.dtype),
         aliases={4: 0},

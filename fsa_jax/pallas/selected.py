@@ -3,8 +3,8 @@
 Forward: build_index, then per chunk partial_attention -> merge_outputs, or query_outer where the
 group is large; or, where neighbouring queries share enough of their blocks, query_tile. Which of
 them is decided on the device, by the lists themselves: the other one finds no work and ends.
-Backward: per chunk partial_gradients -> sum_gradients (dQ) and sum_blocks (dK, dV); where the group
-is large, dQ by query_tile or query_outer, and per chunk key_gradients -> sum_blocks.
+Backward, decided likewise: per chunk partial_gradients -> sum_gradients (dQ) and sum_blocks (dK,
+dV); or dQ by query_tile or query_outer, and per chunk key_gradients -> sum_blocks.
 A chunk is some (row, KV head) pairs and some tokens of all queries; its partial results fit the
 scratch budget. Chunks run one after another in a scan, and update the results in place.
 
@@ -25,9 +25,10 @@ from fsa_jax.pallas.tuning import Plan
 from fsa_jax.segments import Rows
 
 #: What a block of a tile of 64 rows costs the query-tile kernels: as much as so many rows of pairs
-#: cost the KV-outer forward kernels, and as so many pairs cost the query-outer kernels, forward and
-#: of dq. Measured at 65,536 tokens, 4 key heads of width 128 (benchmarks/NOTES.md).
-KV_OUTER_ROWS, QUERY_OUTER_PAIRS, QUERY_OUTER_DQ_PAIRS = 13, 1.25, 1.27
+#: cost the KV-outer kernels, forward and for dq, and as so many pairs cost the query-outer kernels,
+#: likewise. Measured at 65,536 tokens, 4 key heads of width 128 (benchmarks/NOTES.md).
+KV_OUTER_ROWS, KV_OUTER_DQ_ROWS = 13, 24
+QUERY_OUTER_PAIRS, QUERY_OUTER_DQ_PAIRS = 1.4, 1.27
 
 
 def build_lists(
@@ -91,12 +92,8 @@ def attention(
     if methods == ("query_outer",):
         return outer()
     if "query_tile" in methods:
-        pairs, tile = None, plan.query_tile
-        if "kv_outer" in methods:
-            pairs = KV_OUTER_ROWS / (query.shape[2] // key.shape[2])
-        elif "query_outer" in methods:
-            pairs = QUERY_OUTER_PAIRS
-        tiles, done = _tiles(starts, arrays, tile, pairs, interpret)
+        tile, costs = plan.query_tile, (KV_OUTER_ROWS, QUERY_OUTER_PAIRS)
+        tiles, done = _tiles(starts, arrays, tile, methods, costs, interpret)
         results = query_tile.attention(tiles, *arrays, offset, done, tile=tile, **static)
         if "query_outer" in methods:
             return outer(done=done, into=results)
@@ -157,12 +154,13 @@ def gradients(
     starts = _split_blocks(starts, offset, key.shape[1], block_size, plan.block)
     static = {"block": plan.block, "scale": scale, "interpret": interpret}
     kv_heads, spacing = key.shape[2], _spacing(plan, rows)
-    kv_outer = "kv_outer" in plan.backward_methods
-    if kv_outer:
-        dquery = jnp.zeros(query.shape, query.dtype)
+    methods = plan.backward_methods
+    kv_outer, either = "kv_outer" in methods, len(methods) > 1
+    if methods == ("kv_outer",):
+        dquery, done = jnp.zeros(query.shape, query.dtype), jnp.zeros((1,), jnp.int32)
     else:
         arrays = (query, key, value, dout, lse, delta, offset)
-        dquery = _query_gradient(plan, starts, arrays, static)
+        dquery, done = _query_gradient(plan, starts, arrays, static)
     where, starts = _chunk_lists(plan, starts, offset, key.shape[1])
     inverse = None
     if kv_outer:
@@ -173,14 +171,28 @@ def gradients(
 
     def step(sums, chunk):
         where, starts, lists = chunk
-        dquery, dkey, dvalue = sums
+        dquery, *sums = sums
         pieces = index.num_pieces(starts.size, plan.pairs)
         sizes = {"slots": starts.shape[-1], "pairs": plan.pairs, "pieces": pieces} | static
-        arrays, sums = (query, key, value, dout, lse, delta), (dkey, dvalue)
-        if kv_outer:
-            *found, part = backward.partial_gradients(
+        arrays = (query, key, value, dout, lse, delta)
+
+        def add(lists, sums, *parts):
+            return backward.sum_blocks(
                 where,
                 lists,
+                block_start,
+                *parts,
+                sums,
+                block=plan.block,
+                spacing=spacing,
+                interpret=interpret,
+            )
+
+        if kv_outer:
+            own = index.only_if(done == 0, lists) if either else lists
+            *sums, dkey_pieces, dvalue_pieces, part = backward.partial_gradients(
+                where,
+                own,
                 *arrays,
                 inverse,
                 sums,
@@ -196,27 +208,21 @@ def gradients(
                 part,
                 inverse,
                 dquery,
+                done,
                 scale=scale,
                 kv_heads=kv_heads,
                 elements=plan.merge_elements,
                 interpret=interpret,
             )
-        else:
+            sums = add(own, sums, dkey_pieces, dvalue_pieces)
+        if methods != ("kv_outer",):
+            own = index.only_if(done > 0, lists) if kv_outer else lists
             tile = plan.key_gradient
-            found = block_keys.key_gradients(where, lists, *arrays, sums, tile=tile, **sizes)
-        dkey, dvalue, dkey_pieces, dvalue_pieces = found
-        dkey, dvalue = backward.sum_blocks(
-            where,
-            lists,
-            block_start,
-            dkey_pieces,
-            dvalue_pieces,
-            (dkey, dvalue),
-            block=plan.block,
-            spacing=spacing,
-            interpret=interpret,
-        )
-        return dquery, dkey, dvalue
+            *sums, dkey_pieces, dvalue_pieces = block_keys.key_gradients(
+                where, own, *arrays, sums, tile=tile, **sizes
+            )
+            sums = add(own, sums, dkey_pieces, dvalue_pieces)
+        return dquery, *sums
 
     if sums is not None:
         return _fold(step, (dquery, *sums), (where, starts, lists))
@@ -228,24 +234,32 @@ def gradients(
 
 
 def _query_gradient(plan, starts, arrays, static):
-    """Dq by kernels whose programs own queries; `arrays` are those of `query_outer`."""
+    """Dq by kernels whose programs own queries; `arrays` are those of `query_outer`.
+
+    Returns:
+      dq, and int32 [1]: 0 where the lists leave it to the KV-outer kernels; then it is unwritten.
+    """
     outer = functools.partial(
         query_outer.query_gradient, starts, *arrays, tile=plan.query_outer_backward, **static
     )
-    methods = plan.backward_methods
+    methods, tile = plan.backward_methods, plan.query_tile_backward
     if methods == ("query_outer",):
-        return outer()
-    either, tile = len(methods) > 1, plan.query_tile_backward
-    pairs = QUERY_OUTER_DQ_PAIRS if either else None
-    tiles, done = _tiles(starts, arrays, tile, pairs, static["interpret"])
+        return outer(), jnp.ones((1,), jnp.int32)
+    costs = (KV_OUTER_DQ_ROWS, QUERY_OUTER_DQ_PAIRS)
+    tiles, done = _tiles(starts, arrays, tile, methods, costs, static["interpret"])
     dquery = query_tile.query_gradient(tiles, *arrays, enabled=done, tile=tile, **static)
-    return outer(done=done, into=dquery) if either else dquery
+    return outer(done=done, into=dquery) if "query_outer" in methods else dquery, done
 
 
-def _tiles(starts, arrays, tile, pairs, interpret):
-    """The lists of tiles, and whether those pay; with no `pairs` to compare with they do."""
+def _tiles(starts, arrays, tile, methods, costs, interpret):
+    """The lists of tiles, and whether those pay; where there is no other method, they do.
+
+    `costs` are what a block of a tile costs, in rows of KV-outer and in pairs of query-outer
+    kernels.
+    """
     query, key, *_ = arrays
     end, group = key.shape[1], query.shape[2] // key.shape[2]
+    pairs = {"kv_outer": costs[0] / group, "query_outer": costs[1], "query_tile": None}[methods[-1]]
     if pairs is None:
         done = jnp.ones((1,), jnp.int32)
     else:

@@ -17,13 +17,10 @@ METHODS = ("kv_outer", "query_outer", "query_tile")
 WIDEST, MOST_ROWS = 256, 128
 #: Elements of K and V of a tile, so that dK and dV stay in registers.
 ON_CHIP = 20480
-#: Largest groups for which the KV-outer kernels are always taken, and for which the lists decide
-#: between them and the query-tile kernels; for larger ones they decide between query-tile and
-#: query-outer kernels. Measured on an H100 (benchmarks/NOTES.md).
-KV_OUTER_FORWARD, EITHER_FORWARD = 2, 10
-#: Largest group for which the KV-outer backward kernel makes dq too. For larger ones the lists
-#: decide between query-tile and query-outer kernels.
-KV_OUTER_BACKWARD = 15
+#: Largest group for which the KV-outer kernels are always taken. For larger ones the lists decide
+#: between query-tile and KV-outer kernels, up to the group of the pass; and beyond it between
+#: query-tile and query-outer kernels. Measured on an H100 and an H200 (benchmarks/NOTES.md).
+KV_OUTER_ALONE, KV_OUTER_FORWARD, KV_OUTER_BACKWARD = 2, 10, 15
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -201,13 +198,10 @@ def make_plan(
     narrow = query.dtype.itemsize == 2 and widths <= 256
     most = max(64 if narrow else 32 if widths <= 256 else 16, next_power_of_two(group))
     query_tile = Tile(rows=most, num_warps=max(4, most // 16), num_stages=3 if narrow else 2)
-    forward = ("kv_outer",) if group <= EITHER_FORWARD else ("query_outer",)
+    forward = ("kv_outer",) if group <= KV_OUTER_FORWARD else ("query_outer",)
     backward = ("kv_outer",) if group <= KV_OUTER_BACKWARD else ("query_outer",)
-    if narrow:  # query tiles are for matrix units, and small heads
-        if group > KV_OUTER_FORWARD:
-            forward = ("query_tile", *forward)
-        if group > KV_OUTER_BACKWARD:
-            backward = ("query_tile", *backward)
+    if narrow and group > KV_OUTER_ALONE:  # query tiles are for matrix units, and small heads
+        forward, backward = ("query_tile", *forward), ("query_tile", *backward)
     if tuning.method is not None:
         forward = backward = (tuning.method,)
     # bytes of a pair: its place in the lists, its share of the pieces of hot blocks, and, of the
