@@ -176,12 +176,13 @@ def gradients(
         sizes = {"slots": starts.shape[-1], "pairs": plan.pairs, "pieces": pieces} | static
         arrays = (query, key, value, dout, lse, delta)
 
-        def add(lists, sums, *parts):
+        def add(lists, sums, dkey_pieces, dvalue_pieces):
             return backward.sum_blocks(
                 where,
                 lists,
                 block_start,
-                *parts,
+                dkey_pieces,
+                dvalue_pieces,
                 sums,
                 block=plan.block,
                 spacing=spacing,
