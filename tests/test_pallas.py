@@ -141,9 +141,9 @@ def test_tuning_changes_no_result(name):
 
 
 @pytest.mark.parametrize("alike", [True, False])
-@pytest.mark.parametrize("group", [4, 16])
+@pytest.mark.parametrize("group", [4, 8, 16])
 def test_the_lists_decide_which_kernels_run(group, alike):
-    """Group 4: query tiles or KV-outer kernels; group 16: query tiles or query-outer kernels."""
+    """Query tiles, or KV-outer kernels: forward from group 3 on, backward from 8, or query-outer."""
     shape = Shape(length=480, heads=2 * group, kv_heads=2, width=32, value_width=32, slots=1)
     args = inputs(shape, jnp.bfloat16)
     token = jnp.arange(shape.length, dtype=jnp.int32)
@@ -151,7 +151,8 @@ def test_the_lists_decide_which_kernels_run(group, alike):
     indices = jnp.broadcast_to(chosen[None, :, None, None], shape.indices)
     starts = indices * shape.block_size
     costs = {
-        4: (KV_OUTER_ROWS / 4, KV_OUTER_DQ_ROWS / 4),
+        4: (KV_OUTER_ROWS / 4,),
+        8: (KV_OUTER_ROWS / 8, KV_OUTER_DQ_ROWS / 8),
         16: (QUERY_OUTER_PAIRS, QUERY_OUTER_DQ_PAIRS),
     }
     for pairs in costs[group]:

@@ -17,10 +17,10 @@ METHODS = ("kv_outer", "query_outer", "query_tile")
 WIDEST, MOST_ROWS = 256, 128
 #: Elements of K and V of a tile, so that dK and dV stay in registers.
 ON_CHIP = 20480
-#: Largest group for which the KV-outer kernels are always taken. For larger ones the lists decide
-#: between query-tile and KV-outer kernels, up to the group of the pass; and beyond it between
-#: query-tile and query-outer kernels. Measured on an H100 and an H200 (benchmarks/NOTES.md).
-KV_OUTER_ALONE, KV_OUTER_FORWARD, KV_OUTER_BACKWARD = 2, 10, 15
+#: Largest group for which the KV-outer kernels of a pass are always taken, and the largest for
+#: which the lists decide between them and the query-tile kernels; for larger ones they decide
+#: between query-tile and query-outer kernels. Measured, see benchmarks/NOTES.md.
+KV_OUTER_FORWARD, KV_OUTER_BACKWARD = (2, 10), (7, 15)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -198,12 +198,10 @@ def make_plan(
     narrow = query.dtype.itemsize == 2 and widths <= 256
     most = max(64 if narrow else 32 if widths <= 256 else 16, next_power_of_two(group))
     query_tile = Tile(rows=most, num_warps=max(4, most // 16), num_stages=3 if narrow else 2)
-    forward = ("kv_outer",) if group <= KV_OUTER_FORWARD else ("query_outer",)
-    backward = ("kv_outer",) if group <= KV_OUTER_BACKWARD else ("query_outer",)
-    if narrow and group > KV_OUTER_ALONE:  # query tiles are for matrix units, and small heads
-        forward, backward = ("query_tile", *forward), ("query_tile", *backward)
-    if tuning.method is not None:
-        forward = backward = (tuning.method,)
+    forward, backward = (
+        (tuning.method,) if tuning.method else _methods(group, narrow, *bounds)
+        for bounds in (KV_OUTER_FORWARD, KV_OUTER_BACKWARD)
+    )
     # bytes of a pair: its place in the lists, its share of the pieces of hot blocks, and, of the
     # kernels that make them, its partial results
     pair_bytes = 16 + 8 * block * (width + value_width) // pairs
@@ -213,16 +211,13 @@ def make_plan(
     slots = slots * (block_size // block)
     batch_heads, length = batch * kv_heads, query.shape[1]
     heads, tokens = _chunk(tuning.scratch_bytes, batch_heads, length, slots, pair_bytes)
-    backward_tile = Tile(rows=rows, num_stages=2 if rows % group else 3)
-    if group == 2 and rows == 64:  # with 4 warps this group alone spills registers
-        backward_tile = Tile(rows=128, num_warps=8, num_stages=2)
     return Plan(
         forward_methods=forward,
         backward_methods=backward,
         block=block,
         forward=tuning.forward or Tile(rows=rows),
         # a third stage pays, but costs registers that groups other than powers of two do not leave
-        backward=tuning.backward or backward_tile,
+        backward=tuning.backward or Tile(rows=rows, num_stages=2 if rows % group else 3),
         key_gradient=tuning.backward or Tile(rows=rows, num_stages=2),
         query_outer=tuning.forward or Tile(num_warps=2, num_stages=2),
         query_outer_backward=tuning.backward or Tile(num_stages=2),
@@ -236,6 +231,12 @@ def make_plan(
         partial_dtype=dtype,
         gradient_dtype=gradient_dtype,
     )
+
+
+def _methods(group: int, narrow: bool, alone: int, most: int) -> tuple[str, ...]:
+    """Those of a pass; query tiles are for matrix units, and `narrow` heads."""
+    outer = "kv_outer" if group <= most else "query_outer"
+    return ("query_tile", outer) if narrow and group > alone else (outer,)
 
 
 def shared_memory(capability: int) -> int:
