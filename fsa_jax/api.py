@@ -140,7 +140,7 @@ def compressed_attention(
       kernel_stride: tokens d between the starts of windows.
       scale: factor of the logits, by default D ** -0.5.
       segment_ids: int32 [B, T], equal ids in a run are one document, 0 is padding.
-      implementation: "triton", "triton_interpret", "xla", "reference", or None for the best.
+      implementation: "triton", "mosaic_gpu", "triton_interpret", "xla", "reference"; None: best.
       return_residuals: also return the logsumexp of the scaled logits.
 
     Returns:
@@ -168,7 +168,7 @@ def compressed_attention(
         query, compressed_key, compressed_value, kernel_stride
     )
     rows = checks.rows(query, segment_ids, has_batch)
-    reason = triton.range_reason(query, key, value)
+    reason = triton.compressed_reason(query, key, value, implementation=implementation)
     result = choose("compressed_attention", implementation, reason)(
         query,
         key,
@@ -210,7 +210,7 @@ def select_blocks(
       config: the sizes.
       scale: factor of the logits, by default D ** -0.5.
       segment_ids: int32 [B, T], equal ids in a run are one document, 0 is padding.
-      implementation: "triton", "triton_interpret", "xla", "reference", or None for the best.
+      implementation: "triton", "mosaic_gpu", "triton_interpret", "xla", "reference"; None: best.
 
     Returns:
       int32 [B, T, K, topk]: block numbers, counted from the start of the query's own document,
@@ -275,7 +275,7 @@ def selected_attention(
       block_size: tokens of a block.
       scale: factor of the logits, by default D ** -0.5.
       segment_ids: int32 [B, T], equal ids in a run are one document, 0 is padding.
-      implementation: "triton", "triton_interpret", "xla", "reference", or None for the best.
+      implementation: "triton", "mosaic_gpu", "triton_interpret", "xla", "reference"; None: best.
       return_residuals: also return the logsumexp of the scaled logits.
       tuning: how the kernels of "triton" run; None leaves it to measured heuristics. It changes
         time and memory alone. Not used where `implementation=None` chose another implementation.
@@ -345,7 +345,7 @@ def sliding_window_attention(
       window_size: the exact number of visible keys, the query's own included.
       scale: factor of the logits, by default D ** -0.5.
       segment_ids: int32 [B, T], equal ids in a run are one document, 0 is padding.
-      implementation: "triton", "triton_interpret", "xla", "reference", or None for the best.
+      implementation: "triton", "mosaic_gpu", "triton_interpret", "xla", "reference"; None: best.
       return_residuals: also return the logsumexp of the scaled logits.
 
     Returns:
@@ -417,7 +417,7 @@ def native_sparse_attention(
       config: the sizes.
       scale: factor of the logits, by default D ** -0.5.
       segment_ids: int32 [B, T], equal ids in a run are one document, 0 is padding.
-      implementation: "triton", "triton_interpret", "xla", "reference", or None for the best.
+      implementation: "triton", "mosaic_gpu", "triton_interpret", "xla", "reference"; None: best.
       sequence_axis: name of the mesh axis that splits the tokens of each row, for rows that are too
         long for one device. All arrays of tokens are then in the order of `to_stripes`, and
         `compressed_key` and `compressed_value` come from `compress` with the same axis. T is a
@@ -463,15 +463,18 @@ def _check_operator(
     query, key, value, compressed_key, compressed_value, gates, config, implementation
 ) -> None:
     """What a branch would only find after others have done their work."""
-    _, compressed_key, compressed_value, _ = checks.attention_arrays(
+    _, *compressed, _ = checks.attention_arrays(
         query, compressed_key, compressed_value, config.kernel_stride
     )
     query, key, value, has_batch = checks.attention_arrays(query, key, value)
-    checks.same_widths(value=value, compressed_value=compressed_value)
+    checks.same_widths(value=value, compressed_value=compressed[1])
     checks.gates(gates, query, has_batch)
     if implementation is not None:
         reason = triton.selected_reason(query, key, value, block_size=config.block_size)
-        reason = reason or triton.select_reason(query, compressed_key, config)
+        reason = reason or triton.select_reason(query, compressed[0], config)
+        reason = reason or triton.compressed_reason(
+            query, *compressed, implementation=implementation
+        )
         resolve("native_sparse_attention", implementation, reason)
 
 

@@ -30,7 +30,9 @@ def gated_attention(
     scale = checks.scale(scale, query.shape[-1])
     rows = checks.rows(query, segment_ids, has_batch)
     reasons = {
-        "compressed_attention": triton.range_reason(query, *windows),
+        "compressed_attention": triton.compressed_reason(
+            query, *windows, implementation=implementation
+        ),
         "selected_attention": triton.selected_reason(
             query, *pairs[0], block_size=config.block_size
         ),

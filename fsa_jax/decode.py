@@ -71,7 +71,11 @@ def mode_of(implementation: str | None, query: Float[Array, "B n N D"], cache: K
 
     if isinstance(cache, NSACache):
         name, row = "native_sparse_attention", keys(cache.capacity + query.shape[1])
-        reason = triton.select_reason(query, keys(cache.windows), cache.config)
+        windows = keys(cache.windows)
+        reason = triton.select_reason(query, windows, cache.config)
+        reason = reason or triton.compressed_reason(
+            query, windows, windows, implementation=implementation
+        )
         reason = reason or triton.selected_reason(
             query, row, row, block_size=cache.config.block_size
         )

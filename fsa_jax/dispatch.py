@@ -8,8 +8,9 @@ from fsa_jax import operators, reference, triton
 
 _LOG = logging.getLogger("fsa_jax")
 _PORTABLE = ("xla", "reference")
-#: Names of the Pallas-Triton kernels, and what `operators.py` calls them.
-_KERNELS = {"triton": "gpu", "triton_interpret": "interpret"}
+#: Names of the kernels, and what `operators.py` calls them: Pallas-Triton, with those of Mosaic GPU
+#: or without.
+_KERNELS = {"triton": "gpu", "mosaic_gpu": "mosaic", "triton_interpret": "interpret"}
 _FUNCTIONS = (
     "compressed_attention",
     "select_blocks",
@@ -59,7 +60,8 @@ def resolve(function: str, implementation: str | None, reason: str | None = None
     if implementation in _PORTABLE:
         return implementation, "named by the caller"
     if implementation != "triton_interpret":
-        reason = triton.device_reason() or reason
+        hopper = triton.hopper_reason() if implementation == "mosaic_gpu" else None
+        reason = triton.device_reason() or hopper or reason
     if reason is None:
         return implementation or "triton", "named by the caller" if implementation else "a GPU"
     if implementation is None:

@@ -29,7 +29,7 @@ from jaxtyping import Array, Float, Int
 
 from fsa_jax import segments, xla
 from fsa_jax.config import NSAConfig
-from fsa_jax.pallas import ranges, select, selected, tuned
+from fsa_jax.pallas import hopper, ranges, select, selected, tuned
 from fsa_jax.pallas.tuning import SelectedTuning, make_plan
 from fsa_jax.precision import wide_dtype
 from fsa_jax.segments import Rows, Windows
@@ -48,8 +48,9 @@ class Call:
     """Everything static about a call.
 
     Attributes:
-      mode: "gpu" for the kernels; "interpret" to interpret them on any device; "portable" for the
-        loops; or "either" for the kernels where the function is lowered for a GPU, else the loops.
+      mode: "gpu" for the kernels in Triton; "mosaic" for them, and those in Mosaic GPU where there
+        are any; "interpret" to interpret those in Triton on any device; "portable" for the loops;
+        or "either" for the fastest kernels where the function is lowered for a GPU, else the loops.
       scale: factor of the logits.
       capability: of the GPU that tiles are sized for.
       name: of the outputs, for remat policies.
@@ -81,6 +82,14 @@ class Call:
         if self.mode == "either":
             return lambda *args: jax.lax.platform_dependent(*args, cuda=kernels, default=portable)
         return kernels
+
+    def takes_hopper(self, query, key, value) -> bool:
+        """Whether the kernel in Mosaic GPU takes this forward pass of `range_attention`."""
+        if self.name != "compressed" or self.mode not in ("mosaic", "either"):
+            return False
+        return self.mode == "mosaic" or (
+            self.capability == hopper.CAPABILITY and hopper.pays(query, key, value)
+        )
 
     def named(self, out, lse):
         return checkpoint_name(out, f"{self.name}_out"), checkpoint_name(lse, f"{self.name}_lse")
@@ -175,6 +184,9 @@ _RANGES = _ATTENTION | {"low": "b t", "high": "b t", "first": "b m", "last": "b 
 @functools.cache
 def _range_forward_on(call):
     def kernels(query, key, value, low, high, first, last):
+        if call.takes_hopper(query, key, value):
+            ends = (low, high), (first, last)
+            return hopper.attention(query, key, value, *ends, scale=call.scale)
         plan = ranges.make_plan(query, key, value, call.capability, call.table)
         return ranges.attention(plan, query, key, value, (low, high), (first, last), **call.static)
 

@@ -7,7 +7,7 @@ an error or another choice. `operators.py` runs the kernels.
 from jax.experimental.pallas import triton as plgpu
 
 from fsa_jax.config import NSAConfig
-from fsa_jax.pallas import ranges, select
+from fsa_jax.pallas import hopper, ranges, select
 from fsa_jax.pallas.tuning import SelectedTuning, arrays_reason, plan_reason
 
 #: The oldest compute capability whose matrix units and asynchronous copies the kernels use.
@@ -37,6 +37,14 @@ def device_reason() -> str | None:
     return None
 
 
+def hopper_reason() -> str | None:
+    """Why the kernels in Mosaic GPU cannot run on the device to compile for; None if they can."""
+    found = capability()
+    if found in (None, hopper.CAPABILITY):
+        return None
+    return f"its kernels need compute capability 9.0, the GPU has {found // 10}.{found % 10}"
+
+
 def planned_capability() -> int:
     """The capability that tiles are sized for: of the GPU, or `ASSUMED` where none can serve."""
     return ASSUMED if device_reason() else capability() or ASSUMED
@@ -54,6 +62,14 @@ def selected_reason(
 def range_reason(query, key, value) -> str | None:
     """Why the kernels cannot serve compressed or window attention, likewise; or None."""
     return ranges.plan_reason(query, key, value, planned_capability())
+
+
+def compressed_reason(query, key, value, *, implementation: str | None) -> str | None:
+    """Why the kernels of that name cannot serve compressed attention, likewise; or None."""
+    reason = range_reason(query, key, value)
+    if reason is None and implementation == "mosaic_gpu":
+        return hopper.reason(query, key, value)
+    return reason
 
 
 def select_reason(query, key, config: NSAConfig) -> str | None:

@@ -1,0 +1,114 @@
+"""The forward kernel for Hopper, interpreted: numbers, races, blind queries and unseen keys."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
+from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
+from util import assert_close, normal
+
+import fsa_jax
+from fsa_jax import segments
+from fsa_jax.pallas import hopper
+
+WINDOWS = {"kernel_size": 8, "kernel_stride": 4}
+TOLERANCE = {"float16": 4e-3, "bfloat16": 3e-2}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Case:
+    """T tokens of a branch; with documents or without."""
+
+    length: int
+    group: int
+    window: int = 0  # 0: compressed attention
+    kv_heads: int = 1
+    batch: int = 1
+    dtype: str = "bfloat16"
+    packed: bool = False
+    scale: float = 0.1
+
+    def segment_ids(self):
+        """Documents, some of a token, and padding at both ends."""
+        if not self.packed:
+            return None
+        ids = np.repeat([0, 1, 2, 2, 3, 0], [9, 40, 1, 60, self.length, 5])
+        return jnp.asarray(np.stack([np.roll(ids, 7 * i) for i in range(self.batch)]))[
+            :, : self.length
+        ].astype(jnp.int32)
+
+    def ranges(self):
+        """Which keys each token sees, and which tokens see each key."""
+        rows = segments.describe_rows(self.segment_ids(), self.batch, self.length)
+        if self.window:
+            seen, by = segments.visible_tokens, segments.seers_of_tokens
+            return seen(rows, self.window), by(rows, self.window)
+        windows = segments.describe_windows(rows, *WINDOWS.values())
+        seers = segments.seers_of_windows(rows, windows, WINDOWS["kernel_size"])
+        return segments.visible_windows(windows), seers
+
+    def reference(self, *arrays):
+        sizes = {"window_size": self.window} if self.window else WINDOWS
+        function = fsa_jax.sliding_window_attention if self.window else fsa_jax.compressed_attention
+        return function(
+            *arrays,
+            **sizes,
+            scale=self.scale,
+            segment_ids=self.segment_ids(),
+            implementation="reference",
+            return_residuals=True,
+        )
+
+
+CASES = {
+    "g1": Case(length=200, group=1, kv_heads=2, dtype="float16"),
+    "g4_packed": Case(length=300, group=4, kv_heads=2, packed=True),
+    "g8_window": Case(length=330, group=8, window=150, batch=2),
+    "g16": Case(length=700, group=16),
+    "g16_packed_window": Case(length=90, group=16, window=30, packed=True, batch=2),
+    "g32_negative": Case(length=70, group=32, scale=-0.3),
+    "one_token": Case(length=1, group=2, window=4),
+    "no_scale": Case(length=150, group=2, window=140, scale=0.0),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_numbers_are_those_of_the_reference(name, monkeypatch):
+    """Two programs, so that one has several items; what nobody sees is NaN."""
+    monkeypatch.setattr(hopper, "PROGRAMS", 2)
+    case = CASES[name]
+    visible, seers = case.ranges()
+    shapes = [(case.length, case.group * case.kv_heads), (seers[0].shape[1], case.kv_heads)]
+    dtype = jnp.dtype(case.dtype)
+    query, key, value = (
+        normal(i, case.batch, *shapes[min(i, 1)], hopper.WIDTH, dtype=dtype) for i in range(3)
+    )
+    with jax.enable_x64(True):
+        wide = (x.astype(jnp.float64) for x in (query, key, value))
+        wanted = jax.tree.map(np.asarray, case.reference(*wide))
+    query = jnp.where((visible[0] < visible[1])[:, :, None, None], query, jnp.nan)
+    unseen = (seers[0] >= seers[1])[:, :, None, None]
+    key, value = (jnp.where(unseen, jnp.nan, x) for x in (key, value))
+    params = InterpretGPUParams(detect_races=True)
+    run = jax.jit(functools.partial(hopper.attention, scale=case.scale, interpret=params))
+    got = run(query, key, value, visible, seers)
+    assert_close(got, wanted, TOLERANCE[case.dtype])
+    assert not gpu_callbacks.get_races().races_found
+
+
+def test_what_it_serves(monkeypatch):
+    array = lambda *shape, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(shape, dtype)  # noqa: E731
+    key = array(1, 64, 2, 128)
+    assert hopper.reason(array(1, 64, 8, 128), key, key) is None
+    for query, keys, why in (
+        (array(1, 64, 6, 128), key, "3 query heads a key head"),
+        (array(1, 64, 256, 128), key, "128 query heads a key head"),
+        (array(1, 64, 8, 64), array(1, 64, 2, 64), "head widths must be 128, got 64"),
+        (array(1, 64, 8, 128, dtype=jnp.float32), key, "dtype must be .* float32"),
+    ):
+        with pytest.raises(AssertionError, match=why):
+            raise AssertionError(hopper.reason(query, keys, keys))
