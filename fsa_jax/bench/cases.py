@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import fsa_jax
-from fsa_jax import NSAConfig
+from fsa_jax import NSAConfig, triton
 from fsa_jax.dispatch import mode_of
 from fsa_jax.gating import gated_sum
 from fsa_jax.operators import Call
@@ -112,7 +112,8 @@ class Subject:
     Attributes:
       function: name of the public function, or "full_attention".
       method: "kv_outer" or "query_outer" for selected attention by the named kernels, else the
-        implementation ("triton" for interpreted kernels too); full attention has "cudnn" and "xla".
+        implementation ("triton" for interpreted kernels too; "default" for None, where that takes
+        other kernels than "triton"); full attention has "cudnn" and "xla".
       call: the function, of arrays by position.
       differentiated: names of the arrays that it is differentiated by; they come first.
       others: names of the other arrays.
@@ -155,8 +156,12 @@ def subjects(case: Case, implementation: str, functions: Sequence[str]) -> list[
         options = attention | {"block_size": config.block_size, "tuning": tuning}
         call = bound(fsa_jax.selected_attention, 4, **options)
         found.append(Subject("selected_attention", method, call, keys, ("block_indices", *ids)))
-    call = bound(fsa_jax.compressed_attention, 3, **windows, **attention)
-    found.append(Subject("compressed_attention", ours, call, compressed, ids))
+    default = implementation == "triton" and triton.hopper_reason() is None
+    choices = {ours: implementation} | ({"default": None} if default else {})
+    for method, name in choices.items():
+        options = attention | windows | {"implementation": name}
+        call = bound(fsa_jax.compressed_attention, 3, **options)
+        found.append(Subject("compressed_attention", method, call, compressed, ids))
     options = {"config": config, "implementation": implementation}
     call = bound(fsa_jax.select_blocks, 3, **options)
     others = ("query", "compressed_key", "lse", *ids)
@@ -171,9 +176,10 @@ def subjects(case: Case, implementation: str, functions: Sequence[str]) -> list[
         return gated_sum(gated, gates, tuple(outs), (lse,) * 3)
 
     found.append(Subject("combine_branches", ours, combine, ("gates", *BRANCHES), ("lse",)))
-    call = bound(fsa_jax.native_sparse_attention, 6, config=config, implementation=implementation)
     arrays = (*keys, "compressed_key", "compressed_value", "gates")
-    found.append(Subject("native_sparse_attention", ours, call, arrays, ids))
+    for method, name in choices.items():
+        call = bound(fsa_jax.native_sparse_attention, 6, config=config, implementation=name)
+        found.append(Subject("native_sparse_attention", method, call, arrays, ids))
     if not packed:
         for method in ("cudnn", "xla"):
             call = functools.partial(

@@ -106,7 +106,7 @@ def _measure(kind, run, length, layers, sizes, attention) -> dict[str, Any]:
 
 def _implementation(run, attention):
     if attention == "nsa":
-        return "xla" if run.interpret else "triton"
+        return "xla" if run.interpret else None
     return "xla" if run.interpret else "cudnn"
 
 

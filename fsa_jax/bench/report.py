@@ -47,7 +47,8 @@ _NAMED = 5
 _LEGEND = """\
 Times are ms a call, the median over rounds, with the spread over the rounds in brackets: (slowest -
 fastest) / median. T tokens, N query heads, K key/value heads, D head width. *Ours* is the default
-choice (`triton`; `nsa` for models) where it was run, else `kv_outer`, else `xla`. *x floor* is the
+choice (`default`; `triton` where that is the same; `nsa` for models) where it was run, else
+`kv_outer`, else `xla`. *x floor* is the
 time of ours over the least that products and memory traffic take at the ceilings of the device.
 *x best peer* is the time of ours over that of the fastest rival in the same run, below 1 where ours
 is faster: `query_outer` (the kernel of vanilla NSA), `peer_*` (other projects' code), and full

@@ -14,8 +14,10 @@ type Row = dict[str, Any]
 WHAT = "fsa-jax bench"
 SUITES = ("kernels", "operator", "training", "prefill", "decode")
 #: Methods in the order of their columns. Of ours the first that was run stands for the others.
-OURS = ("triton", "nsa", "kv_outer", "xla")
-METHODS = ("triton", "kv_outer", "query_tile", "nsa", "query_outer", "cudnn", "xla", "full")
+OURS = ("default", "triton", "nsa", "kv_outer", "xla")
+METHODS = (
+    "default", "triton", "kv_outer", "query_tile", "nsa", "query_outer", "cudnn", "xla", "full",
+)  # fmt: skip
 #: Parts of the operator, and their names in tables and plots.
 BRANCHES = {
     "compressed_attention": "compressed",

@@ -1,0 +1,139 @@
+"""On an NVIDIA GPU: compressed attention with the forward pass in Pallas Mosaic GPU.
+
+`JAX_PLATFORMS=cuda python -m pytest -m gpu`; see test_gpu.py. GPUs other than Hopper must refuse.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_gpu import dirty_memory, pytestmark, segments
+from util import (
+    assert_errors_are_at_most_twice_those_of_dense,
+    assert_same_bits,
+    both_ways,
+    normal,
+    value_and_gradients,
+)
+
+import fsa_jax
+from fsa_jax import triton
+from fsa_jax.pallas import hopper
+
+__all__ = ["dirty_memory", "pytestmark"]  # used by pytest
+#: Four tiles of keys, the last ones of some rows in part.
+LENGTH = 6000
+WINDOWS = {"kernel_size": 32, "kernel_stride": 16}
+SHAPES = {"g1": (1, 3), "g4": (4, 2), "g8": (8, 1), "g16": (16, 2), "g64": (64, 1)}
+
+
+def attend(implementation, segment_ids=None, scale=None):
+    return functools.partial(
+        fsa_jax.compressed_attention,
+        **WINDOWS,
+        scale=scale,
+        segment_ids=segment_ids,
+        implementation=implementation,
+        return_residuals=True,
+    )
+
+
+def inputs(shape, dtype):
+    group, kv_heads = SHAPES[shape]
+    shapes = [(LENGTH, group * kv_heads)] + [(LENGTH // 16, kv_heads)] * 2
+    return [normal(i, 1, *x, hopper.WIDTH, dtype=dtype) for i, x in enumerate(shapes)]
+
+
+@pytest.fixture(autouse=True)
+def refused():
+    """Whether the GPU has no such kernels; then a call by name says so."""
+    if triton.hopper_reason() is None:
+        return False
+    with pytest.raises(NotImplementedError, match=r"compute capability 9\.0"):
+        attend("mosaic_gpu")(*inputs("g1", jnp.bfloat16))
+    return True
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "packed", "scale"),
+    [
+        *((shape, "bfloat16", False, None) for shape in SHAPES),
+        *((shape, "float16", True, None) for shape in ("g1", "g4", "g8", "g16")),
+        ("g4", "bfloat16", True, -0.3),
+        ("g4", "bfloat16", False, 0.0),
+    ],
+)
+def test_error_is_at_most_twice_that_of_dense_attention(shape, dtype, packed, scale, refused):
+    """Of dense attention in the same dtype, both against float64; outputs and gradients alike."""
+    if refused:
+        return
+    args = inputs(shape, jnp.dtype(dtype))
+    ids = segments(LENGTH) if packed else None
+    ours, dense = (
+        value_and_gradients(attend(name, ids, scale), 7, *args)
+        for name in ("mosaic_gpu", "reference")
+    )
+    with jax.enable_x64(True):
+        wide = [x.astype(jnp.float64) for x in args]
+        exact = value_and_gradients(attend("reference", ids, scale), 7, *wide)
+        exact = jax.tree.map(np.asarray, exact)
+    assert_errors_are_at_most_twice_those_of_dense(ours, dense, exact)
+
+
+@pytest.mark.parametrize("shape", ["g4", "g16"])
+def test_a_hundred_reruns_give_the_same_bits(shape, refused):
+    if refused:
+        return
+    args = inputs(shape, jnp.bfloat16)
+    run = both_ways(attend("mosaic_gpu", segments(LENGTH)), 5)
+    first = jax.tree.map(np.asarray, run(*args))
+    for _ in range(100):
+        assert_same_bits(run(*args), first)
+
+
+def test_poison_that_nobody_sees_changes_no_bit(refused):
+    if refused:
+        return
+    query, key, value = inputs("g4", jnp.bfloat16)
+    ids = np.ones((1, LENGTH), np.int32)
+    ids[:, 500:516] = 0
+    run = both_ways(attend("mosaic_gpu", jnp.asarray(ids)), 3)
+    wanted = run(query, key, value)
+    padding = jnp.asarray(ids == 0)[..., None, None]
+    windows = (500 - 32) // 16 + 1 + (LENGTH - 516 - 32) // 16 + 1
+    unseen = (jnp.arange(key.shape[1]) >= windows)[None, :, None, None]
+    for poison in (jnp.nan, jnp.inf):
+        dirty = (
+            jnp.where(padding, poison, query),
+            jnp.where(unseen, poison, key),
+            jnp.where(unseen, poison, value),
+        )
+        assert_same_bits(run(*dirty), wanted)
+    assert all(np.isfinite(np.asarray(x, np.float32)).all() for x in wanted[1])
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_logits_of_ten_thousand(sign, refused):
+    """A query gets the value of the one key that all its weight is on."""
+    if refused:
+        return
+    query, key, value = inputs("g4", jnp.bfloat16)
+    large = jnp.where(jnp.arange(key.shape[1]) % 2 == 0, 1e4, -1e4)[None, :, None, None] * sign
+    query, key = jnp.ones_like(query), (jnp.zeros_like(key).at[..., :1].set(1) * large)
+    key = key.astype(jnp.bfloat16)
+    wanted = attend("reference", scale=1.0)(query, key, value)
+    got = attend("mosaic_gpu", scale=1.0)(query, key, value)
+    for a, b in zip(got, wanted, strict=True):
+        np.testing.assert_allclose(
+            np.asarray(a, np.float32), np.asarray(b, np.float32), rtol=1e-2, atol=1e-2
+        )
+
+
+def test_none_takes_them_where_there_is_much_to_do(refused):
+    query, key = (jnp.zeros((1, n, h, 128), jnp.bfloat16) for n, h in ((32768, 32), (2048, 2)))
+    text = str(jax.jit(attend(None)).lower(query, key, key).compile().as_text())
+    assert ("hopper_forward_kernel" in text) == (not refused)
+    text = str(jax.jit(attend("triton")).lower(query, key, key).compile().as_text())
+    assert "hopper_forward_kernel" not in text
