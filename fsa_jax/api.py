@@ -168,7 +168,7 @@ def compressed_attention(
         query, compressed_key, compressed_value, kernel_stride
     )
     rows = checks.rows(query, segment_ids, has_batch)
-    reason = triton.compressed_reason(query, key, value, implementation=implementation)
+    reason = triton.range_reason(query, key, value, implementation)
     result = choose("compressed_attention", implementation, reason)(
         query,
         key,
@@ -368,7 +368,7 @@ def sliding_window_attention(
     window_size = checks.size("window_size", window_size)
     query, key, value, has_batch = checks.attention_arrays(query, key, value)
     rows = checks.rows(query, segment_ids, has_batch)
-    reason = triton.range_reason(query, key, value)
+    reason = triton.range_reason(query, key, value, implementation)
     result = choose("sliding_window_attention", implementation, reason)(
         query, key, value, rows, window_size=window_size, scale=checks.scale(scale, query.shape[-1])
     )
@@ -472,9 +472,7 @@ def _check_operator(
     if implementation is not None:
         reason = triton.selected_reason(query, key, value, block_size=config.block_size)
         reason = reason or triton.select_reason(query, compressed[0], config)
-        reason = reason or triton.compressed_reason(
-            query, *compressed, implementation=implementation
-        )
+        reason = reason or triton.range_reason(query, *compressed, implementation)
         resolve("native_sparse_attention", implementation, reason)
 
 

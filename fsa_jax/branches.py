@@ -30,13 +30,13 @@ def gated_attention(
     scale = checks.scale(scale, query.shape[-1])
     rows = checks.rows(query, segment_ids, has_batch)
     reasons = {
-        "compressed_attention": triton.compressed_reason(
-            query, *windows, implementation=implementation
-        ),
+        "compressed_attention": triton.range_reason(query, *windows, implementation=implementation),
         "selected_attention": triton.selected_reason(
             query, *pairs[0], block_size=config.block_size
         ),
-        "sliding_window_attention": triton.range_reason(query, *pairs[-1]),
+        "sliding_window_attention": triton.range_reason(
+            query, *pairs[-1], implementation=implementation
+        ),
     }
     if sequence_axis is not None:
         checks.sequence(sequence_axis, has_batch, query.shape[1], stride)

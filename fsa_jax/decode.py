@@ -73,15 +73,13 @@ def mode_of(implementation: str | None, query: Float[Array, "B n N D"], cache: K
         name, row = "native_sparse_attention", keys(cache.capacity + query.shape[1])
         windows = keys(cache.windows)
         reason = triton.select_reason(query, windows, cache.config)
-        reason = reason or triton.compressed_reason(
-            query, windows, windows, implementation=implementation
-        )
+        reason = reason or triton.range_reason(query, windows, windows, implementation)
         reason = reason or triton.selected_reason(
             query, row, row, block_size=cache.config.block_size
         )
     else:
         name, row = "sliding_window_attention", keys(cache.capacity)
-        reason = triton.range_reason(query, row, row)
+        reason = triton.range_reason(query, row, row, implementation)
     return dispatch.mode_of(name, implementation, reason)
 
 

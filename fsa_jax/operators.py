@@ -29,7 +29,7 @@ from jaxtyping import Array, Float, Int
 
 from fsa_jax import segments, xla
 from fsa_jax.config import NSAConfig
-from fsa_jax.pallas import hopper, ranges, select, selected, tuned
+from fsa_jax.pallas import hopper, hopper_rows, ranges, select, selected, tuned
 from fsa_jax.pallas.tuning import SelectedTuning, make_plan
 from fsa_jax.precision import wide_dtype
 from fsa_jax.segments import Rows, Windows
@@ -84,12 +84,10 @@ class Call:
         return kernels
 
     def takes_hopper(self, query, key, value) -> bool:
-        """Whether the kernel in Mosaic GPU takes this forward pass of `range_attention`."""
-        if self.name != "compressed" or self.mode not in ("mosaic", "either"):
-            return False
-        return self.mode == "mosaic" or (
-            self.capability == hopper.CAPABILITY and hopper.pays(query, key, value)
-        )
+        """Whether the kernels in Mosaic GPU take this call of `range_attention`."""
+        if self.mode != "either":
+            return self.mode == "mosaic"
+        return self.capability == hopper.CAPABILITY and hopper.pays(query, key, value)
 
     def named(self, out, lse):
         return checkpoint_name(out, f"{self.name}_out"), checkpoint_name(lse, f"{self.name}_lse")
@@ -184,11 +182,11 @@ _RANGES = _ATTENTION | {"low": "b t", "high": "b t", "first": "b m", "last": "b 
 @functools.cache
 def _range_forward_on(call):
     def kernels(query, key, value, low, high, first, last):
+        arrays = (query, key, value, (low, high), (first, last))
         if call.takes_hopper(query, key, value):
-            ends = (low, high), (first, last)
-            return hopper.attention(query, key, value, *ends, scale=call.scale)
+            return hopper_rows.attention(*arrays, scale=call.scale)
         plan = ranges.make_plan(query, key, value, call.capability, call.table)
-        return ranges.attention(plan, query, key, value, (low, high), (first, last), **call.static)
+        return ranges.attention(plan, *arrays, **call.static)
 
     def portable(query, key, value, low, high, first, last):
         del first, last
@@ -200,10 +198,10 @@ def _range_forward_on(call):
 @functools.cache
 def _range_backward_on(call):
     def kernels(query, key, value, low, high, first, last, lse, delta, dout):
+        arrays = (query, key, value, (low, high), (first, last), lse, delta, dout)
         plan = ranges.make_plan(query, key, value, call.capability, call.table)
-        return ranges.gradients(
-            plan, query, key, value, (low, high), (first, last), lse, delta, dout, **call.static
-        )
+        hopper = call.takes_hopper(query, key, value)
+        return ranges.gradients(plan, *arrays, hopper=hopper, **call.static)
 
     def portable(query, key, value, low, high, first, last, lse, delta, dout):
         del first, last

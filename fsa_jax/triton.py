@@ -59,14 +59,12 @@ def selected_reason(
     )
 
 
-def range_reason(query, key, value) -> str | None:
-    """Why the kernels cannot serve compressed or window attention, likewise; or None."""
-    return ranges.plan_reason(query, key, value, planned_capability())
+def range_reason(query, key, value, implementation: str | None = None) -> str | None:
+    """Why the kernels of that name cannot serve compressed or window attention, likewise; or None.
 
-
-def compressed_reason(query, key, value, *, implementation: str | None) -> str | None:
-    """Why the kernels of that name cannot serve compressed attention, likewise; or None."""
-    reason = range_reason(query, key, value)
+    Those of Mosaic GPU take fewer shapes; where they are not asked for by name, the others serve.
+    """
+    reason = ranges.plan_reason(query, key, value, planned_capability())
     if reason is None and implementation == "mosaic_gpu":
         return hopper.reason(query, key, value)
     return reason

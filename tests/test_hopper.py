@@ -1,4 +1,4 @@
-"""The forward kernel for Hopper, interpreted: numbers, races, blind queries and unseen keys."""
+"""The kernels for Hopper, interpreted: numbers, races, blind queries and unseen keys."""
 
 import dataclasses
 import functools
@@ -13,7 +13,7 @@ from util import assert_close, normal
 
 import fsa_jax
 from fsa_jax import segments
-from fsa_jax.pallas import hopper
+from fsa_jax.pallas import hopper, hopper_rows
 
 WINDOWS = {"kernel_size": 8, "kernel_stride": 4}
 TOLERANCE = {"float16": 4e-3, "bfloat16": 3e-2}
@@ -87,16 +87,27 @@ def test_numbers_are_those_of_the_reference(name, monkeypatch):
     query, key, value = (
         normal(i, case.batch, *shapes[min(i, 1)], hopper.WIDTH, dtype=dtype) for i in range(3)
     )
+    dout = normal(3, *query.shape, dtype=dtype)
+    dlse = normal(4, *query.shape[:3])
     with jax.enable_x64(True):
-        wide = (x.astype(jnp.float64) for x in (query, key, value))
-        wanted = jax.tree.map(np.asarray, case.reference(*wide))
-    query = jnp.where((visible[0] < visible[1])[:, :, None, None], query, jnp.nan)
+        wide = [x.astype(jnp.float64) for x in (query, key, value)]
+        wanted, pull = jax.vjp(case.reference, *wide)
+        wanted_gradients = pull((dout.astype(jnp.float64), dlse.astype(jnp.float64)))
+        out, lse = wanted = jax.tree.map(np.asarray, wanted)
+        delta = np.sum(out * np.asarray(dout, np.float64), axis=-1) - np.asarray(dlse, np.float64)
+    blind = (visible[0] >= visible[1])[:, :, None]
     unseen = (seers[0] >= seers[1])[:, :, None, None]
+    query, dout = (jnp.where(blind[..., None], jnp.nan, x) for x in (query, dout))
     key, value = (jnp.where(unseen, jnp.nan, x) for x in (key, value))
-    params = InterpretGPUParams(detect_races=True)
-    run = jax.jit(functools.partial(hopper.attention, scale=case.scale, interpret=params))
-    got = run(query, key, value, visible, seers)
+    delta = jnp.where(blind, jnp.nan, jnp.asarray(delta, jnp.float32))
+    static = {"scale": case.scale, "interpret": InterpretGPUParams(detect_races=True)}
+    arrays = (query, key, value, visible, seers)
+    got = jax.jit(functools.partial(hopper_rows.attention, **static))(*arrays)
     assert_close(got, wanted, TOLERANCE[case.dtype])
+    assert not gpu_callbacks.get_races().races_found
+    rest = (jnp.asarray(lse, jnp.float32), delta, dout)
+    got = jax.jit(functools.partial(hopper_rows.query_gradient, **static))(*arrays, *rest)
+    assert_close(got, np.asarray(wanted_gradients[0]), TOLERANCE[case.dtype])
     assert not gpu_callbacks.get_races().races_found
 
 

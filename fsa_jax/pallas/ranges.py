@@ -7,7 +7,7 @@ of the splits, so the order of every sum is fixed.
 
 import dataclasses
 
-from fsa_jax.pallas import range_keys, range_rows, tuned
+from fsa_jax.pallas import hopper_rows, range_keys, range_rows, tuned
 from fsa_jax.pallas.tuning import Tile, arrays_reason, padded_width, shared_memory
 
 #: Programs of the kernel of dK and dV that keep a GPU busy, whatever the number of keys.
@@ -132,10 +132,17 @@ def attention(plan, query, key, value, visible, seers, *, scale, interpret):
 
 
 def gradients(
-    plan, query, key, value, visible, seers, lse, delta, dout, *, scale, interpret
+    plan, query, key, value, visible, seers, lse, delta, dout, *, scale, interpret, hopper=False
 ):  # fmt: skip
-    """(dq, dk, dv) in the dtypes of query, key and value; arguments as in `range_rows`."""
+    """(dq, dk, dv) in the dtypes of query, key and value; arguments as in `range_rows`.
+
+    With `hopper`, dq comes from the kernel for that.
+    """
     static = {"plan": plan, "scale": scale, "interpret": interpret}
     rest = (lse, delta, dout)
-    dquery = range_rows.query_gradient(query, key, value, visible, seers, *rest, **static)
+    arrays = (query, key, value, visible, seers, *rest)
+    if hopper:
+        dquery = hopper_rows.query_gradient(*arrays, scale=scale)
+    else:
+        dquery = range_rows.query_gradient(*arrays, **static)
     return dquery, *range_keys.key_gradients(query, key, value, seers, *rest, **static)
