@@ -472,7 +472,7 @@ def _check_operator(
     if implementation is not None:
         reason = triton.selected_reason(query, key, value, block_size=config.block_size)
         reason = reason or triton.select_reason(query, compressed[0], config)
-        reason = reason or triton.range_reason(query, *compressed, implementation)
+        reason = reason or triton.range_reason(query, *compressed, implementation=implementation)
         resolve("native_sparse_attention", implementation, reason)
 
 

@@ -263,7 +263,7 @@ class _QueryGradient(Compute):
         if self.exact:
             p = weights(dot(queries[...], keys[key_slot].T))
             dp = dot(douts[...], values[value_slot].T)
-            new = dquery + dot(ds, keys[last]) if before else None
+            new = dquery + dot(ds, keys[last]) if before else None  # pyright: ignore[reportOptionalOperand]
             plgpu.commit_smem()
             self.end_turn()
             plgpu.barrier_arrive(self.shared.free[2].at[value_slot])
