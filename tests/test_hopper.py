@@ -13,7 +13,7 @@ from util import assert_close, normal
 
 import fsa_jax
 from fsa_jax import segments
-from fsa_jax.pallas import hopper, hopper_rows
+from fsa_jax.pallas import hopper, hopper_keys, hopper_rows
 
 WINDOWS = {"kernel_size": 8, "kernel_stride": 4}
 TOLERANCE = {"float16": 4e-3, "bfloat16": 3e-2}
@@ -109,6 +109,14 @@ def test_numbers_are_those_of_the_reference(name, monkeypatch):
     got = jax.jit(functools.partial(hopper_rows.query_gradient, **static))(*arrays, *rest)
     assert_close(got, np.asarray(wanted_gradients[0]), TOLERANCE[case.dtype])
     assert not gpu_callbacks.get_races().races_found
+    if not case.scale:
+        return
+    arrays = (query, key, value, seers, *rest)
+    for splits in (1, 2):
+        run = functools.partial(hopper_keys.key_gradients, splits=splits, **static)
+        got = jax.jit(run)(*arrays)
+        assert_close(got, jax.tree.map(np.asarray, wanted_gradients[1:]), TOLERANCE[case.dtype])
+        assert not gpu_callbacks.get_races().races_found
 
 
 def test_what_it_serves(monkeypatch):

@@ -1,7 +1,9 @@
-"""What the kernels for Hopper share: Pallas Mosaic GPU, rows of queries against ranges of keys.
+"""What the kernels for Hopper share: Pallas Mosaic GPU, attention to contiguous ranges of keys.
 
-They compute what `range_rows.py` does, faster where their shapes fit: asynchronous copies (TMA)
-feed products (wgmma) that run while exponents are taken, which Triton does not arrange.
+They compute what `range_rows.py` and `range_keys.py` do, faster where their shapes fit:
+asynchronous copies (TMA) feed products (wgmma) that run while exponents are taken, which Triton
+does not arrange. Those that own keys are in `hopper_keys.py`; of those that own rows,
+`hopper_rows.py`, this file has the dataflow.
 
 Programs, one a multiprocessor, walk over items: 128 rows of one key head, those with the longest
 ranges first. A row is a query token and a head of its group. A memory warpgroup copies the rows of
@@ -39,7 +41,7 @@ ENOUGH_PAIRS = 2**26
 REGISTERS, FEW_REGISTERS = 240, 24
 LOG2_E = math.log2(math.e)
 #: Of matrices in shared memory: what wgmma takes.
-_LAYOUT = (
+LAYOUT = (
     plgpu.TilingTransform((8, 64)),  # pyright: ignore[reportAbstractUsage]
     plgpu.SwizzleTransform(128),  # pyright: ignore[reportAbstractUsage]
 )
@@ -113,21 +115,21 @@ def call_on_rows(
     group = heads // kv_heads
     # a weight of 0 times NaN is NaN: what nobody sees may hold anything
     seen = (seers[0] < seers[1])[:, :, None, None]
-    key, value = (_pad(jnp.where(seen, x, 0), ring.keys) for x in (key, value))
+    key, value = (pad(jnp.where(seen, x, 0), ring.keys) for x in (key, value))
     tokens = WARPGROUPS * ROWS // group  # of an item
-    low, high = (_pad(x, tokens).reshape(batch, -1, tokens) for x in visible)
-    rows = [_pad(x, tokens) for x in rows]
+    low, high = (pad(x, tokens).reshape(batch, -1, tokens) for x in visible)
+    rows = [pad(x, tokens) for x in rows]
     numbers = low.shape[1]
-    tables = [_rows_of_heads(_pad(x, tokens), kv_heads) for x in tables]
-    tables = [*(_rows_of_tokens(x, group) for x in (low, high)), *tables]
     narrow = (batch, kv_heads, numbers, WARPGROUPS, ROWS)
+    tables = [rows_of_heads(pad(x, tokens), kv_heads).reshape(narrow) for x in tables]
+    tables = [*(_rows_of_tokens(x, group) for x in (low, high)), *tables]
     shapes = [
         jax.ShapeDtypeStruct(narrow, jnp.float32)
         if dtype is None
         else jax.ShapeDtypeStruct(rows[0].shape, dtype)
         for dtype in results
     ]
-    items, strips = numbers * batch * kv_heads, _num_strips(group)
+    items, copies = numbers * batch * kv_heads, num_strips(group) * len(rows)
 
     def kernel(*refs):
         row_refs, (key_ref, value_ref, bounds_ref, *refs) = refs[: len(rows)], refs[len(rows) :]
@@ -140,7 +142,7 @@ def call_on_rows(
             def one(i, before):
                 item = Item(program + i * PROGRAMS, bounds_ref, kv_heads, group, ring.keys)
                 visit(item, before)
-                return before + item.steps
+                return before + item.tiles.count
 
             lax.fori_loop(0, count, one, jnp.int32(0))
 
@@ -164,7 +166,7 @@ def call_on_rows(
                 shared.await_free(ring)
 
         def buffers(*shape):
-            return plgpu.SMEM((*shape, WIDTH), rows[0].dtype, transforms=_LAYOUT)
+            return plgpu.SMEM((*shape, WIDTH), rows[0].dtype, transforms=LAYOUT)
 
         def barriers(arrivals, number):
             return plgpu.Barrier(num_arrivals=arrivals, num_barriers=number)
@@ -176,7 +178,7 @@ def call_on_rows(
             buffers(ring.key_stages, ring.keys),
             buffers(ring.value_stages, ring.keys),
             buffers(WARPGROUPS, ROWS),
-            (barriers(strips * len(rows), WARPGROUPS), *(barriers(1, n) for n in stages)),
+            (barriers(copies, WARPGROUPS), *(barriers(1, n) for n in stages)),
             (barriers(1, WARPGROUPS), *(barriers(WARPGROUPS, n) for n in stages)),
             barriers(1, WARPGROUPS),
             collective_axes="warpgroup",
@@ -200,13 +202,12 @@ def call_on_rows(
 
 
 class Item:
-    """128 rows of one key head, and the steps that they take; the longest ranges come first.
+    """128 rows of one key head, and the tiles of keys that they take; longest ranges come first.
 
     Attributes:
       number: of the rows among those of its row of the batch.
       row, kv_head: where they are.
-      steps: tiles of keys.
-      masked: how many of them need a mask, the first ones.
+      tiles: `Steps`.
     """
 
     def __init__(self, item, bounds_ref, kv_heads, group, keys):
@@ -214,31 +215,41 @@ class Item:
         number, rest = lax.div(item, jnp.int32(batch * kv_heads)), lax.rem(item, batch * kv_heads)
         self.number, self.group, self.keys = numbers - 1 - number, group, keys
         self.row, self.kv_head = lax.div(rest, jnp.int32(kv_heads)), lax.rem(rest, kv_heads)
-        self.begin, self.inner_begin, self.inner_end, end = (
-            bounds_ref[self.row, self.number, i] for i in range(4)
-        )
-        self.steps = end - self.begin
-        self.masked = self.steps - (self.inner_end - self.inner_begin)
+        self.tiles = Steps(*(bounds_ref[self.row, self.number, i] for i in range(4)))
 
     def first_key(self, step):
         """First key of the tile of a step."""
-        before = self.inner_begin - self.begin
-        edge = jnp.where(step < before, self.begin + step, self.inner_end + step - before)
-        inner = self.inner_begin + step - self.masked
-        return jnp.where(step < self.masked, edge, inner) * self.keys
+        return self.tiles.tile(step) * self.keys
 
     def strips(self, array_ref, shared_ref, warpgroup):
-        """Pairs (part of [B, T, N, D], part of the shared memory) of a warpgroup's rows."""
-        token = (self.number * WARPGROUPS + warpgroup) * (ROWS // self.group)
-        head = self.kv_head * self.group
-        strips = _num_strips(self.group)
-        rows = ROWS // strips
-        for i in range(strips):
-            if self.group <= 8:
-                part = array_ref.at[self.row, pl.ds(token, rows), head + i]
-            else:
-                part = array_ref.at[self.row, token + i, pl.ds(head, rows)]
-            yield part, shared_ref.at[pl.ds(i * rows, rows)]
+        """`strips` of a warpgroup's rows."""
+        number = self.number * WARPGROUPS + warpgroup
+        return strips(array_ref, shared_ref, self.row, self.kv_head, number, self.group)
+
+
+@dataclasses.dataclass(frozen=True)
+class Steps:
+    """Tiles from `begin` to `end`, those that need a mask first, then the inner ones."""
+
+    begin: Any
+    inner_begin: Any
+    inner_end: Any
+    end: Any
+
+    @property
+    def count(self):
+        return self.end - self.begin
+
+    @property
+    def masked(self):
+        """How many steps need a mask."""
+        return self.count - (self.inner_end - self.inner_begin)
+
+    def tile(self, step):
+        """Tile of a step."""
+        before = self.inner_begin - self.begin
+        edge = jnp.where(step < before, self.begin + step, self.inner_end + step - before)
+        return jnp.where(step < self.masked, edge, self.inner_begin + step - self.masked)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -294,7 +305,7 @@ def _load(item, before, arrays, shared, ring):
 
         copy(value_ref, shared.values, value_slot, shared.full[2], shared.free[2])
 
-    lax.fori_loop(0, item.steps, step, None)
+    lax.fori_loop(0, item.tiles.count, step, None)
 
 
 class Compute:
@@ -353,9 +364,10 @@ class Compute:
 
     def fold(self, item, step, state):
         """Folds step(number, state, masked) over the steps of an item but the first."""
-        state = lax.fori_loop(1, item.masked, lambda i, x: step(i, x, True), state)
-        begin = lax.max(item.masked, jnp.int32(1))
-        return lax.fori_loop(begin, item.steps, lambda i, x: step(i, x, False), state)
+        tiles = item.tiles
+        state = lax.fori_loop(1, tiles.masked, lambda i, x: step(i, x, True), state)
+        begin = lax.max(tiles.masked, jnp.int32(1))
+        return lax.fori_loop(begin, tiles.count, lambda i, x: step(i, x, False), state)
 
     def added(self, x, a, tiles, slot):
         """The sum x + a b, with the tile b in a slot of a ring."""
@@ -400,7 +412,20 @@ def dot(a, b):
     return jnp.dot(a, b, preferred_element_type=jnp.float32)
 
 
-def _num_strips(group):
+def strips(array_ref, shared_ref, row, kv_head, number, group):
+    """Pairs (part of [B, T, N, D], part of the shared memory) of the 64 rows of a number."""
+    token, head = number * (ROWS // group), kv_head * group
+    count = num_strips(group)
+    rows = ROWS // count
+    for i in range(count):
+        if group <= 8:
+            part = array_ref.at[row, pl.ds(token, rows), head + i]
+        else:
+            part = array_ref.at[row, token + i, pl.ds(head, rows)]
+        yield part, shared_ref.at[pl.ds(i * rows, rows)]
+
+
+def num_strips(group):
     """Strips of a warpgroup's rows that TMA copies in one go: the tokens of a head, or the heads
     of a token, whichever are 8 or more, a whole tile of the layout in shared memory.
     """
@@ -413,13 +438,13 @@ def _rows_of_tokens(x, group):
     return jnp.tile(x, group) if group <= 8 else jnp.repeat(x, group, axis=3)
 
 
-def _rows_of_heads(x, kv_heads):
-    """[B, T, N] to [B, K, I, 2, 64] of rows."""
+def rows_of_heads(x, kv_heads):
+    """[B, T, N] to [B, K, tiles, 64] of rows."""
     batch, _, heads = x.shape
     group = heads // kv_heads
-    x = x.reshape(batch, -1, WARPGROUPS, ROWS // group, kv_heads, group)
-    axes = (0, 4, 1, 2, 5, 3) if group <= 8 else (0, 4, 1, 2, 3, 5)
-    return x.transpose(axes).reshape(batch, kv_heads, -1, WARPGROUPS, ROWS)
+    x = x.reshape(batch, -1, ROWS // group, kv_heads, group)
+    x = x.transpose((0, 3, 1, 4, 2) if group <= 8 else (0, 3, 1, 2, 4))
+    return x.reshape(batch, kv_heads, -1, ROWS)
 
 
 def _heads_of_rows(x, group):
@@ -432,10 +457,11 @@ def _heads_of_rows(x, group):
     return x.reshape(batch, -1, kv_heads * group)
 
 
-def _pad(x, multiple):
-    """Zeros behind axis 1, up to a multiple."""
+def pad(x, multiple, value=0.0):
+    """Numbers behind axis 1, up to a multiple."""
     missing = -x.shape[1] % multiple
-    return jnp.pad(x, [(0, 0), (0, missing)] + [(0, 0)] * (x.ndim - 2)) if missing else x
+    widths = [(0, 0), (0, missing)] + [(0, 0)] * (x.ndim - 2)
+    return jnp.pad(x, widths, constant_values=jnp.asarray(value, x.dtype)) if missing else x
 
 
 def _bounds(low, high, keys):

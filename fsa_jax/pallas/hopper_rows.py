@@ -105,7 +105,7 @@ class _Forward(Compute):
         state = self.first(lambda x: self.softmax(None, None, mask(x, 0), True), slots(0)[0])
         top, total, p, out = self.fold(item, step, state)
         self.free_rows()
-        out = self.last(p, out, slots(item.steps - 1)[1])
+        out = self.last(p, out, slots(item.tiles.count - 1)[1])
         sighted = high > low
         total = jnp.where(sighted, total, 1.0)
         out = jnp.where(over_columns(sighted, out), out * over_columns(1.0 / total, out), 0.0)
@@ -228,7 +228,7 @@ class _QueryGradient(Compute):
         ds, _ = self.multiply(slots(0), weights, lambda p, dp: gradient(p, dp, 0, True))
         ds, dquery = self.fold(item, step, (ds, zeros(WIDTH)))
         self.free_rows()
-        slot = slots(item.steps - 1)[0]
+        slot = slots(item.tiles.count - 1)[0]
         dquery = self.added(dquery, ds, self.shared.keys, slot)
         plgpu.barrier_arrive(self.shared.free[1].at[slot])
         sighted = over_columns(ranges[1] > ranges[0], dquery)

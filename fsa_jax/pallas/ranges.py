@@ -7,7 +7,7 @@ of the splits, so the order of every sum is fixed.
 
 import dataclasses
 
-from fsa_jax.pallas import hopper_rows, range_keys, range_rows, tuned
+from fsa_jax.pallas import hopper_keys, hopper_rows, range_keys, range_rows, tuned
 from fsa_jax.pallas.tuning import Tile, arrays_reason, padded_width, shared_memory
 
 #: Programs of the kernel of dK and dV that keep a GPU busy, whatever the number of keys.
@@ -136,13 +136,12 @@ def gradients(
 ):  # fmt: skip
     """(dq, dk, dv) in the dtypes of query, key and value; arguments as in `range_rows`.
 
-    With `hopper`, dq comes from the kernel for that.
+    `hopper`: by the kernels for that.
     """
-    static = {"plan": plan, "scale": scale, "interpret": interpret}
+    static: dict = {"plan": plan, "scale": scale, "interpret": interpret}
+    rows, keys = range_rows, range_keys
+    if hopper and scale:  # without a scale, dK and dV come from lse / scale no more
+        static, rows, keys = {"scale": scale}, hopper_rows, hopper_keys
     rest = (lse, delta, dout)
-    arrays = (query, key, value, visible, seers, *rest)
-    if hopper:
-        dquery = hopper_rows.query_gradient(*arrays, scale=scale)
-    else:
-        dquery = range_rows.query_gradient(*arrays, **static)
-    return dquery, *range_keys.key_gradients(query, key, value, seers, *rest, **static)
+    dquery = rows.query_gradient(query, key, value, visible, seers, *rest, **static)
+    return dquery, *keys.key_gradients(query, key, value, seers, *rest, **static)
