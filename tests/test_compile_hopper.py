@@ -1,0 +1,102 @@
+"""The kernels in Mosaic GPU compile for Hopper and are chosen there alone; nothing is run."""
+
+import dataclasses
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+from ahead_of_time import compile_for, operator_gradients
+from shapes import KERNELS
+
+import fsa_jax
+
+pytestmark = pytest.mark.compile
+TRITON, MOSAIC = "__gpu$xla.gpu.triton", "mosaic_gpu_v2"
+#: Long enough that the kernels pay.
+LONG = dataclasses.replace(KERNELS["main"], length=8192)
+
+
+def custom_calls(device, shape, **arguments):
+    text = str(compile_for(device, *operator_gradients(shape, **arguments)).as_text())
+    return re.findall(r'custom_call_target="([^"]*)"', text)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("implementation", [None, "mosaic_gpu"])
+def test_both_branches_take_the_kernels(implementation, packed):
+    """Three kernels each; selection and selected attention are in Triton."""
+    found = custom_calls("H200", LONG, implementation=implementation, packed=packed)
+    assert set(found) == {TRITON, MOSAIC}
+    assert found.count(MOSAIC) == 6
+
+
+@pytest.mark.parametrize(
+    ("device", "shape", "arguments"),
+    [
+        ("H200", LONG, {"implementation": "triton"}),
+        ("H200", LONG, {"dtype": jnp.float32}),
+        ("H200", dataclasses.replace(LONG, length=512), {}),
+        ("A100", LONG, {}),
+        ("B200", LONG, {}),
+    ],
+)
+def test_others_are_in_triton(device, shape, arguments):
+    assert set(custom_calls(device, shape, **arguments)) == {TRITON}
+
+
+def test_a_name_that_cannot_serve_says_why():
+    for device, width, why in (
+        ("A100", 128, r"need compute capability 9\.0, the GPU has 8\.0"),
+        ("H200", 64, "head widths must be 128, got 64"),
+    ):
+        shape = dataclasses.replace(LONG, width=width, value_width=width)
+        with pytest.raises(NotImplementedError, match=f"mosaic_gpu.*{why}"):
+            compile_for(device, *operator_gradients(shape, implementation="mosaic_gpu"))
+
+
+#: Bytes that the assembler may spill of a thread, by group: addresses of many copies at once.
+SPILLS = {1: 0, 2: 0, 4: 32, 8: 96, 16: 0, 32: 0}
+
+PROGRAM = """
+import sys
+sys.path[:0] = [{tests!r}]
+import test_compile_hopper
+test_compile_hopper.compile_branch({group})
+"""
+
+
+def compile_branch(group):
+    """Compressed attention with its gradients."""
+    shapes = [(1, 8192, 2 * group, 128), *[(1, 512, 2, 128)] * 2]
+    arrays = [jax.ShapeDtypeStruct(x, jnp.bfloat16) for x in shapes]
+
+    def run(*arrays):
+        def attend(*arrays):
+            return fsa_jax.compressed_attention(
+                *arrays, kernel_size=32, kernel_stride=16, implementation="mosaic_gpu"
+            )
+
+        out, pull = jax.vjp(attend, *arrays)
+        return out, pull(out)
+
+    compile_for("H200", run, *arrays)
+
+
+@pytest.mark.parametrize("group", SPILLS)
+def test_products_run_side_by_side_and_registers_suffice(group, tmp_path):
+    """As the assembler reports it, which is asked to before jax is imported."""
+    program = PROGRAM.format(tests=str(Path(__file__).parent), group=group)
+    environment = os.environ | {"MOSAIC_GPU_DUMP_TO": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", program], check=True, env=environment)
+    reports = {path.stem: path.read_text() for path in tmp_path.glob("*.ptxas")}
+    assert len(reports) == 3
+    for report in reports.values():
+        assert "serialized" not in report
+        spilled = re.findall(r"(\d+) bytes spill stores", report)
+        assert spilled
+        assert all(int(size) <= SPILLS[group] for size in spilled), report
