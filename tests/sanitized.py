@@ -15,9 +15,10 @@ from jax.experimental.pallas import triton as plgpu
 from util import both_ways, lists, normal, selected
 
 import fsa_jax
-from fsa_jax import NSAConfig
+from fsa_jax import NSAConfig, triton
 from fsa_jax.cache import Chunk, NSACache
 from fsa_jax.pallas import SelectedTuning, decode_step
+from fsa_jax.pallas import hopper as hopper_kernels
 from fsa_jax.pallas.tuning import METHODS
 
 #: Neither whole tiles nor whole blocks.
@@ -44,8 +45,8 @@ def selection(method, group=4):
     return both_ways(attend, 5)(*arrays(group))
 
 
-def operator():
-    query, key, value = arrays(4)
+def operator(implementation=IMPLEMENTATION, width=64):
+    query, key, value = arrays(4, width=width)
     ids = segment_ids()
     gates = jax.nn.sigmoid(normal(7, 1, LENGTH, 8, 3, dtype=jnp.bfloat16))
 
@@ -54,10 +55,16 @@ def operator():
         compressed = [fsa_jax.compress(x, **windows) for x in (key, value)]
         return fsa_jax.native_sparse_attention(
             query, key, value, *compressed, gates,
-            config=CONFIG, segment_ids=ids, implementation=IMPLEMENTATION,
+            config=CONFIG, segment_ids=ids, implementation=implementation,
         )  # fmt: skip
 
     return both_ways(attend, 5)(query, key, value, gates)
+
+
+def hopper():
+    """Where there are kernels in Mosaic GPU, the operator with those."""
+    there = not INTERPRET and triton.hopper_reason() is None
+    return operator("mosaic_gpu" if there else IMPLEMENTATION, hopper_kernels.WIDTH)
 
 
 def decoding():
@@ -86,6 +93,7 @@ def planted():
 CASES = {
     **{name: functools.partial(selection, name) for name in METHODS},
     "operator": operator,
+    "hopper": hopper,
     "decoding": decoding,
     "planted": planted,
 }
