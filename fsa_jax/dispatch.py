@@ -63,7 +63,10 @@ def resolve(function: str, implementation: str | None, reason: str | None = None
         hopper = triton.hopper_reason() if implementation == "mosaic_gpu" else None
         reason = triton.device_reason() or hopper or reason
     if reason is None:
-        return implementation or "triton", "named by the caller" if implementation else "a GPU"
+        if implementation:
+            return implementation, "named by the caller"
+        mosaic = "" if triton.hopper_reason() else ", with kernels in Mosaic GPU where they pay"
+        return "triton", f"a GPU{mosaic}"
     if implementation is None:
         return "xla", reason
     raise NotImplementedError(
