@@ -200,8 +200,8 @@ def _range_backward_on(call):
     def kernels(query, key, value, low, high, first, last, lse, delta, dout):
         arrays = (query, key, value, (low, high), (first, last), lse, delta, dout)
         plan = ranges.make_plan(query, key, value, call.capability, call.table)
-        hopper = call.takes_hopper(query, key, value)
-        return ranges.gradients(plan, *arrays, hopper=hopper, **call.static)
+        mosaic = call.takes_hopper(query, key, value)
+        return ranges.gradients(plan, *arrays, mosaic=mosaic, **call.static)
 
     def portable(query, key, value, low, high, first, last, lse, delta, dout):
         del first, last

@@ -51,7 +51,10 @@ ACC = plgpu.ACC  # pyright: ignore[reportPrivateImportUsage]
 
 def reason(query, key, value) -> str | None:
     """Why these kernels cannot serve arrays of these shapes and dtypes; None if they can."""
-    group = query.shape[2] // key.shape[2]
+    batch, length, heads, _ = query.shape
+    group = heads // key.shape[2]
+    if max(batch * length * heads, key.size) >= 2**31:
+        return f"numbers of rows, or of keys, must be below 2**31, got {query.shape}, {key.shape}"
     if query.dtype not in (jnp.float16, jnp.bfloat16):
         return f"the dtype must be float16 or bfloat16, got {query.dtype}"
     if key.shape[3] != WIDTH or value.shape[3] != WIDTH:

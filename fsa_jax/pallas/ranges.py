@@ -132,15 +132,15 @@ def attention(plan, query, key, value, visible, seers, *, scale, interpret):
 
 
 def gradients(
-    plan, query, key, value, visible, seers, lse, delta, dout, *, scale, interpret, hopper=False
+    plan, query, key, value, visible, seers, lse, delta, dout, *, scale, interpret, mosaic=False
 ):  # fmt: skip
     """(dq, dk, dv) in the dtypes of query, key and value; arguments as in `range_rows`.
 
-    `hopper`: by the kernels for that.
+    `mosaic`: by the kernels in Mosaic GPU.
     """
     static: dict = {"plan": plan, "scale": scale, "interpret": interpret}
     rows, keys = range_rows, range_keys
-    if hopper and scale:  # without a scale, dK and dV come from lse / scale no more
+    if mosaic and scale:  # `hopper_keys.py` divides by it
         static, rows, keys = {"scale": scale}, hopper_rows, hopper_keys
     rest = (lse, delta, dout)
     dquery = rows.query_gradient(query, key, value, visible, seers, *rest, **static)
