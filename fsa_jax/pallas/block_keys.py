@@ -79,8 +79,8 @@ def key_gradients(
             for cut in (columns, value_columns)
         )
         steps = item.steps()
-        # a loop for the steps that need no mask, where idle rows leave registers for two loops
-        edge = steps if tile.rows % group else item.steps_at_edge()
+        # a loop for the steps that need no mask, where there are registers for two loops
+        edge = steps if group < 8 or tile.rows % group else item.steps_at_edge()
         sums = jax.lax.fori_loop(0, edge, lambda i, x: step(i, x, True), sums)
         if edge is not steps:
             sums = jax.lax.fori_loop(edge, steps, lambda i, x: step(i, x, False), sums)
