@@ -81,6 +81,15 @@ def assert_same_bits(got, wanted):
         assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
 
 
+def assert_poison_changes_no_bit(run, arrays, unseen):
+    """NaN and infinity where masks say that nobody looks; `run` gives results and gradients."""
+    wanted = run(*arrays)
+    for poison in (jnp.nan, jnp.inf):
+        dirty = (jnp.where(mask, poison, x) for mask, x in zip(unseen, arrays, strict=True))
+        assert_same_bits(run(*dirty), wanted)
+    assert all(np.isfinite(np.asarray(x, np.float32)).all() for x in wanted[1])
+
+
 def selected(
     block_indices, block_size, segment_ids=None, implementation="xla", scale=None, tuning=None
 ):
