@@ -19,10 +19,12 @@ from fsa_jax.pallas.common import (
     call,
     columns_of,
     dot,
+    each,
     iota,
     load,
     load_tiles,
     product,
+    programs_of,
     rows_mask,
     softmax_weights,
     split,
@@ -30,9 +32,6 @@ from fsa_jax.pallas.common import (
     tile_width,
 )
 from fsa_jax.pallas.tuning import WIDEST
-
-#: Programs that any GPU can share evenly, and the most tokens that one gets where there are more.
-ENOUGH_PROGRAMS, MOST_TOKENS = 16384, 4
 
 
 def attention(
@@ -59,7 +58,7 @@ def attention(
     given = () if done is None or into is None else (done, *into)
     softmax = Softmax(scale, exact=key.dtype == jnp.float32)
 
-    grid, tokens = _grid(query, key), query.shape[1]
+    tokens, rows = query.shape[1], key.shape[0] * key.shape[2]
 
     def query_outer_kernel(starts_ref, query_ref, key_ref, value_ref, offset_ref, *refs):
         out_ref, lse_ref = refs[-2:]
@@ -90,7 +89,7 @@ def attention(
             lse = jnp.where(some, softmax.lse(top, total), -jnp.inf)
             store(lse_ref.at[batch, token, query_head], lse, mask=there)
 
-        _each_token(tokens, grid[0], refs[0][0] == 0 if given else jnp.asarray(True), attend)
+        each(tokens, refs[0][0] == 0 if given else jnp.asarray(True), attend)
 
     return call(
         query_outer_kernel,
@@ -100,7 +99,7 @@ def attention(
         value,
         offset,
         *given,
-        grid=grid,
+        grid=(programs_of(tokens, rows), rows),
         out_shape=(
             jax.ShapeDtypeStruct((*query.shape[:3], value.shape[3]), query.dtype),
             jax.ShapeDtypeStruct(query.shape[:3], jnp.float32),
@@ -121,7 +120,7 @@ def query_gradient(
     Where `done`, int32 [1], is not 0, the gradient is there already: `into`, given back as it is.
     """
     given = () if done is None else (done, into)
-    grid, tokens = _grid(query, key), query.shape[1]
+    tokens, rows = query.shape[1], key.shape[0] * key.shape[2]
 
     def query_gradient_kernel(
         starts_ref, query_ref, key_ref, value_ref, dout_ref, lse_ref, delta_ref, offset_ref, *refs
@@ -152,7 +151,7 @@ def query_gradient(
                 mask = rows_mask(there, d, dquery_ref.shape[3]).T
                 store(target, (x * scale).astype(dquery_ref.dtype), mask=mask)
 
-        _each_token(tokens, grid[0], refs[0][0] == 0 if given else jnp.asarray(True), differentiate)
+        each(tokens, refs[0][0] == 0 if given else jnp.asarray(True), differentiate)
 
     return call(
         query_gradient_kernel,
@@ -165,31 +164,13 @@ def query_gradient(
         delta,
         offset,
         *given,
-        grid=grid,
+        grid=(programs_of(tokens, rows), rows),
         out_shape=jax.ShapeDtypeStruct(query.shape, query.dtype),
         aliases={9: 0} if given else None,
         interpret=interpret,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
     )
-
-
-def _grid(query, key):
-    """Programs have several tokens each, where there are many: even an idle one costs time."""
-    rows, tokens = key.shape[0] * key.shape[2], query.shape[1]
-    each = max(1, min(tokens * rows // ENOUGH_PROGRAMS, MOST_TOKENS))
-    return (-(-tokens // each), rows)
-
-
-def _each_token(tokens, programs, wanted, body):
-    """Calls `body(token)` for the tokens of a program, if wanted.
-
-    Programs that run at the same time have neighbouring tokens, which load the same keys.
-    """
-    first = pl.program_id(0)
-    count = jax.lax.div(tokens - first + programs - 1, programs)
-    count = jnp.where(wanted, count, 0)
-    jax.lax.fori_loop(0, count, lambda number, _: body(first + number * programs), None)
 
 
 def _heads(query_ref, key_ref):

@@ -31,12 +31,13 @@ from fsa_jax.pallas.common import (
     call,
     columns_of,
     dot,
+    each,
     iota,
     load,
     load_tiles,
     next_power_of_two,
-    only_if,
     product,
+    programs_of,
     rows_mask,
     softmax_weights,
     split,
@@ -48,8 +49,8 @@ from fsa_jax.pallas.tuning import Tile
 MOST_TOKENS = 16
 #: Entries of lists that a program of `merge_lists` holds: of several tiles, where they are few.
 MERGED = 4096
-#: One of so many tiles is asked whether this kernel pays.
-SAMPLED = 16
+#: Comparisons of two entries of a tile, at most, to find whether this kernel pays.
+COMPARED = 2**26
 #: Widest tile of columns.
 COLUMNS = 128
 
@@ -63,13 +64,11 @@ class Lists:
       start: first token of each block of a tile, ascending; unwritten behind the last one.
       members: bit i is set where token i of the tile chose the block.
       count: number of blocks.
-      entries: number of the entries of lists that they stand for.
     """
 
     start: Int[Array, "B K M nS"]
     members: Int[Array, "B K M nS"]
     count: Int[Array, "B K M"]
-    entries: Int[Array, "B K M"]
 
 
 def tile_tokens(tile: Tile, group: int) -> int:
@@ -78,17 +77,11 @@ def tile_tokens(tile: Tile, group: int) -> int:
 
 
 def pays(
-    starts: Int[Array, "B T K S"],
-    end: int,
-    pairs: float,
-    tile: Tile,
-    group: int,
-    *,
-    interpret: bool,
+    starts: Int[Array, "B T K S"], end: int, pairs: float, tile: Tile, group: int
 ) -> Int[Array, "1"]:
     """Whether tiles share so many blocks that one costs less than the `pairs` that it stands for.
 
-    By one of `SAMPLED` tiles, where there are so many.
+    By some tiles, where there are many: as many as `COMPARED` comparisons of entries allow.
 
     Args:
       starts: first token of each listed block.
@@ -96,19 +89,25 @@ def pays(
       pairs: how many (query, block) pairs another kernel serves in the time of a tile's block.
       tile: that of the kernel to ask for.
       group: query heads of a key head.
-      interpret: run the kernel in interpret mode.
 
     Returns:
       1 or 0.
     """
-    tokens = tile_tokens(tile, group)
-    several = starts.shape[1] // (SAMPLED * tokens)
-    if several:
-        starts = starts[:, : several * SAMPLED * tokens]
-        starts = rearrange(starts, "b (m n t) k s -> b m n t k s", n=SAMPLED, t=tokens)
-        starts = rearrange(starts[:, :, SAMPLED // 2], "b m t k s -> b (m t) k s")
-    lists = merge_lists(starts, end, tile, group, interpret=interpret)
-    blocks, entries = (jnp.sum(x.astype(jnp.float32)) for x in (lists.count, lists.entries))
+    batch, length, kv_heads, slots = starts.shape
+    tokens = min(tile_tokens(tile, group), length)
+    tiles = length // tokens
+    asked = COMPARED // (batch * kv_heads * (tokens * slots) ** 2)
+    apart = -(-tiles // max(asked, 1))
+    several = tiles // apart
+    starts = rearrange(
+        starts[:, : several * apart * tokens], "b (m n t) k s -> b m n k t s", n=apart, t=tokens
+    )
+    listed = rearrange(starts[:, :, apart // 2], "b m k t s -> b m k (t s)")
+    same = listed[..., :, None] == listed[..., None, :]
+    entry, other = (jax.lax.broadcasted_iota(jnp.int32, same.shape, axis) for axis in (3, 4))
+    again = jnp.any(same & (other < entry), axis=-1)
+    counts = listed < end
+    entries, blocks = (jnp.sum(x.astype(jnp.float32)) for x in (counts, counts & ~again))
     return (blocks * pairs < entries).astype(jnp.int32)[None]
 
 
@@ -128,7 +127,7 @@ def merge_lists(
     merged = max(1, MERGED // entries)
 
     def merge_lists_kernel(starts_ref, *refs):
-        start_ref, members_ref, count_ref, entries_ref = refs[-4:]
+        start_ref, members_ref, count_ref = refs[-3:]
         row, kv_head = split(pl.program_id(1), kv_heads)
         number_of_tile = pl.program_id(0) * merged + iota(merged)
         of_tile, slot = (x[None, :] for x in split(iota(entries), width))
@@ -138,8 +137,6 @@ def merge_lists(
             there &= refs[0][0] > 0
         listed = load(starts_ref.at[row, token, kv_head, slot], mask=there, other=end)
         bits = jnp.left_shift(jnp.ones_like(of_tile), of_tile)
-        found = jnp.sum((listed < end).astype(jnp.int32), axis=1)
-        store(entries_ref.at[row, kv_head, number_of_tile], found, mask=number_of_tile < tiles)
 
         def more(state):
             _, first = state
@@ -168,7 +165,7 @@ def merge_lists(
             starts,
             *(() if wanted is None else (wanted,)),
             grid=(-(-tiles // merged), batch * kv_heads),
-            out_shape=(wide, wide, narrow, narrow),
+            out_shape=(wide, wide, narrow),
             interpret=interpret,
             num_warps=4,
             num_stages=1,
@@ -197,14 +194,14 @@ def attention(
       out [B, T, N, E] in the dtype of `query` and lse float32 [B, T, N], natural logarithm.
     """
     softmax = Softmax(scale, exact=key.dtype == jnp.float32)
+    tiles, heads = _sizes(lists)
 
     def query_tile_kernel(query_ref, key_ref, value_ref, *refs):
         *list_refs, out_ref, lse_ref = refs
+        head = pl.program_id(1)
 
-        place = (pl.program_id(0), pl.program_id(1))
-
-        def attend():
-            rows = _Rows(list_refs, query_ref, key_ref, block, tile, place)
+        def attend(number):
+            rows = _Rows(list_refs, query_ref, key_ref, block, tile, number, head)
             columns, value_columns = (columns_of(x, COLUMNS) for x in (key, value))
             queries = load_tiles(query_ref, *rows.target, columns, rows.there)
 
@@ -226,7 +223,7 @@ def attention(
             lse = jnp.where(some, softmax.lse(top, total), -jnp.inf)
             store(lse_ref.at[*rows.target], lse, mask=rows.there)
 
-        only_if(list_refs[-1][0] > 0, attend)
+        each(tiles, list_refs[-1][0] > 0, attend)
 
     return call(
         query_tile_kernel,
@@ -234,7 +231,7 @@ def attention(
         key,
         value,
         *_list_arrays(lists, offset, enabled),
-        grid=_grid(lists),
+        grid=(programs_of(tiles, heads), heads),
         out_shape=(
             jax.ShapeDtypeStruct((*query.shape[:3], value.shape[3]), query.dtype),
             jax.ShapeDtypeStruct(query.shape[:3], jnp.float32),
@@ -250,14 +247,14 @@ def query_gradient(
     block, scale, tile, interpret,
 ):  # fmt: skip
     """Gradient [B, T, N, D] of the queries; arguments as in `attention` and `backward.py`."""
+    tiles, heads = _sizes(lists)
 
     def query_tile_gradient_kernel(query_ref, key_ref, value_ref, *refs):
         *list_refs, dout_ref, lse_ref, delta_ref, dquery_ref = refs
+        head = pl.program_id(1)
 
-        place = (pl.program_id(0), pl.program_id(1))
-
-        def differentiate():
-            rows = _Rows(list_refs, query_ref, key_ref, block, tile, place)
+        def differentiate(number):
+            rows = _Rows(list_refs, query_ref, key_ref, block, tile, number, head)
             columns, value_columns = (columns_of(x, COLUMNS) for x in (key, value))
             lses = load(lse_ref.at[*rows.target], mask=rows.there, other=-jnp.inf)
             live = lses > -jnp.inf  # what sees nothing may hold anything
@@ -278,7 +275,7 @@ def query_gradient(
             for d, x in zip(columns, jax.lax.fori_loop(0, rows.count, step, zeros), strict=True):
                 rows.store(dquery_ref, x * scale, d)
 
-        only_if(list_refs[-1][0] > 0, differentiate)
+        each(tiles, list_refs[-1][0] > 0, differentiate)
 
     return call(
         query_tile_gradient_kernel,
@@ -289,7 +286,7 @@ def query_gradient(
         dout,
         lse,
         delta,
-        grid=_grid(lists),
+        grid=(programs_of(tiles, heads), heads),
         out_shape=jax.ShapeDtypeStruct(query.shape, query.dtype),
         interpret=interpret,
         num_warps=tile.num_warps,
@@ -302,13 +299,14 @@ def _list_arrays(lists, offset, enabled):
     return lists.start, lists.members, lists.count, offset, enabled
 
 
-def _grid(lists):
+def _sizes(lists):
+    """Tiles of a row, and rows of keys."""
     batch, kv_heads, tiles = lists.count.shape
-    return (tiles, batch * kv_heads)
+    return tiles, batch * kv_heads
 
 
 class _Rows:
-    """The rows of a program: row r is query head r % G of token r // G of the tile.
+    """The rows of a tile: row r is query head r % G of token r // G of the tile.
 
     Attributes:
       count: number of blocks of the tile.
@@ -317,14 +315,14 @@ class _Rows:
       column: int32 [R], the token of each row in the row of keys.
     """
 
-    def __init__(self, list_refs, query_ref, key_ref, block, tile, place):
+    def __init__(self, list_refs, query_ref, key_ref, block, tile, number, head):
         _, length, heads, _ = query_ref.shape
         kv_heads = key_ref.shape[2]
         group = heads // kv_heads
         tokens = tile_tokens(tile, group)
         self.start_ref, self.members_ref, count_ref, offset_ref, _ = list_refs
-        self.tile, self.block = place[0], block
-        self.batch, self.kv_head = split(place[1], kv_heads)
+        self.tile, self.block = number, block
+        self.batch, self.kv_head = split(head, kv_heads)
         self.count = count_ref[self.batch, self.kv_head, self.tile]
         self.of_tile, g = split(iota(tile.rows), group)
         token = self.tile * tokens + self.of_tile
