@@ -82,6 +82,22 @@ def test_a_wrong_result_ends_the_run(function, monkeypatch):
         list(run.measure_cases(state, [(CASE, (function,))], "xla", None))
 
 
+def test_rivals_take_turns(monkeypatch):
+    """A round of each after another: a card that warms up must not favour the first."""
+    order, timed = [], timing.Clock.round
+
+    def watched(clock, arguments):
+        order.append(clock)
+        timed(clock, arguments)
+
+    monkeypatch.setattr(timing.Clock, "round", watched)
+    state = run._Run(BenchConfig(rounds=3, threads=2), interpret=True)
+    rows = list(run.measure_cases(state, [(CASE, run.KERNELS[:1])], "triton_interpret", None))
+    assert len(rows) == len(set(order)) == 2 * len({row["method"] for row in rows}) > 2
+    assert order == order[: len(rows)] * 3
+    assert all(len(row["samples_ms"]) == 3 for row in rows)
+
+
 def test_what_the_time_budget_leaves_out_is_recorded(tmp_path):
     (path,) = bench(BenchConfig(suite="operator", out=tmp_path, minutes=1e-9))
     results = json.loads(path.read_text())

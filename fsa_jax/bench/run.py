@@ -264,27 +264,17 @@ def _measure_case(run, case: Case, subjects, compiled, ceilings) -> Iterator[dic
     except Exception as error:
         yield from (row | {"error": timing.describe_error(error)} for row in rows.values())
         return
-    for subject in subjects:
-        programs = compiled[subject.function, subject.method]
-        try:
-            if isinstance(programs, Exception):
-                raise programs
-            measured = _measure_subject(run, case, subject, programs, sets)
-        except WrongResult:
-            raise
-        except Exception as error:
-            measured = {
-                name: {"error": timing.describe_error(error)} for name in ("forward", "backward")
-            }
-        for name, found in measured.items():
-            key = (subject.function, subject.method, name)
-            if key not in rows:
-                continue
-            flops, moved = cases.work(case, subject.function, name == "backward")
-            floor = cases.floor_ms(flops, moved, ceilings)
-            row = rows[key] | {"flops": flops, "bytes": moved, "floor_ms": floor} | found
-            yield row
-            timing.say(f"{key}: {row.get('ms', row.get('error'))}")
+    for _, rivals in itertools.groupby(subjects, key=lambda subject: subject.function):
+        for subject, measured in _measure_rivals(run, case, list(rivals), compiled, sets):
+            for name, found in measured.items():
+                key = (subject.function, subject.method, name)
+                if key not in rows:
+                    continue
+                flops, moved = cases.work(case, subject.function, name == "backward")
+                floor = cases.floor_ms(flops, moved, ceilings)
+                row = rows[key] | {"flops": flops, "bytes": moved, "floor_ms": floor} | found
+                yield row
+                timing.say(f"{key}: {row.get('ms', row.get('error'))}")
     selected = [x for (name, _), x in compiled.items() if name == "selected_attention"]
     if selected and not case.packed:
         programs = selected[0]
@@ -317,41 +307,74 @@ def _peer_rows(run, case: Case, method: str, programs, sets, ceilings) -> Iterat
         )
 
 
-def _measure_subject(run, case: Case, subject: Subject, programs, sets) -> dict[str, dict]:
-    """Measurements of the passes of a subject; raises WrongResult if a sample is wrong."""
+def _measure_rivals(run, case: Case, rivals, compiled, sets) -> Iterator[tuple[Subject, dict]]:
+    """Each subject with its rows by pass. The subjects take turns, a round of each after another.
+
+    Raises:
+      WrongResult: a sample is wrong.
+    """
+    clocks = [{} for _ in rivals]
+    found: list[dict[str, dict]] = [{} for _ in rivals]
+    for number in range(run.config.rounds):
+        for subject, clock, rows in zip(rivals, clocks, found, strict=True):
+            if any("error" in row for row in rows.values()):
+                continue
+            programs = compiled[subject.function, subject.method]
+            try:
+                if isinstance(programs, Exception):
+                    raise programs
+                passes, checked = _prepare(case, subject, programs, sets, check_it=not number)
+                for name, arguments in passes.items():
+                    timer = clock.setdefault(name, timing.Clock(programs[name]))
+                    timer.warm_up(arguments)
+                    timer.round(arguments)
+                    if not number:
+                        timer.profile(arguments)
+                        peak = timing.peak_bytes(programs[name])
+                        rows[name] = {"peak_bytes": peak} | checked
+                passes = arguments = None  # the residuals of two methods may not fit together
+            except WrongResult:
+                raise
+            except Exception as error:
+                message = {"error": timing.describe_error(error)}
+                rows |= {"forward": message, "backward": message}
+    for subject, clock, rows in zip(rivals, clocks, found, strict=True):
+        yield (
+            subject,
+            {
+                name: row if "error" in row else clock[name].row() | row
+                for name, row in rows.items()
+            },
+        )
+
+
+def _prepare(case: Case, subject: Subject, programs, sets, *, check_it: bool):
+    """Arguments of each pass of a subject, by set of inputs, and what a check of a sample found."""
     arguments = [[x[name] for name in (*subject.differentiated, *subject.others)] for x in sets]
-    rounds, first = run.config.rounds, sets[0]
     if not subject.differentiated:
-        share = check.check_blocks(case, first, programs["forward"](*arguments[0]))
+        if not check_it:
+            return {"forward": arguments}, {}
+        share = check.check_blocks(case, sets[0], programs["forward"](*arguments[0]))
         if share < check.RIGHT_CHOICES:
             raise WrongResult(f"{subject.function}: {share:.1%} of the sampled lists are right")
-        return {"forward": _timed(programs["forward"], arguments, rounds) | {"right_lists": share}}
+        return {"forward": arguments}, {"right_lists": share}
     kept = [programs["residuals"](*args) for args in arguments]
-    cotangents = []
-    for x, (out, _) in zip(sets, kept, strict=True):
-        # any numbers will do, and those of the query have the shape of the output
-        dout = x["query"][:, ::-1]
-        with_lse = isinstance(out, tuple)
-        cotangents.append((dout, jnp.zeros_like(out[1])) if with_lse else dout)
-    out, gradients = kept[0][0], programs["backward"](kept[0][1], cotangents[0])
-    with_lse = isinstance(out, tuple)
+    # any numbers will do, and those of the query have the shape of the output
+    douts = [x["query"][:, ::-1] for x in sets]
+    with_lse = isinstance(kept[0][0], tuple)
+    backward = [
+        (pullback, (dout, jnp.zeros_like(out[1])) if with_lse else dout)
+        for (out, pullback), dout in zip(kept, douts, strict=True)
+    ]
+    passes = {"forward": arguments, "backward": backward}
+    if not check_it:
+        return passes, {}
+    out, gradients = kept[0][0], programs["backward"](*backward[0])
     result, lse = out if with_lse else (out, None)
-    dout = cotangents[0][0] if with_lse else cotangents[0]
-    error = check.check(case, subject, first, result, lse, dout, gradients)
+    error = check.check(case, subject, sets[0], result, lse, douts[0], gradients)
     if error is not None and not error <= check.TOLERANCE:
         raise WrongResult(
             f"{subject.function} by {subject.method} at {case}: relative error {error:.2e} of a "
             f"sample, at most {check.TOLERANCE} is right"
         )
-    backward = [(pullback, dout) for (_, pullback), dout in zip(kept, cotangents, strict=True)]
-    found = {
-        "forward": _timed(programs["forward"], arguments, rounds),
-        "backward": _timed(programs["backward"], backward, rounds),
-    }
-    return {name: row | {"relative_error": error} for name, row in found.items()}
-
-
-def _timed(program, argument_sets, rounds) -> dict[str, Any]:
-    return timing.measure(program, argument_sets, rounds) | {
-        "peak_bytes": timing.peak_bytes(program)
-    }
+    return passes, {"relative_error": error}

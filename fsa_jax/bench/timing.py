@@ -40,48 +40,80 @@ def seconds() -> float:
     return round(time.perf_counter() - _BEGAN, 1)
 
 
-def measure(function: Callable, argument_sets: Sequence[tuple], rounds: int) -> dict[str, Any]:
-    """Milliseconds a call, over rounds of calls that are issued together and waited for once.
+class Clock:
+    """Milliseconds a call of a program, over rounds of calls issued together and waited for once.
 
-    Args:
-      function: compiled; its results are dropped.
-      argument_sets: used in turn, so that no call finds its inputs in a cache that the one before
-        it has filled.
-      rounds: how many rounds.
-
-    Returns:
-      `samples_ms` (a call, for each round), `ms` (their median), `spread` ((slowest - fastest) /
-      median), `dispatch_ms` (how long the host took to issue a call: where it comes near `ms`, the
-      device may have waited for the host), `device_ms` (how long the device was busy, by jax's
-      profiler; None where it tells nothing), `kernels_ms` (the same by kernel, longest first),
-      `calls` (of a round).
+    Rivals are timed in turn, a round of one after a round of the other: a card that warms up slows
+    down, which would favour whatever is timed first.
     """
-    arguments = itertools.cycle(argument_sets)
-    for args in itertools.islice(arguments, WARM_UP):
-        jax.block_until_ready(function(*args))
-    began = time.perf_counter()
-    jax.block_until_ready(function(*next(arguments)))
-    once = time.perf_counter() - began
-    calls = min(max(round(ROUND / once), REPS[0]), REPS[1])
-    times, issues = [], []
-    for _ in range(rounds):
+
+    def __init__(self, function: Callable):
+        self.function, self.calls = function, 0
+        self.times: list[float] = []
+        self.issues: list[float] = []
+        self.profiled: dict[str, Any] = {}
+
+    def warm_up(self, argument_sets: Sequence[tuple]) -> None:
+        """Calls before a round; the first time, it finds how many calls a round has."""
+        arguments = itertools.cycle(argument_sets)
+        for args in itertools.islice(arguments, WARM_UP if not self.calls else 1):
+            jax.block_until_ready(self.function(*args))
+        if not self.calls:
+            began = time.perf_counter()
+            jax.block_until_ready(self.function(*next(arguments)))
+            once = time.perf_counter() - began
+            self.calls = min(max(round(ROUND / once), REPS[0]), REPS[1])
+
+    def round(self, argument_sets: Sequence[tuple]) -> None:
+        """Times a round.
+
+        Args:
+          argument_sets: used in turn, so that no call finds its inputs in a cache that the one
+            before it has filled.
+        """
         result = None
         began = time.perf_counter()
-        for args in itertools.islice(arguments, calls):
-            result = function(*args)
+        for args in itertools.islice(itertools.cycle(argument_sets), self.calls):
+            result = self.function(*args)
         issued = time.perf_counter()
         jax.block_until_ready(result)
-        times.append(1e3 * (time.perf_counter() - began) / calls)
-        issues.append(1e3 * (issued - began) / calls)
-    middle = statistics.median(times)
-    return {
-        "samples_ms": times,
-        "ms": middle,
-        "spread": (max(times) - min(times)) / middle,
-        "dispatch_ms": statistics.median(issues),
-        **profile(function, list(itertools.islice(arguments, PROFILED))),
-        "calls": calls,
-    }
+        self.times.append(1e3 * (time.perf_counter() - began) / self.calls)
+        self.issues.append(1e3 * (issued - began) / self.calls)
+
+    def profile(self, argument_sets: Sequence[tuple]) -> None:
+        """Asks jax's profiler about some calls."""
+        arguments = itertools.islice(itertools.cycle(argument_sets), PROFILED)
+        self.profiled = profile(self.function, list(arguments))
+
+    def row(self) -> dict[str, Any]:
+        """What was measured.
+
+        Returns:
+          `samples_ms` (a call, for each round), `ms` (their median), `spread` ((slowest - fastest)
+          / median), `dispatch_ms` (how long the host took to issue a call: where it comes near
+          `ms`, the device may have waited for the host), `device_ms` (how long the device was busy,
+          by jax's profiler; None where it tells nothing), `kernels_ms` (the same by kernel, longest
+          first), `calls` (of a round).
+        """
+        middle = statistics.median(self.times)
+        return {
+            "samples_ms": self.times,
+            "ms": middle,
+            "spread": (max(self.times) - min(self.times)) / middle,
+            "dispatch_ms": statistics.median(self.issues),
+            **self.profiled,
+            "calls": self.calls,
+        }
+
+
+def measure(function: Callable, argument_sets: Sequence[tuple], rounds: int) -> dict[str, Any]:
+    """`Clock.row` of a function that has no rivals, or such as do not fit beside it."""
+    clock = Clock(function)
+    clock.warm_up(argument_sets)
+    for _ in range(rounds):
+        clock.round(argument_sets)
+    clock.profile(argument_sets)
+    return clock.row()
 
 
 def profile(function: Callable, argument_sets: Sequence[tuple]) -> dict[str, Any]:
