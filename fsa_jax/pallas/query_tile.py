@@ -50,7 +50,7 @@ MOST_TOKENS = 16
 #: Entries of lists that a program of `merge_lists` holds: of several tiles, where they are few.
 MERGED = 4096
 #: Comparisons of two entries of a tile, at most, to find whether this kernel pays.
-COMPARED = 2**26
+COMPARED = 2**24
 #: Widest tile of columns.
 COLUMNS = 128
 
