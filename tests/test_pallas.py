@@ -1,7 +1,7 @@
 """The Pallas-Triton kernels in interpret mode, against the dense reference in float64.
 
-Interpret mode fills the buffers that a kernel is to write with NaN: what a kernel leaves unwritten
-and another one reads fails every comparison here.
+Interpret mode fills the buffers that a kernel is to write with NaN, as `unwritten_is_nan` does
+those that come from `jax.lax.empty`: what no kernel writes fails every comparison here.
 """
 
 import dataclasses
@@ -39,6 +39,21 @@ from fsa_jax.pallas.tuning import METHODS, make_plan
 from fsa_jax.segments import describe_rows
 
 kernel_attention = functools.partial(selected, implementation="triton_interpret")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def unwritten_is_nan():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax.lax, "empty", lambda shape, dtype: jnp.full(shape, jnp.nan, dtype))
+        trace_again()
+        yield
+    trace_again()
+
+
+def trace_again():
+    """Forgets the functions that other settings have traced."""
+    for traced in (operators._block_forward_on, operators._block_backward_on):
+        traced.cache_clear()
 
 
 def inputs(shape, dtype=jnp.float32, seed=0):
@@ -175,8 +190,7 @@ def test_chunks_change_no_result(heads, tokens, sort_pairs, packed, monkeypatch)
         return dataclasses.replace(plan, heads=heads, tokens=tokens, sort_pairs=sort_pairs)
 
     monkeypatch.setattr(operators, "make_plan", chunked)
-    for compiled in (operators._block_forward_on, operators._block_backward_on):
-        compiled.cache_clear()
+    trace_again()
     ids, indices = packed_ids(SMALL) if packed else None, lists(3, *SMALL.indices, SMALL.blocks)
     make = functools.partial(selected, indices, SMALL.block_size, ids)
     args = inputs(SMALL)

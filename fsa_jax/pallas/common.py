@@ -132,12 +132,12 @@ def columns_of(array, most: int) -> list[jax.Array]:
     return [start + iota(size) for start, size in cut_width(array.shape[-1], most)]
 
 
-def programs_of(tasks: int, rows: int) -> int:
-    """Programs for the tasks of each row: several to one, where there are many.
+def programs_of(tasks: int, rows: int, enough: int = ENOUGH_PROGRAMS) -> int:
+    """Programs for the tasks of each row: several to one, where all need more than enough.
 
     For idle programs cost time too: 0.2 ms for 262,144 of them.
     """
-    return -(-tasks // max(1, min(tasks * rows // ENOUGH_PROGRAMS, MOST_TASKS)))
+    return -(-tasks // max(1, min(tasks * rows // enough, MOST_TASKS)))
 
 
 def each(tasks: int, wanted: jax.Array, body) -> None:

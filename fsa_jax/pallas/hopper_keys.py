@@ -54,11 +54,12 @@ from fsa_jax.pallas.hopper import (
     strips,
     zeros,
 )
+from fsa_jax.pallas.tuned import branch_of
 
 #: Keys of a warpgroup; tiles of rows in shared memory.
 KEYS, STAGES = 64, 4
 #: Programs that keep a GPU busy, fewest tiles of rows of one, and most bytes of all parts.
-ENOUGH_PROGRAMS, SHORTEST, PARTS_BYTES = 1024, 16, 2**28
+ENOUGH_PROGRAMS, SHORTEST, PARTS_BYTES = 1024, 32, 2**28
 
 
 def key_gradients(
@@ -81,11 +82,11 @@ def key_gradients(
     batch, _, heads, _ = query.shape
     slots, kv_heads = key.shape[1:3]
     tokens, keys = ROWS // (heads // kv_heads), WARPGROUPS * KEYS
-    starts = _starts(lse, delta, scale, kv_heads)
+    starts, branch = _starts(lse, delta, scale, kv_heads), branch_of(query, key)
     query, dout = (pad(x, tokens) for x in (query, dout))
     key, value, first, end = (pad(x, keys) for x in (key, value, *seers))
     if splits is None:
-        splits = _num_splits(key, starts.shape[2])
+        splits = _num_splits(branch, key, starts.shape[2])
     items = _items(first, end, starts.shape[2], kv_heads, tokens, splits)
     first, end = (x.reshape(batch, -1, WARPGROUPS, KEYS) for x in (first, end))
     arrays = (query, key, value, dout, items, first, end, starts)
@@ -93,8 +94,13 @@ def key_gradients(
     return tuple(jnp.sum(x[:, :, :slots], axis=0).astype(key.dtype) for x in parts)
 
 
-def _num_splits(key, tiles):
-    """An even number: then long and short parts fill the GPU evenly."""
+def _num_splits(branch, key, tiles):
+    """Parts of the tokens, an even number: then long and short ones fill the GPU evenly.
+
+    One for a window: the rows that see a key are neighbours, most of them in the same part.
+    """
+    if branch == "window":
+        return 1
     batch, slots, kv_heads, _ = key.shape
     programs = batch * kv_heads * slots // (WARPGROUPS * KEYS)
     wanted = min(ENOUGH_PROGRAMS // programs, PARTS_BYTES // (8 * key.size), tiles // SHORTEST)

@@ -1,12 +1,14 @@
 """The segmented reduction: merges the S partial results of each token, with online softmax.
 
-A program takes a tile of rows (token, head of the group) of one KV head and walks their slots,
+A tile is some rows (token, head of the group) of one KV head. A program walks the slots of a tile,
 SLOTS at a time: that many loads are in flight at once, which is what a kernel needs that only
 moves bytes. The S*G*E partial results of a token are contiguous, and each is read once. Bytes: read
 P*G*E partials and their logsumexp, write C*G*E results a head; arithmetic does not count.
 
 Shapes: H heads of a chunk, C tokens of it, S slots, P = C*S, G query heads of a key head, E width.
 """
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -15,10 +17,12 @@ from jax.experimental import pallas as pl
 from fsa_jax.pallas.common import (
     LOG2_E,
     call,
+    each,
     exp2,
     iota,
     load,
     next_power_of_two,
+    programs_of,
     rows_mask,
     split,
     store,
@@ -26,6 +30,8 @@ from fsa_jax.pallas.common import (
 
 #: Slots whose loads are in flight together.
 SLOTS = 16
+#: Programs that any GPU can share evenly: these are short.
+ENOUGH_PROGRAMS = 4096
 
 
 def merge_outputs(
@@ -45,16 +51,25 @@ def merge_outputs(
       elements: size of a program's tile of results.
       interpret: run the kernel in interpret mode.
     """
+    tiles, heads = _tiles(starts, out, kv_heads, elements)
 
     def merge_kernel(
         where_ref, starts_ref, part_ref, part_lse_ref, _out, _lse, done_ref, out_ref, lse_ref
     ):  # fmt: skip
-        place = _Place(where_ref, starts_ref, out_ref, kv_heads, elements)
-        wanted = done_ref[0] == 0
-        place.there &= wanted
-        e = iota(next_power_of_two(place.width))
+        head, e = pl.program_id(1), iota(next_power_of_two(out.shape[3]))
 
-        def add(state, slots):
+        def merge(number):
+            place = _Place(where_ref, starts_ref, out_ref, kv_heads, elements, number, head)
+            zeros = jnp.zeros((place.rows,), jnp.float32)
+            state = (zeros - jnp.inf, zeros, jnp.zeros((place.rows, e.size), jnp.float32))
+            top, total, result = place.walk(functools.partial(add, place), state)
+            some = total > 0
+            total = jnp.where(some, total, 1.0)
+            place.store(out_ref, result / total[:, None], e)
+            result_lse = jnp.where(some, top + jnp.log(total), -jnp.inf)
+            store(lse_ref.at[*place.target], result_lse, mask=place.there)
+
+        def add(place, state, slots):
             top, total, result = state
             lses = [
                 jnp.where(live, load(part_lse_ref.at[place.head, at], mask=live), -jnp.inf)
@@ -73,16 +88,7 @@ def merge_outputs(
                 result += weight[:, None] * place.part(part_ref, at, live, e)
             return new_top, total, result
 
-        zeros = jnp.zeros((place.rows,), jnp.float32)
-        state = (zeros - jnp.inf, zeros, jnp.zeros((place.rows, e.size), jnp.float32))
-        top, total, result = jax.lax.cond(
-            wanted, lambda state: place.walk(add, state), lambda state: state, state
-        )
-        some = total > 0
-        total = jnp.where(some, total, 1.0)
-        place.store(out_ref, result / total[:, None], e)
-        result_lse = jnp.where(some, top + jnp.log(total), -jnp.inf)
-        store(lse_ref.at[*place.target], result_lse, mask=place.there)
+        each(tiles, done_ref[0] == 0, merge)
 
     return call(
         merge_kernel,
@@ -93,7 +99,7 @@ def merge_outputs(
         out,
         lse,
         done,
-        grid=_grid(starts, out, kv_heads, elements),
+        grid=(programs_of(tiles, heads, ENOUGH_PROGRAMS), heads),
         out_shape=(
             jax.ShapeDtypeStruct(out.shape, out.dtype),
             jax.ShapeDtypeStruct(lse.shape, lse.dtype),
@@ -112,25 +118,27 @@ def sum_gradients(
     `part` [H, P*G, D] is what `backward.partial_gradients` gives, in the unit that `inverse`
     [B, T, N] says; the other arguments are those of `merge_outputs`.
     """
+    tiles, heads = _tiles(starts, dquery, kv_heads, elements)
 
     def sum_gradients_kernel(
         where_ref, starts_ref, part_ref, inverse_ref, _dquery, done_ref, dquery_ref
     ):  # fmt: skip
-        place = _Place(where_ref, starts_ref, dquery_ref, kv_heads, elements)
-        wanted = done_ref[0] == 0
-        place.there &= wanted
-        d = iota(next_power_of_two(place.width))
+        head, d = pl.program_id(1), iota(next_power_of_two(dquery.shape[3]))
 
-        def add(total, slots):
+        def add(place, total, slots):
             for at, live in slots:
                 total += place.part(part_ref, at, live, d)
             return total
 
-        inverses = load(inverse_ref.at[*place.target], mask=place.there)
-        unit = jnp.where(inverses == 0, 0.0, scale / inverses)
-        zeros = jnp.zeros((place.rows, d.size), jnp.float32)
-        total = jax.lax.cond(wanted, lambda x: place.walk(add, x), lambda x: x, zeros)
-        place.store(dquery_ref, total * unit[:, None], d)
+        def merge(number):
+            place = _Place(where_ref, starts_ref, dquery_ref, kv_heads, elements, number, head)
+            inverses = load(inverse_ref.at[*place.target], mask=place.there)
+            unit = jnp.where(inverses == 0, 0.0, scale / inverses)
+            zeros = jnp.zeros((place.rows, d.size), jnp.float32)
+            total = place.walk(functools.partial(add, place), zeros)
+            place.store(dquery_ref, total * unit[:, None], d)
+
+        each(tiles, done_ref[0] == 0, merge)
 
     return call(
         sum_gradients_kernel,
@@ -140,7 +148,7 @@ def sum_gradients(
         inverse,
         dquery,
         done,
-        grid=_grid(starts, dquery, kv_heads, elements),
+        grid=(tiles, heads),  # several to a program are 8% slower
         out_shape=jax.ShapeDtypeStruct(dquery.shape, dquery.dtype),
         aliases={4: 0},
         interpret=interpret,
@@ -153,23 +161,24 @@ def _rows(width, elements):
     return max(1, elements // next_power_of_two(width))
 
 
-def _grid(starts, result, kv_heads, elements):
+def _tiles(starts, result, kv_heads, elements):
+    """Tiles of rows of a head, and heads of the chunk."""
     heads, tokens, _ = starts.shape
     rows = tokens * (result.shape[2] // kv_heads)
-    return (-(-rows // _rows(result.shape[3], elements)), heads)
+    return -(-rows // _rows(result.shape[3], elements)), heads
 
 
 class _Place:
-    """What a program works on: rows of one head of the chunk, their slots and their results."""
+    """A tile: rows of one head of the chunk, their slots and their results."""
 
-    def __init__(self, where_ref, starts_ref, result_ref, kv_heads, elements):
+    def __init__(self, where_ref, starts_ref, result_ref, kv_heads, elements, number, head):
         _, self.tokens, self.slots = starts_ref.shape
         _, self.length, query_heads, self.width = result_ref.shape
         self.group = query_heads // kv_heads
         self.rows = _rows(self.width, elements)
         self.starts_ref = starts_ref
-        self.head = pl.program_id(1)
-        self.token, self.g = split(pl.program_id(0) * self.rows + iota(self.rows), self.group)
+        self.head = head
+        self.token, self.g = split(number * self.rows + iota(self.rows), self.group)
         batch, kv_head = split(where_ref[0] + self.head, kv_heads)
         self.there = (self.token < self.tokens) & (where_ref[1] + self.token < self.length)
         self.target = (batch, where_ref[1] + self.token, kv_head * self.group + self.g)

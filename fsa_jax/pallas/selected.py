@@ -102,9 +102,10 @@ def attention(
         # items without pairs: no kernel below does anything where the results are there already
         lists = dataclasses.replace(lists, count=jnp.where(done > 0, 0, lists.count))
     else:
+        # the chunks write all of it
         results = (
-            jnp.zeros((*query.shape[:3], value.shape[3]), query.dtype),
-            jnp.zeros(query.shape[:3], jnp.float32),
+            jax.lax.empty((*query.shape[:3], value.shape[3]), query.dtype),
+            jax.lax.empty(query.shape[:3], jnp.float32),
         )
     where, starts = _chunk_lists(plan, starts, offset, key.shape[1])
 
@@ -157,7 +158,8 @@ def gradients(
     methods = plan.backward_methods
     kv_outer, either = "kv_outer" in methods, len(methods) > 1
     if methods == ("kv_outer",):
-        dquery, done = jnp.zeros(query.shape, query.dtype), jnp.zeros((1,), jnp.int32)
+        # the chunks write all of dq
+        dquery, done = jax.lax.empty(query.shape, query.dtype), jnp.zeros((1,), jnp.int32)
     else:
         arrays = (query, key, value, dout, lse, delta, offset)
         dquery, done = _query_gradient(plan, starts, arrays, static)
