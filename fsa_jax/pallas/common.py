@@ -143,12 +143,14 @@ def programs_of(tasks: int, rows: int, enough: int = ENOUGH_PROGRAMS) -> int:
 def each(tasks: int, wanted: jax.Array, body) -> None:
     """Calls `body(task)` for the tasks of a program of axis 0; if not wanted, it is over at once.
 
-    Programs that run at the same time have neighbouring tasks, which load the same keys.
+    They are neighbours, so that programs that run at the same time are at about the same place, and
+    what they load is in the L2 cache.
     """
-    first, programs = pl.program_id(0), pl.num_programs(0)
-    count = jax.lax.div(tasks - first + programs - 1, programs)
-    count = jnp.where(wanted, count, 0)
-    jax.lax.fori_loop(0, count, lambda number, _: body(first + number * programs), None)
+    number, programs = pl.program_id(0), pl.num_programs(0)
+    several = jax.lax.div(jnp.asarray(tasks + programs - 1), jnp.asarray(programs))
+    begin = number * several
+    end = jnp.where(wanted, jnp.minimum(begin + several, tasks), begin)
+    jax.lax.fori_loop(begin, end, lambda task, _: body(task), None)
 
 
 def iota(size: int) -> jax.Array:

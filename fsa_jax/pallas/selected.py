@@ -28,7 +28,7 @@ from fsa_jax.segments import Rows
 #: cost the KV-outer kernels, forward and for dq, and as so many pairs cost the query-outer kernels,
 #: likewise. Measured at 65,536 tokens, 4 key heads of width 128 (benchmarks/NOTES.md).
 KV_OUTER_ROWS, KV_OUTER_DQ_ROWS = 13, 24
-QUERY_OUTER_PAIRS, QUERY_OUTER_DQ_PAIRS = 1.4, 1.27
+QUERY_OUTER_PAIRS, QUERY_OUTER_DQ_PAIRS = 1.4, 1.5
 
 
 def build_lists(
