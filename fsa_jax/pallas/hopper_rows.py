@@ -110,7 +110,6 @@ class _Forward(Compute):
         total = jnp.where(sighted, total, 1.0)
         out = jnp.where(over_columns(sighted, out), out * over_columns(1.0 / total, out), 0.0)
         lse = jnp.where(sighted, (top + jnp.log2(total)) * (1 / LOG2_E), -jnp.inf)
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         self.at(lse_ref, item)[...] = lse
         self.store(item, out_ref, out)
 
