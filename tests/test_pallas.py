@@ -198,6 +198,20 @@ def test_chunks_change_no_result(heads, tokens, sort_pairs, packed, monkeypatch)
     assert_close(got, exact_small(indices, ids, *args), TOLERANCE["float32"])
 
 
+@pytest.mark.parametrize("method", [None, "kv_outer", "query_tile"])
+def test_many_short_documents(method):
+    """More blocks than programs: each has several items to work on."""
+    tuning = SelectedTuning(method=method)
+    rng = np.random.default_rng(4)
+    ids = np.arange(2 * SMALL.length).reshape(2, -1) + 1  # a document a token
+    ids[1] = np.repeat(np.arange(1, 41), rng.integers(1, 5, 40))[: SMALL.length]
+    ids, args = jnp.asarray(ids, jnp.int32), inputs(SMALL)
+    indices = jnp.asarray(rng.integers(-1, 2, SMALL.indices), jnp.int32)
+    make = functools.partial(selected, indices, SMALL.block_size, ids)
+    got = value_and_gradients(make("triton_interpret", tuning=tuning), 3, *args)
+    assert_close(got, exact_small(indices, ids, *args), TOLERANCE["float32"])
+
+
 @pytest.mark.parametrize("scratch_mib", [1, 7, 64, 1024])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_a_chunk_fits_the_scratch_budget(scratch_mib, dtype):
@@ -274,7 +288,7 @@ def test_vmap_and_checkpoint():
 
 @functools.cache
 def compiled_index(spacing, pairs):
-    static = {"kv_heads": 1, "spacing": spacing, "pairs": pairs, "interpret": True}
+    static = {"kv_heads": 1, "spacing": spacing, "block": 8, "pairs": pairs, "interpret": True}
     return jax.jit(functools.partial(build_index, **static))
 
 
@@ -318,6 +332,8 @@ def test_index(seed, packed):
                 items.append((*(got[n][chunk, i] for n in fields), order))
                 assert got["stop"][chunk, i] == length
         assert items == wanted
+        assert got["items"][chunk] == len(wanted)
+        assert all(got["count"][chunk, : len(wanted)])  # the others stand behind
         assert pieces <= num_pieces(heads * tokens * slots, pairs)
 
 

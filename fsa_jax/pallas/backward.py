@@ -39,7 +39,7 @@ from fsa_jax.pallas.common import (
     store,
     tile_width,
 )
-from fsa_jax.pallas.item import Item
+from fsa_jax.pallas.item import Item, each_item
 from fsa_jax.pallas.item import arrays as item_arrays
 
 #: Widest tile of columns.
@@ -129,68 +129,73 @@ def partial_gradients(
         item_refs, refs = refs[: len(items)], refs[len(items) :]
         query_ref, key_ref, value_ref, dout_ref, lse_ref, delta_ref, inverse_ref, *refs = refs
         _dkey, _dvalue, *refs, part_ref = refs
-        item = Item(item_refs, rows=tile.rows, **sizes)
-        columns, value_columns = (columns_of(x, COLUMNS) for x in (key, value))
-        keys = item.load_block(key_ref, columns)
-        values = item.load_block(value_ref, value_columns)
 
-        def step(number, sums):
-            dkeys, dvalues = sums
-            rows = item.step(number)
-            live, token, query_head, slot = rows
-            queries = item.load_rows(query_ref, rows, columns)
-            douts = item.load_rows(dout_ref, rows, value_columns)
-            lses = load(lse_ref.at[item.batch, token, query_head], mask=live)
+        def work(number):
+            item = Item(item_refs, number, rows=tile.rows, **sizes)
+            columns, value_columns = (columns_of(x, COLUMNS) for x in (key, value))
+            keys = item.load_block(key_ref, columns)
+            values = item.load_block(value_ref, value_columns)
 
-            def read_inverses():
-                return load(inverse_ref.at[item.batch, token, query_head], mask=live)
+            def step(at, sums):
+                dkeys, dvalues = sums
+                rows = item.step(at)
+                live, token, query_head, slot = rows
+                queries = item.load_rows(query_ref, rows, columns)
+                douts = item.load_rows(dout_ref, rows, value_columns)
+                lses = load(lse_ref.at[item.batch, token, query_head], mask=live)
 
-            # Read here or where they are used: whichever the registers of the group allow.
-            inverses = read_inverses() if tile.rows % group else None
-            deltas = load(delta_ref.at[item.batch, token, query_head], mask=live)
-            # This order of the products is the fastest of those that spill no registers.
-            dp = product(douts, values)
-            p = softmax_weights(product(queries, keys), lses[:, None], scale, key_ref.dtype)
-            # idle rows see all keys; their dout and delta are 0, and so is what they add
-            # (a loop of its own for the steps that need no mask spills registers)
-            p = jnp.where(item.sees(token), p, 0.0)
-            p_cut = p.astype(dout_ref.dtype)
-            dvalues = [x + dot(do, p_cut, (0, 0)) for x, do in zip(dvalues, douts, strict=True)]
-            ds = (p * (dp - deltas[:, None])).astype(key_ref.dtype)
-            inverses = read_inverses() if inverses is None else inverses
-            for d, tile_keys in zip(columns, keys, strict=True):
-                part = dot(ds, tile_keys, (1, 0)) * inverses[:, None]
-                store(
-                    part_ref.at[item.head, slot[:, None], d[None, :]],
-                    part.astype(part_ref.dtype),
-                    mask=rows_mask(live, d, width),
-                )
-            dkeys = [x + dot(q, ds, (0, 0)) for x, q in zip(dkeys, queries, strict=True)]
-            return dkeys, dvalues
+                def read_inverses():
+                    return load(inverse_ref.at[item.batch, token, query_head], mask=live)
 
-        zeros = tuple(
-            [jnp.zeros((d.size, block), jnp.float32) for d in cut]
-            for cut in (columns, value_columns)
-        )
-        dkeys, dvalues = jax.lax.fori_loop(0, item.steps(), step, zeros)
-        # read again: kept over the loop, what the item tells would cost registers
-        item = Item(item_refs, rows=tile.rows, **sizes)
-        for (sum_ref, piece_ref), d, parts, factor in (
-            (refs[::2], columns, dkeys, scale),
-            (refs[1::2], value_columns, dvalues, 1.0),
-        ):
-            store_block(item, sum_ref, piece_ref, d, [x * factor for x in parts], axis=1)
+                # Read here or where they are used: whichever the registers of the group allow.
+                inverses = read_inverses() if tile.rows % group else None
+                deltas = load(delta_ref.at[item.batch, token, query_head], mask=live)
+                # This order of the products is the fastest of those that spill no registers.
+                dp = product(douts, values)
+                p = softmax_weights(product(queries, keys), lses[:, None], scale, key_ref.dtype)
+                # idle rows see all keys; their dout and delta are 0, and so is what they add
+                # (a loop of its own for the steps that need no mask spills registers)
+                p = jnp.where(item.sees(token), p, 0.0)
+                p_cut = p.astype(dout_ref.dtype)
+                dvalues = [x + dot(do, p_cut, (0, 0)) for x, do in zip(dvalues, douts, strict=True)]
+                ds = (p * (dp - deltas[:, None])).astype(key_ref.dtype)
+                inverses = read_inverses() if inverses is None else inverses
+                for d, tile_keys in zip(columns, keys, strict=True):
+                    part = dot(ds, tile_keys, (1, 0)) * inverses[:, None]
+                    store(
+                        part_ref.at[item.head, slot[:, None], d[None, :]],
+                        part.astype(part_ref.dtype),
+                        mask=rows_mask(live, d, width),
+                    )
+                dkeys = [x + dot(q, ds, (0, 0)) for x, q in zip(dkeys, queries, strict=True)]
+                return dkeys, dvalues
+
+            zeros = tuple(
+                [jnp.zeros((d.size, block), jnp.float32) for d in cut]
+                for cut in (columns, value_columns)
+            )
+            dkeys, dvalues = jax.lax.fori_loop(0, item.steps(), step, zeros)
+            # read again: kept over the loop, what the item tells would cost registers
+            item = Item(item_refs, number, rows=tile.rows, **sizes)
+            for (sum_ref, piece_ref), d, parts, factor in (
+                (refs[::2], columns, dkeys, scale),
+                (refs[1::2], value_columns, dvalues, 1.0),
+            ):
+                store_block(item, sum_ref, piece_ref, d, [x * factor for x in parts], axis=1)
+
+        each_item(item_refs, lists, work)
 
     part = jax.ShapeDtypeStruct((heads, tokens * slots * group, width), partial_dtype)
     rows = max(1, pieces) * block
-    return call_on_items(backward_kernel, items, inputs, sums, rows, tile, interpret, part)
+    return call_on_items(backward_kernel, lists, items, inputs, sums, rows, tile, interpret, part)
 
 
-def call_on_items(kernel, items, inputs, sums, rows, tile, interpret, *more):
+def call_on_items(kernel, lists, items, inputs, sums, rows, tile, interpret, *more):
     """Calls a kernel whose programs own an item each.
 
     Args:
       kernel: of the arrays of the items, the inputs, the sums, and the results.
+      lists: `index.Index` of the chunk.
       items: what `item.arrays` gives.
       inputs: other arrays.
       sums: dkey and dvalue, updated in place.
@@ -210,7 +215,7 @@ def call_on_items(kernel, items, inputs, sums, rows, tile, interpret, *more):
         *items,
         *inputs,
         *sums,
-        grid=items[1].shape,
+        grid=(lists.programs,),
         out_shape=(*shapes, *more),
         aliases={before: 0, before + 1: 1},
         interpret=interpret,

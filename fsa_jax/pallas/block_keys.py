@@ -23,7 +23,7 @@ from fsa_jax.pallas.common import (
     product,
     softmax_weights,
 )
-from fsa_jax.pallas.item import Item
+from fsa_jax.pallas.item import Item, each_item
 from fsa_jax.pallas.item import arrays as item_arrays
 
 #: Widest tile of columns.
@@ -47,50 +47,57 @@ def key_gradients(
     def block_key_gradient_kernel(*refs):
         item_refs, refs = refs[: len(items)], refs[len(items) :]
         query_ref, key_ref, value_ref, dout_ref, lse_ref, delta_ref, _dkey, _dvalue, *refs = refs
-        item = Item(item_refs, rows=tile.rows, **sizes)
-        columns, value_columns = (columns_of(x, COLUMNS) for x in (key, value))
-        keys = item.load_block(key_ref, columns)
-        values = item.load_block(value_ref, value_columns)
 
-        def step(number, sums, masked):
-            dkeys, dvalues = sums
-            rows = item.step(number)
-            live, token, query_head, _ = rows
-            queries = item.load_rows(query_ref, rows, columns)
-            douts = item.load_rows(dout_ref, rows, value_columns)
-            lses = load(lse_ref.at[item.batch, token, query_head], mask=live)
-            deltas = load(delta_ref.at[item.batch, token, query_head], mask=live)
-            p = softmax_weights(product(keys, queries), lses[None, :], scale, key_ref.dtype)
-            # idle rows see all keys; their dout and delta are 0, and so is what they add
-            if masked:
-                p = jnp.where(item.sees(token).T, p, 0.0)
-            p_cut = p.astype(dout_ref.dtype)
-            dvalues = [
-                x.add(dot(p_cut, y, (1, 0))).settled() for x, y in zip(dvalues, douts, strict=True)
-            ]
-            ds = (p * (product(values, douts) - deltas[None, :])).astype(key_ref.dtype)
-            dkeys = [
-                x.add(dot(ds, y, (1, 0))).settled() for x, y in zip(dkeys, queries, strict=True)
-            ]
-            return dkeys, dvalues
+        def work(number):
+            item = Item(item_refs, number, rows=tile.rows, **sizes)
+            columns, value_columns = (columns_of(x, COLUMNS) for x in (key, value))
+            keys = item.load_block(key_ref, columns)
+            values = item.load_block(value_ref, value_columns)
 
-        sums = tuple(
-            [Sum.zeros((block, d.size), exact=False) for d in cut]
-            for cut in (columns, value_columns)
-        )
-        steps = item.steps()
-        # a loop for the steps that need no mask, where there are registers for two loops
-        edge = steps if group < 8 or tile.rows % group else item.steps_at_edge()
-        sums = jax.lax.fori_loop(0, edge, lambda i, x: step(i, x, True), sums)
-        if edge is not steps:
-            sums = jax.lax.fori_loop(edge, steps, lambda i, x: step(i, x, False), sums)
-        # read again: kept over the loop, what the item tells would cost registers
-        item = Item(item_refs, rows=tile.rows, **sizes)
-        for (sum_ref, piece_ref), d, parts, factor in (
-            (refs[::2], columns, sums[0], scale),
-            (refs[1::2], value_columns, sums[1], 1.0),
-        ):
-            store_block(item, sum_ref, piece_ref, d, [x.total * factor for x in parts], axis=0)
+            def step(at, sums, masked):
+                dkeys, dvalues = sums
+                rows = item.step(at)
+                live, token, query_head, _ = rows
+                queries = item.load_rows(query_ref, rows, columns)
+                douts = item.load_rows(dout_ref, rows, value_columns)
+                lses = load(lse_ref.at[item.batch, token, query_head], mask=live)
+                deltas = load(delta_ref.at[item.batch, token, query_head], mask=live)
+                p = softmax_weights(product(keys, queries), lses[None, :], scale, key_ref.dtype)
+                # idle rows see all keys; their dout and delta are 0, and so is what they add
+                if masked:
+                    p = jnp.where(item.sees(token).T, p, 0.0)
+                p_cut = p.astype(dout_ref.dtype)
+                dvalues = [
+                    x.add(dot(p_cut, y, (1, 0))).settled()
+                    for x, y in zip(dvalues, douts, strict=True)
+                ]
+                ds = (p * (product(values, douts) - deltas[None, :])).astype(key_ref.dtype)
+                dkeys = [
+                    x.add(dot(ds, y, (1, 0))).settled() for x, y in zip(dkeys, queries, strict=True)
+                ]
+                return dkeys, dvalues
+
+            sums = tuple(
+                [Sum.zeros((block, d.size), exact=False) for d in cut]
+                for cut in (columns, value_columns)
+            )
+            steps = item.steps()
+            # a loop for the steps that need no mask, where there are registers for two loops
+            edge = steps if group < 8 or tile.rows % group else item.steps_at_edge()
+            sums = jax.lax.fori_loop(0, edge, lambda i, x: step(i, x, True), sums)
+            if edge is not steps:
+                sums = jax.lax.fori_loop(edge, steps, lambda i, x: step(i, x, False), sums)
+            # read again: kept over the loop, what the item tells would cost registers
+            item = Item(item_refs, number, rows=tile.rows, **sizes)
+            for (sum_ref, piece_ref), d, parts, factor in (
+                (refs[::2], columns, sums[0], scale),
+                (refs[1::2], value_columns, sums[1], 1.0),
+            ):
+                store_block(item, sum_ref, piece_ref, d, [x.total * factor for x in parts], axis=0)
+
+        each_item(item_refs, lists, work)
 
     rows = max(1, pieces) * block
-    return call_on_items(block_key_gradient_kernel, items, inputs, sums, rows, tile, interpret)
+    return call_on_items(
+        block_key_gradient_kernel, lists, items, inputs, sums, rows, tile, interpret
+    )

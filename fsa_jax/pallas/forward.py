@@ -28,7 +28,7 @@ from fsa_jax.pallas.common import (
     rows_mask,
     store,
 )
-from fsa_jax.pallas.item import Item
+from fsa_jax.pallas.item import Item, each_item
 from fsa_jax.pallas.item import arrays as item_arrays
 
 #: Widest tile of columns.
@@ -72,34 +72,38 @@ def partial_attention(
 
     def forward_kernel(*refs):
         *item_refs, query_ref, key_ref, value_ref, out_ref, lse_ref = refs
-        item = Item(item_refs, rows=tile.rows, **sizes)
-        columns, value_columns = (columns_of(x, COLUMNS) for x in (key, value))
-        keys = item.load_block(key_ref, columns)
-        values = item.load_block(value_ref, value_columns)
 
-        def step(number, _, masked):
-            rows = item.step(number)
-            live, token, _, slot = rows
-            queries = item.load_rows(query_ref, rows, columns)
-            logits = softmax.signed(product(queries, keys))
-            if masked:
-                logits = jnp.where(item.sees(token), logits, -jnp.inf)
-            top = softmax.top(logits)
-            p = softmax.weights(logits, top[:, None])
-            total = jnp.sum(p, axis=1)
-            p = p.astype(value_ref.dtype)
-            for e, tile_values in zip(value_columns, values, strict=True):
-                out = softmax.mean(dot(p, tile_values, (1, 0)), total)
-                store(
-                    out_ref.at[item.head, slot[:, None], e[None, :]],
-                    out.astype(out_ref.dtype),
-                    mask=rows_mask(live, e, value_width),
-                )
-            store(lse_ref.at[item.head, slot], softmax.lse(top, total), mask=live)
-            return ()
+        def work(number):
+            item = Item(item_refs, number, rows=tile.rows, **sizes)
+            columns, value_columns = (columns_of(x, COLUMNS) for x in (key, value))
+            keys = item.load_block(key_ref, columns)
+            values = item.load_block(value_ref, value_columns)
 
-        steps = item.steps()
-        fold_tiles(step, (), 0, item.steps_at_edge(), steps, steps)
+            def step(at, _, masked):
+                rows = item.step(at)
+                live, token, _, slot = rows
+                queries = item.load_rows(query_ref, rows, columns)
+                logits = softmax.signed(product(queries, keys))
+                if masked:
+                    logits = jnp.where(item.sees(token), logits, -jnp.inf)
+                top = softmax.top(logits)
+                p = softmax.weights(logits, top[:, None])
+                total = jnp.sum(p, axis=1)
+                p = p.astype(value_ref.dtype)
+                for e, tile_values in zip(value_columns, values, strict=True):
+                    out = softmax.mean(dot(p, tile_values, (1, 0)), total)
+                    store(
+                        out_ref.at[item.head, slot[:, None], e[None, :]],
+                        out.astype(out_ref.dtype),
+                        mask=rows_mask(live, e, value_width),
+                    )
+                store(lse_ref.at[item.head, slot], softmax.lse(top, total), mask=live)
+                return ()
+
+            steps = item.steps()
+            fold_tiles(step, (), 0, item.steps_at_edge(), steps, steps)
+
+        each_item(item_refs, lists, work)
 
     slots_of_head = tokens * slots * group
     return call(
@@ -108,7 +112,7 @@ def partial_attention(
         query,
         key,
         value,
-        grid=lists.start.shape,
+        grid=(lists.programs,),
         out_shape=(
             jax.ShapeDtypeStruct((heads, slots_of_head, value_width), partial_dtype),
             jax.ShapeDtypeStruct((heads, slots_of_head), jnp.float32),

@@ -7,6 +7,7 @@ Shapes: b keys of a block, R rows (query token, head of its group) of a step, S 
 group. Row r of a step is head r % G of pair r // G; the last R % G rows of a step are idle.
 """
 
+import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
@@ -25,11 +26,25 @@ def arrays(where, lists):
         lists.begins,
         lists.piece,
         lists.order,
+        lists.items,
     )
 
 
+def each_item(refs, lists, work) -> None:
+    """Calls `work(number)` for the items of this program; `refs` are those of `arrays`."""
+    program = pl.program_id(0)
+    if lists.programs == lists.start.shape[0]:
+        work(program)
+        return
+    items = refs[-1][0]
+    several = pl.cdiv(items, lists.programs)
+    begin = program * several
+    end = jnp.minimum(begin + several, items)
+    jax.lax.fori_loop(begin, end, lambda number, _: work(number), None)
+
+
 class Item:
-    """The item of this program.
+    """An item, by its number in the chunk.
 
     Attributes:
       head: head of the chunk; `batch` and `kv_head` are where it is in the arrays.
@@ -41,9 +56,8 @@ class Item:
       query_column: the same counted from query token 0, if the queries are part of the row.
     """
 
-    def __init__(self, refs, *, length, group, kv_heads, slots, block, pairs, partial, rows):
-        where, start, stop, head, first, count, begins, piece, self.order = refs
-        item = pl.program_id(0)
+    def __init__(self, refs, item, *, length, group, kv_heads, slots, block, pairs, partial, rows):
+        where, start, stop, head, first, count, begins, piece, self.order, _ = refs
         self.length, self.group, self.slots, self.rows = length, group, slots, rows
         self.block, self.pairs = block, pairs
         self.head, self.first, self.count = head[item], first[item], count[item]

@@ -12,7 +12,6 @@ Shapes: B rows, T tokens, N query heads, K key/value heads, S listed blocks; H h
 of a chunk, c chunks.
 """
 
-import dataclasses
 import functools
 
 import jax
@@ -43,6 +42,7 @@ def build_lists(
         rows=rows,
         kv_heads=kv_heads,
         spacing=_spacing(plan, rows),
+        block=plan.block,
         pairs=plan.pairs,
         interpret=interpret,
     )
@@ -100,7 +100,7 @@ def attention(
         if "kv_outer" not in methods:
             return results
         # items without pairs: no kernel below does anything where the results are there already
-        lists = dataclasses.replace(lists, count=jnp.where(done > 0, 0, lists.count))
+        lists = index.only_if(done == 0, lists)
     else:
         # the chunks write all of it
         results = (
