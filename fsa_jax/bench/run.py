@@ -74,7 +74,7 @@ class BenchConfig:
     out: Path = Path("runs/bench")
     report: Path | None = None
     lengths: tuple[int, ...] = ()
-    minutes: float = 9.0
+    minutes: float = 8.5
     rounds: int = 5
     threads: int = 8
     peer_path: Path | None = None
