@@ -7,6 +7,7 @@ is that XLA's own sort kernels stand where CUB would be called.
 
 import functools
 import math
+import re
 import warnings
 
 import jax
@@ -105,6 +106,15 @@ def compile_for(device, function, *shapes, compiler_options=None):
     # kernels are lowered when XLA has divided the program: they ask then which GPU it is for
     with jax.sharding.use_abstract_mesh(mesh_of(device).abstract_mesh):
         return lowered.compile(_OPTIMISED | (compiler_options or {}))
+
+
+def custom_calls(text):
+    """What a program, StableHLO or HLO, calls that XLA did not make, by name.
+
+    `AllocateBuffer` calls nothing: it is the memory that `jax.lax.empty` asks for.
+    """
+    found = re.findall(r'custom_call(?: @|_target=")([\w.$]+)', text)
+    return [name for name in found if name != "AllocateBuffer"]
 
 
 def selected_gradients(shape, *, dtype=jnp.bfloat16, packed=False, **arguments):

@@ -11,7 +11,13 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
-from ahead_of_time import compile_for, lower_for, operator_gradients, selected_gradients
+from ahead_of_time import (
+    compile_for,
+    custom_calls,
+    lower_for,
+    operator_gradients,
+    selected_gradients,
+)
 from shapes import KERNELS, Shape
 
 from fsa_jax.pallas import SelectedTuning
@@ -56,11 +62,6 @@ def compiled_text(device, *program):
     return text
 
 
-def custom_calls(text):
-    """Names of what a program calls that XLA did not make."""
-    return set(re.findall(r'custom_call_target="([^"]*)"', text))
-
-
 def array_sizes(text):
     """Numbers of elements of all arrays that the text of a program names."""
     shapes = re.findall(r"\b(?:pred|bf16|[sufc]\d+)\[([\d,]+)\]", text)
@@ -71,7 +72,7 @@ def array_sizes(text):
 def test_selected_attention_compiles(case):
     device, name, options = case
     program = selected_gradients(KERNELS[name], implementation="triton", **options)
-    assert custom_calls(compiled_text(device, *program)) == {TRITON}
+    assert set(custom_calls(compiled_text(device, *program))) == {TRITON}
 
 
 @pytest.mark.parametrize("case", OPERATOR_CASES, ids=case_id)
@@ -79,19 +80,19 @@ def test_the_operator_compiles(case):
     """Forward and backward of all branches and of the selection."""
     device, name, options = case
     program = operator_gradients(KERNELS[name], implementation="triton", **options)
-    assert custom_calls(compiled_text(device, *program)) == {TRITON}
+    assert set(custom_calls(compiled_text(device, *program))) == {TRITON}
 
 
 def test_a_vmapped_call_compiles():
     run, *shapes = operator_gradients(KERNELS["g2"], implementation="triton")
     shapes = [jax.ShapeDtypeStruct((2, *x.shape), x.dtype) for x in shapes]
-    assert custom_calls(compiled_text("H200", jax.vmap(run), *shapes)) == {TRITON}
+    assert set(custom_calls(compiled_text("H200", jax.vmap(run), *shapes))) == {TRITON}
 
 
 def test_the_automatic_choice_is_by_the_device_compiled_for():
     run, *shapes = operator_gradients(KERNELS["g2"])
     lowered = lower_for("H200", run, *shapes).as_text()
-    assert set(re.findall(r"custom_call @([\w.$]+)", lowered)) == {TRITON}
+    assert set(custom_calls(lowered)) == {TRITON}
     assert "triton" not in jax.jit(run).lower(*shapes).as_text()
     # traced with a GPU in mind, lowered for a CPU after all
     assert "triton" not in lower_for("H200", run, *shapes, lowering_platforms=("cpu",)).as_text()
@@ -146,7 +147,7 @@ def test_no_array_is_tokens_by_blocks_and_nothing_leaves_the_device(packed):
     sizes = array_sizes(text)
     assert NARROW.length * NARROW.heads * NARROW.width in sizes  # the query: sizes are read
     assert max(sizes) < NARROW.length * NARROW.blocks
-    assert custom_calls(text) == {TRITON}
+    assert set(custom_calls(text)) == {TRITON}
     assert not re.search(r" (infeed|outfeed|send|recv)\(", text)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
-from ahead_of_time import compile_for, decode_step
+from ahead_of_time import compile_for, custom_calls, decode_step
 
 from fsa_jax.pallas import paged
 
@@ -49,7 +49,7 @@ def test_a_step_at_128k_needs_no_memory_and_stays_in_registers(device, batch):
     text, memory = compiled.as_text(), compiled.memory_analysis()
     assert text is not None
     assert memory is not None
-    assert set(re.findall(r'custom_call_target="([^"]*)"', text)) == {TRITON}
+    assert set(custom_calls(text)) == {TRITON}
     # the logits of the compressed keys, and no more than that of partial sums: no copy of a pool
     logits = 4 * batch * HEADS["heads"] * LENGTH // 16
     assert memory.temp_size_in_bytes <= 2 * logits

@@ -10,7 +10,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
-from ahead_of_time import compile_for, operator_gradients
+from ahead_of_time import compile_for, custom_calls, operator_gradients
 from shapes import KERNELS
 
 import fsa_jax
@@ -21,16 +21,15 @@ TRITON, MOSAIC = "__gpu$xla.gpu.triton", "mosaic_gpu_v2"
 LONG = dataclasses.replace(KERNELS["main"], length=8192)
 
 
-def custom_calls(device, shape, **arguments):
-    text = str(compile_for(device, *operator_gradients(shape, **arguments)).as_text())
-    return re.findall(r'custom_call_target="([^"]*)"', text)
+def calls(device, shape, **arguments):
+    return custom_calls(compile_for(device, *operator_gradients(shape, **arguments)).as_text())
 
 
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("implementation", [None, "mosaic_gpu"])
 def test_both_branches_take_the_kernels(implementation, packed):
     """Three kernels each; selection and selected attention are in Triton."""
-    found = custom_calls("H200", LONG, implementation=implementation, packed=packed)
+    found = calls("H200", LONG, implementation=implementation, packed=packed)
     assert set(found) == {TRITON, MOSAIC}
     assert found.count(MOSAIC) == 6
 
@@ -46,7 +45,7 @@ def test_both_branches_take_the_kernels(implementation, packed):
     ],
 )
 def test_others_are_in_triton(device, shape, arguments):
-    assert set(custom_calls(device, shape, **arguments)) == {TRITON}
+    assert set(calls(device, shape, **arguments)) == {TRITON}
 
 
 def test_a_name_that_cannot_serve_says_why():
