@@ -98,6 +98,19 @@ def test_rivals_take_turns(monkeypatch):
     assert all(len(row["samples_ms"]) == 3 for row in rows)
 
 
+def test_no_call_has_the_inputs_of_the_call_before():
+    used = []
+    clock = timing.Clock(lambda x: used.append(x) or jnp.zeros(1))
+    sets = [(number,) for number in range(4)]
+    for _ in range(3):
+        clock.warm_up(sets)
+        clock.round(sets)
+    clock.profile(sets)
+    assert np.all(np.diff(used) % 4 == 1)
+    assert clock.calls * 3 < len(used)
+    assert len(clock.row()["samples_ms"]) == 3
+
+
 def test_what_the_time_budget_leaves_out_is_recorded(tmp_path):
     (path,) = bench(BenchConfig(suite="operator", out=tmp_path, minutes=1e-9))
     results = json.loads(path.read_text())

@@ -339,13 +339,8 @@ def _measure_rivals(run, case: Case, rivals, compiled, sets) -> Iterator[tuple[S
                 message = {"error": timing.describe_error(error)}
                 rows |= {"forward": message, "backward": message}
     for subject, clock, rows in zip(rivals, clocks, found, strict=True):
-        yield (
-            subject,
-            {
-                name: row if "error" in row else clock[name].row() | row
-                for name, row in rows.items()
-            },
-        )
+        right = {name: row for name, row in rows.items() if "error" not in row}
+        yield subject, rows | {name: clock[name].row() | row for name, row in right.items()}
 
 
 def _prepare(case: Case, subject: Subject, programs, sets, *, check_it: bool):

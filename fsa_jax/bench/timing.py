@@ -48,33 +48,32 @@ class Clock:
     """
 
     def __init__(self, function: Callable):
-        self.function, self.calls = function, 0
+        self.function, self.calls, self.used = function, 0, 0
         self.times: list[float] = []
         self.issues: list[float] = []
         self.profiled: dict[str, Any] = {}
 
+    def _next(self, argument_sets: Sequence[tuple]) -> tuple:
+        """The sets in turn: no call finds its inputs in a cache that the one before it filled."""
+        self.used += 1
+        return argument_sets[self.used % len(argument_sets)]
+
     def warm_up(self, argument_sets: Sequence[tuple]) -> None:
         """Calls before a round; the first time, it finds how many calls a round has."""
-        arguments = itertools.cycle(argument_sets)
-        for args in itertools.islice(arguments, WARM_UP if not self.calls else 1):
-            jax.block_until_ready(self.function(*args))
+        for _ in range(WARM_UP if not self.calls else 1):
+            jax.block_until_ready(self.function(*self._next(argument_sets)))
         if not self.calls:
             began = time.perf_counter()
-            jax.block_until_ready(self.function(*next(arguments)))
+            jax.block_until_ready(self.function(*self._next(argument_sets)))
             once = time.perf_counter() - began
             self.calls = min(max(round(ROUND / once), REPS[0]), REPS[1])
 
     def round(self, argument_sets: Sequence[tuple]) -> None:
-        """Times a round.
-
-        Args:
-          argument_sets: used in turn, so that no call finds its inputs in a cache that the one
-            before it has filled.
-        """
+        """Times a round; the sets may be made anew for it, in their order."""
         result = None
         began = time.perf_counter()
-        for args in itertools.islice(itertools.cycle(argument_sets), self.calls):
-            result = self.function(*args)
+        for _ in range(self.calls):
+            result = self.function(*self._next(argument_sets))
         issued = time.perf_counter()
         jax.block_until_ready(result)
         self.times.append(1e3 * (time.perf_counter() - began) / self.calls)
@@ -82,8 +81,8 @@ class Clock:
 
     def profile(self, argument_sets: Sequence[tuple]) -> None:
         """Asks jax's profiler about some calls."""
-        arguments = itertools.islice(itertools.cycle(argument_sets), PROFILED)
-        self.profiled = profile(self.function, list(arguments))
+        arguments = [self._next(argument_sets) for _ in range(PROFILED)]
+        self.profiled = profile(self.function, arguments)
 
     def row(self) -> dict[str, Any]:
         """What was measured.

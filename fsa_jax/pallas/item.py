@@ -31,7 +31,10 @@ def arrays(where, lists):
 
 
 def each_item(refs, lists, work) -> None:
-    """Calls `work(number)` for the items of this program; `refs` are those of `arrays`."""
+    """Calls `work(number)` for the items of this program: one, or a share of those of packed rows.
+
+    `refs` are those of `arrays`.
+    """
     program = pl.program_id(0)
     if lists.programs == lists.start.shape[0]:
         work(program)
