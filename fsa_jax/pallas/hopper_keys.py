@@ -14,7 +14,7 @@ exponents are taken while dout.v is multiplied.
 Rows that see nothing get weights of 0 by what their sums start from. But their q and dout may hold
 anything, and 0 times NaN is NaN: in tiles with such rows, always masked, the warpgroups clear them
 in shared memory, one q and one dout. Keys that nobody sees reach no rows of dK and dV but their
-own, which are cleared at the end.
+own, which are cleared at the end. dK and dV of one part leave by way of the keys and values.
 
 Early keys may be seen by many more rows than late ones. So the rows are cut into `splits` parts, at
 the same tokens for all keys: programs that run side by side read the same rows from L2. Each leaves
@@ -229,11 +229,17 @@ class _Compute:
         first, last = self.ranges()
         seen = lax.broadcast_in_dim(last > first, (KEYS, WIDTH), [0])
         some = pl.ds((self.number * WARPGROUPS + self.warpgroup) * KEYS, KEYS)
-        for ref, x, factor in zip(
-            (self.dkey_ref, self.dvalue_ref), sums, (self.scale, 1.0), strict=True
-        ):
+        own = ((self.dkey_ref, self.keys, self.scale), (self.dvalue_ref, self.values, 1.0))
+        for (ref, buffer, factor), x in zip(own, sums, strict=True):
             x = jnp.where(seen, x * factor, 0.0).astype(ref.dtype)
-            ref[self.part, self.row, some, self.kv_head] = x
+            part = ref.at[self.part, self.row, some, self.kv_head]
+            if ref.dtype == buffer.dtype:  # numbers of 16 bits do not fill the sectors of a store
+                buffer[...] = x
+                plgpu.commit_smem()
+                plgpu.copy_smem_to_gmem(buffer, part)
+            else:
+                part[...] = x
+        plgpu.wait_smem_to_gmem(0)
 
     def ranges(self):
         """The first token that sees each key, and the one after the last."""
