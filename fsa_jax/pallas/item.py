@@ -7,11 +7,10 @@ Shapes: b keys of a block, R rows (query token, head of its group) of a step, S 
 group. Row r of a step is head r % G of pair r // G; the last R % G rows of a step are idle.
 """
 
-import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from fsa_jax.pallas.common import iota, load, load_tiles, split
+from fsa_jax.pallas.common import each, iota, load, load_tiles, split
 
 
 def arrays(where, lists):
@@ -35,15 +34,10 @@ def each_item(refs, lists, work) -> None:
 
     `refs` are those of `arrays`.
     """
-    program = pl.program_id(0)
     if lists.programs == lists.start.shape[0]:
-        work(program)
-        return
-    items = refs[-1][0]
-    several = pl.cdiv(items, lists.programs)
-    begin = program * several
-    end = jnp.minimum(begin + several, items)
-    jax.lax.fori_loop(begin, end, lambda number, _: work(number), None)
+        work(pl.program_id(0))
+    else:
+        each(refs[-1][0], jnp.asarray(True), work)
 
 
 class Item:
