@@ -147,8 +147,8 @@ def partial_gradients(
                 def read_inverses():
                     return load(inverse_ref.at[item.batch, token, query_head], mask=live)
 
-                # Read here or where they are used: whichever the registers of the group allow.
-                inverses = read_inverses() if tile.rows % group else None
+                # Read here or where they are used: whichever the registers allow.
+                inverses = read_inverses() if tile.rows % group and not lists.shared else None
                 deltas = load(delta_ref.at[item.batch, token, query_head], mask=live)
                 # This order of the products is the fastest of those that spill no registers.
                 dp = product(douts, values)
@@ -176,7 +176,7 @@ def partial_gradients(
             )
             dkeys, dvalues = jax.lax.fori_loop(0, item.steps(), step, zeros)
             # read again: kept over the loop, what the item tells would cost registers
-            item = Item(item_refs, number, rows=tile.rows, **sizes)
+            item = Item(item_refs, number + item.zero(), rows=tile.rows, **sizes)
             for (sum_ref, piece_ref), d, parts, factor in (
                 (refs[::2], columns, dkeys, scale),
                 (refs[1::2], value_columns, dvalues, 1.0),

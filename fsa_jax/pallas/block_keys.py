@@ -65,7 +65,7 @@ def key_gradients(
                 p = softmax_weights(product(keys, queries), lses[None, :], scale, key_ref.dtype)
                 # idle rows see all keys; their dout and delta are 0, and so is what they add
                 if masked:
-                    p = jnp.where(item.sees(token).T, p, 0.0)
+                    p = jnp.where(item.seen_by(token), p, 0.0)
                 p_cut = p.astype(dout_ref.dtype)
                 dvalues = [
                     x.add(dot(p_cut, y, (1, 0))).settled()
@@ -88,7 +88,7 @@ def key_gradients(
             if edge is not steps:
                 sums = jax.lax.fori_loop(edge, steps, lambda i, x: step(i, x, False), sums)
             # read again: kept over the loop, what the item tells would cost registers
-            item = Item(item_refs, number, rows=tile.rows, **sizes)
+            item = Item(item_refs, number + item.zero(), rows=tile.rows, **sizes)
             for (sum_ref, piece_ref), d, parts, factor in (
                 (refs[::2], columns, sums[0], scale),
                 (refs[1::2], value_columns, sums[1], 1.0),

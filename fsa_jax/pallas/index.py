@@ -64,6 +64,11 @@ class Index:
     items: Int[Array, "c 1"]
     programs: int = dataclasses.field(metadata={"static": True})
 
+    @property
+    def shared(self) -> bool:
+        """Whether a program may have several items."""
+        return self.programs < self.start.shape[-1]
+
 
 def num_pieces(pairs_of_chunk: int, pairs: int) -> int:
     """How many items of a chunk can be of blocks that are cut.

@@ -7,10 +7,11 @@ Shapes: b keys of a block, R rows (query token, head of its group) of a step, S 
 group. Row r of a step is head r % G of pair r // G; the last R % G rows of a step are idle.
 """
 
+import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from fsa_jax.pallas.common import each, iota, load, load_tiles, split
+from fsa_jax.pallas.common import iota, load, load_tiles, split
 
 
 def arrays(where, lists):
@@ -34,10 +35,17 @@ def each_item(refs, lists, work) -> None:
 
     `refs` are those of `arrays`.
     """
-    if lists.programs == lists.start.shape[0]:
-        work(pl.program_id(0))
-    else:
-        each(refs[-1][0], jnp.asarray(True), work)
+    first, items = pl.program_id(0), refs[-1]
+    if not lists.shared:
+        return work(first)
+
+    def step(number):
+        work(number)
+        return number + lists.programs
+
+    # Programs that run at the same time are at neighbouring items. How many there are is read again
+    # for each item: kept meanwhile, it would cost a register.
+    jax.lax.while_loop(lambda number: number < items[0], step, first)
 
 
 class Item:
@@ -61,17 +69,26 @@ class Item:
         self.begins, self.piece = begins[item] > 0, piece[item]
         self.batch, self.kv_head = split(where[0] + self.head, kv_heads)
         self.base = where[1] * (slots * group)  # slot of the chunk's first pair
-        self.column = self.query_column = start[item] + iota(block)
-        if partial:
-            self.query_column = self.column - where[2]
+        # the first key, counted from query token 0, if the queries are part of the row
+        self.start = start[item] - where[2] if partial else start[item]
+        self.column, self.query_column = start[item] + iota(block), self.start + iota(block)
         self.inside = (self.column < stop[item]) & (self.count > 0)
         # Keys after the item's last query are seen by nobody: they may hold anything.
         last, _ = split(self.order[self.first + jnp.maximum(self.count - 1, 0)], slots)
         self.visible = self.inside & (self.query_column <= last)
 
+    def zero(self):
+        """A 0 that the compiler does not know: what is added to it stays where it is."""
+        return jnp.minimum(self.count, 0)
+
     def sees(self, token):
         """Bool [R, b], which keys of the block come before or at each query."""
-        return self.query_column[None, :] <= token[:, None]
+        # compared so, the keys need no register each: their numbers are the same in every item
+        return iota(self.block)[None, :] <= (token - self.start)[:, None]
+
+    def seen_by(self, token):
+        """Bool [b, R], the same; here the queries are those that would need registers."""
+        return self.query_column[:, None] <= token[None, :]
 
     def load_block(self, ref, columns):
         """Tiles [b, columns] of the block's keys or values, 0 where nobody sees them."""
@@ -100,7 +117,9 @@ class Item:
             at = number * pairs + of_step
             live = at < self.count
         else:
-            # divided anew in every step: kept over the loop, the results would cost registers
+            # divided anew in every step: kept over the loop, the results would cost registers, and
+            # so would the rows, kept from item to item
+            row += self.zero()
             at, g = split(number * (pairs * self.group) + row, self.group)
             live = (at < self.count) & (row < pairs * self.group)
         pair = load(self.order.at[self.first + at], mask=live, other=self.length * self.slots)
