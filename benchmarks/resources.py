@@ -41,8 +41,8 @@ OUT = ROOT / "benchmarks" / "results" / "resources.json"
 #: An H100 gets the code of an H200, but for measured tiles.
 DEVICES = ("A100", "L40", "H200", "B200")
 GROUPS = (1, 2, 3, 4, 5, 6, 7, 8, 12, 16)
-#: Kernels to look at: of the methods of selected attention, those of compressed attention, which
-#: the window shares, and those of decoding.
+#: Kernels to look at: of the methods of selected attention, those whose programs own keys for packed
+#: rows too, of compressed attention, which the window shares, and of decoding.
 METHODS = {
     "kv_outer": (
         "forward_kernel",
@@ -52,7 +52,9 @@ METHODS = {
         "sum_blocks_kernel",
         "search_kernel",
     ),
+    "kv_outer_packed": ("forward_kernel", "backward_kernel"),
     "query_outer": ("query_outer_kernel", "query_gradient_kernel", "block_key_gradient_kernel"),
+    "query_outer_packed": ("block_key_gradient_kernel",),
     "query_tile": ("query_tile_kernel", "query_tile_gradient_kernel", "merge_lists_kernel"),
     "compressed": (
         "range_forward_kernel",
@@ -128,8 +130,9 @@ def measure(ptxas: str, device: str, group: int, method: str) -> list[dict]:
     elif method == "compressed":
         program = compressed_gradients(shape, implementation="triton")
     else:
-        tuning = SelectedTuning(method=method)
-        program = selected_gradients(shape, implementation="triton", tuning=tuning)
+        tuning = SelectedTuning(method=method.removesuffix("_packed"))
+        packed = method.endswith("_packed")
+        program = selected_gradients(shape, implementation="triton", tuning=tuning, packed=packed)
     kernels = look(ptxas, device, program, METHODS[method])
     rows = [{"device": device, "method": method, "group": group} | row for row in kernels]
     missing = set(METHODS[method]).difference(row["kernel"] for row in rows)

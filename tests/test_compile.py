@@ -182,6 +182,9 @@ def test_matrix_kernels_stay_in_registers_and_use_the_wide_instructions(tmp_path
     ranges = ("range_forward", "range_query_gradient", "range_key_gradient", "score")
     every = [1, 2, 3, 4, 5, 6, 7, 8, 12, 16]
     check(["kv_outer", "compressed"], ("forward", "backward", *ranges), every)
+    # packed rows, of which a program has several items
+    check(["kv_outer_packed"], ("forward", "backward"), [1, 3, 4, 8])
+    check(["query_outer_packed"], ("block_key_gradient",), [3, 8])
     # where the lists may choose them
     tiles = ("query_tile", "query_tile_gradient", "block_key_gradient")
     check(["query_tile", "query_outer"], tiles, every[2:])

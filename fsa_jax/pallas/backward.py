@@ -122,7 +122,8 @@ def partial_gradients(
     _, length, kv_heads, width = key.shape
     group = query.shape[2] // kv_heads
     sizes = {"length": length, "group": group, "kv_heads": kv_heads, "slots": slots}
-    sizes |= {"block": block, "pairs": pairs, "partial": query.shape[1] != length}
+    sizes |= {"block": block, "pairs": pairs, "tokens": tokens}
+    sizes |= {"partial": query.shape[1] != length}
     items, inputs = item_arrays(where, lists), (query, key, value, dout, lse, delta, inverse)
 
     def backward_kernel(*refs):
@@ -143,12 +144,6 @@ def partial_gradients(
                 queries = item.load_rows(query_ref, rows, columns)
                 douts = item.load_rows(dout_ref, rows, value_columns)
                 lses = load(lse_ref.at[item.batch, token, query_head], mask=live)
-
-                def read_inverses():
-                    return load(inverse_ref.at[item.batch, token, query_head], mask=live)
-
-                # Read here or where they are used: whichever the registers allow.
-                inverses = read_inverses() if tile.rows % group and not lists.shared else None
                 deltas = load(delta_ref.at[item.batch, token, query_head], mask=live)
                 # This order of the products is the fastest of those that spill no registers.
                 dp = product(douts, values)
@@ -159,11 +154,11 @@ def partial_gradients(
                 p_cut = p.astype(dout_ref.dtype)
                 dvalues = [x + dot(do, p_cut, (0, 0)) for x, do in zip(dvalues, douts, strict=True)]
                 ds = (p * (dp - deltas[:, None])).astype(key_ref.dtype)
-                inverses = read_inverses() if inverses is None else inverses
+                inverses = load(inverse_ref.at[item.batch, token, query_head], mask=live)
                 for d, tile_keys in zip(columns, keys, strict=True):
                     part = dot(ds, tile_keys, (1, 0)) * inverses[:, None]
                     store(
-                        part_ref.at[item.head, slot[:, None], d[None, :]],
+                        part_ref.at[slot[:, None], d[None, :]],
                         part.astype(part_ref.dtype),
                         mask=rows_mask(live, d, width),
                     )
@@ -185,9 +180,12 @@ def partial_gradients(
 
         each_item(item_refs, lists, work)
 
-    part = jax.ShapeDtypeStruct((heads, tokens * slots * group, width), partial_dtype)
+    part = jax.ShapeDtypeStruct((heads * tokens * slots * group, width), partial_dtype)
     rows = max(1, pieces) * block
-    return call_on_items(backward_kernel, lists, items, inputs, sums, rows, tile, interpret, part)
+    *sums, part = call_on_items(
+        backward_kernel, lists, items, inputs, sums, rows, tile, interpret, part
+    )
+    return *sums, part.reshape(heads, -1, width)
 
 
 def call_on_items(kernel, lists, items, inputs, sums, rows, tile, interpret, *more):

@@ -61,7 +61,6 @@ def key_gradients(
                 queries = item.load_rows(query_ref, rows, columns)
                 douts = item.load_rows(dout_ref, rows, value_columns)
                 lses = load(lse_ref.at[item.batch, token, query_head], mask=live)
-                deltas = load(delta_ref.at[item.batch, token, query_head], mask=live)
                 p = softmax_weights(product(keys, queries), lses[None, :], scale, key_ref.dtype)
                 # idle rows see all keys; their dout and delta are 0, and so is what they add
                 if masked:
@@ -71,6 +70,7 @@ def key_gradients(
                     x.add(dot(p_cut, y, (1, 0))).settled()
                     for x, y in zip(dvalues, douts, strict=True)
                 ]
+                deltas = load(delta_ref.at[item.batch, token, query_head], mask=live)
                 ds = (p * (product(values, douts) - deltas[None, :])).astype(key_ref.dtype)
                 dkeys = [
                     x.add(dot(ds, y, (1, 0))).settled() for x, y in zip(dkeys, queries, strict=True)

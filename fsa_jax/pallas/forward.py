@@ -66,8 +66,8 @@ def partial_attention(
     value_width = value.shape[3]
     group = query.shape[2] // kv_heads
     sizes = {"length": length, "group": group, "kv_heads": kv_heads, "slots": slots}
-    sizes |= {"block": block, "pairs": pairs, "partial": query.shape[1] != length}
-
+    sizes |= {"block": block, "pairs": pairs, "tokens": tokens}
+    sizes |= {"partial": query.shape[1] != length}
     softmax = Softmax(scale, exact=key.dtype == jnp.float32)
 
     def forward_kernel(*refs):
@@ -93,11 +93,11 @@ def partial_attention(
                 for e, tile_values in zip(value_columns, values, strict=True):
                     out = softmax.mean(dot(p, tile_values, (1, 0)), total)
                     store(
-                        out_ref.at[item.head, slot[:, None], e[None, :]],
+                        out_ref.at[slot[:, None], e[None, :]],
                         out.astype(out_ref.dtype),
                         mask=rows_mask(live, e, value_width),
                     )
-                store(lse_ref.at[item.head, slot], softmax.lse(top, total), mask=live)
+                store(lse_ref.at[slot], softmax.lse(top, total), mask=live)
                 return ()
 
             steps = item.steps()
@@ -105,8 +105,8 @@ def partial_attention(
 
         each_item(item_refs, lists, work)
 
-    slots_of_head = tokens * slots * group
-    return call(
+    slots_of_all = heads * tokens * slots * group
+    out, lse = call(
         forward_kernel,
         *item_arrays(where, lists),
         query,
@@ -114,10 +114,11 @@ def partial_attention(
         value,
         grid=(lists.programs,),
         out_shape=(
-            jax.ShapeDtypeStruct((heads, slots_of_head, value_width), partial_dtype),
-            jax.ShapeDtypeStruct((heads, slots_of_head), jnp.float32),
+            jax.ShapeDtypeStruct((slots_of_all, value_width), partial_dtype),
+            jax.ShapeDtypeStruct((slots_of_all,), jnp.float32),
         ),
         interpret=interpret,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
     )
+    return out.reshape(heads, -1, value_width), lse.reshape(heads, -1)

@@ -61,14 +61,18 @@ class Item:
       query_column: the same counted from query token 0, if the queries are part of the row.
     """
 
-    def __init__(self, refs, item, *, length, group, kv_heads, slots, block, pairs, partial, rows):
+    def __init__(
+        self, refs, item, *, length, group, kv_heads, slots, block, pairs, partial, rows, tokens=0
+    ):
         where, start, stop, head, first, count, begins, piece, self.order, _ = refs
         self.length, self.group, self.slots, self.rows = length, group, slots, rows
         self.block, self.pairs = block, pairs
         self.head, self.first, self.count = head[item], first[item], count[item]
         self.begins, self.piece = begins[item] > 0, piece[item]
         self.batch, self.kv_head = split(where[0] + self.head, kv_heads)
-        self.base = where[1] * (slots * group)  # slot of the chunk's first pair
+        # From a slot of a head's row to one of all heads of the chunk, of C = tokens (for nothing
+        # else are they needed): as one number, it costs one register.
+        self.base = self.head * (tokens * slots * group) - where[1] * (slots * group)
         # the first key, counted from query token 0, if the queries are part of the row
         self.start = start[item] - where[2] if partial else start[item]
         self.column, self.query_column = start[item] + iota(block), self.start + iota(block)
@@ -107,7 +111,7 @@ class Item:
         return jnp.where(self.begins, some, others)
 
     def step(self, number):
-        """Rows of a step: do they exist, their token, query head and slot; [R] each.
+        """Rows of a step: do they exist, their token, query head and slot of H*P*G; [R] each.
 
         Idle rows stand at token T, behind all others: they see every key, and their slot is unused.
         """
@@ -124,7 +128,7 @@ class Item:
             live = (at < self.count) & (row < pairs * self.group)
         pair = load(self.order.at[self.first + at], mask=live, other=self.length * self.slots)
         token, _ = split(pair, self.slots)
-        return live, token, self.kv_head * self.group + g, pair * self.group + (g - self.base)
+        return live, token, self.kv_head * self.group + g, pair * self.group + (g + self.base)
 
     def load_rows(self, ref, step, columns):
         """Tiles [R, columns] of a step's queries or their cotangents, 0 where there is none."""
