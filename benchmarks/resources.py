@@ -41,8 +41,8 @@ OUT = ROOT / "benchmarks" / "results" / "resources.json"
 #: An H100 gets the code of an H200, but for measured tiles.
 DEVICES = ("A100", "L40", "H200", "B200")
 GROUPS = (1, 2, 3, 4, 5, 6, 7, 8, 12, 16)
-#: Kernels to look at: of the methods of selected attention, those whose programs own keys for packed
-#: rows too, of compressed attention, which the window shares, and of decoding.
+#: Kernels to look at: of the methods of selected attention, those whose programs own keys once more
+#: for packed rows, of compressed attention, which the window shares, and of decoding.
 METHODS = {
     "kv_outer": (
         "forward_kernel",
