@@ -1,9 +1,11 @@
 """On an NVIDIA GPU, with CUDA's compute-sanitizer: no kernel reads or writes outside its arrays."""
 
+import fcntl
 import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,15 @@ pytestmark = pytest.mark.gpu
 FOUND = 99
 
 
+@pytest.fixture
+def alone():
+    """One case at a time: alone each takes seconds, several at once many minutes."""
+    with open(Path(tempfile.gettempdir()) / "fsa_jax_sanitizer.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+@pytest.mark.usefixtures("alone")
 @pytest.mark.parametrize("name", CASES)
 def test_no_access_outside_an_array(name):
     tool = shutil.which("compute-sanitizer")
