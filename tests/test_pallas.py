@@ -212,6 +212,17 @@ def test_many_short_documents(method):
     assert_close(got, exact_small(indices, ids, *args), TOLERANCE["float32"])
 
 
+def test_rows_of_a_chunk_have_numbers_of_32_bits():
+    shape = Shape(length=2**22, heads=64, kv_heads=4, slots=16)
+    query, key, value = (
+        jax.ShapeDtypeStruct(x, "bfloat16") for x in (shape.query, shape.key, shape.value)
+    )
+    tuning = SelectedTuning(method="kv_outer", scratch_bytes=2**40)
+    plan = make_plan(tuning, query, key, value, shape.slots, 64, 90)
+    assert plan.heads * plan.tokens * shape.slots * 16 <= 2**31
+    assert plan.tokens == shape.length  # and no smaller than that
+
+
 @pytest.mark.parametrize("scratch_mib", [1, 7, 64, 1024])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_a_chunk_fits_the_scratch_budget(scratch_mib, dtype):

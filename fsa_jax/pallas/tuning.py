@@ -210,7 +210,9 @@ def make_plan(
         pair_bytes += group * (part + 4)
     slots = slots * (block_size // block)
     batch_heads, length = batch * kv_heads, query.shape[1]
-    heads, tokens = _chunk(tuning.scratch_bytes, batch_heads, length, slots, pair_bytes)
+    # the rows of partial results of a chunk have numbers of 32 bits
+    budget = min(tuning.scratch_bytes, 2**31 // group * pair_bytes)
+    heads, tokens = _chunk(budget, batch_heads, length, slots, pair_bytes)
     return Plan(
         forward_methods=forward,
         backward_methods=backward,
