@@ -140,7 +140,7 @@ def programs_of(tasks: int, rows: int, enough: int = ENOUGH_PROGRAMS) -> int:
     return -(-tasks // max(1, min(tasks * rows // enough, MOST_TASKS)))
 
 
-def each(tasks: int | jax.Array, wanted: jax.Array, body) -> None:
+def each(tasks: int, wanted: jax.Array, body) -> None:
     """Calls `body(task)` for the tasks of a program of axis 0; if not wanted, it is over at once.
 
     They are neighbours, so that programs that run at the same time are at about the same place, and
