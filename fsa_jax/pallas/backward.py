@@ -44,6 +44,8 @@ from fsa_jax.pallas.item import arrays as item_arrays
 
 #: Widest tile of columns.
 COLUMNS = 64
+#: Rows of the products of Hopper, which leave fewer registers than those of older matrix units.
+WIDE = 64
 #: Tokens whose gradients one program of `sum_blocks` writes.
 SUM_ROWS = 16
 #: Items of a block whose loads are in flight together: a hot block has many, one after another.
@@ -154,6 +156,9 @@ def partial_gradients(
                 p_cut = p.astype(dout_ref.dtype)
                 dvalues = [x + dot(do, p_cut, (0, 0)) for x, do in zip(dvalues, douts, strict=True)]
                 ds = (p * (dp - deltas[:, None])).astype(key_ref.dtype)
+                if tile.rows % group and tile.rows >= WIDE:
+                    # found again: kept from the loads on, they would cost registers
+                    live, token, query_head, slot = item.step(at + item.zero())
                 inverses = load(inverse_ref.at[item.batch, token, query_head], mask=live)
                 for d, tile_keys in zip(columns, keys, strict=True):
                     part = dot(ds, tile_keys, (1, 0)) * inverses[:, None]

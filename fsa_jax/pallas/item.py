@@ -124,8 +124,9 @@ class Item:
             # divided anew in every step: kept over the loop, the results would cost registers, and
             # so would the rows, kept from item to item
             row += self.zero()
-            at, g = split(number * (pairs * self.group) + row, self.group)
-            live = (at < self.count) & (row < pairs * self.group)
+            row += number * (pairs * self.group)
+            at, g = split(row, self.group)
+            live = row < jnp.minimum(self.count, (number + 1) * pairs) * self.group
         pair = load(self.order.at[self.first + at], mask=live, other=self.length * self.slots)
         token, _ = split(pair, self.slots)
         return live, token, self.kv_head * self.group + g, pair * self.group + (g + self.base)
