@@ -193,7 +193,8 @@ def test_ceilings_are_measured():
 
 def test_what_tells_most_is_measured_first():
     """Every group at both block sizes, all lengths up to 256K; nothing twice."""
-    kernels, operators = run._kernel_cases(run.LENGTHS), run._operator_cases(run.LENGTHS)
+    kernels = run._kernel_cases(run.LENGTHS, run.KERNEL_HEADS)
+    operators = run._operator_cases(run.LENGTHS, run.HEADS)
     selected = [case for case, functions in kernels if "selected_attention" in functions]
     of = {(x.length, x.group, x.config.block_size, x.config.topk) for x in selected}
     assert of == {
@@ -217,7 +218,28 @@ def test_a_floor_takes_the_larger_of_both():
     assert cases.floor_ms(1e12, 1e6, None) is None
 
 
-@pytest.mark.parametrize(("field", "value"), [("rounds", 0), ("lengths", (0,)), ("minutes", -1.0)])
+@pytest.mark.parametrize("suite", ["kernels", "operator"])
+def test_heads_and_lengths_are_those_asked_for(suite, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        run, "measure_cases", lambda run, found, *_: iter(asked.extend(found) or ())
+    )
+    config = BenchConfig(lengths=(512, 1024), heads=((12, 4), (40, 8)))
+    list(getattr(run, f"_{suite}")(run._Run(config, interpret=False), None))
+    shapes = {(case.length, case.heads, case.kv_heads) for case, _ in asked}
+    assert shapes == {(t, *heads) for t in (512, 1024) for heads in ((12, 4), (40, 8))}
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("rounds", 0),
+        ("lengths", (0,)),
+        ("minutes", -1.0),
+        ("heads", ((4, 3),)),
+        ("heads", ((0, 0),)),
+    ],
+)
 def test_bad_settings_are_named(field, value):
     with pytest.raises(ValueError, match=field):
         BenchConfig(**{field: value})

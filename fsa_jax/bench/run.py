@@ -38,10 +38,10 @@ OPERATOR = (
     "native_sparse_attention",
     "full_attention",
 )
-#: (query heads, key heads) of models that people train, G = 4, 16, 1, 8, 2.
+#: (query heads, key heads) of models that people train, and those of kernels; G = 4, 16, 1, 8, 2.
 HEADS = ((32, 8), (64, 4), (32, 32), (32, 4), (16, 8))
-GROUPS = (4, 1, 16, 8, 2)
-#: Tokens of a row; like heads and groups, what tells most comes first.
+KERNEL_HEADS = ((16, 4), (4, 4), (64, 4), (32, 4), (8, 4))
+#: Tokens of a row; like heads, what tells most comes first.
 LENGTHS = (65536, 8192, 131072, 32768, 262144, 16384, 4096)
 SUITES = ("kernels", "operator", "training", "prefill", "decode")
 #: Cases that are compiled at a time, before any of them is measured.
@@ -63,6 +63,8 @@ class BenchConfig:
       out: folder for the JSON files and the report.
       report: only write the report anew from the JSON files below this folder; nothing is run.
       lengths: tokens of a row; empty: those of the suite.
+      heads: query and key heads, one pair after the other, of the kernels and the operator, such as
+        12 4 40 8; empty: those of the suite.
       minutes: no new case starts after so many, or after its share of them where there are more
         suites; 0: no limit. The cases left out are recorded.
       rounds: timed rounds of 3 to 10 calls each.
@@ -74,6 +76,7 @@ class BenchConfig:
     out: Path = Path("runs/bench")
     report: Path | None = None
     lengths: tuple[int, ...] = ()
+    heads: tuple[tuple[int, int], ...] = ()
     minutes: float = 8.5
     rounds: int = 5
     threads: int = 8
@@ -84,6 +87,12 @@ class BenchConfig:
             checks.size(name, getattr(self, name))
         for length in self.lengths:
             checks.size("lengths", length)
+        for query, key in self.heads:
+            if not 0 < key <= query or query % key:
+                raise ValueError(
+                    "heads must be pairs (query heads, key heads), the first one a multiple of the "
+                    f"second, got {self.heads}"
+                )
         if self.minutes < 0:
             raise ValueError(f"minutes must not be negative, got {self.minutes}")
 
@@ -166,16 +175,18 @@ def _kernels(run: _Run, ceilings) -> Iterator[dict]:
         tiny = Case(length=200, heads=6, kv_heads=2, width=16, config=TINY)
         found = [(dataclasses.replace(tiny, selection="skewed", packed=True), KERNELS[:1])]
     else:
-        found = _kernel_cases(run.config.lengths or LENGTHS)
+        found = _kernel_cases(run.config.lengths or LENGTHS, run.config.heads or KERNEL_HEADS)
     implementation = "triton_interpret" if run.interpret else "triton"
     yield from measure_cases(run, found, implementation, ceilings)
 
 
-def _kernel_cases(lengths: Sequence[int]) -> list[tuple[Case, Sequence[str]]]:
+def _kernel_cases(
+    lengths: Sequence[int], heads: Sequence[tuple[int, int]]
+) -> list[tuple[Case, Sequence[str]]]:
     """Length by length; other selections and a packed row at the first length alone."""
     found: list[tuple[Case, Sequence[str]]] = []
     for length in lengths:
-        main = [Case(length=length, heads=4 * group, kv_heads=4) for group in GROUPS]
+        main = [Case(length=length, heads=query, kv_heads=key) for query, key in heads]
         wide = NSAConfig(block_size=128, topk=8)
         found += [(case, KERNELS[:1]) for case in main]
         found += [(dataclasses.replace(case, config=wide), KERNELS[:1]) for case in main]
@@ -194,17 +205,17 @@ def _operator(run: _Run, ceilings) -> Iterator[dict]:
     if run.interpret:
         found = [Case(length=200, heads=6, kv_heads=2, width=16, config=TINY)]
     else:
-        found = _operator_cases(run.config.lengths or LENGTHS)
+        found = _operator_cases(run.config.lengths or LENGTHS, run.config.heads or HEADS)
     implementation = "xla" if run.interpret else "triton"
     found = [(case, OPERATOR) for case in found]
     yield from measure_cases(run, found, implementation, ceilings)
 
 
-def _operator_cases(lengths: Sequence[int]) -> list[Case]:
+def _operator_cases(lengths: Sequence[int], heads: Sequence[tuple[int, int]]) -> list[Case]:
     """All lengths with all heads, the first lengths and heads before the others."""
-    places = itertools.product(range(len(lengths)), range(len(HEADS)))
+    places = itertools.product(range(len(lengths)), range(len(heads)))
     return [
-        Case(length=lengths[i], heads=HEADS[j][0], kv_heads=HEADS[j][1])
+        Case(length=lengths[i], heads=heads[j][0], kv_heads=heads[j][1])
         for i, j in sorted(places, key=sum)
     ]
 
