@@ -162,29 +162,39 @@ def test_the_measure_sees_an_array_of_tokens_by_blocks():
     assert max(array_sizes(text)) >= NARROW.length * NARROW.blocks
 
 
-def test_matrix_kernels_stay_in_registers_and_use_the_wide_instructions(tmp_path):
+GROUPS = [1, 2, 3, 4, 5, 6, 7, 8, 12, 16]
+
+
+@pytest.mark.parametrize(
+    ("method", "kernels", "groups"),
+    [
+        ("kv_outer", ("forward", "backward"), GROUPS),
+        (
+            "compressed",
+            ("range_forward", "range_query_gradient", "range_key_gradient", "score"),
+            GROUPS,
+        ),
+        # packed rows, of which a program has several items
+        ("kv_outer_packed", ("forward", "backward"), [1, 3, 4, 8]),
+        ("query_outer_packed", ("block_key_gradient",), [3, 8]),
+        # where the lists may choose them
+        ("query_tile", ("query_tile", "query_tile_gradient"), GROUPS[2:]),
+        ("query_outer", ("block_key_gradient",), GROUPS[2:]),
+    ],
+)
+def test_matrix_kernels_stay_in_registers_and_use_the_wide_instructions(
+    method, kernels, groups, tmp_path
+):
     out = tmp_path / "resources.json"
+    arguments = ["--devices", "H200", "--methods", method, "--out", out]
+    arguments += ["--groups", *map(str, groups)]
     script = ROOT / "benchmarks" / "resources.py"
-
-    def check(methods, kernels, groups):
-        arguments = ["--devices", "H200", "--methods", *methods, "--out", out]
-        arguments += ["--groups", *map(str, groups)]
-        subprocess.run([sys.executable, script, *arguments], check=True)
-        rows = json.loads(out.read_text())["rows"]
-        for kernel in kernels:
-            found = {row["group"]: row for row in rows if row["kernel"] == f"{kernel}_kernel"}
-            assert sorted(found) == groups
-            for row in found.values():
-                assert row["spill_store_bytes"] == row["spill_load_bytes"] == 0, row
-                assert row["wgmma"] > 0, row
-                assert row["mma_sync"] == 0, row
-
-    ranges = ("range_forward", "range_query_gradient", "range_key_gradient", "score")
-    every = [1, 2, 3, 4, 5, 6, 7, 8, 12, 16]
-    check(["kv_outer", "compressed"], ("forward", "backward", *ranges), every)
-    # packed rows, of which a program has several items
-    check(["kv_outer_packed"], ("forward", "backward"), [1, 3, 4, 8])
-    check(["query_outer_packed"], ("block_key_gradient",), [3, 8])
-    # where the lists may choose them
-    tiles = ("query_tile", "query_tile_gradient", "block_key_gradient")
-    check(["query_tile", "query_outer"], tiles, every[2:])
+    subprocess.run([sys.executable, script, *arguments], check=True)
+    rows = json.loads(out.read_text())["rows"]
+    for kernel in kernels:
+        found = {row["group"]: row for row in rows if row["kernel"] == f"{kernel}_kernel"}
+        assert sorted(found) == groups
+        for row in found.values():
+            assert row["spill_store_bytes"] == row["spill_load_bytes"] == 0, row
+            assert row["wgmma"] > 0, row
+            assert row["mma_sync"] == 0, row
