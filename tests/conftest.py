@@ -6,9 +6,13 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "")
     + " --xla_force_host_platform_device_count=8"
-    # Most of the time of the tests is compilation. What runs on a GPU or is compiled for one
-    # (ahead_of_time.py) is optimised all the same.
-    + " --xla_backend_optimization_level=0" * (os.environ["JAX_PLATFORMS"] == "cpu")
+    # Most of the time of the tests is compilation, and most of that an MLIR pipeline for a fusion.
+    # What runs on a GPU or is compiled for one (ahead_of_time.py) is optimised all the same.
+    + (
+        " --xla_backend_optimization_level=0"
+        " --xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters"
+    )
+    * (os.environ["JAX_PLATFORMS"] == "cpu")
 )
 
 from jaxtyping import install_import_hook

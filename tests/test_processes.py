@@ -44,10 +44,9 @@ def start(texts: Path, out: Path, *flags: str, processes: int = 1, **changes):
         address = f"localhost:{free.getsockname()[1]}"
     started = []
     for number in range(processes):
-        env = os.environ | {
-            "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={4 if processes > 1 else 1}",
-        }
+        devices = f" --xla_force_host_platform_device_count={4 if processes > 1 else 1}"
+        # those of the tests, of which the last number of devices counts
+        env = os.environ | {"XLA_FLAGS": os.environ["XLA_FLAGS"] + devices}
         if processes > 1:
             env |= {
                 "JAX_COORDINATOR_ADDRESS": address,
