@@ -66,10 +66,11 @@ class Case:
 
 CASES = {
     "g1": Case(length=200, group=1, kv_heads=2, dtype="float16"),
+    "g2_long": Case(length=700, group=2),  # two tiles of keys, and three in the gradients
     "g4_packed": Case(length=300, group=4, kv_heads=2, packed=True),
-    "g8_window": Case(length=330, group=8, window=150, batch=2),
-    "g16": Case(length=700, group=16),
-    "g16_packed_window": Case(length=90, group=16, window=30, packed=True, batch=2),
+    "g4_window": Case(length=330, group=4, window=150),
+    "g8_packed_window": Case(length=90, group=8, window=30, packed=True, batch=2),
+    "g16": Case(length=90, group=16),
     "g32_negative": Case(length=70, group=32, scale=-0.3),
     "one_token": Case(length=1, group=2, window=4),
     "no_scale": Case(length=150, group=2, window=140, scale=0.0),
