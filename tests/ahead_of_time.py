@@ -5,14 +5,18 @@ kernel and the buffers of the whole program; the one difference from a compilati
 is that XLA's own sort kernels stand where CUB would be called.
 """
 
+import contextlib
 import functools
 import math
 import re
 import warnings
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import pallas as pl
 from jax.experimental import topologies
+from jax.experimental.pallas import mosaic_gpu
 from jax.sharding import NamedSharding, PartitionSpec
 
 import fsa_jax
@@ -65,8 +69,9 @@ TARGETS = {
     },
 }  # fmt: skip
 
-#: What a user gets; the tests let XLA optimise less.
-_OPTIMISED = {"xla_backend_optimization_level": 3}
+#: Code as a user gets it, though the tests let XLA optimise less, which takes ptxas twice as long
+#: too. There is no device to tune matmuls on; else it would compile several of each and take one.
+OPTIONS = {"xla_backend_optimization_level": 3, "xla_gpu_autotune_level": 0}
 
 
 def mesh_of(device, sizes=(1,), names=("gpu",)):
@@ -105,7 +110,34 @@ def compile_for(device, function, *shapes, compiler_options=None):
     lowered = lower_for(device, function, *shapes)
     # kernels are lowered when XLA has divided the program: they ask then which GPU it is for
     with jax.sharding.use_abstract_mesh(mesh_of(device).abstract_mesh):
-        return lowered.compile(_OPTIMISED | (compiler_options or {}))
+        return lowered.compile(OPTIONS | (compiler_options or {}))
+
+
+@contextlib.contextmanager
+def empty_kernels():
+    """Kernels do nothing: for memory and calls of the program around them, in under half the time.
+
+    XLA knows of a kernel its name, operands and results, and those are as ever.
+    """
+
+    def emptied(make):
+        def call(kernel, *arguments, **options):
+            def nothing(*_):
+                pass
+
+            nothing.__name__ = kernel.__name__
+            return make(nothing, *arguments, **options)
+
+        return call
+
+    # what was traced with kernels must not serve here, nor what is traced here anywhere else
+    jax.clear_caches()
+    with (
+        mock.patch.object(pl, "pallas_call", emptied(pl.pallas_call)),
+        mock.patch.object(mosaic_gpu, "kernel", emptied(mosaic_gpu.kernel)),
+    ):
+        yield
+    jax.clear_caches()
 
 
 def custom_calls(text):

@@ -21,6 +21,7 @@ from jaxtyping import install_import_hook
 INTERNAL = ["fsa_jax.segments", "fsa_jax.reference", "fsa_jax.compression", "fsa_jax.xla"]
 install_import_hook(INTERNAL, "beartype.beartype")
 
+import ahead_of_time  # noqa: E402
 import jax  # noqa: E402
 import pytest  # noqa: E402
 
@@ -28,6 +29,13 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # On a GPU, the projections of the layers would otherwise be cut to tf32: right, but not comparable.
 jax.config.update("jax_default_matmul_precision", "highest")
+
+
+@pytest.fixture
+def empty_kernels():
+    """Kernels that do nothing, for one test of programs that are compiled and not run."""
+    with ahead_of_time.empty_kernels():
+        yield
 
 
 @pytest.fixture

@@ -98,6 +98,7 @@ def test_the_automatic_choice_is_by_the_device_compiled_for():
     assert "triton" not in lower_for("H200", run, *shapes, lowering_platforms=("cpu",)).as_text()
 
 
+@pytest.mark.usefixtures("empty_kernels")
 def test_memory_is_linear_in_the_tokens_and_within_the_scratch_budget():
     def memory(length, tuning=None):
         shape = dataclasses.replace(KERNELS["main"], length=length, heads=8)
@@ -117,6 +118,7 @@ def test_memory_is_linear_in_the_tokens_and_within_the_scratch_budget():
     assert less.temp_size_in_bytes < middle.temp_size_in_bytes
 
 
+@pytest.mark.usefixtures("empty_kernels")
 def test_a_million_tokens_fit_one_gpu():
     """Packed rows through the whole operator, forward and backward."""
 
@@ -139,6 +141,7 @@ def test_a_million_tokens_fit_one_gpu():
 NARROW = Shape(length=65536, heads=4, kv_heads=2, width=32, value_width=32, block_size=64, slots=16)
 
 
+@pytest.mark.usefixtures("empty_kernels")
 @pytest.mark.parametrize("packed", [False, True])
 def test_no_array_is_tokens_by_blocks_and_nothing_leaves_the_device(packed):
     tuning = SelectedTuning(scratch_bytes=2**24)

@@ -10,7 +10,7 @@ from flax import nnx
 
 from fsa_jax.transformer import Transformer, TransformerConfig
 
-pytestmark = pytest.mark.compile
+pytestmark = [pytest.mark.compile, pytest.mark.usefixtures("empty_kernels")]
 MIB = 2**20
 LENGTH = 131072
 #: Two decoder layers of Llama 3 8B.

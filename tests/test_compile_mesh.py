@@ -12,7 +12,7 @@ import warnings
 import jax
 import jax.numpy as jnp
 import pytest
-from ahead_of_time import compile_for, config_of, mesh_of, operator_gradients
+from ahead_of_time import OPTIONS, compile_for, config_of, mesh_of, operator_gradients
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from shapes import Shape
@@ -22,7 +22,7 @@ import fsa_jax
 from fsa_jax.training.mesh import AXES, Placement
 from fsa_jax.training.step import abstract_model, init_state, make_train_step, state_shardings
 
-pytestmark = pytest.mark.compile
+pytestmark = [pytest.mark.compile, pytest.mark.usefixtures("empty_kernels")]
 DEVICES = 8
 WIDTHS = {"width": 128, "value_width": 128, "block_size": 64, "slots": 16}
 #: Operands and results of a collective; asynchronous ones name their operands first.
@@ -44,7 +44,7 @@ def compile_on(mesh, spec, run, shapes):
     ]
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The Pallas Triton backend", DeprecationWarning)
-        return jax.jit(run).trace(*shapes).lower().compile()
+        return jax.jit(run).trace(*shapes).lower().compile(OPTIONS)
 
 
 def peak(compiled):
@@ -160,7 +160,7 @@ def test_memory_of_a_training_step(data, tensor, sequence, rows):
     step = make_train_step(graphdef, config, placement)
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The Pallas Triton backend", DeprecationWarning)
-        compiled = step.trace(state, ids, ids).lower().compile()
+        compiled = step.trace(state, ids, ids).lower().compile(OPTIONS)
     found = compiled.memory_analysis()
     assert found is not None
     used = peak(compiled) - found.alias_size_in_bytes

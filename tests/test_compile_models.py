@@ -16,7 +16,7 @@ from fsa_jax.training.config import PRESETS
 from fsa_jax.training.step import abstract_model, init_state, make_train_step
 from fsa_jax.transformer import TransformerConfig
 
-pytestmark = pytest.mark.compile
+pytestmark = [pytest.mark.compile, pytest.mark.usefixtures("empty_kernels")]
 GIB = 2**30
 SMALL = PRESETS["small"]
 #: One decoder layer of Llama 3 8B, over one row of 131,072 tokens.
