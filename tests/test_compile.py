@@ -14,6 +14,7 @@ import pytest
 from ahead_of_time import (
     compile_for,
     custom_calls,
+    empty_kernels,
     lower_for,
     operator_gradients,
     selected_gradients,
@@ -96,6 +97,24 @@ def test_the_automatic_choice_is_by_the_device_compiled_for():
     assert "triton" not in jax.jit(run).lower(*shapes).as_text()
     # traced with a GPU in mind, lowered for a CPU after all
     assert "triton" not in lower_for("H200", run, *shapes, lowering_platforms=("cpu",)).as_text()
+
+
+def test_empty_kernels_take_the_same_memory_and_calls():
+    """What the tests with the fixture of that name rest on."""
+
+    def look():
+        compiled = compile_for("H200", *operator_gradients(KERNELS["g2"], implementation="triton"))
+        found, text = compiled.memory_analysis(), compiled.as_text()
+        assert found is not None
+        assert text is not None
+        sizes = found.temp_size_in_bytes, found.argument_size_in_bytes, found.output_size_in_bytes
+        return (*sizes, found.alias_size_in_bytes), custom_calls(text), len(text)
+
+    *whole, length = look()
+    with empty_kernels():
+        *empty, shorter = look()
+    assert empty == whole
+    assert shorter < length  # they are empty
 
 
 @pytest.mark.usefixtures("empty_kernels")
