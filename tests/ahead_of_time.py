@@ -132,12 +132,14 @@ def empty_kernels():
 
     # what was traced with kernels must not serve here, nor what is traced here anywhere else
     jax.clear_caches()
-    with (
-        mock.patch.object(pl, "pallas_call", emptied(pl.pallas_call)),
-        mock.patch.object(mosaic_gpu, "kernel", emptied(mosaic_gpu.kernel)),
-    ):
-        yield
-    jax.clear_caches()
+    try:
+        with (
+            mock.patch.object(pl, "pallas_call", emptied(pl.pallas_call)),
+            mock.patch.object(mosaic_gpu, "kernel", emptied(mosaic_gpu.kernel)),
+        ):
+            yield
+    finally:
+        jax.clear_caches()
 
 
 def custom_calls(text):
