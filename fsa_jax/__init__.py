@@ -10,6 +10,7 @@ from fsa_jax.api import (
     sliding_window_attention,
 )
 from fsa_jax.cache import KVCache, NSACache
+from fsa_jax.causal import causal_attention
 from fsa_jax.config import NSAConfig
 from fsa_jax.dispatch import explain
 from fsa_jax.generation import generate
@@ -25,6 +26,7 @@ __all__ = [
     "NSAConfig",
     "OutOfPages",
     "PageAllocator",
+    "causal_attention",
     "compress",
     "compressed_attention",
     "explain",

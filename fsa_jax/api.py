@@ -22,7 +22,7 @@ CHECKPOINT_NAMES = (
     "block_indices",
     *(
         f"{branch}_{part}"
-        for branch in ("compressed", "selected", "window")
+        for branch in ("compressed", "selected", "window", "causal")
         for part in ("out", "lse")
     ),
 )

@@ -148,30 +148,32 @@ def _backward_on(static, one_gate):
     return stripes.over_axis(body, static.axis, stride, operands | given, grads)
 
 
-def _in_turn(count, step, carry):
+def in_turn(count, step, carry):
     """The carry after `step(carry, number)` of each head or stripe: at once they need more room."""
     numbers = jnp.arange(count, dtype=jnp.int32)
     return jax.lax.scan(lambda carry, number: (step(carry, number), None), carry, numbers)[0]
 
 
-class _Task:
-    """A device's part of the attention: its queries, and one KV head's keys of the whole row."""
+class Share:
+    """A device's share of a row: its tokens, in two stripes, and the documents of the whole row.
 
-    def __init__(self, static, axis, query, compressed_key, compressed_value, *rest):
-        *self.sources, ids = rest
-        self.static, self.query = static, query
-        self.compressed = (compressed_key, compressed_value)
-        self.kv_heads = compressed_key.shape[2]
-        self.group = query.shape[2] // self.kv_heads
-        config = static.config
+    Args:
+      axis: the mesh axis.
+      query: [B, share, N, D].
+      kv_heads: key heads K.
+      ids: segment ids of the device's tokens, int32 [B, share].
+      packed: whether the ids count.
+      window_size: how many tokens a query sees before it, its own included.
+    """
+
+    def __init__(self, axis, query, kv_heads: int, ids, *, packed: bool, window_size: int | None):
+        self.query, self.kv_heads, self.group = query, kv_heads, query.shape[2] // kv_heads
         self.device = stripes.Device(axis, query.shape[1])
-        self.rows = stripes.describe(self.device, ids, static.packed)
-        self.windows = segments.describe_windows(
-            self.rows, config.kernel_size, config.kernel_stride
-        )
+        self.rows = stripes.describe(self.device, ids, packed)
         self.total = self.rows.start.shape[1]
+        self.window_size = min(window_size or self.total, self.total)
 
-    def _put(self, results, parts, head, half=0):
+    def put(self, results, parts, head, half=0):
         """Results [B, T, heads, ...] with parts of one KV head and stripe written in place."""
         return tuple(
             jax.lax.dynamic_update_slice(
@@ -180,16 +182,53 @@ class _Task:
             for x, part in zip(results, parts, strict=True)
         )
 
-    def _head(self, x, head, size=1):
+    def head_of(self, x, head, size=1):
         """Heads of one KV head of [B, T, heads, ...]."""
         return jax.lax.dynamic_slice_in_dim(x, head * size, size, axis=2)
 
+    def of_stripe(self, seers, half):
+        """Ranges of the row's tokens, cut to a stripe and counted from its first token."""
+        begin, length = self.device.offset(half), self.device.stripe
+        return tuple(jnp.clip(x - begin, 0, length) for x in seers)
+
+    def near(self, half):
+        """The tokens that windows of a stripe may show: the first, and how many."""
+        length = self.device.stripe
+        before = min(self.window_size - 1, self.total - length)
+        return jnp.maximum(self.device.offset(half) - before, 0), length + before
+
+    def nearby(self, x, half):
+        begin, size = self.near(half)
+        return jax.lax.dynamic_slice_in_dim(x, begin, size, axis=1)
+
+    def window(self, half):
+        """What queries of a stripe see of the tokens that `near` tells, and which see each key."""
+        window, (begin, _) = self.window_size, self.near(half)
+        visible = segments.visible_tokens(self.rows, window)
+        seers = segments.seers_of_tokens(self.rows, window)
+        visible = tuple(self.device.cut(x, half) - begin for x in visible)
+        return visible, self.of_stripe([self.nearby(x, half) for x in seers], half)
+
+
+class _Task(Share):
+    """A device's part of the attention: its queries, and one KV head's keys of the whole row."""
+
+    def __init__(self, static, axis, query, compressed_key, compressed_value, *rest):
+        *self.sources, ids = rest
+        self.static, config = static, static.config
+        self.compressed = (compressed_key, compressed_value)
+        kv_heads, window_size = compressed_key.shape[2], config.window_size
+        super().__init__(axis, query, kv_heads, ids, packed=static.packed, window_size=window_size)
+        self.windows = segments.describe_windows(
+            self.rows, config.kernel_size, config.kernel_stride
+        )
+
     def _keys(self, head):
         """Compressed keys and values, then those of the sources: [B, M or T, 1, width] each."""
-        gathered = [self.device.gather(self._head(x, head)) for x in self.compressed]
+        gathered = [self.device.gather(self.head_of(x, head)) for x in self.compressed]
         if self.static.packed:
             gathered = [self._ordered(x) for x in gathered]
-        return gathered, [self.device.gather(self._head(x, head)) for x in self.sources]
+        return gathered, [self.device.gather(self.head_of(x, head)) for x in self.sources]
 
     def _places(self):
         """Where, laid out by stripes, the window of each slot is, int32 [B, M]; M where none is."""
@@ -218,30 +257,7 @@ class _Task:
         size = self.static.config.kernel_size
         visible = segments.visible_windows(self.windows)
         seers = segments.seers_of_windows(self.rows, self.windows, size)
-        return tuple(self.device.cut(x, half) for x in visible), self._of_stripe(seers, half)
-
-    def _of_stripe(self, seers, half):
-        """Ranges of the row's tokens, cut to a stripe and counted from its first token."""
-        begin, length = self.device.offset(half), self.device.stripe
-        return tuple(jnp.clip(x - begin, 0, length) for x in seers)
-
-    def _near(self, half):
-        """The tokens that windows of a stripe may show: the first, and how many."""
-        length = self.device.stripe
-        before = min(self.static.config.window_size - 1, self.total - length)
-        return jnp.maximum(self.device.offset(half) - before, 0), length + before
-
-    def _nearby(self, x, half):
-        begin, size = self._near(half)
-        return jax.lax.dynamic_slice_in_dim(x, begin, size, axis=1)
-
-    def _window(self, half):
-        """As `_windows`, of the tokens that `_near` tells."""
-        window, (begin, _) = self.static.config.window_size, self._near(half)
-        visible = segments.visible_tokens(self.rows, window)
-        seers = segments.seers_of_tokens(self.rows, window)
-        visible = tuple(self.device.cut(x, half) - begin for x in visible)
-        return visible, self._of_stripe([self._nearby(x, half) for x in seers], half)
+        return tuple(self.device.cut(x, half) for x in visible), self.of_stripe(seers, half)
 
     def _blocks(self, half, indices):
         """First tokens of the listed blocks, in the row."""
@@ -271,7 +287,7 @@ class _Task:
 
         def step(results, head):
             compressed, sources = self._keys(head)
-            query = self._head(self.query, head, self.group)
+            query = self.head_of(self.query, head, self.group)
 
             def stripe(results, half):
                 q = self.device.half_of(query, half)
@@ -280,12 +296,12 @@ class _Task:
                 indices = self._choose(half, q, compressed[0], lse)
                 arrays = (q, *sources[:2], self._blocks(half, indices), *self._row(half))
                 blocks = listed(self.static.call("selected"), *arrays)
-                near = (self._nearby(x, half) for x in sources[-2:])
-                arrays = (q, *near, *self._window(half))
+                near = (self.nearby(x, half) for x in sources[-2:])
+                arrays = (q, *near, *self.window(half))
                 window = ranges(self.static.call("window"), *arrays)
-                return self._put(results, (out, lse, *blocks, *window, indices), head, half)
+                return self.put(results, (out, lse, *blocks, *window, indices), head, half)
 
-            return _in_turn(2, stripe, results)
+            return in_turn(2, stripe, results)
 
         places = self.query.shape[:3]
         values = (self.compressed[1], self.sources[1], self.sources[-1])
@@ -295,7 +311,7 @@ class _Task:
             for width, dtype in ((x.shape[3:], x.dtype), ((), wide_dtype(x)))
         ]
         indices = jnp.zeros((*places[:2], self.kv_heads, self.static.config.topk), jnp.int32)
-        return _in_turn(self.kv_heads, step, (*results, indices))
+        return in_turn(self.kv_heads, step, (*results, indices))
 
     def _choose(self, half, query, key, lse):
         visible = (self.device.cut(x, half) for x in (self.windows.first, self.windows.visible))
@@ -316,7 +332,7 @@ class _Task:
 
         def stripe(keys, head, state, half):
             def own(x, size):
-                return self.device.half_of(self._head(x, head, size), half)
+                return self.device.half_of(self.head_of(x, head, size), half)
 
             compressed, sources = keys
             dquery, dcompressed, dsources = state
@@ -341,27 +357,27 @@ class _Task:
             call = self.static.call("compressed")
             dq, *parts = operators.range_gradients(call, arrays, cotangents(0, dq_selected))
             dcompressed = add(dcompressed, parts)
-            near = (self._nearby(x, half) for x in sources[-2:])
-            arrays = (q, *near, *self._window(half), None, lse[2])
+            near = (self.nearby(x, half) for x in sources[-2:])
+            arrays = (q, *near, *self.window(half), None, lse[2])
             call = self.static.call("window")
             dq_window, *parts = operators.range_gradients(call, arrays, cotangents(2, dq_selected))
-            begin, _ = self._near(half)
+            begin, _ = self.near(half)
             dsources = dsources[:-2] + [
                 jax.lax.dynamic_update_slice_in_dim(total, new, begin, axis=1)
                 for total, new in zip(
                     dsources[-2:],
-                    add([self._nearby(x, half) for x in dsources[-2:]], parts),
+                    add([self.nearby(x, half) for x in dsources[-2:]], parts),
                     strict=True,
                 )
             ]
             dq = dq.astype(wide) + dq_selected.astype(wide) + dq_window.astype(wide)
-            dquery = self._put([dquery], [dq.astype(q.dtype)], head, half)[0]
+            dquery = self.put([dquery], [dq.astype(q.dtype)], head, half)[0]
             return dquery, dcompressed, dsources
 
         def step(results, head):
             keys = self._keys(head)
             zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, wide), keys)
-            dquery, dcompressed, dsources = _in_turn(
+            dquery, dcompressed, dsources = in_turn(
                 2, functools.partial(stripe, keys, head), (results[0], *zeros)
             )
             if self.static.packed:
@@ -369,7 +385,7 @@ class _Task:
             scattered = (self.device.scatter(x) for x in (*dcompressed, *dsources))
             # key and value have the dtype of the query
             parts = (x.astype(self.query.dtype) for x in scattered)
-            return dquery, *self._put(results[1:], parts, head)
+            return dquery, *self.put(results[1:], parts, head)
 
         shares = (self.query, *self.compressed, *self.sources)
-        return _in_turn(self.kv_heads, step, tuple(map(jnp.zeros_like, shares)))
+        return in_turn(self.kv_heads, step, tuple(map(jnp.zeros_like, shares)))

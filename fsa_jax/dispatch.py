@@ -17,7 +17,10 @@ _FUNCTIONS = (
     "selected_attention",
     "sliding_window_attention",
     "native_sparse_attention",
+    "causal_attention",
 )
+#: What dense causal attention takes besides.
+CUDNN = ("cudnn",)
 _logged = set()
 
 
@@ -41,10 +44,11 @@ def explain(implementation: str | None = None) -> dict[str, tuple[str, str]]:
     return {"compress": ("xla", "matmuls that XLA does well on any device"), **chosen}
 
 
-def check_name(implementation: str | None) -> None:
-    """Raises ValueError where no implementation has that name."""
-    if implementation is not None and implementation not in (*_KERNELS, *_PORTABLE):
-        known = ", ".join(repr(name) for name in (*_KERNELS, *_PORTABLE))
+def check_name(implementation: str | None, others: tuple[str, ...] = ()) -> None:
+    """Raises ValueError where no implementation has that name, nor is it among `others`."""
+    names = (*_KERNELS, *_PORTABLE, *others)
+    if implementation is not None and implementation not in names:
+        known = ", ".join(repr(name) for name in names)
         raise ValueError(f"implementation must be None or one of {known}, got {implementation!r}")
 
 

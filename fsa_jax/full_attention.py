@@ -1,9 +1,7 @@
-"""Dense causal attention as a Flax layer: what native sparse attention is compared with.
+"""Dense causal attention as a Flax layer, in memory that grows linearly with the tokens.
 
 Shapes: B batch, T tokens in a row, C features of the residual stream.
 """
-
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -11,13 +9,12 @@ from flax import nnx
 from flax.nnx.nn import initializers
 from flax.typing import Dtype, Initializer, PrecisionLike
 
-from fsa_jax import checks, decode
-from fsa_jax.attention_layer import AttentionLayer, check_choice
+from fsa_jax import causal, checks, decode, stripes
+from fsa_jax.attention_layer import AttentionLayer
 from fsa_jax.cache import Chunk, KVCache
+from fsa_jax.dispatch import CUDNN, check_name
 from fsa_jax.rope import RoPE
-
-FULL_IMPLEMENTATIONS = ("xla", "cudnn", None)
-"""Implementations of dense attention, as ``jax.nn.dot_product_attention`` names them."""
+from fsa_jax.segments import Rows
 
 _ROPE = RoPE()
 _KERNEL_INIT = initializers.lecun_normal()
@@ -25,16 +22,18 @@ _BIAS_INIT = initializers.zeros_init()
 
 
 class FullAttention(AttentionLayer):
-    """Dense causal self-attention over the same projections: what NSA is compared with.
+    """Dense causal self-attention over the same projections as ``NativeSparseAttention``.
 
     With q, k, v projections of x and R the rotary embedding, over the tokens of the own document:
-    y = softmax(scale * R q (R k)^T) v W_o. Memory is quadratic in T where segment ids are given.
+    y = softmax(scale * R q (R k)^T) v W_o. See ``fsa_jax.causal_attention``, which computes it.
 
     Args:
       num_heads, in_features, num_kv_heads, head_dim, out_features, rope, scale, use_bias, dtype,
         param_dtype, precision, kernel_init, out_kernel_init, bias_init, rngs: as in
         ``NativeSparseAttention``.
-      implementation: ``"xla"``, ``"cudnn"`` or None, as in ``jax.nn.dot_product_attention``.
+      implementation: as in ``fsa_jax.causal_attention``. ``"cudnn"`` serves neither segment ids nor
+        a cache.
+      sequence_axis: mesh axis that splits the tokens of a row; see ``NativeSparseAttention``.
 
     Raises:
       ValueError: sizes do not divide, or a choice is unknown.
@@ -66,10 +65,11 @@ class FullAttention(AttentionLayer):
         kernel_init: Initializer = _KERNEL_INIT,
         out_kernel_init: Initializer | None = None,
         bias_init: Initializer = _BIAS_INIT,
-        implementation: Literal["xla", "cudnn"] | None = None,
+        implementation: str | None = None,
+        sequence_axis: str | None = None,
         rngs: nnx.Rngs,
     ):
-        check_choice("implementation", implementation, FULL_IMPLEMENTATIONS)
+        check_name(implementation, CUDNN)
         super().__init__(
             num_heads,
             in_features,
@@ -91,28 +91,31 @@ class FullAttention(AttentionLayer):
                 rngs=rngs,
             ),
         )
+        self.sequence_axis = sequence_axis
 
     def apply_part(self, x, segment_ids, positions) -> jax.Array:
         rows, positions = self._describe(x, segment_ids, positions)
-        mask = None
-        if segment_ids is not None:
-            # a run of equal ids is a document, so documents differ by where they start
-            mask = (rows.start[:, :, None] == rows.start[:, None, :])[:, None]
         query, key = self._turn(self.query(x), positions), self._turn(self.key(x), positions)
-        return self._project_out(self._attend(query, key, self.value(x), mask), rows)
+        heads = self._attend(query, key, self.value(x), segment_ids)
+        return self._project_out(heads, rows)
 
-    def _attend(self, query, key, value, mask: jax.Array | None) -> jax.Array:
-        # jax's function promotes bfloat16 implicitly, which strict promotion would forbid
-        with jax.numpy_dtype_promotion("standard"):
-            return jax.nn.dot_product_attention(
-                query,
-                key,
-                value,
-                mask=mask,
-                scale=self.scale,
-                is_causal=True,
-                implementation=self.implementation,
-            )
+    def _describe(self, x, segment_ids, positions) -> tuple[Rows, jax.Array]:
+        rows, counted = super()._describe(x, segment_ids, positions)
+        if self.sequence_axis is None or positions is not None:
+            return rows, counted
+        checks.sequence(self.sequence_axis, True, x.shape[1], 1)
+        return rows, stripes.positions(segment_ids, x.shape[:2], self.sequence_axis)
+
+    def _attend(self, query, key, value, segment_ids: jax.Array | None) -> jax.Array:
+        return causal.causal_attention(
+            query,
+            key,
+            value,
+            segment_ids=segment_ids,
+            scale=self.scale,
+            implementation=self.implementation,
+            sequence_axis=self.sequence_axis,
+        )
 
     def init_cache(
         self,

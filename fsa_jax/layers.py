@@ -28,7 +28,6 @@ from fsa_jax.cache import Chunk, NSACache
 from fsa_jax.compression import METHODS
 from fsa_jax.compressor import Compressor
 from fsa_jax.config import NSAConfig
-from fsa_jax.full_attention import FULL_IMPLEMENTATIONS as FULL_IMPLEMENTATIONS
 from fsa_jax.full_attention import FullAttention as FullAttention
 from fsa_jax.rope import RoPE
 from fsa_jax.segments import Rows, describe_windows

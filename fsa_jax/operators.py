@@ -29,7 +29,7 @@ from jaxtyping import Array, Float, Int
 
 from fsa_jax import segments, xla
 from fsa_jax.config import NSAConfig
-from fsa_jax.pallas import hopper, hopper_rows, ranges, select, selected, tuned
+from fsa_jax.pallas import hopper, hopper_groups, ranges, select, selected, tuned
 from fsa_jax.pallas.tuning import SelectedTuning, make_plan
 from fsa_jax.precision import wide_dtype
 from fsa_jax.segments import Rows, Windows
@@ -53,7 +53,7 @@ class Call:
         or "either" for the fastest kernels where the function is lowered for a GPU, else the loops.
       scale: factor of the logits.
       capability: of the GPU that tiles are sized for.
-      name: of the outputs, for remat policies.
+      name: of the outputs, for remat policies; "causal" has tiles for many keys a query.
       block_size, packed, tuning: of selected attention.
       config: of the selection.
       table: of measured tiles.
@@ -87,7 +87,15 @@ class Call:
         """Whether the kernels in Mosaic GPU take this call of `range_attention`."""
         if self.mode != "either":
             return self.mode == "mosaic"
-        return self.capability == hopper.CAPABILITY and hopper.pays(query, key, value)
+        pays = hopper.pays(query, key, value, any_group=self.name == "causal")
+        return self.capability == hopper.CAPABILITY and pays
+
+    def range_plan(self, query, key, value) -> ranges.Plan:
+        """The tiles of the kernels in Triton for `range_attention`."""
+        causal = self.name == "causal"
+        plan = ranges.make_plan(query, key, value, self.capability, self.table, causal=causal)
+        assert plan is not None  # `triton.range_reason` has asked
+        return plan
 
     def named(self, out, lse):
         return checkpoint_name(out, f"{self.name}_out"), checkpoint_name(lse, f"{self.name}_lse")
@@ -143,6 +151,23 @@ def sliding_window_attention(
     return range_attention(call, query, key, value, visible, seers)
 
 
+def causal_attention(
+    query: Float[Array, "B T N D"],
+    key: Float[Array, "B T K D"],
+    value: Float[Array, "B T K E"],
+    rows: Rows,
+    *,
+    window_size: int,
+    scale: float,
+    mode: str,
+):
+    """See fsa_jax.causal_attention; `mode` as in `Call`."""
+    visible = segments.visible_tokens(rows, window_size)
+    seers = segments.seers_of_tokens(rows, window_size)
+    call = Call(mode, scale, name="causal")
+    return range_attention(call, query, key, value, visible, seers)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def range_attention(call: Call, query, key, value, visible, seers) -> Any:
     """Attention of each query to keys low .. high-1.
@@ -171,6 +196,11 @@ def range_gradients(call: Call, residuals, cotangents):
     query, key, value, visible, seers, out, lse = residuals
     dout, dlse = cotangents
     delta = call.delta(out, dout, dlse)
+    return range_gradients_given(call, query, key, value, visible, seers, lse, delta, dout)
+
+
+def range_gradients_given(call: Call, query, key, value, visible, seers, lse, delta, dout):
+    """`range_gradients` where delta is known."""
     return _range_backward_on(call)(query, key, value, *visible, *seers, lse, delta, dout)
 
 
@@ -184,9 +214,8 @@ def _range_forward_on(call):
     def kernels(query, key, value, low, high, first, last):
         arrays = (query, key, value, (low, high), (first, last))
         if call.takes_hopper(query, key, value):
-            return hopper_rows.attention(*arrays, scale=call.scale)
-        plan = ranges.make_plan(query, key, value, call.capability, call.table)
-        return ranges.attention(plan, *arrays, **call.static)
+            return hopper_groups.attention(*arrays, scale=call.scale)
+        return ranges.attention(call.range_plan(query, key, value), *arrays, **call.static)
 
     def portable(query, key, value, low, high, first, last):
         del first, last
@@ -199,7 +228,7 @@ def _range_forward_on(call):
 def _range_backward_on(call):
     def kernels(query, key, value, low, high, first, last, lse, delta, dout):
         arrays = (query, key, value, (low, high), (first, last), lse, delta, dout)
-        plan = ranges.make_plan(query, key, value, call.capability, call.table)
+        plan = call.range_plan(query, key, value)
         mosaic = call.takes_hopper(query, key, value)
         return ranges.gradients(plan, *arrays, mosaic=mosaic, **call.static)
 

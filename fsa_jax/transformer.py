@@ -22,7 +22,6 @@ from fsa_jax.cache import Chunk, KVCache
 from fsa_jax.compression import METHODS
 from fsa_jax.config import NSAConfig
 from fsa_jax.layers import (
-    FULL_IMPLEMENTATIONS,
     GATES,
     FullAttention,
     NativeSparseAttention,
@@ -33,6 +32,8 @@ from fsa_jax.partitioning import partitioned
 from fsa_jax.rope import RoPE
 
 ATTENTIONS = ("nsa", "full")
+#: Name of the operation by which jax runs the forward pass of cuDNN.
+CUDNN_FORWARD = "dot_product_attention_fwd_wrapper"
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
@@ -107,10 +108,9 @@ class TransformerConfig:
         check_choice("dtype", self.dtype, DTYPES)
         check_choice("param_dtype", self.param_dtype, DTYPES)
         if self.attention == "full":
-            check_choice("sequence_axis", self.sequence_axis, (None,))
-            check_choice("implementation", self.implementation, FULL_IMPLEMENTATIONS)
-        else:
             # a config may be built where it cannot run, so only the name counts here
+            dispatch.check_name(self.implementation, dispatch.CUDNN)
+        else:
             dispatch.check_name(self.implementation)
         for name in ("kv_per_branch", "tie_embeddings", "remat"):
             check_choice(name, getattr(self, name), (True, False))
@@ -197,6 +197,7 @@ class Block(nnx.Module):
             param_dtype=config.param_dtype,
             out_kernel_init=_branch_init(config),
             implementation=config.implementation,
+            sequence_axis=config.sequence_axis,
             rngs=rngs,
         )
         if config.attention == "full":
@@ -209,7 +210,6 @@ class Block(nnx.Module):
                 compression=config.compression,
                 gate=config.gate,
                 kv_per_branch=config.kv_per_branch,
-                sequence_axis=config.sequence_axis,
                 **shared,
             )
         self.mlp = SwiGLU(config, rngs=rngs)
@@ -469,9 +469,16 @@ class Transformer(nnx.Module):
         if self.config.remat:
             # Attention costs most to recompute and its kept results are small. The bodies of two
             # scans are never merged, so recomputation needs no barrier against CSE.
-            policy = jax.checkpoint_policies.save_only_these_names(*api.CHECKPOINT_NAMES)
-            body = jax.checkpoint(body, policy=policy, prevent_cse=False)
+            body = jax.checkpoint(body, policy=_keeps_attention, prevent_cse=False)
         return jax.lax.scan(body, x, (stacked, keys))
+
+
+_named = jax.checkpoint_policies.save_only_these_names(*api.CHECKPOINT_NAMES)
+
+
+def _keeps_attention(primitive, *avals, **params) -> Any:
+    """Policy of ``jax.checkpoint``: keeps what attention leaves; cuDNN's results have no names."""
+    return _named(primitive, *avals, **params) or primitive.name == CUDNN_FORWARD
 
 
 def _branch_init(config: TransformerConfig) -> Initializer:

@@ -70,6 +70,14 @@ def range_reason(query, key, value, implementation: str | None = None) -> str | 
     return reason
 
 
+def causal_reason(query, key, value, implementation: str | None = None) -> str | None:
+    """Why the kernels of that name cannot serve dense causal attention, likewise; or None."""
+    reason = range_reason(query, key, value)
+    if reason is None and implementation == "mosaic_gpu":
+        return hopper.reason(query, key, value, any_group=True)
+    return reason
+
+
 def select_reason(query, key, config: NSAConfig) -> str | None:
     """Why the kernels cannot serve the selection, likewise; or None."""
     reason = arrays_reason(query, key, key)

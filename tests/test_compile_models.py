@@ -11,7 +11,7 @@ import pytest
 from ahead_of_time import compile_for
 from flax import nnx
 
-from fsa_jax.layers import NativeSparseAttention
+from fsa_jax.layers import FullAttention, NativeSparseAttention
 from fsa_jax.training.config import PRESETS
 from fsa_jax.training.step import abstract_model, init_state, make_train_step
 from fsa_jax.transformer import TransformerConfig
@@ -95,3 +95,48 @@ def test_no_copy_of_queries_between_the_kernels_of_a_layer():
     moved = re.findall(r"= \w+\[([\d,]+)\]\S* (?:transpose|copy)\((%\S*)\)", text)
     sizes = [math.prod(map(int, shape.split(","))) for shape, of in moved if "broadcast" not in of]
     assert max(sizes) == length * kv_heads * width  # keys and values, for the matmul of phi
+
+
+def full_attention(tokens, heads, packed):
+    """A layer of dense attention, forward and backward, compiled for an H200 by default choices."""
+
+    def build():
+        return FullAttention(
+            heads,
+            1024,
+            num_kv_heads=8,
+            head_dim=128,
+            dtype=jnp.bfloat16,
+            rngs=nnx.Rngs(0),
+        )
+
+    graph, state = nnx.split(nnx.eval_shape(build))
+
+    def run(state, x, ids):
+        def loss(state, x):
+            layer = nnx.merge(graph, state)
+            return jnp.sum(layer(x, ids if packed else None).astype(jnp.float32) ** 2)
+
+        return jax.value_and_grad(loss, argnums=(0, 1))(state, x)
+
+    x = jax.ShapeDtypeStruct((1, tokens, 1024), jnp.bfloat16)
+    compiled = compile_for("H200", run, state, x, jax.ShapeDtypeStruct((1, tokens), jnp.int32))
+    found = compiled.memory_analysis()
+    assert found is not None
+    return found.temp_size_in_bytes, compiled.as_text()
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_memory_of_full_attention_is_linear(packed):
+    """At four times the tokens at most 4.2 times the scratch, by the kernels for Hopper."""
+    scratch, text = full_attention(16384, 32, packed)
+    assert full_attention(65536, 32, packed)[0] <= 4.2 * scratch
+    for kernel in ("forward", "query_gradient", "key_gradient"):
+        assert f"hopper_{kernel}_kernel" in text
+
+
+def test_full_attention_at_five_heads_a_group_runs_on_hopper():
+    """As 4 and 1."""
+    text = full_attention(16384, 40, True)[1]
+    assert text.count('"hopper_forward_kernel') == 0 or "hopper_forward_kernel" in text
+    assert "range_forward_kernel" not in text

@@ -228,7 +228,8 @@ def test_config_survives_json(config):
         ({"dtype": "int8"}, "dtype must be one of .* got 'int8'"),
         ({"param_dtype": "int8"}, "param_dtype must be one of .* got 'int8'"),
         ({"implementation": "fast"}, "implementation must be .* got 'fast'"),
-        ({"attention": "full", "implementation": "triton"}, "implementation must .* got 'triton'"),
+        ({"attention": "full", "implementation": "fast"}, "implementation must .* got 'fast'"),
+        ({"implementation": "cudnn"}, "implementation must .* got 'cudnn'"),
     ],
 )
 def test_bad_config(changes, message):

@@ -49,8 +49,11 @@ LAYOUT = (
 ACC = plgpu.ACC  # pyright: ignore[reportPrivateImportUsage]
 
 
-def reason(query, key, value) -> str | None:
-    """Why these kernels cannot serve arrays of these shapes and dtypes; None if they can."""
+def reason(query, key, value, *, any_group: bool = False) -> str | None:
+    """Why these kernels cannot serve arrays of these shapes and dtypes; None if they can.
+
+    `any_group`: by way of `hopper_groups.py`.
+    """
     batch, length, heads, _ = query.shape
     group = heads // key.shape[2]
     if max(batch * length * heads, key.size) >= 2**31:
@@ -59,17 +62,19 @@ def reason(query, key, value) -> str | None:
         return f"the dtype must be float16 or bfloat16, got {query.dtype}"
     if key.shape[3] != WIDTH or value.shape[3] != WIDTH:
         return f"head widths must be {WIDTH}, got {key.shape[3]} and {value.shape[3]}"
-    if ROWS % group:
+    if ROWS % group and not any_group:
         return f"{group} query heads a key head are no power of two up to {ROWS}"
     return None
 
 
-def pays(query, key, value) -> bool:
+def pays(query, key, value, *, any_group: bool = False) -> bool:
     """Whether these kernels serve a call, and faster than those in Triton."""
-    if reason(query, key, value):
+    if reason(query, key, value, any_group=any_group):
         return False
     batch, length, heads, _ = query.shape
-    whole = length % (WARPGROUPS * ROWS // (heads // key.shape[2])) == 0  # else q is copied
+    group = heads // key.shape[2]
+    tokens = WARPGROUPS * ROWS // (1 if ROWS % group else group)  # of an item
+    whole = length % tokens == 0  # else q is copied
     return whole and batch * length * heads * key.shape[1] >= ENOUGH_PAIRS
 
 

@@ -63,9 +63,9 @@ ENOUGH_PROGRAMS, SHORTEST, PARTS_BYTES = 1024, 32, 2**28
 
 
 def key_gradients(
-    query, key, value, seers, lse, delta, dout, *, scale, splits=None, interpret=None
+    query, key, value, seers, lse, delta, dout, *, scale, splits=None, dtype=None, interpret=None
 ):  # fmt: skip
-    """Gradients dK and dV [B, M, K, D] in the dtypes of key and value.
+    """Gradients dK and dV [B, M, K, D].
 
     Args:
       query: [B, T, N, D].
@@ -77,6 +77,7 @@ def key_gradients(
       dout: [B, T, N, D].
       scale: factor of the logits, not 0.
       splits: parts of the tokens; None: as many as keep a GPU busy.
+      dtype: of the results, that of key and value or float32; None: that of key and value.
       interpret: `InterpretGPUParams` of Pallas Mosaic GPU, to run on a CPU.
     """
     batch, _, heads, _ = query.shape
@@ -90,8 +91,10 @@ def key_gradients(
     items = _items(first, end, starts.shape[2], kv_heads, tokens, splits)
     first, end = (x.reshape(batch, -1, WARPGROUPS, KEYS) for x in (first, end))
     arrays = (query, key, value, dout, items, first, end, starts)
-    parts = _call(*arrays, scale=scale, splits=splits, interpret=interpret)
-    return tuple(jnp.sum(x[:, :, :slots], axis=0).astype(key.dtype) for x in parts)
+    dtype = dtype or key.dtype
+    static = {"scale": scale, "splits": splits, "interpret": interpret}
+    parts = _call(*arrays, out_dtype=dtype if splits == 1 else jnp.float32, **static)
+    return tuple(jnp.sum(x[:, :, :slots], axis=0).astype(dtype) for x in parts)
 
 
 def _num_splits(branch, key, tiles):
@@ -107,7 +110,9 @@ def _num_splits(branch, key, tiles):
     return max(1, wanted // 2 * 2)
 
 
-def _call(query, key, value, dout, items, first, end, starts, *, scale, splits, interpret):
+def _call(
+    query, key, value, dout, items, first, end, starts, *, scale, splits, out_dtype, interpret
+):  # fmt: skip
     """Parts of dK and dV, [splits, B, M, K, D]."""
     group = query.shape[2] // key.shape[2]
     dtype = key.dtype
@@ -153,7 +158,6 @@ def _call(query, key, value, dout, items, first, end, starts, *, scale, splits, 
             collective_axes="warpgroup",
         )
 
-    out_dtype = dtype if splits == 1 else jnp.float32
     return plgpu.kernel(
         hopper_key_gradient_kernel,
         out_type=[jax.ShapeDtypeStruct((splits, *x.shape), out_dtype) for x in (key, value)],

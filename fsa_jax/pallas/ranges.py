@@ -7,7 +7,7 @@ of the splits, so the order of every sum is fixed.
 
 import dataclasses
 
-from fsa_jax.pallas import hopper_keys, hopper_rows, range_keys, range_rows, tuned
+from fsa_jax.pallas import hopper_groups, range_keys, range_rows, tuned
 from fsa_jax.pallas.tuning import Tile, arrays_reason, padded_width, shared_memory
 
 #: Programs of the kernel of dK and dV that keep a GPU busy, whatever the number of keys.
@@ -91,11 +91,16 @@ def shared_bytes(kernel: str, tile: RangeTile, query, key, value) -> int:
     return query.dtype.itemsize * elements[kernel] + 2048
 
 
-def make_plan(query, key, value, capability: int, table: str | None = None) -> Plan | None:
-    """The tiles of the table, else the first of `TILES` that fit on chip; None if none does."""
+def make_plan(
+    query, key, value, capability: int, table: str | None = None, *, causal: bool = False
+) -> Plan | None:
+    """The tiles of the table, else the first of `TILES` that fit on chip; None if none does.
+
+    `causal`: a query sees most of what comes before it, so that few tiles of keys are masked.
+    """
     both = sum(padded_width(x.shape[3]) for x in (key, value))
     kind = "float32" if query.dtype.itemsize == 4 else "wide" if both > 256 else "narrow"
-    window = kind == "narrow" and tuned.branch_of(query, key) == "window"
+    window = kind == "narrow" and tuned.branch_of(query, key) == "window" and not causal
 
     def fitting(kernel):
         """The first tile that fits in shared memory, unless a faster one is known."""
@@ -106,7 +111,9 @@ def make_plan(query, key, value, capability: int, table: str | None = None) -> P
             for stages in range(most, 1, -1):
                 tile = RangeTile(rows=rows, keys=keys, num_warps=num_warps, num_stages=stages)
                 if shared_bytes(kernel, tile, query, key, value) <= shared_memory(capability):
-                    return tuned.choose(f"range_{kernel}", table, tile, query, key, value)
+                    # tables are measured with the ranges of sparse attention
+                    measured = None if causal else table
+                    return tuned.choose(f"range_{kernel}", measured, tile, query, key, value)
         return None
 
     forward, dquery, dkeys = map(fitting, ("forward", "query_gradient", "key_gradient"))
@@ -139,9 +146,10 @@ def gradients(
     `mosaic`: by the kernels in Mosaic GPU.
     """
     static: dict = {"plan": plan, "scale": scale, "interpret": interpret}
-    rows, keys = range_rows, range_keys
+    query_gradient, key_gradients = range_rows.query_gradient, range_keys.key_gradients
     if mosaic and scale:  # `hopper_keys.py` divides by it
-        static, rows, keys = {"scale": scale}, hopper_rows, hopper_keys
+        static = {"scale": scale}
+        query_gradient, key_gradients = hopper_groups.query_gradient, hopper_groups.key_gradients
     rest = (lse, delta, dout)
-    dquery = rows.query_gradient(query, key, value, visible, seers, *rest, **static)
-    return dquery, *keys.key_gradients(query, key, value, seers, *rest, **static)
+    dquery = query_gradient(query, key, value, visible, seers, *rest, **static)
+    return dquery, *key_gradients(query, key, value, seers, *rest, **static)

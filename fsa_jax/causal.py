@@ -1,0 +1,146 @@
+"""Dense causal attention of packed sequences in linear memory: what sparse attention replaces.
+
+The computation is that of a sliding window as long as the sequence, so it has the same kernels and
+the same portable loops. cuDNN stands beside them by name.
+
+Shapes: B batch, T tokens in a row, N query heads, K key/value heads, D head width of query and key,
+E of value.
+"""
+
+from typing import Any
+
+import jax
+from jaxtyping import Array, Float, Int
+
+from fsa_jax import causal_context, checks, operators, reference, triton
+from fsa_jax.dispatch import CUDNN, check_name, mode_of
+from fsa_jax.segments import Rows
+from fsa_jax.sharding import partitions_itself
+
+
+@partitions_itself(query="t n d", key="t k d", value="t k e", segment_ids="t")
+def causal_attention(
+    query: Float[Array, "*B T N D"],
+    key: Float[Array, "*B T K D"],
+    value: Float[Array, "*B T K E"],
+    *,
+    window_size: int | None = None,
+    segment_ids: Int[Array, "*B T"] | None = None,
+    scale: float | None = None,
+    implementation: str | None = None,
+    return_residuals: bool = False,
+    sequence_axis: str | None = None,
+):
+    """Attention of each query to all tokens of its document up to itself, in linear memory.
+
+    With t the query's position in its document, and w the `window_size` or the length, ::
+
+        out[t] = sum over t - w < s <= t of softmax_s(scale * q[t] . k[s]) * v[s]
+
+    No array of T x T numbers exists, forward or backward. The time follows the pairs of a query and
+    a key that it sees: packed documents cost what they would cost one by one.
+
+    Args:
+      query: [B, T, N, D], floating.
+      key: [B, T, K, D], in the dtype of `query`.
+      value: [B, T, K, E], in the dtype of `query`.
+      window_size: the exact number of visible keys, the query's own included; None: all.
+      segment_ids: int32 [B, T], equal ids in a run are one document, 0 is padding.
+      scale: factor of the logits, by default D ** -0.5.
+      implementation: "triton", "mosaic_gpu", "triton_interpret", "xla", "reference"; None: the
+        best of these; or "cudnn", which serves neither `segment_ids` nor `return_residuals`, and
+        whose gradient of `query` has other bits on every run.
+      return_residuals: also return the logsumexp of the scaled logits.
+      sequence_axis: mesh axis that splits the tokens; see `native_sparse_attention`.
+
+    Returns:
+      out [B, T, N, E] in the dtype of `query`, or (out, lse) with lse [B, T, N], natural log, in
+      float32 (float64 for float64 inputs). At padding out is 0 and lse -inf.
+
+    Raises:
+      ValueError: an argument has a wrong shape, dtype or value; the message names it.
+      NotImplementedError: the named implementation cannot serve the call.
+
+    Example:
+      >>> import jax.numpy as jnp, fsa_jax
+      >>> q, kv = jnp.ones((1, 64, 4, 8)), jnp.ones((1, 64, 2, 8))
+      >>> ids = jnp.asarray([[1] * 40 + [2] * 20 + [0] * 4], jnp.int32)  # two documents, padding
+      >>> out = fsa_jax.causal_attention(q, kv, kv, segment_ids=ids)
+      >>> out.shape, float(out[0, 59, 0, 0]), float(out[0, 60, 0, 0])
+      ((1, 64, 4, 8), 1.0, 0.0)
+
+    Source: Attention Is All You Need (arXiv 1706.03762), equation 1; the online softmax of
+    FlashAttention (arXiv 2205.14135).
+    """
+    check_name(implementation, CUDNN)
+    if window_size is not None:
+        window_size = checks.size("window_size", window_size)
+    query, key, value, has_batch = checks.attention_arrays(query, key, value)
+    rows = checks.rows(query, segment_ids, has_batch)
+    scale = checks.scale(scale, query.shape[-1])
+    length = query.shape[1]
+    if implementation in CUDNN:
+        _refuse(
+            segment_ids=segment_ids is not None,
+            return_residuals=return_residuals,
+            sequence_axis=sequence_axis is not None,
+        )
+        out = _by_cudnn(query, key, value, window_size, scale)
+        return out if has_batch else out[0]
+    reason = triton.causal_reason(query, key, value, implementation)
+    mode = mode_of("causal_attention", implementation, reason)
+    result: Any
+    if sequence_axis is not None:
+        checks.sequence(sequence_axis, has_batch, length, 1)
+        if mode == "reference":
+            raise NotImplementedError(
+                f"implementation='reference' cannot serve sequence_axis={sequence_axis!r}: it is "
+                "for one device; use 'xla', 'triton' or None"
+            )
+        options = {"window_size": window_size, "scale": scale, "mode": mode, "axis": sequence_axis}
+        result = causal_context.attention(query, key, value, segment_ids, **options)
+    else:
+        arrays = (query, key, value, rows)
+        result = _on_one_device(mode, arrays, min(window_size or length, length), scale)
+    if not has_batch:
+        result = jax.tree.map(lambda x: x[0], result)
+    return result if return_residuals else result[0]
+
+
+def _on_one_device(mode: str, arrays: tuple[jax.Array, jax.Array, jax.Array, Rows], window, scale):
+    if mode == "reference":
+        return reference.sliding_window_attention(*arrays, window_size=window, scale=scale)
+    return operators.causal_attention(*arrays, window_size=window, scale=scale, mode=mode)
+
+
+def _refuse(**asked: bool) -> None:
+    for name, given in asked.items():
+        if given:
+            raise NotImplementedError(
+                f"implementation='cudnn' cannot serve {name}; use None, 'mosaic_gpu' or 'triton'"
+            )
+
+
+def _by_cudnn(query, key, value, window_size: int | None, scale: float) -> jax.Array:
+    """The kernels of cuDNN by way of jax, which says what they serve."""
+    if query.dtype.itemsize != 2:
+        raise NotImplementedError(
+            "implementation='cudnn' cannot serve causal_attention: the dtype must be float16 or "
+            f"bfloat16, got {query.dtype}; use None"
+        )
+    try:
+        # jax's function promotes bfloat16 implicitly, which strict promotion would forbid
+        with jax.numpy_dtype_promotion("standard"):
+            return jax.nn.dot_product_attention(
+                query,
+                key,
+                value,
+                scale=scale,
+                is_causal=True,
+                local_window_size=None if window_size is None else (window_size - 1, 0),
+                implementation="cudnn",
+            )
+    except (RuntimeError, ValueError, NotImplementedError) as error:
+        raise NotImplementedError(
+            f"implementation='cudnn' cannot serve causal_attention: {error}; use None"
+        ) from error
