@@ -1,4 +1,4 @@
-"""On an NVIDIA GPU: compressed and window attention in Pallas Mosaic GPU.
+"""On an NVIDIA GPU: compressed, window and dense causal attention in Pallas Mosaic GPU.
 
 `JAX_PLATFORMS=cuda python -m pytest -m gpu`; see test_gpu.py. GPUs other than Hopper must refuse.
 """
@@ -25,13 +25,16 @@ from fsa_jax.pallas import hopper
 
 __all__ = ["dirty_memory", "pytestmark"]  # used by pytest
 #: Tokens: several tiles of keys for most rows, the last ones in part.
-LENGTH = {"compressed": 6000, "window": 1500}
+LENGTH = {"compressed": 6000, "window": 1500, "causal": 1500}
 FUNCTIONS = {
     "compressed": functools.partial(fsa_jax.compressed_attention, kernel_size=32, kernel_stride=16),
     "window": functools.partial(fsa_jax.sliding_window_attention, window_size=400),
+    "causal": fsa_jax.causal_attention,
 }
 BRANCHES = pytest.mark.parametrize("branch", FUNCTIONS)
 SHAPES = {"g1": (1, 3), "g4": (4, 2), "g8": (8, 1), "g16": (16, 2), "g64": (64, 1)}
+#: Of dense causal attention alone: several powers of two in turn.
+ODD_SHAPES = {"g3": (3, 2), "g5": (5, 2), "g7": (7, 1)}
 
 
 def attend(branch, implementation, segment_ids=None, scale=None):
@@ -45,7 +48,7 @@ def attend(branch, implementation, segment_ids=None, scale=None):
 
 
 def inputs(branch, shape, dtype):
-    (group, kv_heads), length = SHAPES[shape], LENGTH[branch]
+    (group, kv_heads), length = (SHAPES | ODD_SHAPES)[shape], LENGTH[branch]
     keys = length // 16 if branch == "compressed" else length
     shapes = [(length, group * kv_heads)] + [(keys, kv_heads)] * 2
     return [normal(i, 1, *x, hopper.WIDTH, dtype=dtype) for i, x in enumerate(shapes)]
@@ -61,14 +64,19 @@ def refused():
     return True
 
 
-@BRANCHES
+_CALLS = [
+    *((shape, "bfloat16", False, None) for shape in SHAPES),
+    *((shape, "float16", True, None) for shape in ("g1", "g4", "g8", "g16")),
+    ("g4", "bfloat16", True, -0.1),
+    ("g4", "bfloat16", False, 0.0),
+]
+
+
 @pytest.mark.parametrize(
-    ("shape", "dtype", "packed", "scale"),
+    ("branch", "shape", "dtype", "packed", "scale"),
     [
-        *((shape, "bfloat16", False, None) for shape in SHAPES),
-        *((shape, "float16", True, None) for shape in ("g1", "g4", "g8", "g16")),
-        ("g4", "bfloat16", True, -0.1),
-        ("g4", "bfloat16", False, 0.0),
+        *((branch, *call) for branch in FUNCTIONS for call in _CALLS),
+        *(("causal", shape, "bfloat16", True, None) for shape in ODD_SHAPES),
     ],
 )
 def test_error_is_at_most_twice_that_of_dense_attention(
@@ -141,3 +149,29 @@ def test_none_takes_them_where_there_is_much_to_do(refused):
     assert ("hopper_forward_kernel" in text) == (not refused)
     text = str(jax.jit(attend("compressed", "triton")).lower(query, key, key).compile().as_text())
     assert "hopper_forward_kernel" not in text
+
+
+def test_cudnn_by_name():
+    """Where jax finds it, it gives what the kernels give; with documents it refuses."""
+    args = inputs("causal", "g4", jnp.bfloat16)
+    got, wanted = (
+        value_and_gradients(
+            functools.partial(fsa_jax.causal_attention, implementation=name), 3, *args
+        )
+        for name in ("cudnn", None)
+    )
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
+        a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
+        assert np.abs(a - b).max() <= 1e-2 * np.abs(b).max()
+    with pytest.raises(NotImplementedError, match="cannot serve segment_ids"):
+        fsa_jax.causal_attention(*args, implementation="cudnn", segment_ids=segments(1500))
+
+
+def test_full_attention_never_takes_the_quadratic_path():
+    """A row of 65,536 tokens in two documents: a matrix of scores would take 16 GiB a head."""
+    query, key = (normal(0, 1, 65536, heads, 128, dtype=jnp.bfloat16) for heads in (4, 1))
+    ids = (jnp.arange(65536, dtype=jnp.int32) // 40000 + 1)[None]
+    attend = lambda q, k, v: fsa_jax.causal_attention(q, k, v, segment_ids=ids).sum()  # noqa: E731
+    program = jax.jit(jax.grad(attend, (0, 1, 2))).lower(query, key, key).compile()
+    assert program.memory_analysis().temp_size_in_bytes < 2**30
+    assert all(np.isfinite(np.asarray(x, np.float32)).all() for x in program(query, key, key))
