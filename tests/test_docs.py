@@ -40,6 +40,7 @@ def test_examples_of_docstrings(module):
 SHAPES = {
     "operator": ("out", (1, 4096, 8, 64)),
     "selected": ("out", (1, 256, 4, 64)),
+    "causal": ("out", (1, 1024, 8, 64)),
     "layer": ("y", (2, 1024, 512)),
     "generation": ("texts", [8, 8]),
     "sequence": ("y", (1, 512, 32)),
