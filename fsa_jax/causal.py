@@ -87,7 +87,7 @@ def causal_attention(
         )
         out = _by_cudnn(query, key, value, window_size, scale)
         return out if has_batch else out[0]
-    reason = triton.causal_reason(query, key, value, implementation)
+    reason = triton.range_reason(query, key, value, implementation)
     mode = mode_of("causal_attention", implementation, reason)
     result: Any
     if sequence_axis is not None:

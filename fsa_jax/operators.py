@@ -87,7 +87,7 @@ class Call:
         """Whether the kernels in Mosaic GPU take this call of `range_attention`."""
         if self.mode != "either":
             return self.mode == "mosaic"
-        pays = hopper.pays(query, key, value, any_group=self.name == "causal")
+        pays = hopper.pays(query, key, value, window=self.name == "window")
         return self.capability == hopper.CAPABILITY and pays
 
     def range_plan(self, query, key, value) -> ranges.Plan:

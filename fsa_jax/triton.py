@@ -60,21 +60,13 @@ def selected_reason(
 
 
 def range_reason(query, key, value, implementation: str | None = None) -> str | None:
-    """Why the kernels of that name cannot serve compressed or window attention, likewise; or None.
+    """Why the kernels of that name cannot serve attention to ranges of keys, likewise; or None.
 
     Those of Mosaic GPU take fewer shapes; where they are not asked for by name, the others serve.
     """
     reason = ranges.plan_reason(query, key, value, planned_capability())
     if reason is None and implementation == "mosaic_gpu":
         return hopper.reason(query, key, value)
-    return reason
-
-
-def causal_reason(query, key, value, implementation: str | None = None) -> str | None:
-    """Why the kernels of that name cannot serve dense causal attention, likewise; or None."""
-    reason = range_reason(query, key, value)
-    if reason is None and implementation == "mosaic_gpu":
-        return hopper.reason(query, key, value, any_group=True)
     return reason
 
 

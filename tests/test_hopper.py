@@ -125,10 +125,24 @@ def test_what_it_serves(monkeypatch):
     key = array(1, 64, 2, 128)
     assert hopper.reason(array(1, 64, 8, 128), key, key) is None
     for query, keys, why in (
-        (array(1, 64, 6, 128), key, "3 query heads a key head"),
-        (array(1, 64, 256, 128), key, "128 query heads a key head"),
         (array(1, 64, 8, 64), array(1, 64, 2, 64), "head widths must be 128, got 64"),
         (array(1, 64, 8, 128, dtype=jnp.float32), key, "dtype must be .* float32"),
     ):
         with pytest.raises(AssertionError, match=why):
             raise AssertionError(hopper.reason(query, keys, keys))
+
+
+def test_what_pays():
+    """Measured thresholds; a group of five goes in parts where there is much to do."""
+    array = lambda *shape: jax.ShapeDtypeStruct((1, *shape, 128), jnp.bfloat16)  # noqa: E731
+
+    def pays(tokens, heads, keys, window=False):
+        key = array(keys, 8)
+        return hopper.pays(array(tokens, heads), key, key, window=window)
+
+    assert pays(32768, 32, 2048)
+    assert pays(32768, 40, 2048)
+    assert not pays(8192, 40, 512)
+    assert pays(32768, 32, 32768, window=True)
+    assert not pays(32768, 40, 32768, window=True)
+    assert not pays(32768 + 1, 32, 2048)

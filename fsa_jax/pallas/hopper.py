@@ -37,6 +37,8 @@ WIDTH, ROWS, WARPGROUPS = 128, 64, 2
 PROGRAMS = 132
 #: Fewest (query head, key) pairs for which the kernels are worth what is laid out before them.
 ENOUGH_PAIRS = 2**26
+#: The same where a group goes in parts: compressed keys of 32,768 tokens of 40 heads (measured).
+ENOUGH_PAIRS_IN_PARTS = 2**31
 #: Registers of a thread of a compute and of the memory warpgroup.
 REGISTERS, FEW_REGISTERS = 240, 24
 LOG2_E = math.log2(math.e)
@@ -49,33 +51,34 @@ LAYOUT = (
 ACC = plgpu.ACC  # pyright: ignore[reportPrivateImportUsage]
 
 
-def reason(query, key, value, *, any_group: bool = False) -> str | None:
-    """Why these kernels cannot serve arrays of these shapes and dtypes; None if they can.
-
-    `any_group`: by way of `hopper_groups.py`.
-    """
+def reason(query, key, value) -> str | None:
+    """Why these kernels cannot serve arrays of these shapes and dtypes; None if they can."""
     batch, length, heads, _ = query.shape
-    group = heads // key.shape[2]
     if max(batch * length * heads, key.size) >= 2**31:
         return f"numbers of rows, or of keys, must be below 2**31, got {query.shape}, {key.shape}"
     if query.dtype not in (jnp.float16, jnp.bfloat16):
         return f"the dtype must be float16 or bfloat16, got {query.dtype}"
     if key.shape[3] != WIDTH or value.shape[3] != WIDTH:
         return f"head widths must be {WIDTH}, got {key.shape[3]} and {value.shape[3]}"
-    if ROWS % group and not any_group:
-        return f"{group} query heads a key head are no power of two up to {ROWS}"
     return None
 
 
-def pays(query, key, value, *, any_group: bool = False) -> bool:
-    """Whether these kernels serve a call, and faster than those in Triton."""
-    if reason(query, key, value, any_group=any_group):
+def pays(query, key, value, *, window: bool = False) -> bool:
+    """Whether these kernels serve a call, and faster than those in Triton.
+
+    `window`: a query sees few keys, too few for what a group in parts costs.
+    """
+    if reason(query, key, value):
         return False
     batch, length, heads, _ = query.shape
     group = heads // key.shape[2]
-    tokens = WARPGROUPS * ROWS // (1 if ROWS % group else group)  # of an item
+    in_parts = ROWS % group != 0  # `hopper_groups.py`
+    if in_parts and window:
+        return False
+    tokens = WARPGROUPS * ROWS // (1 if in_parts else group)  # of an item
     whole = length % tokens == 0  # else q is copied
-    return whole and batch * length * heads * key.shape[1] >= ENOUGH_PAIRS
+    enough = ENOUGH_PAIRS_IN_PARTS if in_parts else ENOUGH_PAIRS
+    return whole and batch * length * heads * key.shape[1] >= enough
 
 
 @dataclasses.dataclass(frozen=True)
