@@ -1,9 +1,12 @@
 """What a training run is: one dataclass, and the presets that are values of it."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
+
+import numpy as np
 
 from fsa_jax.config import NSAConfig
 from fsa_jax.training.mesh import parse_mesh
@@ -31,7 +34,7 @@ class TrainConfig:
       out: folder to write to. Default: runs/PRESET-ATTENTION-seedSEED.
       preset: the defaults that all other flags start from. tiny: minutes on two CPU cores. small:
         about 90 million parameters and rows of 8192 bytes, for a GPU.
-      steps: step to stop after. It does not change the schedule: see decay_steps.
+      steps: step to stop after.
       seed: seed of the parameters, of the order of the data and of dropout.
       resume: go on from the last checkpoint in out, bitwise as if the run had never stopped.
       overwrite: replace the run that is in out.
@@ -44,7 +47,9 @@ class TrainConfig:
       weight_decay: decoupled weight decay, on matrices only.
       warmup_steps: steps of the linear warmup from 0 to the peak.
       decay_steps: step at which the cosine, from the peak on, reaches a tenth of the peak. The
-        rate stays there afterwards. Apart from steps, so that a resumed run can be made longer.
+        rate stays there afterwards. Default: steps, or the end of a longer warmup. A resumed run
+        keeps the value of its checkpoint, also where it is made longer: give decay_steps at the
+        start if the run is to go on beyond steps.
       mesh: devices of each axis, for example data=4,tensor=2,sequence=1: rows of a batch, heads,
         and tokens of a row are split over them. Default: one device. A resumed run may change it.
       fsdp: split parameters and optimiser state over the data axis too.
@@ -70,7 +75,7 @@ class TrainConfig:
     learning_rate: float
     weight_decay: float
     warmup_steps: int
-    decay_steps: int
+    decay_steps: int | None = None
     mesh: str = ""
     fsdp: bool = False
     distributed: bool = False
@@ -88,25 +93,34 @@ class TrainConfig:
             ("warmup_steps", 0),
             ("decay_steps", 1),
         ):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            value: Any = getattr(self, name)
+            if value is None and name == "decay_steps":
+                continue
+            integer = isinstance(value, int | np.integer) and not isinstance(value, bool)
+            if not integer or value < least:
                 raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
+            object.__setattr__(self, name, int(value))  # JSON holds no integers of numpy
         if self.seed >= 2**31:
             raise ValueError(f"seed must be below 2**31, got {self.seed}")
-        if not 0 < self.learning_rate < float("inf"):
-            raise ValueError(
-                f"learning_rate must be positive and finite, got {self.learning_rate!r}"
+        for name, rule in (
+            ("learning_rate", "positive and finite"),
+            ("weight_decay", "at least 0 and finite"),
+        ):
+            value = getattr(self, name)
+            number = isinstance(value, int | float | np.integer | np.floating) and not isinstance(
+                value, bool
             )
-        if not 0 <= self.weight_decay < float("inf"):
-            raise ValueError(
-                f"weight_decay must be at least 0 and finite, got {self.weight_decay!r}"
-            )
-        if self.warmup_steps >= self.decay_steps:
+            if not number or not 0 <= value < math.inf or (name == "learning_rate" and value == 0):
+                raise ValueError(f"{name} must be {rule}, got {value!r}")
+            object.__setattr__(self, name, float(value))
+        if self.warmup_steps >= self.last_decay_step:
             raise ValueError(
                 "warmup_steps must be below decay_steps, got "
                 f"warmup_steps={self.warmup_steps} and decay_steps={self.decay_steps}"
             )
         parse_mesh(self.mesh)
+        if not isinstance(self.out, Path | None):
+            raise ValueError(f"out must be a pathlib.Path or None, got {self.out!r}")
         if self.resume and self.overwrite:
             raise ValueError(
                 "resume and overwrite must not both be set, got resume=True and overwrite=True"
@@ -121,7 +135,14 @@ class TrainConfig:
     def run_folder(self) -> Path:
         """Where the run writes: `out`, or the default folder that its settings name."""
         default = Path("runs") / f"{self.preset}-{self.model.attention}-seed{self.seed}"
-        return self.out or default
+        return default if self.out is None else self.out
+
+    @property
+    def last_decay_step(self) -> int:
+        """Step from which on the learning rate is constant."""
+        if self.decay_steps is not None:
+            return self.decay_steps
+        return max(self.steps, self.warmup_steps + 1)
 
 
 def config_to_json(config: TrainConfig) -> dict[str, Any]:
@@ -174,7 +195,6 @@ PRESETS: dict[str, TrainConfig] = {
         learning_rate=3e-3,
         weight_decay=0.1,
         warmup_steps=50,
-        decay_steps=600,
         model=TransformerConfig(
             vocab_size=VOCAB_SIZE,
             num_layers=4,
@@ -205,7 +225,6 @@ PRESETS: dict[str, TrainConfig] = {
         learning_rate=6e-4,
         weight_decay=0.1,
         warmup_steps=500,
-        decay_steps=20_000,
         model=TransformerConfig(
             vocab_size=VOCAB_SIZE,
             num_layers=12,

@@ -79,12 +79,12 @@ def _split_model(config: TransformerConfig, seed: int) -> tuple[Any, Any]:
 
 
 def learning_rate_schedule(config: TrainConfig) -> optax.Schedule:
-    """Linear warmup to the peak, cosine to a tenth of it at `decay_steps`, then constant."""
+    """Linear warmup to the peak, cosine to a tenth of it at `last_decay_step`, then constant."""
     return optax.warmup_cosine_decay_schedule(
         init_value=0.0,
         peak_value=config.learning_rate,
         warmup_steps=config.warmup_steps,
-        decay_steps=config.decay_steps,
+        decay_steps=config.last_decay_step,
         end_value=config.learning_rate * _FINAL_LEARNING_RATE,
     )
 
