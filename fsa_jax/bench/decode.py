@@ -21,6 +21,7 @@ from jaxtyping import Array
 import fsa_jax
 from fsa_jax import NSAConfig
 from fsa_jax.bench import cases, check, timing
+from fsa_jax.bench.cases import TINY
 from fsa_jax.bench.results import FULL, STEP
 from fsa_jax.cache import Chunk, NSACache
 from fsa_jax.pallas import decode_step
@@ -114,12 +115,17 @@ def rows(run, ceilings) -> Iterator[dict]:
 
 
 def _steps(run) -> list[Step]:
+    asked = run.config
     if run.interpret:
-        return [Step(batch=2, length=200, heads=6, kv_heads=2, width=16, config=cases.TINY)]
+        return [
+            Step(batch=2, length=length, heads=heads, kv_heads=kv_heads, width=16, config=TINY)
+            for heads, kv_heads in asked.heads or ((6, 2),)
+            for length in asked.lengths or (200,)
+        ]
     return [
         Step(batch=batch, length=length, heads=heads, kv_heads=kv_heads)
-        for heads, kv_heads in HEADS
-        for length in run.config.lengths or LENGTHS
+        for heads, kv_heads in asked.heads or HEADS
+        for length in asked.lengths or LENGTHS
         for batch in BATCHES
     ]
 

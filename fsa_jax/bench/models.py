@@ -41,7 +41,7 @@ AHEAD = 6
 def rows(kind: str, run, ceilings) -> Iterator[dict]:
     """Rows of the suite "training" or "prefill": one a model, length, packing and attention."""
     models = TINY if run.interpret else MODELS
-    lengths = (64,) if run.interpret else run.config.lengths or LENGTHS
+    lengths = run.config.lengths or ((64,) if run.interpret else LENGTHS)
     wanted = itertools.product(lengths, models.items(), (False, True))
     for several in itertools.batched(wanted, AHEAD):
         found = [_Layer(kind, run, length, name, sizes, packed)

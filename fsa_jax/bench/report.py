@@ -38,6 +38,7 @@ from fsa_jax.bench.results import (
     times,
     varying,
 )
+from fsa_jax.messages import naming
 
 _DPI = 120
 #: Behind it everything is generated.
@@ -83,7 +84,9 @@ def report(results: Path, out: Path) -> None:
         parts += _device(found[slug], slug, out)
     text = "\n".join(parts).rstrip("\n") + "\n"
     path = out / "benchmarks.md"
-    path.write_text(f"{_head(path)}{MARK}\n\n{text}", encoding="utf-8", newline="\n")
+    text = f"{_head(path)}{MARK}\n\n{text}"
+    with naming(path):
+        path.write_text(text, encoding="utf-8", newline="\n")
 
 
 def _head(path: Path) -> str:
@@ -310,7 +313,8 @@ def _plots(runs: list[Run], slug: str, out: Path) -> Iterator[str]:
         figure.suptitle(f"{title}\n{caption}", fontsize=11)
         (out / "images").mkdir(exist_ok=True)
         path = f"images/{slug}-{name}.png"
-        figure.savefig(out / path, dpi=_DPI, metadata={"Software": None})
+        with naming(out / path):
+            figure.savefig(out / path, dpi=_DPI, metadata={"Software": None})
         links.append(f"![{caption}]({path})\n")
     if links:
         yield "### Plots\n"

@@ -21,6 +21,7 @@ from fsa_jax import NSAConfig, checks, triton
 from fsa_jax.bench import cases, ceilings, check, decode, models, peers, timing
 from fsa_jax.bench.cases import TINY, Case, Subject
 from fsa_jax.bench.check import WrongResult
+from fsa_jax.messages import naming
 
 KERNELS = (
     "selected_attention",
@@ -54,8 +55,9 @@ SETS_BYTES = 2**28
 class BenchConfig:
     """Measures what this machine can run, and writes a report.
 
-    On a machine without an NVIDIA GPU the same code runs on tiny sizes, the kernels interpreted or
-    replaced by the portable implementation: that measures nothing, and the files say so.
+    On a machine without an NVIDIA GPU the same code runs on tiny sizes, unless lengths or heads say
+    otherwise, the kernels interpreted or replaced by the portable implementation: that measures
+    nothing, and the files say so.
 
     Attributes:
       suite: what to run. quick: the operator and the kernels that matter most, in the time of
@@ -63,8 +65,8 @@ class BenchConfig:
       out: folder for the JSON files and the report.
       report: only write the report anew from the JSON files below this folder; nothing is run.
       lengths: tokens of a row; empty: those of the suite.
-      heads: query and key heads, one pair after the other, of the kernels and the operator, such as
-        12 4 40 8; empty: those of the suite.
+      heads: query and key heads, one pair after the other, such as 12 4 40 8; empty: those of the
+        suite. The models of the suites training and prefill have heads of their own.
       minutes: no new case starts after so many, or after its share of them where there are more
         suites; 0: no limit. The cases left out are recorded.
       rounds: timed rounds of 3 to 10 calls each.
@@ -93,6 +95,11 @@ class BenchConfig:
                     "heads must be pairs (query heads, key heads), the first one a multiple of the "
                     f"second, got {self.heads}"
                 )
+        if self.heads and self.suite in ("training", "prefill"):
+            raise ValueError(
+                f"heads must be empty for suite={self.suite!r}, whose models have their own, got "
+                f"{self.heads}"
+            )
         if self.minutes < 0:
             raise ValueError(f"minutes must not be negative, got {self.minutes}")
 
@@ -163,21 +170,37 @@ def _suite(run: _Run, name: str) -> Path:
     for row in rows(run, run.ceilings):
         results["rows"].append(row)
         results["seconds"] = round(time.perf_counter() - run.began, 1)
-        path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        _write(path, results)
     results["complete"] = not any("time budget" in row.get("error", "") for row in results["rows"])
-    path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    _write(path, results)
     return path
+
+
+def _write(path: Path, results: dict[str, Any]) -> None:
+    with naming(path):
+        path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
 
 def _kernels(run: _Run, ceilings) -> Iterator[dict]:
     """Kernels by length and group, at (block, topk) = (64, 16) and (128, 8)."""
     if run.interpret:
-        tiny = Case(length=200, heads=6, kv_heads=2, width=16, config=TINY)
-        found = [(dataclasses.replace(tiny, selection="skewed", packed=True), KERNELS[:1])]
+        found = [
+            (dataclasses.replace(case, selection="skewed", packed=True), KERNELS[:1])
+            for case in _tiny_cases(run.config)
+        ]
     else:
         found = _kernel_cases(run.config.lengths or LENGTHS, run.config.heads or KERNEL_HEADS)
     implementation = "triton_interpret" if run.interpret else "triton"
     yield from measure_cases(run, found, implementation, ceilings)
+
+
+def _tiny_cases(config: BenchConfig) -> list[Case]:
+    """Cases for a machine that measures nothing."""
+    lengths, heads = config.lengths or (200,), config.heads or ((6, 2),)
+    return [
+        Case(length=length, heads=query, kv_heads=key, width=16, config=TINY)
+        for length, (query, key) in itertools.product(lengths, heads)
+    ]
 
 
 def _kernel_cases(
@@ -203,7 +226,7 @@ def _kernel_cases(
 
 def _operator(run: _Run, ceilings) -> Iterator[dict]:
     if run.interpret:
-        found = [Case(length=200, heads=6, kv_heads=2, width=16, config=TINY)]
+        found = _tiny_cases(run.config)
     else:
         found = _operator_cases(run.config.lengths or LENGTHS, run.config.heads or HEADS)
     implementation = "xla" if run.interpret else "triton"

@@ -23,6 +23,7 @@ from fsa_jax import NSAConfig, checks, triton
 from fsa_jax.bench import cases, check, timing
 from fsa_jax.bench.cases import Case, Subject
 from fsa_jax.bench.check import RIGHT_CHOICES
+from fsa_jax.messages import naming
 from fsa_jax.pallas import ranges, select, tuned
 from fsa_jax.pallas.ranges import RangeTile
 from fsa_jax.pallas.tuned import Key
@@ -32,6 +33,15 @@ from fsa_jax.pallas.tuning import SelectedTuning, Tile, make_plan, shared_memory
 ROWS, KEYS, WARPS, STAGES = (32, 64, 128), (32, 64, 128), (4, 8), (2, 3)
 #: (block size, blocks of a query).
 BLOCKS = ((64, 16), (128, 8))
+#: Key heads, and the groups, widths, length and configurations where none are asked for.
+_SIZES = (
+    4,
+    (4, 1, 8, 2, 16),
+    (128,),
+    32768,
+    [NSAConfig(block_size=block_size, topk=topk) for block_size, topk in BLOCKS],
+)
+_TINY_SIZES = (2, (2,), (16,), 200, [cases.TINY])
 _RANGES = {
     "range_forward": "forward",
     "range_query_gradient": "backward",
@@ -45,30 +55,33 @@ class TuneConfig:
     """Measures tiles of the kernels on this GPU and writes a table of the fastest.
 
     `FSA_JAX_TUNING=FILE` has the table taken; in `fsa_jax/pallas/devices/` it serves everyone with
-    such a device. Without an NVIDIA GPU the same code runs on tiny sizes with interpreted kernels:
-    that measures nothing, the file says so, and nothing takes it.
+    such a device. Without an NVIDIA GPU the same code runs with interpreted kernels, on tiny sizes
+    unless others are given: that measures nothing, the file says so, and nothing takes it.
 
     Attributes:
       out: the file to write.
-      groups: query heads of a key head to measure, those that matter most first.
-      widths: head widths, of queries, keys and values.
-      length: tokens of a row.
+      groups: query heads of a key head to measure, those that matter most first. Default: 4 1 8 2
+        16; without a GPU 2.
+      widths: head widths, of queries, keys and values. Default: 128; without a GPU 16.
+      length: tokens of a row. Default: 32768; without a GPU 200.
       minutes: no new kernel starts after so many; 0: no limit.
       rounds: timed rounds of 3 to 10 calls each.
       threads: candidates compiled at a time.
     """
 
     out: Path = Path("runs/tuning.json")
-    groups: tuple[int, ...] = (4, 1, 8, 2, 16)
-    widths: tuple[int, ...] = (128,)
-    length: int = 32768
+    groups: tuple[int, ...] = ()
+    widths: tuple[int, ...] = ()
+    length: int | None = None
     minutes: float = 20.0
     rounds: int = 5
     threads: int = 8
 
     def __post_init__(self):
-        for name in ("length", "rounds", "threads"):
+        for name in ("rounds", "threads"):
             checks.size(name, getattr(self, name))
+        if self.length is not None:
+            checks.size("length", self.length)
         for name in ("groups", "widths"):
             for size in getattr(self, name):
                 checks.size(name, size)
@@ -107,27 +120,26 @@ def tune(config: TuneConfig) -> Path:
         else:
             results["tiles"].append(_measure(job, config, inputs(job.case), interpret))
         results["seconds"] = round(time.perf_counter() - began, 1)
-        config.out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        with naming(config.out):
+            config.out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     return config.out
 
 
 def jobs(config: TuneConfig, interpret: bool) -> list[_Job]:
     """What is measured, in order."""
-    if interpret:
-        found = [Case(length=200, heads=4, kv_heads=2, width=16, config=cases.TINY)]
-    else:
-        found = [
-            Case(
-                length=config.length,
-                heads=4 * group,
-                kv_heads=4,
-                width=width,
-                config=NSAConfig(block_size=block_size, topk=topk),
-            )
-            for width, group, (block_size, topk) in itertools.product(
-                config.widths, config.groups, BLOCKS
-            )
-        ]
+    key_heads, groups, widths, length, configs = _TINY_SIZES if interpret else _SIZES
+    found = [
+        Case(
+            length=config.length or length,
+            heads=key_heads * group,
+            kv_heads=key_heads,
+            width=width,
+            config=sparse,
+        )
+        for width, group, sparse in itertools.product(
+            config.widths or widths, config.groups or groups, configs
+        )
+    ]
     listed = [job for case in found for job in _jobs_of(case)]
     # what does not depend on the blocks is measured once
     once = {job.key: job for job in reversed(listed)}
