@@ -7,14 +7,18 @@ import dataclasses
 import io
 import os
 import re
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
+
+if TYPE_CHECKING:
+    from fsa_jax.training.stopping import RunStopped
 
 _PROG = "fsa-jax"
 _TRAIN_EXTRA = frozenset({"grain", "matplotlib", "orbax", "tqdm", "tyro"})
-_INSTALL_EXTRA = "pip install 'fsa-jax[train]'"
+_INSTALL_EXTRA = "in a clone of fsa-jax, pip install '.[train]' brings it"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,7 +52,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
       arguments: words after the program's name; None: those of the process.
 
     Returns:
-      Exit code: 0, 1 for a run that failed, 2 for a mistake in the call, 130 when interrupted.
+      Exit code: 0; 1 for a run that failed, or a file that cannot be read or written; 2 for a
+      mistake in the call; 128 plus the number of a signal that ended a run (130 after Ctrl-C, 143
+      after SIGTERM).
     """
     commands: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
         "train": (_train, "train a byte-level language model with sparse or full attention"),
@@ -79,7 +85,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             parser.print_help()
         else:
             commands[parsed.command][0](parsed.arguments)
-        sys.stdout.flush()
+        if sys.stdout is not None:  # as Python has it where it was closed
+            sys.stdout.flush()
     except SystemExit as stop:  # argparse's and tyro's way to end --help and errors
         return stop.code if isinstance(stop.code, int) else 2
     except ModuleNotFoundError as error:
@@ -92,14 +99,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ArithmeticError as error:  # a loss that is not finite, a benchmark's wrong result
         _complain(str(error))
         return 1
-    except BrokenPipeError:  # the reader of a pipe, `head` say, has seen enough
-        # Python flushes once more at exit; there must be somewhere for it to go.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        # The reader of a pipe, `head` say, has seen enough: no more need be said.
+        if not isinstance(error, BrokenPipeError):
+            named = error.filename is not None and error.strerror is not None
+            _complain(f"{error.filename}: {error.strerror}" if named else str(error))
+        _give_up_output()
         return 1
     except KeyboardInterrupt:
-        _complain("interrupted; --resume goes on from the last checkpoint, if there is one")
+        _complain("interrupted")
         return 130
     return 0
+
+
+def _give_up_output() -> None:
+    """Lets Python, which flushes once more at exit, find somewhere for what nobody could take."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 class _Parser(argparse.ArgumentParser):
@@ -110,7 +128,8 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _complain(message: str) -> int:
-    print(f"{_PROG}: error: {' '.join(message.split())}", file=sys.stderr)
+    with contextlib.suppress(OSError):
+        print(f"{_PROG}: error: {' '.join(message.split())}", file=sys.stderr)
     return 2
 
 
@@ -119,9 +138,11 @@ def _parse[Flags](
 ) -> Flags:
     import tyro
 
+    rules = tyro.constructors.ConstructorRegistry()
+    rules.primitive_rule(_path_rule)
     messages = io.StringIO()
     try:
-        with contextlib.redirect_stderr(messages):
+        with contextlib.redirect_stderr(messages), rules:
             return tyro.cli(
                 flags,
                 prog=f"{_PROG} {command}",
@@ -136,6 +157,27 @@ def _parse[Flags](
         raise
 
 
+def _path_rule(found):
+    """Has tyro refuse an empty path, which Python takes for the current directory."""
+    import tyro
+
+    if found.type is not Path:
+        return None
+
+    def path(words: list[str]) -> Path:
+        if not words[0]:
+            raise ValueError("a path must not be empty, got ''")
+        return Path(words[0])
+
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="PATH",
+        instance_from_str=path,
+        is_instance=lambda x: isinstance(x, Path),
+        str_from_instance=lambda x: [str(x)],
+    )
+
+
 def _one_line(box: str) -> str:
     """The message in a box that tyro drew: its lines up to the first rule, without the frame."""
     lines = []
@@ -148,6 +190,22 @@ def _one_line(box: str) -> str:
 
 
 def _train(arguments: Sequence[str]) -> None:
+    from fsa_jax.messages import say, say_now
+    from fsa_jax.training.stopping import RunStopped, catching_signals
+
+    def at_once(stop: RunStopped) -> None:
+        say_now(_how_to_go_on(stop, arguments))
+        os._exit(128 + stop.signal)
+
+    try:
+        with catching_signals(at_once):
+            _train_until_stopped(arguments)
+    except RunStopped as stop:
+        say(_how_to_go_on(stop, arguments))
+        raise SystemExit(128 + stop.signal) from stop
+
+
+def _train_until_stopped(arguments: Sequence[str]) -> None:
     from fsa_jax.training import PRESETS, ProcessLost, TrainConfig, train
     from fsa_jax.training.mesh import is_leader
 
@@ -173,6 +231,18 @@ def _train(arguments: Sequence[str]) -> None:
         f"step {result.step}: held-out loss {result.held_out_loss:.4f} nats/byte "
         f"(unigram {result.unigram_loss:.4f})"
     )
+
+
+def _how_to_go_on(stop: "RunStopped", arguments: Sequence[str]) -> str:
+    """What to say where a signal has ended a run."""
+    name = stop.signal.name
+    if stop.saved is not None:
+        words = [word for word in arguments if word not in ("--resume", "--overwrite")]
+        command = shlex.join([_PROG, "train", *words, "--resume"])
+        return f"{name}: ended; the checkpoint of step {stop.saved} is saved. Go on with: {command}"
+    if not stop.trained:
+        return f"{name}: ended before the first step; the same command starts the run"
+    return f"{name}: ended at once, without a checkpoint; --overwrite starts the run anew"
 
 
 def _sample(arguments: Sequence[str]) -> None:

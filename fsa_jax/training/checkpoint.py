@@ -1,16 +1,20 @@
 """Checkpoints of a run: parameters, optimiser, step, rng, data position and configuration."""
 
-import shutil
+import errno
+import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 import jax
 import orbax.checkpoint as ocp
 
+from fsa_jax.messages import say
 from fsa_jax.training.config import TrainConfig, config_from_json, config_to_json
+from fsa_jax.training.folder import CHECKPOINTS, DAMAGED_CHECKPOINT, kept_aside
+from fsa_jax.training.mesh import all_agree, is_leader, on_leader
 from fsa_jax.training.step import TrainState
 
-_FOLDER = "checkpoints"
 _KEEP = 2
 
 
@@ -28,16 +32,8 @@ class RunPosition(NamedTuple):
     batches: dict[str, Any]
 
 
-def has_checkpoint(run_folder: Path) -> bool:
-    """Whether the folder of a run holds a complete checkpoint."""
-    folder = run_folder / _FOLDER
-    # orbax writes to another name and renames when all is there.
-    return folder.is_dir() and any(child.name.isdigit() for child in folder.iterdir())
-
-
-def remove_checkpoints(run_folder: Path) -> None:
-    """Deletes the checkpoints of a run, and nothing else."""
-    shutil.rmtree(run_folder / _FOLDER, ignore_errors=True)
+class UnreadableCheckpoint(ValueError):
+    """A checkpoint is damaged, or was not written by this version."""
 
 
 class Checkpoints:
@@ -50,7 +46,7 @@ class Checkpoints:
 
     def __init__(self, run_folder: Path, *, create: bool = False):
         # orbax takes absolute paths only.
-        self.folder = (run_folder / _FOLDER).absolute()
+        self.folder = (run_folder / CHECKPOINTS).absolute()
         # A donated buffer must not be overwritten while a background thread still writes it, so
         # saving is synchronous.
         self._manager = ocp.CheckpointManager(
@@ -68,19 +64,65 @@ class Checkpoints:
     def __exit__(self, *_) -> None:
         self._manager.close()
 
-    def last_step(self) -> int:
-        """Step of the newest checkpoint; ValueError when there is none."""
-        step = self._manager.latest_step()
-        if step is None:
-            raise ValueError(f"checkpoint must be complete, got none in {str(self.folder)!r}")
-        return step
+    def newest[Found](
+        self, read: Callable[[int], Found], *, quiet: bool = False
+    ) -> tuple[int, Found]:
+        """Step of the newest checkpoint that can be read, and what `read` gives for it.
+
+        Says which newer ones are damaged, unless it is to be quiet.
+
+        Raises:
+          UnreadableCheckpoint: there is none; the error is that of the newest one.
+        """
+        damaged: list[UnreadableCheckpoint] = []
+        for step in self._steps():
+            try:
+                found, error = [read(step)], None
+            except UnreadableCheckpoint as unreadable:
+                found, error = [], unreadable
+            if all_agree(bool(found)):
+                for reason in damaged if is_leader() and not quiet else ():
+                    say(f"{reason}; the checkpoint of step {step} is taken instead")
+                return step, found[0]
+            where = str(self.folder / str(step))
+            other = UnreadableCheckpoint(f"checkpoint must be whole for every process, got {where}")
+            damaged.append(error or other)
+        if damaged:
+            raise damaged[0]
+        raise UnreadableCheckpoint(f"checkpoint must be complete, got none in {str(self.folder)!r}")
+
+    def _steps(self) -> list[int]:
+        return sorted(self._manager.all_steps(), reverse=True)
+
+    def set_aside_after(self, step: int) -> None:
+        """Moves newer checkpoints, which are damaged, out of the way of those that are to come."""
+        for newer in (x for x in self._steps() if x > step):
+            old = self.folder / str(newer)
+            new = kept_aside(self.folder.parent, f"{DAMAGED_CHECKPOINT}{newer}-")
+            on_leader(functools.partial(old.rename, new))
+        self._manager.reload()
 
     def save(self, step: int, state: TrainState, position: RunPosition) -> None:
-        """Writes a checkpoint and drops old ones; does nothing if `step` is there already."""
+        """Writes a checkpoint and drops old ones; does nothing if `step` is there already.
+
+        Raises:
+          OSError: the checkpoint cannot be written.
+        """
         if step in self._manager.all_steps():
             return
+        try:
+            saved = self._save(step, state, position)
+        # A full disk raises almost anything, from orbax, zarr or tensorstore.
+        except Exception as error:
+            if jax.process_count() > 1 and isinstance(error, RuntimeError):
+                raise  # another process may be gone
+            raise OSError(errno.EIO, _first_line(error), str(self.folder / str(step))) from error
+        if not saved:
+            raise OSError(errno.EIO, "orbax has refused to save", str(self.folder / str(step)))
+
+    def _save(self, step: int, state: TrainState, position: RunPosition) -> bool:
         # Parameters stand apart, so that sampling needs to read nothing else.
-        self._manager.save(
+        return self._manager.save(
             step,
             args=ocp.args.Composite(
                 params=ocp.args.StandardSave(state.params),
@@ -126,12 +168,15 @@ class Checkpoints:
         except Exception as error:
             raise self._unreadable(step, error) from error
 
-    def _unreadable(self, step: int, error: Exception) -> ValueError:
-        reason = (str(error).strip().splitlines() or [""])[0][:200]
-        return ValueError(
+    def _unreadable(self, step: int, error: Exception) -> UnreadableCheckpoint:
+        return UnreadableCheckpoint(
             f"checkpoint must be one that this version wrote, complete, got "
-            f"{str(self.folder / str(step))!r}: {type(error).__name__}: {reason}"
+            f"{str(self.folder / str(step))!r}: {type(error).__name__}: {_first_line(error)}"
         )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [""])[0][:200]
 
 
 def _placed(template: Any) -> Any:

@@ -6,11 +6,12 @@ Every byte is in exactly one row of an epoch. The rows are shuffled over the who
 a batch is not one long file.
 """
 
+import collections
 import dataclasses
 import hashlib
 import os
 import sysconfig
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,9 @@ _NOT_LIBRARY = frozenset({"site-packages", "dist-packages", "test", "tests", "id
 # The held-out rows do not depend on the seed of the run: runs stay comparable.
 _HELD_OUT_SEED = 0
 
+# So many suffixes stand in the line that says what was read.
+_SHOWN = 6
+
 # Most rows are the middle of one file: enough rows to find one with a boundary, in an instant.
 _ROWS_TO_SEARCH = 2000
 
@@ -42,12 +46,30 @@ class Corpus:
       held_out: bytes of each held-out document.
       source: the files or folders, as text for people.
       fingerprint: hexadecimal SHA-256 over all documents of both sides.
+      read: files read, by suffix.
+      skipped: files that were found and left out, by reason and suffix.
     """
 
     train: tuple[bytes, ...]
     held_out: tuple[bytes, ...]
     source: str
     fingerprint: str
+    read: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    skipped: Mapping[str, int] = dataclasses.field(default_factory=dict)
+
+    @property
+    def summary(self) -> str:
+        """Which files were read and which were not, in a line."""
+        read = f"read {sum(self.read.values())} files ({_counts(self.read)}) of {self.source}"
+        return f"{read}; skipped: {_counts(self.skipped) or 'none'}"
+
+
+def _counts(counts: Mapping[str, int]) -> str:
+    """The largest counts, and the sum of the others."""
+    ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    shown = [f"{count} {name}" for name, count in ordered[:_SHOWN]]
+    rest = sum(count for _, count in ordered[_SHOWN:])
+    return ", ".join(shown + [f"{rest} others"] * bool(rest))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,8 +93,9 @@ def load_corpus(paths: Sequence[Path] = ()) -> Corpus:
     documents count once. A single document is cut: its last 5% are held out.
 
     Args:
-      paths: text files, and folders that are searched recursively (hidden files, and files with a
-        NUL byte in their first 8 KiB, are left out). Empty: the standard library's *.py files.
+      paths: text files, whatever their suffix, and folders that are searched recursively (hidden
+        files, and binary ones, with a NUL byte in their first 8 KiB, are left out). Empty: the
+        standard library's *.py files.
 
     Returns:
       The corpus.
@@ -85,17 +108,37 @@ def load_corpus(paths: Sequence[Path] = ()) -> Corpus:
       >>> len(corpus.train) > len(corpus.held_out) > 0
       True
     """
+    skipped = collections.Counter()
     if paths:
         source = ", ".join(str(path) for path in paths)
-        files = [file for path in paths for file in _text_files(Path(path))]
+        files = [file for path in paths for file in _text_files(Path(path), skipped)]
     else:
         library = Path(sysconfig.get_path("stdlib"))
         source = f"the Python standard library in {library}"
-        files = [file for file in _walk(library, _NOT_LIBRARY) if file.suffix == ".py"]
-    by_hash = {hashlib.sha256(text).digest(): text for text in map(_read, files) if text}
+        files = []
+        for file in _walk(library, skipped, _NOT_LIBRARY):
+            if file.suffix == ".py":
+                files.append(file)
+            else:
+                skipped[_suffix(file)] += 1
+    read = collections.Counter()
+    by_hash: dict[bytes, bytes] = {}
+    for file in files:
+        text = _read(file)
+        digest = hashlib.sha256(text).digest()
+        if not text:
+            skipped["empty"] += 1
+        elif digest in by_hash:
+            skipped["copies of others"] += 1
+        else:
+            by_hash[digest] = text
+            read[_suffix(file)] += 1
     documents = [by_hash[digest] for digest in sorted(by_hash)]
     if sum(map(len, documents)) < 2:
-        raise ValueError(f"data must hold at least two bytes of text, got none in {source}")
+        raise ValueError(
+            f"data must hold at least two bytes of text, got none in {source}; skipped: "
+            f"{_counts(skipped) or 'none'}"
+        )
     if len(documents) == 1:
         cut = len(documents[0]) - max(1, len(documents[0]) // _HELD_OUT_EVERY)
         held_out, train = [documents[0][cut:]], [documents[0][:cut]]
@@ -107,31 +150,56 @@ def load_corpus(paths: Sequence[Path] = ()) -> Corpus:
         held_out=tuple(held_out),
         source=source,
         fingerprint=hashlib.sha256(b"".join(sorted(by_hash))).hexdigest(),
+        read=read,
+        skipped=skipped,
     )
 
 
-def _text_files(path: Path) -> list[Path]:
-    if path.is_dir():
-        return [file for file in _walk(path) if b"\0" not in _read(file, 8192)]
-    if not path.is_file():
-        raise ValueError(f"data must be files or folders that exist, got {str(path)!r}")
-    return [path]
+def _suffix(file: Path) -> str:
+    return file.suffix or "without suffix"
 
 
-def _walk(folder: Path, skipped: frozenset[str] = frozenset()) -> Iterator[Path]:
+def _text_files(path: Path, skipped: collections.Counter[str]) -> list[Path]:
+    if not path.is_dir():
+        if not path.is_file():
+            raise ValueError(f"data must be files or folders that exist, got {str(path)!r}")
+        return [path]
+    found = []
+    for file in _walk(path, skipped):
+        if b"\0" in _read(file, 8192):
+            skipped[f"binary {_suffix(file)}"] += 1
+        else:
+            found.append(file)
+    return found
+
+
+def _walk(
+    folder: Path, skipped: collections.Counter[str], left_out: frozenset[str] = frozenset()
+) -> Iterator[Path]:
+    """The files below a folder; counts those of no use to anyone, and folders by their name."""
+
     def refuse(error: OSError) -> None:
         raise ValueError(f"data must be readable, got {error.filename!r}: {error.strerror}")
 
     for parent, folders, names in os.walk(folder, onerror=refuse):
-        folders[:] = [
-            name
-            for name in folders
-            if not name.startswith(".") and name != "__pycache__" and name not in skipped
-        ]
+        entered = []
+        for name in folders:
+            if name == "__pycache__" or name in left_out:
+                skipped[f"folders {name}"] += 1
+            elif name.startswith("."):
+                skipped["hidden"] += 1
+            elif Path(parent, name).is_symlink():  # which may lead round in a circle
+                skipped["links to folders"] += 1
+            else:
+                entered.append(name)
+        folders[:] = entered
         for name in names:
             file = Path(parent, name)
-            # Reading a pipe or a socket would block.
-            if not name.startswith(".") and file.is_file():
+            if name.startswith("."):
+                skipped["hidden"] += 1
+            elif not file.is_file():  # reading a pipe or a socket would block
+                skipped["not a file"] += 1
+            else:
                 yield file
 
 

@@ -1,11 +1,10 @@
 """The training job: data in; metrics, checkpoints, pictures and a held-out loss out."""
 
+import contextlib
 import dataclasses
 import functools
-import json
-import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +12,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from tqdm import tqdm
 
 from fsa_jax.environment import versions
-from fsa_jax.training.checkpoint import (
-    Checkpoints,
-    RunPosition,
-    has_checkpoint,
-    remove_checkpoints,
-)
+from fsa_jax.messages import say
+from fsa_jax.training import folder as files
+from fsa_jax.training.checkpoint import Checkpoints, RunPosition
 from fsa_jax.training.config import TrainConfig, check_resumable, config_to_json
 from fsa_jax.training.data import (
     Corpus,
@@ -38,10 +33,12 @@ from fsa_jax.training.mesh import (
     is_leader,
     join_processes,
     noticing_lost_processes,
+    on_leader,
     wait_for_all,
 )
 from fsa_jax.training.metrics import MetricsLog, Row, curve, read_metrics
 from fsa_jax.training.plots import plot_blocks, plot_losses
+from fsa_jax.training.progress import Progress
 from fsa_jax.training.step import (
     StepMetrics,
     abstract_model,
@@ -51,13 +48,13 @@ from fsa_jax.training.step import (
     make_train_step,
     state_shardings,
 )
+from fsa_jax.training.stopping import Stop, catching_signals
 from fsa_jax.transformer import Transformer
 
-# Losses are fetched from the device once in so many steps: it never waits for the host.
+# Losses are fetched from the device once in so many steps, so that it never waits for the host; or
+# earlier where they take longer than this together: progress shows, and a run can be stopped.
 _FETCH_EVERY = 10
-
-# Steps between two lines of text where there is no progress bar.
-_LINE_EVERY = 50
+_FETCH_SECONDS = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,37 +84,42 @@ def train(config: TrainConfig) -> TrainResult:
       The last losses and the paths of what was written.
 
     Raises:
-      ValueError: the data cannot be read, the folder holds a run already, or there is no
-        checkpoint to resume from, or one of another run.
+      ValueError: the data cannot be read, the folder holds a run already, or is in use, or there is
+        no checkpoint to resume from, or one of another run.
+      OSError: something cannot be written.
       FloatingPointError: the loss is not finite any more.
       ProcessLost: another process of the run has ended.
+      RunStopped: a signal came (SIGINT, SIGTERM or SIGHUP), and the run has saved a checkpoint.
     """
     if config.distributed:
         join_processes()
-    folder = config.run_folder
-    if config.resume and not has_checkpoint(folder):
-        raise ValueError(f"resume must find a checkpoint in out, got {str(folder)!r} without one")
-    if not config.resume and not config.overwrite and has_checkpoint(folder):
-        raise ValueError(
-            f"out must not hold a run already, got {str(folder)!r}: set resume to go on with it, "
-            "overwrite to replace it, or out to another folder"
+    with catching_signals() as stop, noticing_lost_processes(), contextlib.ExitStack() as stack:
+        stop.together = jax.process_count() > 1
+        folder = config.run_folder
+        check = functools.partial(
+            files.check_startable, folder, resume=config.resume, overwrite=config.overwrite
         )
-    placement = Placement.build(config.mesh, fsdp=config.fsdp)
-    sizes = {"batch_size": config.batch_size, "row_length": config.row_length}
-    check_placement(placement, config.model, **sizes)
-    corpus = load_corpus(config.data)
+        on_leader(check)
+        placement = Placement.build(config.mesh, fsdp=config.fsdp)
+        sizes = {"batch_size": config.batch_size, "row_length": config.row_length}
+        check_placement(placement, config.model, **sizes)
+        corpus = load_corpus(config.data)
+        on_leader(functools.partial(_make, folder))
+        on_leader(lambda: stack.enter_context(files.locked(folder)))
+        on_leader(check)  # again, now that no other run can come between
+        run = _Run(config, corpus, placement, stop)
+        if config.overwrite:
+            on_leader(functools.partial(files.clear, folder))
+        return run.finish()
+
+
+def _make(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(
             f"out must be a folder that can be made, got {str(folder)!r}: {error.strerror}"
         ) from error
-    wait_for_all("checked")
-    if config.overwrite and is_leader():
-        remove_checkpoints(folder)
-    wait_for_all("removed")
-    with noticing_lost_processes(), Checkpoints(folder, create=True) as checkpoints:
-        return _Run(config, corpus, checkpoints, placement).finish()
 
 
 def load_model(run_folder: Path, **changes: Any) -> tuple[Transformer, TrainConfig]:
@@ -130,31 +132,39 @@ def load_model(run_folder: Path, **changes: Any) -> tuple[Transformer, TrainConf
     Raises:
       ValueError: there is no checkpoint, or it cannot be read.
     """
-    if not has_checkpoint(run_folder):
+    if not files.has_checkpoint(run_folder):
         raise ValueError(
             "checkpoint must be the folder of a run with a checkpoint in it, got "
             f"{str(run_folder)!r}"
         )
     with Checkpoints(run_folder) as checkpoints:
-        step = checkpoints.last_step()
-        config = checkpoints.read_position(step).config
-        graphdef, template = abstract_model(dataclasses.replace(config.model, **changes))
-        return nnx.merge(graphdef, checkpoints.read_params(step, template)), config
+
+        def read(step):
+            config = checkpoints.read_position(step).config
+            graphdef, template = abstract_model(dataclasses.replace(config.model, **changes))
+            return nnx.merge(graphdef, checkpoints.read_params(step, template)), config
+
+        return checkpoints.newest(read)[1]
 
 
 class _Run:
     """One call of `train`, from the first batch or a checkpoint to the last step."""
 
-    def __init__(
-        self, config: TrainConfig, corpus: Corpus, checkpoints: Checkpoints, placement: Placement
-    ):
-        self.config = config
+    def __init__(self, config: TrainConfig, corpus: Corpus, placement: Placement, stop: Stop):
         self.placement = placement
         self.corpus = corpus
-        self.checkpoints = checkpoints
         self.folder = config.run_folder
+        self.stop = stop
         # What can be wrong comes before what takes long.
-        position = self._checked_position() if config.resume else None
+        if config.resume:
+            with Checkpoints(self.folder) as checkpoints:
+                step, position = checkpoints.newest(checkpoints.read_position, quiet=True)
+            if config.decay_steps is None:
+                decay_steps = position.config.last_decay_step
+                config = dataclasses.replace(config, decay_steps=decay_steps)
+            self._check_resumable(config, step, position)
+        # The file holds a number, so that a run that is made longer keeps its schedule.
+        self.config = config = dataclasses.replace(config, decay_steps=config.last_decay_step)
         self.batches = TrainingBatches(
             corpus.train,
             row_length=config.row_length,
@@ -176,78 +186,104 @@ class _Run:
         start = functools.partial(init_state, config=config)
         self.state = jax.jit(start, out_shardings=shardings)(params)
         self.first_step = 0
-        if position is not None:
-            self.first_step = checkpoints.last_step()
-            self.state = checkpoints.read_state(self.first_step, self.state)
-            self.batches.set_state(position.batches)
+        if config.resume:
+            with Checkpoints(self.folder) as checkpoints:
+                self.first_step = self._restore(checkpoints)
+        self._compile()
+
+    def _compile(self) -> None:
+        """Compiles ahead, so that tokens per second measure training alone."""
+        config = self.config
         shape = (config.batch_size, config.row_length)
-        ids = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=placement.rows)
-        # Compiled ahead, so that tokens per second measure training alone.
-        step = make_train_step(self.graphdef, config, placement)
+        ids = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=self.placement.rows)
+        step = make_train_step(self.graphdef, config, self.placement)
         lowered = step.lower(self.state, ids, ids)
         # Nothing that the caller could have got wrong is left: a message may come before the wait.
-        size = sum(map(len, corpus.train))
         if is_leader():
-            print(
-                f"{self.num_params} parameters; {size} bytes from {corpus.source}; compiling",
-                file=sys.stderr,
-                flush=True,
-            )
+            for message in self._messages():
+                say(message)
         self.train_step = lowered.compile()
-        evaluate = make_eval_step(self.graphdef, placement)
+        evaluate = make_eval_step(self.graphdef, self.placement)
         self.eval_step = evaluate.lower(self.state.params, ids, ids).compile()
 
-    def _checked_position(self) -> RunPosition:
-        """Reads where the run stopped, and raises ValueError unless it can go on from there."""
-        step = self.checkpoints.last_step()
-        position = self.checkpoints.read_position(step)
-        check_resumable(position.config, self.config)
+    def _messages(self) -> Iterator[str]:
+        """What a run says before it compiles."""
+        yield f"data: {self.corpus.summary}"
+        config, last = self.config, self.config.last_decay_step
+        if config.resume and config.steps > last:
+            yield (
+                f"the learning rate falls until step {last} and stays: a resumed run keeps the "
+                "decay_steps of its checkpoint"
+            )
+        size = sum(map(len, self.corpus.train))
+        yield f"{self.num_params} parameters, {size} bytes to train on; compiling"
+
+    def _check_resumable(self, config: TrainConfig, step: int, position: RunPosition) -> None:
+        """Raises ValueError unless the run can go on from a checkpoint."""
+        check_resumable(position.config, config)
         if position.fingerprint != self.corpus.fingerprint:
             raise ValueError(
                 "data must be the data of the checkpoint, got other bytes in "
                 f"{self.corpus.source} (checkpoint: {_source(position.config.data)})"
             )
-        if step > self.config.steps:
+        if step > config.steps:
             raise ValueError(
-                f"steps must be at least the {step} of the checkpoint, got {self.config.steps}"
+                f"steps must be at least the {step} of the checkpoint, got {config.steps}"
             )
-        return position
+
+    def _restore(self, checkpoints: Checkpoints) -> int:
+        """Goes to the newest checkpoint that is whole; gives its step."""
+
+        def read(step):
+            position = checkpoints.read_position(step)
+            self._check_resumable(self.config, step, position)
+            return position, checkpoints.read_state(step, self.state)
+
+        step, (position, self.state) = checkpoints.newest(read)
+        checkpoints.set_aside_after(step)
+        self.batches.set_state(position.batches)
+        self.stop.saved = step
+        return step
 
     def finish(self) -> TrainResult:
         """Trains to the last step and writes everything."""
-        metrics_file = self.folder / "metrics.jsonl"
+        metrics_file = self.folder / files.METRICS
+        # The description comes first: it says whose the rest is.
         self._write_description({})
-        evaluated = self.config.steps in curve(read_metrics(metrics_file), "held_out_loss")[0]
-        evaluated = agreed(evaluated and self.first_step == self.config.steps)
         with (
+            Checkpoints(self.folder, create=True) as checkpoints,
             MetricsLog(metrics_file, last_step=self.first_step, write=is_leader()) as log,
-            _Progress(self.first_step, self.config.steps, show=is_leader()) as progress,
+            Progress(self.first_step, self.config.steps, show=is_leader()) as progress,
         ):
-            self._train(log, progress)
+            evaluated = self.config.steps in curve(log.kept, "held_out_loss")[0]
+            evaluated = agreed(evaluated and self.first_step == self.config.steps)
+            self._train(checkpoints, log, progress)
             if not evaluated and self.first_step == self.config.steps:
                 self._evaluate(self.config.steps, log, progress)
         wait_for_all("trained")
         rows = read_metrics(metrics_file)
         held_out_loss = curve(rows, "held_out_loss")[1][-1]
         self._write_description({"step": self.config.steps, "held_out_loss": held_out_loss})
-        files = [metrics_file, self.folder / "run.json", self.folder / "loss.png"]
+        written = [metrics_file, self.folder / files.DESCRIPTION, self.folder / files.LOSSES]
         name = f"attention={self.config.model.attention}"
         if is_leader():
-            plot_losses(files[-1], {name: rows}, unigram_loss=self.unigram_loss)
+            plot_losses(written[-1], {name: rows}, unigram_loss=self.unigram_loss)
         if self.config.model.attention == "nsa":
-            files.append(self.folder / "blocks.png")
-            self._plot_blocks(files[-1])
+            written.append(self.folder / files.BLOCKS)
+            self._plot_blocks(written[-1])
         return TrainResult(
             step=self.config.steps,
             held_out_loss=held_out_loss,
             unigram_loss=self.unigram_loss,
-            files=(*files, self.folder / self.checkpoints.folder.name),
+            files=(*written, self.folder / files.CHECKPOINTS),
         )
 
-    def _train(self, log: MetricsLog, progress: "_Progress") -> None:
-        config = self.config
+    def _train(self, checkpoints: Checkpoints, log: MetricsLog, progress: Progress) -> None:
+        config, stop = self.config, self.stop
         pending: list[tuple[int, StepMetrics]] = []
+        fetch_every = 1
         since = time.perf_counter()
+        stop.stepping = True
         for step in range(self.first_step + 1, config.steps + 1):
             batch = next(self.batches)
             first, _ = self.placement.own_rows(config.batch_size)
@@ -257,21 +293,28 @@ class _Run:
             )
             self.state, metrics = self.train_step(self.state, *arrays)
             pending.append((step, metrics))
+            stop.trained = True
+            stopping = stop.due(step)
             last = step == config.steps
             evaluate = last or step % config.eval_every == 0
-            save = last or step % config.checkpoint_every == 0
-            if evaluate or save or len(pending) == _FETCH_EVERY:
+            save = last or stopping or step % config.checkpoint_every == 0
+            if evaluate or save or len(pending) >= fetch_every:
                 rows = self._fetch(pending, since)
                 log.write(rows)
                 progress.steps(rows)
+                seconds = (time.perf_counter() - since) / len(pending)
+                fetch_every = min(max(int(_FETCH_SECONDS / seconds), 1), _FETCH_EVERY)
                 pending = []
                 since = time.perf_counter()
             if evaluate:
                 self._evaluate(step, log, progress)
             if save:
-                self._save(step)
+                self._save(checkpoints, step)
+            if stopping:
+                raise stop.stopped()
             if evaluate or save:
                 since = time.perf_counter()
+        stop.stepping = False
 
     def _fetch(self, pending: Sequence[tuple[int, StepMetrics]], since: float) -> list[Row]:
         """Waits for the pending steps and makes their rows."""
@@ -296,7 +339,7 @@ class _Run:
                 )
         return rows
 
-    def _evaluate(self, step: int, log: MetricsLog, progress: "_Progress") -> None:
+    def _evaluate(self, step: int, log: MetricsLog, progress: Progress) -> None:
         sums = [
             self.eval_step(
                 self.state.params, *map(self.placement.place, (batch.tokens, batch.segment_ids))
@@ -308,17 +351,16 @@ class _Run:
         log.write([row])
         progress.held_out(row)
 
-    def _save(self, step: int) -> None:
+    def _save(self, checkpoints: Checkpoints, step: int) -> None:
         position = RunPosition(
             config=self.config,
             fingerprint=self.corpus.fingerprint,
             batches=self.batches.get_state(),
         )
-        self.checkpoints.save(step, self.state, position)
+        checkpoints.save(step, self.state, position)
+        self.stop.saved = step
 
     def _write_description(self, result: Row) -> None:
-        if not is_leader():
-            return
         description = {
             "config": config_to_json(self.config),
             "versions": versions(),
@@ -331,12 +373,13 @@ class _Run:
                 "train_bytes": sum(map(len, self.corpus.train)),
                 "held_out_documents": len(self.corpus.held_out),
                 "held_out_bytes": sum(map(len, self.corpus.held_out)),
+                "read": dict(self.corpus.read),
+                "skipped": dict(self.corpus.skipped),
             },
             "unigram_loss": self.unigram_loss,
             "result": result,
         }
-        text = json.dumps(description, indent=2) + "\n"
-        (self.folder / "run.json").write_text(text, encoding="utf-8")
+        on_leader(functools.partial(files.write_description, self.folder, description))
 
     def _plot_blocks(self, path: Path) -> None:
         batch = row_of_documents(self.corpus.held_out, row_length=self.config.row_length)
@@ -355,48 +398,3 @@ class _Run:
 
 def _source(data: Sequence[Path]) -> str:
     return ", ".join(str(path) for path in data) or "the Python standard library"
-
-
-class _Progress:
-    """A bar on a terminal; elsewhere a line of text now and then."""
-
-    def __init__(self, first_step: int, steps: int, *, show: bool):
-        self._steps = steps
-        self._show = show
-        self._bar = tqdm(
-            initial=first_step,
-            total=steps,
-            unit="step",
-            disable=not show or not sys.stderr.isatty(),
-            dynamic_ncols=True,
-        )
-        self._shown: dict[str, Any] = {}
-
-    def __enter__(self) -> "_Progress":
-        return self
-
-    def __exit__(self, *_) -> None:
-        self._bar.close()
-
-    def steps(self, rows: Sequence[Row]) -> None:
-        """Shows finished steps."""
-        row = rows[-1]
-        self._shown |= {"loss": f"{row['loss']:.3f}", "tokens/s": f"{row['tokens_per_s']:.0f}"}
-        self._bar.set_postfix(self._shown, refresh=False)
-        self._bar.update(len(rows))
-        if self._bar.disable and any(row["step"] % _LINE_EVERY == 0 for row in rows):
-            self._line(row["step"], self._shown)
-
-    def held_out(self, row: Row) -> None:
-        """Shows a held-out loss."""
-        held_out = {"held-out loss": f"{row['held_out_loss']:.3f}"}
-        self._shown |= held_out
-        self._bar.set_postfix(self._shown)
-        if self._bar.disable:
-            self._line(row["step"], held_out)
-
-    def _line(self, step: int, values: Row) -> None:
-        if not self._show:
-            return
-        shown = ", ".join(f"{name} {value}" for name, value in values.items())
-        print(f"step {step}/{self._steps}: {shown}", file=sys.stderr, flush=True)

@@ -8,7 +8,7 @@ import contextlib
 import dataclasses
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -108,6 +108,27 @@ def agreed(value: bool) -> bool:
     if jax.process_count() == 1:
         return value
     return bool(multihost_utils.broadcast_one_to_all(np.asarray(value)))
+
+
+def all_agree(value: bool) -> bool:
+    """Whether the value is true on every process."""
+    from jax.experimental import multihost_utils
+
+    if jax.process_count() == 1:
+        return value
+    return bool(np.all(multihost_utils.process_allgather(np.asarray(value))))
+
+
+def on_leader(action: Callable[[], object]) -> None:
+    """Has the leader do something; where it raises ValueError or OSError, every process does."""
+    error = None
+    if is_leader():
+        try:
+            action()
+        except (ValueError, OSError) as raised:
+            error = raised
+    if not agreed(error is None):
+        raise error or ValueError("process 0 of the run has refused to go on, and has said why")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,6 +11,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
 from fsa_jax.config import NSAConfig
+from fsa_jax.messages import naming
 from fsa_jax.training.metrics import Row, curve
 
 _DPI = 120
@@ -54,7 +55,8 @@ def plot_losses(path: Path, runs: Mapping[str, Iterable[Row]], *, unigram_loss: 
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(path, dpi=_DPI)
+    with naming(path):
+        figure.savefig(path, dpi=_DPI)
 
 
 def _running_mean(values: list[float]) -> np.ndarray:
@@ -99,7 +101,8 @@ def plot_blocks(
         for name, colour in zip(_CHOICES, _COLOURS[1:], strict=True)
     ]
     figure.legend(handles=patches, loc="outside lower center", ncols=len(patches))
-    figure.savefig(path, dpi=_DPI)
+    with naming(path):
+        figure.savefig(path, dpi=_DPI)
 
 
 def _evenly(count: int, most: int) -> list[int]:

@@ -1,0 +1,188 @@
+"""The folder of a run: whose it is, which process writes to it, and what a new run may replace.
+
+A run lives in the files named here. A folder that holds `run.json` of a run belongs to this
+program; anything else in it, and every other folder, belongs to someone else and is never deleted.
+"""
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import shutil
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from fsa_jax.messages import naming, say
+
+METRICS, DESCRIPTION, CHECKPOINTS = "metrics.jsonl", "run.json", "checkpoints"
+LOSSES, BLOCKS = "loss.png", "blocks.png"
+WHAT = "fsa-jax train"
+
+#: Copies that a resumed run keeps of what it found damaged; a number follows.
+DAMAGED_METRICS, DAMAGED_CHECKPOINT = "damaged-metrics-", "damaged-checkpoint-"
+
+_LOCK = ".lock"
+#: Every description has had these keys, also before it had the key "what".
+_KEYS_OF_DESCRIPTION = frozenset({"config", "versions", "devices", "parameters", "unigram_loss"})
+#: What stands in every checkpoint of orbax, finished or not.
+_MARK_OF_CHECKPOINT = "_CHECKPOINT_METADATA"
+_UNFINISHED = ".orbax-checkpoint-tmp"
+#: What a file system without locks answers.
+_NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}
+
+
+def has_checkpoint(folder: Path) -> bool:
+    """Whether the folder of a run holds a complete checkpoint."""
+    checkpoints = folder / CHECKPOINTS
+    # orbax writes to another name and renames when all is there.
+    return checkpoints.is_dir() and any(child.name.isdecimal() for child in checkpoints.iterdir())
+
+
+def check_startable(folder: Path, *, resume: bool, overwrite: bool) -> None:
+    """Raises ValueError unless a run may go on, or begin, in the folder."""
+    name = str(folder)
+    if resume:
+        if not has_checkpoint(folder):
+            raise ValueError(f"resume must find a checkpoint in out, got {name!r} without one")
+    elif not overwrite:
+        if found := _worth_keeping(folder):
+            raise ValueError(
+                f"out must not hold a run already, got {name!r}, where {found} is: set resume to "
+                "go on with it, overwrite to replace it, or out to another folder"
+            )
+    elif found := _not_ours(folder):
+        raise ValueError(
+            "overwrite must replace a run that this program wrote, and nothing else, got "
+            f"{name!r}, where {found}: set out to another folder, or delete it yourself"
+        )
+
+
+def _worth_keeping(folder: Path) -> str | None:
+    """Name of something that a new run would replace; None if there is nothing."""
+    for name in (CHECKPOINTS, METRICS, DESCRIPTION, LOSSES, BLOCKS):
+        path = folder / name
+        if not os.path.lexists(path):
+            continue
+        if name == CHECKPOINTS and path.is_dir():
+            empty = not any(path.iterdir())
+        elif name == METRICS and path.is_file():
+            empty = not path.stat().st_size
+        else:  # a run that ended before its first step has left its description only
+            empty = name == DESCRIPTION and _is_description(path)
+        if not empty:
+            return name
+    return None
+
+
+def _not_ours(folder: Path) -> str | None:
+    """What in the folder a run that replaces another must not delete; None if there is nothing."""
+    if _worth_keeping(folder) and not _is_description(folder / DESCRIPTION):
+        return f"no {DESCRIPTION} of a run is"
+    for name in (METRICS, DESCRIPTION, LOSSES, BLOCKS):
+        if (folder / name).is_dir():
+            return f"{name} is a folder"
+    checkpoints = folder / CHECKPOINTS
+    if not os.path.lexists(checkpoints):
+        return None
+    if not checkpoints.is_dir():
+        return f"{CHECKPOINTS} is no folder"
+    strange = [child.name for child in checkpoints.iterdir() if not _is_checkpoint(child)]
+    return f"{CHECKPOINTS}/{min(strange)} is no checkpoint" if strange else None
+
+
+def _is_checkpoint(path: Path) -> bool:
+    if not path.is_dir() or path.is_symlink():
+        return False
+    unfinished = _UNFINISHED in path.name
+    return unfinished or (path.name.isdecimal() and (path / _MARK_OF_CHECKPOINT).is_file())
+
+
+def _is_description(path: Path) -> bool:
+    """Whether a file is the `run.json` of a run."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    if not isinstance(found, dict):
+        return False
+    return found.get("what") == WHAT or ("what" not in found and set(found) >= _KEYS_OF_DESCRIPTION)
+
+
+def write_description(folder: Path, description: dict[str, Any]) -> None:
+    """Writes `run.json`, the whole of it or nothing."""
+    fresh = folder / f"{DESCRIPTION}.new"
+    text = json.dumps({"what": WHAT} | description, indent=2) + "\n"
+    with naming(fresh):
+        fresh.write_text(text, encoding="utf-8")
+    fresh.replace(folder / DESCRIPTION)
+
+
+def clear(folder: Path) -> None:
+    """Deletes the run in a folder that `check_startable` let pass with overwrite."""
+    checkpoints = folder / CHECKPOINTS
+    for child in checkpoints.iterdir() if checkpoints.is_dir() else ():
+        shutil.rmtree(child)
+    # The description goes last: until then it says whose the rest is.
+    for name in (METRICS, LOSSES, BLOCKS, DESCRIPTION):
+        (folder / name).unlink(missing_ok=True)
+
+
+def kept_aside(folder: Path, name: str) -> Path:
+    """A path in the folder that does not exist yet: the name and a number."""
+    number = 1
+    while os.path.lexists(folder / f"{name}{number}"):
+        number += 1
+    return folder / f"{name}{number}"
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Holds the folder against other runs; the system lets go of it when the process ends.
+
+    Raises:
+      ValueError: another run holds it.
+      OSError: the folder cannot be written to.
+    """
+    path = folder / _LOCK
+    descriptor = _open_locked(path)
+    try:
+        with naming(path):
+            os.ftruncate(descriptor, 0)
+            os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
+        yield
+    finally:
+        # First the name, so that who finds it never finds a lock that is not held.
+        with contextlib.suppress(OSError):
+            path.unlink()
+        os.close(descriptor)
+
+
+def _open_locked(path: Path) -> int:
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            _lock(descriptor, path.parent)
+            # The run before may have deleted the file between the two calls above.
+            if path.exists() and os.path.samestat(os.fstat(descriptor), path.stat()):
+                return descriptor
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)
+
+
+def _lock(descriptor: int, folder: Path) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        holder = os.read(descriptor, 200).decode(errors="replace") or "another process"
+        raise ValueError(
+            f"out must not be in use by another run, got {str(folder)!r}, to which {holder} writes"
+        ) from error
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        say(f"{folder} cannot be locked ({error.strerror}): start no second run in it")
