@@ -1,21 +1,26 @@
 """Native sparse attention (NSA) for JAX: the operator, its branches, and inference with a cache."""
 
-from fsa_jax.api import (
-    CHECKPOINT_NAMES,
-    compress,
-    compressed_attention,
-    native_sparse_attention,
-    select_blocks,
-    selected_attention,
-    sliding_window_attention,
-)
-from fsa_jax.cache import KVCache, NSACache
-from fsa_jax.causal import causal_attention
-from fsa_jax.config import NSAConfig
-from fsa_jax.dispatch import explain
-from fsa_jax.generation import generate
-from fsa_jax.pages import OutOfPages, PageAllocator
-from fsa_jax.stripes import from_stripes, to_stripes
+from typing import TYPE_CHECKING
+
+from fsa_jax import lazy
+
+if TYPE_CHECKING:
+    from fsa_jax.api import (
+        CHECKPOINT_NAMES,
+        compress,
+        compressed_attention,
+        native_sparse_attention,
+        select_blocks,
+        selected_attention,
+        sliding_window_attention,
+    )
+    from fsa_jax.cache import KVCache, NSACache
+    from fsa_jax.causal import causal_attention
+    from fsa_jax.config import NSAConfig
+    from fsa_jax.dispatch import explain
+    from fsa_jax.generation import generate
+    from fsa_jax.pages import OutOfPages, PageAllocator
+    from fsa_jax.stripes import from_stripes, to_stripes
 
 __version__ = "0.1.0"
 
@@ -38,3 +43,25 @@ __all__ = [
     "sliding_window_attention",
     "to_stripes",
 ]
+
+__getattr__, __dir__ = lazy.exports(
+    __name__,
+    {
+        "api": [
+            "CHECKPOINT_NAMES",
+            "compress",
+            "compressed_attention",
+            "native_sparse_attention",
+            "select_blocks",
+            "selected_attention",
+            "sliding_window_attention",
+        ],
+        "cache": ["KVCache", "NSACache"],
+        "causal": ["causal_attention"],
+        "config": ["NSAConfig"],
+        "dispatch": ["explain"],
+        "generation": ["generate"],
+        "pages": ["OutOfPages", "PageAllocator"],
+        "stripes": ["from_stripes", "to_stripes"],
+    },
+)

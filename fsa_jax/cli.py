@@ -206,8 +206,7 @@ def _train(arguments: Sequence[str]) -> None:
 
 
 def _train_until_stopped(arguments: Sequence[str]) -> None:
-    from fsa_jax.training import PRESETS, ProcessLost, TrainConfig, train
-    from fsa_jax.training.mesh import is_leader
+    from fsa_jax.training import PRESETS, TrainConfig
 
     # The preset gives the defaults of all other flags, so it must be known before they are read.
     # A wrong name is left to the full parser.
@@ -215,6 +214,10 @@ def _train_until_stopped(arguments: Sequence[str]) -> None:
     first.add_argument("--preset", nargs="?", default="tiny")
     preset = first.parse_known_args(arguments)[0].preset
     config = _parse(TrainConfig, "train", arguments, PRESETS.get(preset, PRESETS["tiny"]))
+    # what only --help and a mistake in the flags can do without
+    from fsa_jax.training import ProcessLost, train
+    from fsa_jax.training.mesh import is_leader
+
     try:
         result = train(config)
     except ProcessLost as error:
@@ -246,12 +249,12 @@ def _how_to_go_on(stop: "RunStopped", arguments: Sequence[str]) -> str:
 
 
 def _sample(arguments: Sequence[str]) -> None:
+    flags = _parse(SampleConfig, "sample", arguments)
     import fsa_jax
     from fsa_jax import checks
     from fsa_jax.training import load_model
     from fsa_jax.training.config import DOCUMENT_START
 
-    flags = _parse(SampleConfig, "sample", arguments)
     checks.size("max_bytes", flags.max_bytes)
     # Words of a command line that are not UTF-8 reach Python as surrogates.
     prompt, stop = (x.encode("utf-8", "surrogateescape") for x in (flags.prompt, flags.stop))

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fsa_jax.bench import cases, ceilings, check, decode, run, timing
+from fsa_jax.bench import cases, ceilings, check, decode, models, run, timing
 from fsa_jax.bench.cases import Case
 from fsa_jax.bench.run import BenchConfig, bench
 from fsa_jax.pallas import paged
@@ -218,16 +218,32 @@ def test_a_floor_takes_the_larger_of_both():
     assert cases.floor_ms(1e12, 1e6, None) is None
 
 
-@pytest.mark.parametrize("suite", ["kernels", "operator"])
-def test_heads_and_lengths_are_those_asked_for(suite, monkeypatch):
+ASKED = {"lengths": (512, 1024), "heads": ((12, 4), (40, 8))}
+
+
+@pytest.mark.parametrize("interpret", [False, True])
+@pytest.mark.parametrize("suite", ["kernels", "operator", "decode"])
+def test_heads_and_lengths_are_those_asked_for(suite, interpret, monkeypatch):
     asked = []
     monkeypatch.setattr(
-        run, "measure_cases", lambda run, found, *_: iter(asked.extend(found) or ())
+        run, "measure_cases", lambda run, found, *_: iter([case for case, _ in found])
     )
-    config = BenchConfig(lengths=(512, 1024), heads=((12, 4), (40, 8)))
-    list(getattr(run, f"_{suite}")(run._Run(config, interpret=False), None))
-    shapes = {(case.length, case.heads, case.kv_heads) for case, _ in asked}
+    state = run._Run(BenchConfig(**ASKED), interpret=interpret)
+    asked = decode._steps(state) if suite == "decode" else getattr(run, f"_{suite}")(state, None)
+    shapes = {(case.length, case.heads, case.kv_heads) for case in asked}
     assert shapes == {(t, *heads) for t in (512, 1024) for heads in ((12, 4), (40, 8))}
+
+
+@pytest.mark.parametrize("interpret", [False, True])
+def test_lengths_of_models_are_those_asked_for(interpret):
+    state = run._Run(BenchConfig(lengths=(96, 160), minutes=1e-9), interpret=interpret)
+    assert {row["length"] for row in models.rows("training", state, None)} == {96, 160}
+
+
+@pytest.mark.parametrize("suite", ["training", "prefill"])
+def test_heads_of_models_cannot_be_asked_for(suite):
+    with pytest.raises(ValueError, match=rf"heads must be empty for suite='{suite}', .*12, 4"):
+        BenchConfig(suite=suite, heads=((12, 4),))
 
 
 @pytest.mark.parametrize(

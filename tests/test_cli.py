@@ -1,21 +1,27 @@
 """The command line: commands, flags, presets, and one-line errors with exit code 2."""
 
 import dataclasses
+import errno
 import io
+import json
 import os
+import re
+import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from test_runs import signals_at
 
 import fsa_jax
 import fsa_jax.training
 from fsa_jax import cli
 from fsa_jax.cli import main
-from fsa_jax.training import PRESETS, TrainResult, read_metrics
+from fsa_jax.training import PRESETS, RunStopped, TrainResult, read_metrics
 
 TEXT = "the quick brown fox jumps over the lazy dog. "
 
@@ -330,7 +336,7 @@ def test_missing_extra(missing, monkeypatch, capfd):
     assert main(["train"]) == 2
     message = one_line(capfd)
     assert missing.partition(".")[0] in message
-    assert "pip install 'fsa-jax[train]'" in message
+    assert "in a clone of fsa-jax, pip install '.[train]' brings it" in message
     assert main(["info"]) == 0
 
 
@@ -340,7 +346,97 @@ def test_interrupt(monkeypatch, capfd):
 
     monkeypatch.setattr(fsa_jax.training, "train", interrupt)
     assert main(["train"]) == 130
-    assert "--resume" in one_line(capfd)
+    assert one_line(capfd) == "fsa-jax: error: interrupted\n"
+
+
+@pytest.mark.parametrize(
+    ("number", "saved", "words", "code", "expected"),
+    [
+        ("SIGINT", 4, "--out 'a b' --overwrite", 130, "Go on with: fsa-jax train --out 'a b' --re"),
+        ("SIGTERM", 7, "--resume --out c", 143, "Go on with: fsa-jax train --out c --resume\n"),
+        ("SIGHUP", None, "", 129, "before the first step; the same command starts the run"),
+    ],
+)
+def test_a_signal_says_how_to_go_on(number, saved, words, code, expected, monkeypatch, capfd):
+    def stop(config):
+        raise RunStopped(getattr(signal, number), saved, trained=saved is not None)
+
+    monkeypatch.setattr(fsa_jax.training, "train", stop)
+    assert main(["train", *shlex.split(words)]) == code
+    message = one_line(capfd)
+    assert message.startswith(f"fsa-jax: {number}: ended")
+    assert expected in message
+    assert (f"the checkpoint of step {saved} is saved" in message) == (saved is not None)
+
+
+def test_the_command_that_goes_on_does(data, tmp_path, monkeypatch, capfd):
+    signals_at(monkeypatch, 2, signal.SIGTERM)
+    words = train_words(data, tmp_path / "run", "--overwrite", "--steps", "3")
+    assert main(words) == 143
+    monkeypatch.undo()
+    command = capfd.readouterr().err.splitlines()[-1].partition("Go on with: ")[2]
+    assert main(shlex.split(command)[1:]) == 0
+    rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert [row["step"] for row in rows if "loss" in row] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("command", ["train", "sample", "bench", "tune", "info"])
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device", "a/b"), "a/b: No space left on device"),
+        (OSError(errno.EROFS, "Read-only file system"), "[Errno 30] Read-only file system"),
+        (OSError("orbax: a\n  long story"), "orbax: a long story"),
+        (PermissionError(errno.EACCES, "Permission denied", "c"), "c: Permission denied"),
+        (BrokenPipeError(errno.EPIPE, "Broken pipe"), None),
+    ],
+)
+def test_errors_of_files_are_one_line(command, error, expected, monkeypatch, capfd):
+    def fail(_):
+        raise error
+
+    monkeypatch.setattr(cli, f"_{command}", fail)
+    assert main([command]) == 1
+    if expected is None:
+        assert capfd.readouterr() == ("", "")
+    else:
+        assert one_line(capfd) == f"fsa-jax: error: {expected}\n"
+
+
+@pytest.mark.parametrize("words", ["bench --out", "bench --report {0}/x --out", "tune --out"])
+def test_a_path_through_a_file(words, tmp_path, capfd):
+    (tmp_path / "file").write_text("text")
+    words = words.format(tmp_path).split()
+    assert main([*words, str(tmp_path / "file" / "x")]) in (1, 2)
+    assert str(tmp_path) in one_line(capfd)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["train", "--out", ""],
+        ["train", "--out="],
+        ["train", "--data", "a", ""],
+        ["sample", "--checkpoint", ""],
+        ["bench", "--report", ""],
+        ["bench", "--peer-path="],
+        ["tune", "--out", ""],
+    ],
+)
+def test_an_empty_path_is_no_path(words, capfd):
+    """Python takes it for the current directory."""
+    assert main(words) == 2
+    flag = next(word for word in words if word.startswith("--")).rstrip("=")
+    assert re.search(rf"{flag}.*''|'' .*{flag}", one_line(capfd))
+
+
+def test_a_run_says_what_it_has_read(data, tmp_path, capfd):
+    folder = shutil.copytree(data, tmp_path / "data")
+    (folder / "numbers.dat").write_bytes(b"\0\1\2")
+    assert main(train_words(folder, tmp_path / "run")) == 0
+    assert f"read 4 files (4 .txt) of {folder}; skipped: 1 binary .dat" in capfd.readouterr().err
+    found = json.loads((tmp_path / "run" / "run.json").read_text())["data"]
+    assert (found["read"], found["skipped"]) == ({".txt": 4}, {"binary .dat": 1})
 
 
 def test_failed_training_exits_with_1(data, tmp_path, capfd):
@@ -352,8 +448,27 @@ def test_failed_training_exits_with_1(data, tmp_path, capfd):
     assert not any("Traceback" in line for line in progress)
 
 
-@pytest.mark.parametrize("words", [["train", "--help"], ["info"]])
-@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_the_version_and_help_wait_for_no_large_package():
+    """The time of a start is that of its imports."""
+    code = """
+import sys
+from fsa_jax.cli import main
+def loaded():
+    return {"jax", "flax", "numpy", "tyro", "grain", "matplotlib", "orbax"} & {*sys.modules}
+for words in (["--version"], ["--help"], ["info", "--help"]):
+    assert main(words) == 0
+    assert not loaded(), (words, loaded())
+assert main(["sample", "--help"]) == 0
+assert not loaded() & {"jax", "flax"}, loaded()
+assert main(["train", "--help"]) == 0
+assert not loaded() & {"grain", "matplotlib"}, loaded()
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, timeout=120)
+
+
+@pytest.mark.parametrize(
+    ("words", "unbuffered"), [(["train", "--help"], ""), (["info"], "1"), (["--help"], "")]
+)
 def test_a_reader_that_is_gone_is_no_error(words, unbuffered):
     """As `fsa-jax info | head -1` has it, once head has read its line."""
     reader, writer = os.pipe()

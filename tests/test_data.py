@@ -118,10 +118,24 @@ def test_folders_are_searched_and_binary_or_hidden_files_left_out(tmp_path):
             ".git/config": b"hidden folder",
             ".secret": b"hidden file",
             "__pycache__/x.py": b"cache",
+            "copy.txt": b"first",
         },
     )
+    (folder / "link").symlink_to(folder / "deep")
+    os.mkfifo(folder / "pipe")
     corpus = load_corpus([folder])
     assert sorted(corpus.train + corpus.held_out) == [b"first", b"\xff\xfe not utf-8"]
+    assert corpus.read == {".txt": 1, ".md": 1}
+    assert corpus.skipped == {
+        "binary .png": 1,
+        "empty": 1,
+        "hidden": 2,
+        "folders __pycache__": 1,
+        "links to folders": 1,
+        "not a file": 1,
+        "copies of others": 1,
+    }
+    assert corpus.summary.startswith(f"read 2 files (1 .md, 1 .txt) of {folder}; skipped: 2 hidden")
     # A file that is named is taken as it is.
     named = load_corpus([folder / "image.png", folder / "a.txt"])
     assert sorted(named.train + named.held_out) == [b"first", b"\x89PNG\0\0"]
@@ -156,6 +170,8 @@ def test_default_is_the_source_of_the_standard_library():
     # Installed packages and the library's tests are not its text.
     assert Path(np.__file__).read_bytes() not in documents
     assert sum(map(len, documents)) > 1_000_000
+    assert list(corpus.read) == [".py"]
+    assert corpus.skipped["folders test"] <= 1 < corpus.skipped["folders __pycache__"]
     assert corpus.fingerprint == load_corpus().fingerprint
 
 

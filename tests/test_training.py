@@ -351,7 +351,9 @@ def test_presets_are_json(preset):
 def test_a_run_is_not_replaced_by_accident(texts, run):
     with pytest.raises(ValueError, match=r"out must not hold a run already, got '.*run'"):
         train(tiny(texts, run, model=DENSE))
+    (run / "notes.txt").write_text("mine")
     train(tiny(texts, run, overwrite=True, steps=1, model=DENSE))
+    assert (run / "notes.txt").read_text() == "mine"
     assert [row["step"] for row in read_metrics(run / "metrics.jsonl")] == [1, 1]
     assert [child.name for child in (run / "checkpoints").iterdir()] == ["1"]
 
@@ -388,20 +390,6 @@ def test_resume_with_other_data(texts, run, tmp_path):
 def test_resume_with_fewer_steps(texts, run):
     with pytest.raises(ValueError, match="steps must be at least the 6 of the checkpoint, got 4"):
         train(tiny(texts, run, resume=True, steps=4, model=DENSE))
-
-
-def damage(run: Path, part: str) -> None:
-    """Cuts every file of a part of the last checkpoint to half its length."""
-    for file in (run / "checkpoints" / "6" / part).rglob("*"):
-        if file.is_file():
-            file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
-
-
-@pytest.mark.parametrize("part", ["params", "rest", "position"])
-def test_unreadable_checkpoint(texts, run, part):
-    damage(run, part)
-    with pytest.raises(ValueError, match=r"checkpoint must be one .* complete, got '.*/6': "):
-        train(tiny(texts, run, resume=True, model=DENSE))
 
 
 def test_loading_a_folder_without_checkpoint(tmp_path):

@@ -243,6 +243,17 @@ def test_the_command_without_a_gpu_measures_nothing_and_says_so(tmp_path, monkey
         tuned.read(out.read_text(), "tiles.json")
 
 
+@pytest.mark.parametrize(("interpret", "key_heads"), [(False, 4), (True, 2)])
+def test_sizes_are_those_asked_for(interpret, key_heads):
+    config = TuneConfig(widths=(32, 64), groups=(3,), length=96)
+    cases = {job.case for job in tuner.jobs(config, interpret)}
+    assert {(x.width, x.heads, x.kv_heads, x.length) for x in cases} == {
+        (width, 3 * key_heads, key_heads, 96) for width in (32, 64)
+    }
+    groups = {job.case.group for job in tuner.jobs(TuneConfig(), interpret)}
+    assert groups == ({2} if interpret else {1, 2, 4, 8, 16})
+
+
 def test_the_time_budget_of_tuning_is_kept(tmp_path):
     path = tune(TuneConfig(out=tmp_path / "x.json", minutes=1e-9))
     content = json.loads(path.read_text())

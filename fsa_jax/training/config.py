@@ -9,7 +9,6 @@ from typing import Any, Literal
 import numpy as np
 
 from fsa_jax.config import NSAConfig
-from fsa_jax.training.mesh import parse_mesh
 from fsa_jax.transformer import TransformerConfig
 
 # Tokens: the ids 0..255 are bytes; one more id starts every document.
@@ -22,6 +21,34 @@ FREE_ON_RESUME = frozenset(
     {"data", "out", "preset", "steps", "resume", "overwrite", "eval_every", "checkpoint_every"}
     | {"mesh", "fsdp", "distributed"}
 )
+
+
+#: Axes of a mesh of devices, see `fsa_jax.training.mesh`.
+AXES = ("data", "tensor", "sequence")
+
+
+def parse_mesh(text: str) -> dict[str, int]:
+    """Devices of each axis, from text like "data=2,tensor=4"; an axis that is left out has one.
+
+    Raises:
+      ValueError: the text is not of that form.
+
+    Example:
+      >>> parse_mesh("data=2,tensor=4")
+      {'data': 2, 'tensor': 4, 'sequence': 1}
+    """
+    sizes: dict[str, int] = {name: 1 for name in AXES}
+    seen = set()
+    for part in filter(None, text.split(",")):
+        name, _, size = part.partition("=")
+        if name not in AXES or name in seen or not size.isdecimal() or int(size) < 1:
+            raise ValueError(
+                f"mesh must be like data=2,tensor=2,sequence=2, each axis at most once and of at "
+                f"least one device, got {text!r}"
+            )
+        seen.add(name)
+        sizes[name] = int(size)
+    return sizes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -93,26 +120,19 @@ class TrainConfig:
             ("warmup_steps", 0),
             ("decay_steps", 1),
         ):
-            value: Any = getattr(self, name)
-            if value is None and name == "decay_steps":
-                continue
-            integer = isinstance(value, int | np.integer) and not isinstance(value, bool)
-            if not integer or value < least:
-                raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
-            object.__setattr__(self, name, int(value))  # JSON holds no integers of numpy
+            value = getattr(self, name)
+            if value is not None or name != "decay_steps":
+                object.__setattr__(self, name, _integer(name, value, least))
         if self.seed >= 2**31:
             raise ValueError(f"seed must be below 2**31, got {self.seed}")
         for name, rule in (
             ("learning_rate", "positive and finite"),
             ("weight_decay", "at least 0 and finite"),
         ):
-            value = getattr(self, name)
-            number = isinstance(value, int | float | np.integer | np.floating) and not isinstance(
-                value, bool
-            )
-            if not number or not 0 <= value < math.inf or (name == "learning_rate" and value == 0):
+            value = _finite(name, getattr(self, name), rule)
+            if value < 0 or (value == 0 and name == "learning_rate"):
                 raise ValueError(f"{name} must be {rule}, got {value!r}")
-            object.__setattr__(self, name, float(value))
+            object.__setattr__(self, name, value)
         if self.warmup_steps >= self.last_decay_step:
             raise ValueError(
                 "warmup_steps must be below decay_steps, got "
@@ -143,6 +163,21 @@ class TrainConfig:
         if self.decay_steps is not None:
             return self.decay_steps
         return max(self.steps, self.warmup_steps + 1)
+
+
+def _integer(name: str, value: Any, least: int) -> int:
+    """The value as Python's integer; JSON holds none of numpy's."""
+    integer = isinstance(value, int | np.integer) and not isinstance(value, bool)
+    if not integer or value < least:
+        raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
+    return int(value)
+
+
+def _finite(name: str, value: Any, rule: str) -> float:
+    real = isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
+    if not real or not math.isfinite(value):
+        raise ValueError(f"{name} must be {rule}, got {value!r}")
+    return float(value)
 
 
 def config_to_json(config: TrainConfig) -> dict[str, Any]:

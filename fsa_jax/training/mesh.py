@@ -18,9 +18,8 @@ from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from fsa_jax.partitioning import sharding_rules
+from fsa_jax.training.config import AXES, parse_mesh
 from fsa_jax.transformer import Transformer, TransformerConfig
-
-AXES = ("data", "tensor", "sequence")
 
 #: A process that is gone is noticed after this long at the latest.
 _HEARTBEAT_SECONDS = 30
@@ -44,30 +43,6 @@ def noticing_lost_processes() -> Iterator[None]:
             f"another process of the run ended, or computing together failed ({reason}): start all "
             "processes again with --resume to go on from the last checkpoint"
         ) from error
-
-
-def parse_mesh(text: str) -> dict[str, int]:
-    """Devices of each axis, from text like "data=2,tensor=4"; an axis that is left out has one.
-
-    Raises:
-      ValueError: the text is not of that form.
-
-    Example:
-      >>> parse_mesh("data=2,tensor=4")
-      {'data': 2, 'tensor': 4, 'sequence': 1}
-    """
-    sizes: dict[str, int] = {name: 1 for name in AXES}
-    seen = set()
-    for part in filter(None, text.split(",")):
-        name, _, size = part.partition("=")
-        if name not in AXES or name in seen or not size.isdecimal() or int(size) < 1:
-            raise ValueError(
-                f"mesh must be like data=2,tensor=2,sequence=2, each axis at most once and of at "
-                f"least one device, got {text!r}"
-            )
-        seen.add(name)
-        sizes[name] = int(size)
-    return sizes
 
 
 def join_processes() -> None:

@@ -1,0 +1,31 @@
+"""Packages whose names are imported when they are first used."""
+
+import importlib
+
+import pytest
+
+import fsa_jax
+import fsa_jax.training
+
+
+def test_all_public_names_are_there():
+    assert set(fsa_jax.__all__) <= set(dir(fsa_jax))
+    for name in fsa_jax.__all__:
+        found = getattr(fsa_jax, name)
+        assert name.isupper() or found.__module__.startswith("fsa_jax."), name
+
+
+@pytest.mark.parametrize("package", [fsa_jax, fsa_jax.training])
+def test_names_come_from_their_modules(package):
+    fresh = importlib.reload(package)  # without the names that have been used already
+    exported = {name for name in dir(fresh) if not name.startswith("_")} - {"TYPE_CHECKING", "lazy"}
+    for name in exported:
+        assert getattr(fresh, name) is getattr(fresh, name)
+    with pytest.raises(
+        AttributeError, match=f"module '{package.__name__}' has no attribute 'nope'"
+    ):
+        fresh.nope  # noqa: B018
+
+
+def test_modules_need_no_import_of_their_own():
+    assert fsa_jax.layers is importlib.import_module("fsa_jax.layers")  # pyright: ignore

@@ -1,0 +1,491 @@
+"""What must not be lost: folders of runs, runs that a signal ends, damaged files, full disks."""
+
+import contextlib
+import dataclasses
+import errno
+import hashlib
+import json
+import os
+import shutil
+import signal
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from test_processes import finish, saved_steps, start
+from test_training import DENSE, assert_same_bits, dense, saved_state, texts, tiny, without_times
+
+from fsa_jax.messages import naming
+from fsa_jax.training import (
+    Checkpoints,
+    RunStopped,
+    load_model,
+    loop,
+    read_metrics,
+    stopping,
+    train,
+)
+from fsa_jax.training import folder as files
+from fsa_jax.training import progress as shown
+from fsa_jax.training.metrics import MetricsLog
+from fsa_jax.training.step import learning_rate_schedule
+from fsa_jax.training.stopping import catching_signals
+
+__all__ = ["dense", "texts"]  # used by pytest
+
+ROW = '{"step": 1, "loss": 2.0}\n'
+OURS = json.dumps({"what": "fsa-jax train"})
+#: What runs wrote before their descriptions had the key "what".
+OLDER = json.dumps(
+    dict.fromkeys(("config", "versions", "devices", "parameters", "data", "unigram_loss"))
+)
+CHECKPOINT = {"checkpoints/3/_CHECKPOINT_METADATA": "{}"}
+
+
+def fill(folder: Path, texts: dict[str, str]) -> Path:
+    for name, text in texts.items():
+        file = folder / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+    return folder
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    files = (file for file in folder.rglob("*") if file.is_file())
+    return {str(file.relative_to(folder)): file.read_bytes() for file in files}
+
+
+# Folders
+
+
+@pytest.mark.parametrize(
+    "texts",
+    [
+        {},
+        {"notes.txt": "mine"},
+        {"metrics.jsonl": ""},
+        {"run.json": OURS, "metrics.jsonl": ""},
+        {"run.json": OLDER},
+    ],
+)
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_run_may_begin_where_nothing_is_lost(texts, overwrite, tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    files.check_startable(fill(tmp_path, texts), resume=False, overwrite=overwrite)
+
+
+@pytest.mark.parametrize(
+    ("texts", "ours"),
+    [
+        ({"metrics.jsonl": ROW}, False),
+        ({"metrics.jsonl": ROW, "run.json": "{"}, False),
+        ({"run.json": "{}"}, False),
+        ({"run.json": '{"what": "fsa-jax bench"}', "metrics.jsonl": ROW}, False),
+        ({"loss.png": "a picture"}, False),
+        ({"blocks.png": "a picture", "notes.txt": "mine"}, False),
+        ({"checkpoints/weights.bin": "mine"}, False),
+        ({"checkpoints": "a file"}, False),
+        ({"metrics.jsonl/in a folder": "mine", "run.json": OURS}, False),
+        ({"checkpoints/3/mine": "no checkpoint", "run.json": OURS}, False),
+        ({**CHECKPOINT, "checkpoints/notes.txt": "mine", "run.json": OURS}, False),
+        (CHECKPOINT, False),
+        ({"run.json": OURS, "metrics.jsonl": ROW}, True),
+        ({"run.json": OLDER, "metrics.jsonl": ROW, "notes.txt": "mine"}, True),
+        ({"run.json": OURS, "loss.png": "a picture", **CHECKPOINT}, True),
+    ],
+)
+def test_what_is_replaced_only_where_asked_and_what_never(texts, ours, tmp_path):
+    fill(tmp_path, texts)
+    before = contents(tmp_path)
+    with pytest.raises(ValueError, match=r"out must not hold a run already, got '.*', where "):
+        files.check_startable(tmp_path, resume=False, overwrite=False)
+    if ours:
+        files.check_startable(tmp_path, resume=False, overwrite=True)
+        files.clear(tmp_path)
+        assert set(contents(tmp_path)) == set(before) & {"notes.txt"}
+    else:
+        with pytest.raises(ValueError, match=r"overwrite must replace .* got '.*', where"):
+            files.check_startable(tmp_path, resume=False, overwrite=True)
+        assert contents(tmp_path) == before
+
+
+def test_a_linked_folder_is_no_checkpoint(tmp_path):
+    fill(tmp_path / "run", {"run.json": OURS, "checkpoints/notes": ""})
+    (tmp_path / "run" / "checkpoints" / "notes").unlink()
+    other = fill(tmp_path / "other", {"_CHECKPOINT_METADATA": "{}"})
+    (tmp_path / "run" / "checkpoints" / "7").symlink_to(other)
+    with pytest.raises(ValueError, match="checkpoints/7 is no checkpoint"):
+        files.check_startable(tmp_path / "run", resume=False, overwrite=True)
+
+
+def test_a_folder_is_held_by_one_run(texts, tmp_path):
+    (tmp_path / ".lock").write_text("of a run that was killed")
+    with files.locked(tmp_path):
+        with pytest.raises(ValueError, match=rf"out must not be in use .* process {os.getpid()} "):
+            train(tiny(texts, tmp_path, model=DENSE))
+        with pytest.raises(ValueError, match="out must not be in use"), files.locked(tmp_path):
+            pass
+    assert contents(tmp_path) == {}
+    with files.locked(tmp_path):
+        assert list(contents(tmp_path)) == [".lock"]
+
+
+def test_a_lock_that_another_run_deletes_is_taken_anew(tmp_path, monkeypatch):
+    """The other one ends between opening its file and locking it."""
+    lock, calls = files._lock, []
+
+    def late(descriptor, folder):
+        if not calls:
+            (tmp_path / ".lock").unlink()
+        calls.append(descriptor)
+        lock(descriptor, folder)
+
+    monkeypatch.setattr(files, "_lock", late)
+    with files.locked(tmp_path):
+        assert len(calls) == 2
+        with pytest.raises(ValueError, match="in use"), files.locked(tmp_path):
+            pass
+
+
+def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch, capfd):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(files.fcntl, "flock", refuse)
+    with files.locked(tmp_path):
+        assert (
+            "cannot be locked (No locks available): start no second run" in capfd.readouterr().err
+        )
+
+
+def test_out_is_a_path():
+    with pytest.raises(ValueError, match=r"out must be a pathlib\.Path or None, got ''"):
+        tiny(Path("texts"), "")  # pyright: ignore[reportArgumentType]
+
+
+# Signals
+
+
+def signals_at(monkeypatch, step: int, *numbers: int):
+    """Has signals come while a step is made."""
+    advance = loop.TrainingBatches.__next__
+
+    def batch(batches):
+        found = advance(batches)
+        if batches.get_state()["batches"] == step:
+            for number in numbers:
+                os.kill(os.getpid(), number)
+        return found
+
+    monkeypatch.setattr(loop.TrainingBatches, "__next__", batch)
+
+
+def test_a_stopped_run_goes_on_bitwise_and_can_be_made_longer(
+    texts, dense, tmp_path, monkeypatch, capfd
+):
+    config = tiny(texts, tmp_path / "run", model=DENSE, decay_steps=None)
+    with monkeypatch.context() as patch:
+        signals_at(patch, 4, signal.SIGTERM)
+        with pytest.raises(RunStopped) as stopped:
+            train(config)
+    assert (stopped.value.signal, stopped.value.saved) == (signal.SIGTERM, 4)
+    assert "SIGTERM: saving a checkpoint after this step" in capfd.readouterr().err
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    train(dataclasses.replace(config, resume=True))
+    state, position = saved_state(config, 6)
+    assert_same_bits(saved_state(tiny(texts, dense, model=DENSE), 6)[0], state)
+    wanted = without_times(read_metrics(dense / "metrics.jsonl"))
+    assert without_times(read_metrics(config.run_folder / "metrics.jsonl")) == wanted
+
+    # The rate goes on as it would have in a run of 7 steps that decays over 6.
+    assert position.config.decay_steps == 6
+    capfd.readouterr()
+    train(dataclasses.replace(config, resume=True, steps=7))
+    assert "the learning rate falls until step 6" in capfd.readouterr().err
+    rates = {
+        row["step"]: row["learning_rate"]
+        for row in read_metrics(config.run_folder / "metrics.jsonl")
+        if "learning_rate" in row
+    }
+    schedule = learning_rate_schedule(dataclasses.replace(config, steps=7, decay_steps=6))
+    wanted = [float(np.asarray(schedule(step))) for step in range(7)]
+    np.testing.assert_allclose([rates[step] for step in range(1, 8)], wanted, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("changes", "last"),
+    [({}, 600), ({"steps": 5000}, 5000), ({"steps": 5000, "decay_steps": 9}, 9)],
+)
+def test_decay_follows_the_steps(changes, last):
+    changes = {"steps": 600, "decay_steps": None} | changes
+    assert tiny(Path("texts"), Path("out"), **changes).last_decay_step == last
+
+
+def test_a_run_shorter_than_its_warmup_warms_up_as_a_longer_one():
+    short, long = (
+        tiny(Path("texts"), Path("out"), warmup_steps=50, decay_steps=decay, steps=steps)
+        for steps, decay in ((5, None), (600, 600))
+    )
+    short, long = (learning_rate_schedule(x) for x in (short, long))
+    assert [float(np.asarray(short(i))) for i in range(5)] == [
+        float(np.asarray(long(i))) for i in range(5)
+    ]
+
+
+def test_a_signal_before_the_first_step_ends_a_run_at_once(texts, tmp_path, monkeypatch):
+    monkeypatch.setattr(loop._Run, "_compile", lambda run: os.kill(os.getpid(), signal.SIGINT))
+    config = tiny(texts, tmp_path / "run", model=DENSE)
+    with pytest.raises(RunStopped) as stopped:
+        train(config)
+    assert (stopped.value.saved, stopped.value.trained) == (None, False)
+    assert contents(config.run_folder) == {}
+    files.check_startable(config.run_folder, resume=False, overwrite=False)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_the_first_signal_waits_for_a_step_and_the_second_does_not(number):
+    before = signal.getsignal(number)
+    with catching_signals() as stop:
+        stop.stepping = stop.trained = True
+        assert not stop.due(1)
+        os.kill(os.getpid(), number)
+        assert stop.due(2)
+        with pytest.raises(RunStopped) as stopped:
+            os.kill(os.getpid(), number)
+    assert (stopped.value.signal, stopped.value.trained) == (number, True)
+    assert signal.getsignal(number) == before
+
+
+def test_nohup_stays(monkeypatch):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with catching_signals():
+            assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize(("stepping", "count"), [(False, 1), (True, 2)])
+def test_code_that_python_cannot_interrupt_is_not_waited_for(stepping, count, monkeypatch):
+    """Before the first step one signal ends the process, in a step two."""
+    monkeypatch.setattr(stopping, "_PATIENCE_SECONDS", 0.02)
+    seen: list[tuple[signal.Signals, bool]] = []
+
+    def send():
+        for _ in range(count):
+            assert not seen
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.05)
+
+    def at_once(stop: RunStopped):
+        seen.append((stop.signal, over.is_set()))
+
+    over, sender = threading.Event(), threading.Timer(0.02, send)
+    with contextlib.suppress(RunStopped), catching_signals(at_once) as stop:
+        stop.stepping = stepping
+        sender.start()
+        # one call, in which Python runs no handlers
+        hashlib.pbkdf2_hmac("sha256", b"a", b"b", 2_000_000)
+        over.set()
+    sender.join()
+    assert seen == [(signal.SIGTERM, False)]
+
+
+@pytest.mark.xdist_group("processes")
+def test_all_processes_stop_at_the_same_step(texts, tmp_path):
+    """Though only one of them is told to; also by Ctrl-C, which jax's service does not catch."""
+    sizes = {"attention": "full", "steps": 10**6, "eval_every": 10**6, "checkpoint_every": 20}
+    started = start(texts, tmp_path, "--mesh", "data=4,tensor=2", processes=2, **sizes)
+    try:
+        ends = time.monotonic() + 200
+        while not saved_steps(tmp_path):
+            assert time.monotonic() < ends
+            assert all(one.poll() is None for one in started), started[0].communicate()
+            time.sleep(0.05)
+        started[1].send_signal(signal.SIGINT)
+    finally:
+        (first, text), (second, other) = finish(started, timeout=120)
+    assert (first, second) == (143, 130), text + other
+    last = max(saved_steps(tmp_path))
+    rows = read_metrics(tmp_path / "metrics.jsonl")
+    assert [row["step"] for row in rows] == list(range(1, last + 1))
+    for one in (text, other):
+        assert f"the checkpoint of step {last} is saved. Go on with: fsa-jax train" in one
+
+
+# Damage
+
+
+def damage(path: Path) -> None:
+    """Cuts every file to half its length."""
+    for file in path.rglob("*"):
+        if file.is_file():
+            file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def no_metadata(checkpoint: Path) -> None:
+    (checkpoint / "_CHECKPOINT_METADATA").unlink()
+    damage(checkpoint)
+
+
+def emptied(checkpoint: Path) -> None:
+    shutil.rmtree(checkpoint)
+    checkpoint.mkdir()
+
+
+DAMAGES = {
+    "params": lambda x: damage(x / "params"),
+    "rest": lambda x: damage(x / "rest"),
+    "position": lambda x: damage(x / "position"),
+    "no rest": lambda x: shutil.rmtree(x / "rest"),
+    "no metadata": no_metadata,
+    "emptied": emptied,
+}
+
+
+@pytest.fixture
+def run(dense, tmp_path) -> Path:
+    """A copy of a run with checkpoints of steps 3 and 6, to be changed."""
+    return shutil.copytree(dense, tmp_path / "run")
+
+
+@pytest.mark.parametrize("kind", DAMAGES)
+def test_the_last_whole_checkpoint_is_taken(kind, texts, run, capfd):
+    DAMAGES[kind](run / "checkpoints" / "6")
+    wanted = saved_state(tiny(texts, run, model=DENSE), 3)[0]
+    with Checkpoints(run) as checkpoints:
+
+        def read(step):
+            return checkpoints.read_position(step), checkpoints.read_state(step, wanted)
+
+        step, (_, found) = checkpoints.newest(read)
+        assert step == 3
+        assert_same_bits(found, wanted)
+        assert f"got '{run}/checkpoints/6'" in capfd.readouterr().err
+        checkpoints.set_aside_after(3)
+        assert checkpoints._steps() == [3]
+    if "rest" not in kind:
+        DAMAGES[kind](run / "checkpoints" / "3")
+        with pytest.raises(ValueError, match=r"checkpoint must be .*complete, got .*/run/"):
+            load_model(run)
+
+
+def test_a_run_goes_on_from_the_last_whole_checkpoint(texts, run, dense, capfd):
+    damage(run / "checkpoints" / "6" / "rest")
+    config = tiny(texts, run, resume=True, model=DENSE)
+    train(config)
+    assert capfd.readouterr().err.count("the checkpoint of step 3 is taken instead") == 1
+    assert_same_bits(saved_state(config, 6)[0], saved_state(tiny(texts, dense, model=DENSE), 6)[0])
+    wanted, got = (without_times(read_metrics(x / "metrics.jsonl")) for x in (dense, run))
+    assert got == wanted
+    # What is damaged is kept, apart, and the run can be replaced.
+    assert (run / "damaged-checkpoint-6-1" / "rest").is_dir()
+    files.check_startable(run, resume=False, overwrite=True)
+
+
+LINES = {
+    "NULs": "\0" * 50,
+    "cut": '{"step": 2, "lo',
+    "no row": "5",
+    "no step": '{"loss": 1.0}',
+    "a step that is no number": '{"step": "2", "loss": 1.0}',
+    "a loss that is no number": '{"step": 2, "loss": null}',
+    "a loss that is not finite": '{"step": 2, "held_out_loss": NaN}',
+}
+
+
+@pytest.mark.parametrize("kind", LINES)
+def test_a_damaged_row_is_named_and_left_out(kind, tmp_path, capfd):
+    path = tmp_path / "metrics.jsonl"
+    last = '{"step": 3, "loss": 1.5}\n'
+    path.write_text(ROW + LINES[kind] + "\n\n" + last)
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match=rf"{path}, line 2: must be a row of metrics, got "):
+        read_metrics(path)
+    with MetricsLog(path, last_step=9) as log:
+        assert [row["step"] for row in log.kept] == [1, 3]
+    assert path.read_text() == ROW + last
+    assert f"{path}, line 2: left out" in capfd.readouterr().err
+    assert (tmp_path / "damaged-metrics-1").read_bytes() == before
+
+
+def test_bytes_that_are_no_text_are_a_damaged_row(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(ROW.encode() + b"\xff\xfe\n")
+    with pytest.raises(ValueError, match="line 2"):
+        read_metrics(path)
+
+
+@pytest.mark.parametrize(
+    ("end", "steps"), [("", [1]), ("\n\n", [1]), (ROW[:9], [1]), (ROW[:-1], [1, 1])]
+)
+def test_a_last_line_that_was_cut_off_is_no_damage(end, steps, tmp_path, capfd):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(ROW + end)
+    assert [row["step"] for row in read_metrics(path)] == steps
+    with MetricsLog(path, last_step=9):
+        assert capfd.readouterr().err == ""
+
+
+# Full disks
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no device that is full")
+def test_errors_of_writing_name_the_file(tmp_path):
+    with (
+        pytest.raises(OSError, match=r"No space left on device: '.*mine'"),
+        naming(tmp_path / "mine"),
+    ):
+        Path("/dev/full").write_text("text")
+
+
+def test_a_checkpoint_that_cannot_be_written_is_an_error_of_a_file(texts, run, monkeypatch):
+    config = tiny(texts, run, model=DENSE)
+    state, position = saved_state(config, 6)
+
+    def full(*_):
+        raise ValueError("RESOURCE_EXHAUSTED: no space\nand much more")
+
+    with Checkpoints(run) as checkpoints:
+        monkeypatch.setattr(checkpoints, "_save", full)
+        with pytest.raises(OSError, match=r"RESOURCE_EXHAUSTED: no space: '.*run/checkpoints/9'$"):
+            checkpoints.save(9, state, position)
+        monkeypatch.undo()
+        with pytest.raises(OSError, match=r"orbax has refused to save: '.*run/checkpoints/5'"):
+            checkpoints.save(5, state, position)  # older than the newest
+
+
+# Progress
+
+
+def test_lines_come_by_steps_and_by_time_and_are_no_flood(monkeypatch, capfd):
+    now = [0.0]
+    monkeypatch.setattr(shown.time, "monotonic", lambda: now[0])
+
+    def lines(seconds_per_step: float, steps: int) -> list[str]:
+        with shown.Progress(0, steps, show=True) as progress:
+            for step in range(1, steps + 1):
+                now[0] += seconds_per_step
+                progress.steps([{"step": step, "loss": 1.0, "tokens_per_s": 1.0}])
+        return [line.split(":")[0] for line in capfd.readouterr().err.splitlines()]
+
+    assert lines(0.1, 150) == [f"step {step}/150" for step in (50, 100, 150)]
+    assert lines(20.0, 5) == ["step 2/5", "step 4/5"]
+    assert lines(0.001, 3000) == ["step 1000/3000", "step 2000/3000", "step 3000/3000"]
+
+
+def test_a_terminal_that_was_closed_does_not_end_a_run(monkeypatch):
+    class Closed:
+        def write(self, text):
+            raise OSError(errno.EIO, "Input/output error")
+
+        flush = write
+
+        def isatty(self):
+            return False
+
+    monkeypatch.setattr(shown.sys, "stderr", Closed())
+    with shown.Progress(0, 50, show=True) as progress:
+        progress.held_out({"step": 50, "held_out_loss": 1.0})
