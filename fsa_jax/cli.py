@@ -56,6 +56,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
       mistake in the call; 128 plus the number of a signal that ended a run (130 after Ctrl-C, 143
       after SIGTERM).
     """
+    try:
+        code = _run(arguments)
+        if sys.stdout is not None:  # as Python has it where it was closed
+            sys.stdout.flush()
+        return code
+    except OSError as error:
+        # The reader of a pipe, `head` say, has seen enough: no more need be said.
+        if not isinstance(error, BrokenPipeError):
+            named = error.filename is not None and error.strerror is not None
+            _complain(f"{error.filename}: {error.strerror}" if named else str(error))
+        _give_up_output()
+        return 1
+
+
+def _run(arguments: Sequence[str] | None) -> int:
+    """Like `main`, but raises OSError."""
     commands: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
         "train": (_train, "train a byte-level language model with sparse or full attention"),
         "sample": (_sample, "continue a prompt with a trained model"),
@@ -85,8 +101,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             parser.print_help()
         else:
             commands[parsed.command][0](parsed.arguments)
-        if sys.stdout is not None:  # as Python has it where it was closed
-            sys.stdout.flush()
     except SystemExit as stop:  # argparse's and tyro's way to end --help and errors
         return stop.code if isinstance(stop.code, int) else 2
     except ModuleNotFoundError as error:
@@ -98,13 +112,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _complain(str(error))
     except ArithmeticError as error:  # a loss that is not finite, a benchmark's wrong result
         _complain(str(error))
-        return 1
-    except OSError as error:
-        # The reader of a pipe, `head` say, has seen enough: no more need be said.
-        if not isinstance(error, BrokenPipeError):
-            named = error.filename is not None and error.strerror is not None
-            _complain(f"{error.filename}: {error.strerror}" if named else str(error))
-        _give_up_output()
         return 1
     except KeyboardInterrupt:
         _complain("interrupted")

@@ -36,6 +36,7 @@ def data(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("data")
     for i in range(4):
         (folder / f"{i}.txt").write_text(TEXT * (i + 1))
+    (folder / "numbers.dat").write_bytes(b"\0\1\2")
     return folder
 
 
@@ -81,7 +82,11 @@ def one_line(capfd) -> str:
 def test_train_prints_losses_and_paths(data, tmp_path, capfd):
     out = tmp_path / "run"
     assert main(train_words(data, out)) == 0
-    lines = capfd.readouterr().out.splitlines()
+    printed, said = capfd.readouterr()
+    assert f"read 4 files (4 .txt) of {data}; skipped: 1 binary .dat" in said
+    found = json.loads((out / "run.json").read_text())["data"]
+    assert (found["read"], found["skipped"]) == ({".txt": 4}, {"binary .dat": 1})
+    lines = printed.splitlines()
     assert {line.strip() for line in lines[1:-1]} == {
         str(out / name) for name in ("metrics.jsonl", "run.json", "loss.png", "checkpoints")
     }
@@ -428,15 +433,6 @@ def test_an_empty_path_is_no_path(words, capfd):
     assert main(words) == 2
     flag = next(word for word in words if word.startswith("--")).rstrip("=")
     assert re.search(rf"{flag}.*''|'' .*{flag}", one_line(capfd))
-
-
-def test_a_run_says_what_it_has_read(data, tmp_path, capfd):
-    folder = shutil.copytree(data, tmp_path / "data")
-    (folder / "numbers.dat").write_bytes(b"\0\1\2")
-    assert main(train_words(folder, tmp_path / "run")) == 0
-    assert f"read 4 files (4 .txt) of {folder}; skipped: 1 binary .dat" in capfd.readouterr().err
-    found = json.loads((tmp_path / "run" / "run.json").read_text())["data"]
-    assert (found["read"], found["skipped"]) == ({".txt": 4}, {"binary .dat": 1})
 
 
 def test_failed_training_exits_with_1(data, tmp_path, capfd):

@@ -4,7 +4,8 @@ The first signal lets the step at hand end and the run save a checkpoint; before
 after the last there is nothing to wait for. A second one ends the run at once.
 
 The processes of a distributed run must save the same step. jax has a service for that: it catches
-SIGTERM in any process and names a step that all will reach. Other signals are handed on to it.
+SIGTERM in any process and names a step that all will reach, their first one at the earliest. Other
+signals are handed on to it.
 """
 
 import contextlib
@@ -66,7 +67,7 @@ class Stop:
 
     def _handle(self, number: int, _) -> None:
         first, self.signal = self.signal is None, self.signal or number
-        if not first or not self.stepping:
+        if not first or not (self.stepping or self.together):
             raise self.stopped(number)
         name = signal.Signals(number).name
         say_now(f"{name}: saving a checkpoint after this step; a second {name} ends at once")
@@ -123,11 +124,12 @@ def _watched(stop: Stop, at_once: Callable[[RunStopped], None]) -> Iterator[None
         came = 0
         while byte := os.read(reader, 1):
             came += byte[0] in _SIGNALS
-            if came == 1 and not stop.stepping:
+            waits = stop.stepping or stop.together
+            if came == 1 and not waits:
                 over.wait(_PATIENCE_SECONDS)
             if over.is_set():
                 return
-            if came > 1 or (came == 1 and not stop.stepping and stop.signal is None):
+            if came > 1 or (came == 1 and not waits and stop.signal is None):
                 at_once(stop.stopped(byte[0]))
 
     before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
