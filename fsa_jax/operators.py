@@ -31,7 +31,7 @@ from fsa_jax import segments, xla
 from fsa_jax.config import NSAConfig
 from fsa_jax.pallas import hopper, hopper_groups, ranges, select, selected, tuned
 from fsa_jax.pallas.tuning import SelectedTuning, make_plan
-from fsa_jax.precision import wide_dtype
+from fsa_jax.precision import narrow, wide_dtype
 from fsa_jax.segments import Rows, Windows
 from fsa_jax.sharding import partitioned
 from fsa_jax.triton import planned_capability
@@ -78,10 +78,11 @@ class Call:
     def choose(self, kernels, portable):
         """The function that runs `kernels` or `portable`, as the mode says."""
         if self.mode == "portable":
-            return portable
+            return narrow(portable)
         if self.mode == "either":
-            return lambda *args: jax.lax.platform_dependent(*args, cuda=kernels, default=portable)
-        return kernels
+            either = {"cuda": narrow(kernels), "default": narrow(portable)}
+            return lambda *args: jax.lax.platform_dependent(*args, **either)
+        return narrow(kernels)
 
     def takes_hopper(self, query, key, value) -> bool:
         """Whether the kernels in Mosaic GPU take this call of `range_attention`."""

@@ -15,7 +15,7 @@ from einops import rearrange
 from jaxtyping import Array, Bool, Float, Int
 
 from fsa_jax.config import NSAConfig
-from fsa_jax.precision import einsum, wide_dtype
+from fsa_jax.precision import einsum, narrow, wide_dtype
 from fsa_jax.segments import Rows, describe_windows
 
 
@@ -58,6 +58,7 @@ def compressed_attention(query, key, value, rows: Rows, *, kernel_size, kernel_s
     return _attend(query, key, value, sees[:, None], scale)
 
 
+@narrow
 def select_blocks(
     query: Float[Array, "B T N D"],
     key: Float[Array, "B M K D"],

@@ -137,7 +137,7 @@ def listed_block_starts(
     own = jnp.where(rows.valid, rows.position // block_size, -1)[:, :, None, None]
     counts = (block_indices >= 0) & (block_indices <= own)
     same = block_indices[..., :, None] == block_indices[..., None, :]
-    slots = jnp.arange(block_indices.shape[-1])
+    slots = jnp.arange(block_indices.shape[-1], dtype=jnp.int32)
     repeated = jnp.any(same & (slots[None, :] < slots[:, None])[None, None, None], axis=-1)
     # multiply only what is in range: block numbers of up to 2**31 may stand in the list
     offset = jnp.where(counts, block_indices, 0) * block_size

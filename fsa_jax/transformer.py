@@ -29,6 +29,7 @@ from fsa_jax.layers import (
     check_heads,
 )
 from fsa_jax.partitioning import partitioned
+from fsa_jax.precision import narrow
 from fsa_jax.rope import RoPE
 
 ATTENTIONS = ("nsa", "full")
@@ -239,7 +240,7 @@ class Block(nnx.Module):
         return x + self.mlp(self.mlp_norm(x)), cache
 
     def _drop(self, x: jax.Array, key: jax.Array | None) -> jax.Array:
-        return x if key is None else self.dropout(x, rngs=key)
+        return x if key is None else narrow(self.dropout.__call__)(x, rngs=key)
 
     def selected_blocks(
         self,

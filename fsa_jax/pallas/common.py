@@ -31,8 +31,11 @@ def tile_width(width: int) -> int:
 
 
 def call(kernel, *arrays, grid, out_shape, interpret, num_warps=4, num_stages=2, aliases=None):
-    """`pallas_call` through Triton: whole arrays in device memory, one program a grid point."""
-    with _tracing(interpret):
+    """`pallas_call` through Triton: whole arrays in device memory, one program a grid point.
+
+    Kernels count in 32 bits, whatever `jax_enable_x64` says.
+    """
+    with _tracing(interpret), jax.enable_x64(False):
         return pl.pallas_call(
             kernel,
             grid=grid,

@@ -99,6 +99,24 @@ class Ring:
         return lax.rem(number, self.key_stages), lax.rem(number, self.value_stages)
 
 
+def call(kernel, *arrays, grid, out_shape, interpret):
+    """`kernel` through Mosaic GPU: compute warpgroups and one for memory; `grid` names its axes.
+
+    Kernels count in 32 bits, whatever `jax_enable_x64` says.
+    """
+    with jax.enable_x64(False):
+        return plgpu.kernel(
+            kernel,
+            out_type=out_shape,
+            grid=tuple(grid.values()),
+            grid_names=tuple(grid),
+            num_threads=WARPGROUPS + 1,
+            thread_name="warpgroup",
+            compiler_params=plgpu.CompilerParams(approx_math=True),
+            interpret=interpret,
+        )(*arrays)
+
+
 def call_on_rows(
     name, compute, rows, key, value, visible, seers, tables, results, *, ring, scale, interpret
 ):  # fmt: skip
@@ -196,16 +214,8 @@ def call_on_rows(
         )
 
     kernel.__name__ = f"{name}_kernel"
-    found = plgpu.kernel(
-        kernel,
-        out_type=shapes,
-        grid=(PROGRAMS,),
-        grid_names=("program",),
-        num_threads=WARPGROUPS + 1,
-        thread_name="warpgroup",
-        compiler_params=plgpu.CompilerParams(approx_math=True),
-        interpret=interpret,
-    )(*rows, key, value, _bounds(low, high, ring.keys), *tables)
+    arrays = (*rows, key, value, _bounds(low, high, ring.keys), *tables)
+    found = call(kernel, *arrays, grid={"program": PROGRAMS}, out_shape=shapes, interpret=interpret)
     return [
         (_heads_of_rows(x, group) if dtype is None else x)[:, :length]
         for x, dtype in zip(found, results, strict=True)

@@ -46,6 +46,7 @@ from fsa_jax.pallas.hopper import (
     WARPGROUPS,
     WIDTH,
     Steps,
+    call,
     dot,
     num_strips,
     number_of_rows,
@@ -158,16 +159,15 @@ def _call(
             collective_axes="warpgroup",
         )
 
-    return plgpu.kernel(
+    shapes = [jax.ShapeDtypeStruct((splits, *x.shape), out_dtype) for x in (key, value)]
+    arrays = (query, key, value, dout, items, first, end, starts)
+    return call(
         hopper_key_gradient_kernel,
-        out_type=[jax.ShapeDtypeStruct((splits, *x.shape), out_dtype) for x in (key, value)],
-        grid=(items.shape[0],),
-        grid_names=("item",),
-        num_threads=WARPGROUPS + 1,
-        thread_name="warpgroup",
-        compiler_params=plgpu.CompilerParams(approx_math=True),
+        *arrays,
+        grid={"item": items.shape[0]},
+        out_shape=shapes,
         interpret=interpret,
-    )(query, key, value, dout, items, first, end, starts)
+    )
 
 
 def _load(item, refs, buffers, barriers, group):

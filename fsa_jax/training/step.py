@@ -10,6 +10,7 @@ from jax import Array
 from jax.stages import Wrapped
 from jaxtyping import Float32, Int32, UInt32
 
+from fsa_jax.precision import narrow
 from fsa_jax.stripes import to_stripes
 from fsa_jax.training.config import TrainConfig
 from fsa_jax.training.mesh import Placement
@@ -188,6 +189,14 @@ def make_train_step(
     optimizer = make_optimizer(config)
     schedule = learning_rate_schedule(config)
 
+    @narrow
+    def update(grads, state: TrainState):
+        # optax raises float32 numbers to int32 step counts, which strict promotion forbids.
+        with jax.numpy_dtype_promotion("standard"):
+            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+            learning_rate = jnp.asarray(schedule(state.step))
+        return optax.apply_updates(state.params, updates), opt_state, learning_rate
+
     def train_step(state: TrainState, tokens: Array, segment_ids: Array):
         key = None
         if config.model.dropout_rate > 0:
@@ -202,12 +211,8 @@ def make_train_step(
             return total / jnp.maximum(count, 1).astype(jnp.float32)
 
         loss, grads = jax.value_and_grad(mean_loss)(state.params)
-        # optax raises float32 numbers to int32 step counts, which strict promotion forbids.
-        with jax.numpy_dtype_promotion("standard"):
-            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-            learning_rate = jnp.asarray(schedule(state.step))
+        params, opt_state, learning_rate = update(grads, state)
         metrics = StepMetrics(loss, optax.tree.norm(grads), learning_rate)
-        params = optax.apply_updates(state.params, updates)
         return TrainState(params, opt_state, state.step + 1, state.rng), metrics
 
     if placement is None:
