@@ -8,11 +8,13 @@ import functools
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from fsa_jax import checks, context, gating, operators, reference, triton
 from fsa_jax.dispatch import choose, mode_of
 from fsa_jax.operators import Call
+from fsa_jax.precision import wide_dtype
 
 
 def gated_attention(
@@ -27,6 +29,8 @@ def gated_attention(
     stride = config.kernel_stride
     query, *windows, has_batch = checks.attention_arrays(query, key, value, stride)
     gates = checks.gates(gates, query, has_batch)
+    if gates.dtype == jnp.float64:  # the sum has no such numbers, and no kernel has
+        gates = gates.astype(wide_dtype(query))
     scale = checks.scale(scale, query.shape[-1])
     rows = checks.rows(query, segment_ids, has_batch)
     reasons = {

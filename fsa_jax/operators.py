@@ -266,6 +266,7 @@ def select_blocks(
 def choose_blocks(call: Call, query, key, lse, rows, windows):
     """`select_blocks` of queries whose own `rows` and `windows` are given."""
     documents = (rows.start, rows.end, rows.valid)
+    lse = lse.astype(wide_dtype(query))
     return _select_on(call)(query, key, lse, *documents, windows.first, windows.visible)[0]
 
 

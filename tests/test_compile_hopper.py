@@ -91,7 +91,7 @@ def compile_branch(group):
         out, pull = jax.vjp(attend, *arrays)
         return out, pull(out)
 
-    compile_for("H200", run, *arrays)
+    return compile_for("H200", run, *arrays)
 
 
 @pytest.mark.parametrize("group", SPILLS)

@@ -154,6 +154,7 @@ def _targets(tokens, segment_ids):
     return targets, (segment_ids == following) & (segment_ids != 0)
 
 
+@narrow
 def _summed_loss(logits, targets, counted):
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
     return jnp.where(counted, losses, 0.0).sum(), counted.sum(dtype=jnp.int32)

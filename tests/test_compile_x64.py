@@ -1,0 +1,58 @@
+"""With `jax_enable_x64` on, the kernels that are compiled for a GPU are those without it."""
+
+import re
+from collections import Counter
+
+import jax
+import jax.numpy as jnp
+import pytest
+from ahead_of_time import compile_for, custom_calls, decode_step, lower_for, operator_gradients
+from shapes import KERNELS
+from test_compile_hopper import MOSAIC, compile_branch
+
+pytestmark = pytest.mark.compile
+TRITON = "__gpu$xla.gpu.triton"
+
+
+def compiled_text(program, x64):
+    with jax.enable_x64(x64):
+        text = compile_for("H200", *program).as_text()
+    assert text is not None
+    return text
+
+
+def kernels(text):
+    """The kernels of a program, with their operands and results, whatever their names are."""
+    lines = [line for line in text.splitlines() if TRITON in line]
+    return Counter(re.sub(r"%[\w.-]+|, metadata=\{.*?\}", "", line).strip() for line in lines)
+
+
+PROGRAMS = {
+    "operator": operator_gradients(KERNELS["g2"], packed=True),
+    "decode": decode_step(length=4096, heads=8, kv_heads=2),
+}
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_kernels_are_the_same(name):
+    """The automatic choice, and the kernels of decoding."""
+    without, with_x64 = (compiled_text(PROGRAMS[name], x64) for x64 in (False, True))
+    assert kernels(with_x64)
+    assert kernels(with_x64) == kernels(without)
+    assert set(custom_calls(with_x64)) == {TRITON}
+    # of 64 bits there are single numbers at most
+    assert not re.search(r"\b[sfu]64\[\d", with_x64)
+
+
+@pytest.mark.usefixtures("x64")
+def test_kernels_for_hopper_compile():
+    assert custom_calls(compile_branch(4).as_text()).count(MOSAIC) == 3
+
+
+@pytest.mark.usefixtures("x64")
+def test_float64_takes_the_portable_implementation():
+    program = operator_gradients(KERNELS["g2"], dtype=jnp.float64)
+    assert not {TRITON, MOSAIC} & set(custom_calls(lower_for("H200", *program).as_text()))
+    named = operator_gradients(KERNELS["g2"], dtype=jnp.float64, implementation="triton")
+    with pytest.raises(NotImplementedError, match=r"the dtype must be.*got float64"):
+        lower_for("H200", *named)
