@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from fsa_jax import causal_context, checks, operators, reference, triton
 from fsa_jax.dispatch import CUDNN, check_name, mode_of
+from fsa_jax.precision import narrow
 from fsa_jax.segments import Rows
 from fsa_jax.sharding import partitions_itself
 
@@ -131,7 +132,7 @@ def _by_cudnn(query, key, value, window_size: int | None, scale: float) -> jax.A
     try:
         # jax's function promotes bfloat16 implicitly, which strict promotion would forbid
         with jax.numpy_dtype_promotion("standard"):
-            return jax.nn.dot_product_attention(
+            return narrow(jax.nn.dot_product_attention)(
                 query,
                 key,
                 value,

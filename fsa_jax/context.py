@@ -175,12 +175,14 @@ class Share:
 
     def put(self, results, parts, head, half=0):
         """Results [B, T, heads, ...] with parts of one KV head and stripe written in place."""
-        return tuple(
-            jax.lax.dynamic_update_slice(
-                x, part, (0, half * part.shape[1], head * part.shape[2], *[0] * (x.ndim - 3))
-            )
-            for x, part in zip(results, parts, strict=True)
-        )
+
+        def put(x, part):
+            start = (0, half * part.shape[1], head * part.shape[2], *[0] * (x.ndim - 3))
+            # with x64 on, numbers of Python would be int64 beside the others
+            start = [jnp.asarray(number, jnp.int32) for number in start]
+            return jax.lax.dynamic_update_slice(x, part, start)
+
+        return tuple(map(put, results, parts))
 
     def head_of(self, x, head, size=1):
         """Heads of one KV head of [B, T, heads, ...]."""

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from einops import rearrange
 
 from fsa_jax import segments
+from fsa_jax.precision import narrow
 from fsa_jax.segments import Rows
 from fsa_jax.sharding import partitioned
 
@@ -127,6 +128,7 @@ def describe(device: Device, segment_ids, packed: bool) -> Rows:
 
 def over_axis(body, axis, stride, operands, results) -> Any:
     """`body(axis, *arrays)` on the devices of an axis; at once where that is manual already."""
+    body = narrow(body)
     if axis in jax.sharding.get_abstract_mesh().manual_axes:
         return functools.partial(body, axis)
     part = functools.partial(body, axis)

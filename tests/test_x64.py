@@ -6,6 +6,7 @@ those for GPUs too, which costs no compilation. And some are run with x64 and wi
 
 import dataclasses
 import functools
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -13,15 +14,31 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax.extend.core import jaxprs_in_params
-from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
+from jax.sharding import (
+    AbstractDevice,
+    AbstractMesh,
+    Mesh,
+    NamedSharding,
+    PartitionSpec,
+    use_abstract_mesh,
+)
 from test_training import DENSE, MODEL, tiny
 from util import assert_close, assert_same_bits, both_ways, lists, normal
 
 import fsa_jax
 from fsa_jax import NSAConfig, precision
 from fsa_jax.cache import Chunk, NSACache
-from fsa_jax.pallas import SelectedTuning, decode_step, hopper, hopper_keys, hopper_rows
+from fsa_jax.layers import NativeSparseAttention
+from fsa_jax.pallas import (
+    SelectedTuning,
+    common,
+    decode_step,
+    hopper,
+    hopper_keys,
+    hopper_rows,
+)
 from fsa_jax.pallas.tuning import METHODS
+from fsa_jax.stripes import from_stripes, to_stripes
 from fsa_jax.training.step import init_model, init_state, make_eval_step, make_train_step
 
 CONFIG = NSAConfig(kernel_size=16, kernel_stride=8, block_size=16, topk=3, window_size=20)
@@ -97,7 +114,7 @@ def listed(arrays, implementation, ids=None, method=None):
         query,
         key,
         value,
-        lists(0, *query.shape[:2], 1, 3, 4),
+        lists(0, 1, query.shape[1], 1, 3, 4),
         block_size=16,
         segment_ids=ids,
         implementation=implementation,
@@ -165,6 +182,52 @@ def test_the_measure_sees_arrays_of_64_bits(x64):
     assert wide_arrays(precision.narrow(lambda x: x * jnp.arange(4).astype(x.dtype)), x) == []
 
 
+def test_a_kernel_takes_weakly_typed_numbers(x64):
+    """What a kernel compares with them is evaluated anew, with x64 on, when it is lowered."""
+
+    def count_kernel(x_ref, out_ref):
+        at = common.iota(16)
+        x = common.load(x_ref.at[at], mask=at < 8)
+        common.store(out_ref.at[at], (x < at).astype(jnp.int32))
+
+    @jax.jit
+    def run():
+        weak = precision.narrow(lambda: jnp.full((16,), 3))()
+        assert weak.weak_type
+        assert weak.dtype == jnp.int32
+        shape = jax.ShapeDtypeStruct((16,), jnp.int32)
+        return common.call(count_kernel, weak, grid=(1,), out_shape=shape, interpret=True)
+
+    np.testing.assert_array_equal(run(), np.arange(16) > 3)
+
+
+def test_tokens_over_devices(x64):
+    """float64 gives what one device gives; programs of float32 have no arrays of 64 bits."""
+    sizes = {"num_kv_heads": 1, "head_dim": 16, "config": CONFIG, "implementation": "xla"}
+
+    def make(axis):
+        options = sizes | {"sequence_axis": axis, "param_dtype": jnp.float64}
+        return nnx.split(NativeSparseAttention(2, 32, rngs=nnx.Rngs(0), **options))
+
+    ids = documents(128)
+    x = normal(0, 1, 128, 32, dtype=jnp.float64)
+    graphdef, state = make(None)
+    wanted = jax.jit(lambda state, x: nnx.merge(graphdef, state)(x, ids))(state, x)
+    striped, state = make("row")
+
+    def run(state, x):
+        out = nnx.merge(striped, state)(x, to_stripes(ids, 2))
+        return out, out.sum()
+
+    mesh = Mesh(np.array(jax.devices()[:2]), ("row",))
+    with jax.set_mesh(mesh):
+        x = jax.device_put(to_stripes(x, 2), NamedSharding(mesh, PartitionSpec(None, "row")))
+        assert_close(from_stripes(jax.jit(run)(state, x)[0], 2), wanted)
+        loss = jax.grad(lambda *args: run(*args)[1])
+        assert wide_arrays(loss, state, x) != []
+        assert wide_arrays(loss, *jax.tree.map(lambda x: x.astype(jnp.float32), (state, x))) == []
+
+
 def test_results_and_gradients_are_bitwise_the_same(x64):
     """Those of the loops; those of the kernels, whose compilation takes long, are close to them."""
 
@@ -186,7 +249,7 @@ def test_programs_of_a_model_have_no_arrays_of_64_bits(full, x64):
     """A training step with dropout, the evaluation, and calls with a cache of each kind."""
     kernels: dict = {} if full else {"implementation": "triton_interpret"}
     sizes = {"head_dim": 16, "attention": "full" if full else "nsa", "nsa": CONFIG}
-    config = tiny(None, None, model=dataclasses.replace(MODEL, **sizes, **kernels))
+    config = tiny(Path("texts"), Path("out"), model=dataclasses.replace(MODEL, **sizes, **kernels))
     graphdef, params = init_model(config.model, 0)
     state, tokens = init_state(params, config), jnp.ones((1, 32), jnp.int32)
     step = make_train_step(graphdef, config)

@@ -35,6 +35,9 @@ def call(kernel, *arrays, grid, out_shape, interpret, num_warps=4, num_stages=2,
 
     Kernels count in 32 bits, whatever `jax_enable_x64` says.
     """
+    # interpret mode evaluates a kernel anew when it is lowered, where x64 may be on: there weakly
+    # typed numbers would become int64
+    arrays = [jax.lax.convert_element_type(x, x.dtype) for x in arrays]
     with _tracing(interpret), jax.enable_x64(False):
         return pl.pallas_call(
             kernel,
