@@ -271,49 +271,43 @@ def _sample(arguments: Sequence[str]) -> None:
         # A terminal that is not UTF-8 gets question marks rather than an error.
         sys.stdout.reconfigure(errors="replace")
     shown = _Shown(prompt)
-    fsa_jax.generate(
-        model,
-        [[DOCUMENT_START, *prompt]],
-        max_tokens=flags.max_bytes,
-        temperature=flags.temperature,
-        top_p=flags.top_p,
-        seed=flags.seed,
-        stop=stop,
-        vocab_size=DOCUMENT_START,  # only bytes: the document start was never a target
-        stream=shown.add,
-    )
+    try:
+        fsa_jax.generate(
+            model,
+            [[DOCUMENT_START, *prompt]],
+            max_tokens=flags.max_bytes,
+            temperature=flags.temperature,
+            top_p=flags.top_p,
+            seed=flags.seed,
+            stop=stop,
+            vocab_size=DOCUMENT_START,  # only bytes: the document start was never a target
+            stream=shown.add,
+        )
+    except KeyboardInterrupt:
+        shown.finish()  # so that what is said of it has a line of its own
+        _complain("interrupted")
+        raise SystemExit(130) from None
     shown.finish()
 
 
 class _Shown:
-    """A text on standard output, byte by byte as it comes; what is not UTF-8 is shown as such.
-
-    The first error of writing (a reader of a pipe that has seen enough) is kept and raised by
-    `finish`: inside the compiled loop it would be an error of that.
-    """
+    """A text on standard output, byte by byte as it comes; what is not UTF-8 is shown as such."""
 
     def __init__(self, prompt: bytes):
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._prompt = prompt
-        self._error: OSError | None = None
 
     def add(self, token) -> None:
         self._write(bytes([token[0]]))
 
     def finish(self) -> None:
         self._write(b"", final=True)
-        if self._error is not None:
-            raise self._error
         print()
 
     def _write(self, new: bytes, final: bool = False) -> None:
         text = self._decoder.decode(self._prompt + new, final)
         self._prompt = b""  # with the first byte, so that a mistake in the call shows none of it
-        try:
-            if self._error is None:
-                print(text, end="", flush=True)
-        except OSError as error:
-            self._error = error
+        print(text, end="", flush=True)
 
 
 def _bench(arguments: Sequence[str]) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from flax import nnx
 from test_runs import signals_at
 
 import fsa_jax
@@ -22,6 +23,7 @@ import fsa_jax.training
 from fsa_jax import cli
 from fsa_jax.cli import main
 from fsa_jax.training import PRESETS, RunStopped, TrainResult, read_metrics
+from fsa_jax.transformer import Transformer, TransformerConfig
 
 TEXT = "the quick brown fox jumps over the lazy dog. "
 
@@ -191,8 +193,7 @@ def test_sample_shows_bytes_that_are_no_text(trained, monkeypatch, capfd):
     assert capfd.readouterr().out == "ba\N{REPLACEMENT CHARACTER}\N{REPLACEMENT CHARACTER}\n"
 
 
-def test_a_reader_that_leaves_a_sample_is_heard_of_when_it_ends(monkeypatch):
-    """Inside the compiled loop the error would be one of that."""
+def test_a_reader_that_leaves_ends_the_sample(monkeypatch):
     asked = []
 
     class Closed(io.StringIO):
@@ -201,12 +202,22 @@ def test_a_reader_that_leaves_a_sample_is_heard_of_when_it_ends(monkeypatch):
             raise BrokenPipeError
 
     monkeypatch.setattr(sys, "stdout", Closed())
-    shown = cli._Shown(b"a")
-    for byte in b"bc":
-        shown.add(np.asarray([byte], np.int32))
+    model = Transformer(TransformerConfig(num_layers=1, embed_dim=8), rngs=nnx.Rngs(0))
     with pytest.raises(BrokenPipeError):
-        shown.finish()
-    assert asked == ["ab"]
+        fsa_jax.generate(model, [b"a"], max_tokens=50, vocab_size=256, stream=cli._Shown(b"a").add)
+    assert len(asked) == 1
+    assert asked[0].startswith("a")
+
+
+def test_ctrl_c_ends_a_sample_with_one_line(trained, monkeypatch, capfd):
+    def generate(model, prompts, *, stream, **options):
+        for byte in b"bc":
+            stream(np.asarray([byte], np.int32))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(fsa_jax, "generate", generate)
+    assert main(["sample", "--checkpoint", str(trained), "--prompt", "a"]) == 130
+    assert capfd.readouterr() == ("abc\n", "fsa-jax: error: interrupted\n")
 
 
 def test_info(capfd):

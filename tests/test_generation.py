@@ -1,8 +1,14 @@
 """A model with a cache, and texts that it writes: the training forward's, greedy or drawn."""
 
+import contextlib
 import dataclasses
+import re
+import signal
+import time
+import types
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -10,7 +16,7 @@ from flax import nnx
 from test_layers import perturbed
 from test_transformer import CONFIG, FULL, TOKENS
 
-from fsa_jax import generate
+from fsa_jax import generate, generation
 from fsa_jax.transformer import Transformer
 
 CONFIGS = {
@@ -104,18 +110,137 @@ def test_stream_shows_each_token_as_it_comes():
         assert column.tolist() == text + [-1] * (len(steps) - len(text))
 
 
+def test_an_error_of_the_stream_ends_the_text_and_keeps_its_type():
+    model, shown = make(), []
+
+    class Enough(Exception):
+        pass
+
+    def stream(tokens):
+        shown.append(tokens)
+        if len(shown) == 3:
+            raise Enough("three")
+
+    with pytest.raises(Enough, match="three"):
+        generate(model, PROMPTS, max_tokens=1000, temperature=0, stream=stream)
+    assert len(shown) == 3
+    # the device is as it was
+    texts = generate(model, PROMPTS, max_tokens=3, temperature=0)
+    assert texts == np.stack(shown, axis=1).tolist()
+
+
+@contextlib.contextmanager
+def interrupted_after(seconds):
+    """What Ctrl-C does to Python, by another signal."""
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def test_ctrl_c_is_heard_at_once():
+    """While tokens are added: hours of them; and while the device reads the prompts."""
+    model = Fixed([0.0] * 8, rounds=60_000)
+    generate(model, [[0]], max_tokens=2)  # compiles
+    for prompt, stream in ((0, None), (0, lambda _: None), (1, None)):
+        start = time.monotonic()
+        with pytest.raises(KeyboardInterrupt), interrupted_after(0.5):
+            generate(model, [[prompt]], max_tokens=10**8, stream=stream)
+        assert time.monotonic() - start < 1.5
+
+
+class Clock:
+    """A time that passes while one sleeps."""
+
+    now = 0.0
+
+    def monotonic(self):
+        return self.now
+
+    def sleep(self, seconds):
+        self.now += seconds
+
+
+class Asked:
+    """What a device is asked to do when it has done what came before: it takes so many seconds."""
+
+    def __init__(self, clock, seconds, before=None):
+        self.clock, self.end = clock, max(clock.now, before.end if before else 0) + seconds
+
+    def is_ready(self):
+        return self.clock.now >= self.end
+
+    def __array__(self, dtype=None, copy=None):
+        return np.zeros((1, 1), np.int32)
+
+
+@pytest.mark.parametrize(("seconds", "most"), [(1e-5, 128), (0.03, 3), (0.3, 1)])
+def test_the_device_is_asked_for_a_tenth_of_a_second_at_a_time(seconds, most, monkeypatch):
+    """So that it is free soon after Ctrl-C; and not for single tokens where they take less."""
+    clock, asked, texts = Clock(), [], types.SimpleNamespace(live=np.ones(1, bool))
+    monkeypatch.setattr(generation, "time", clock)
+
+    def add(before, texts, steps):
+        asked.append(int(steps))
+        call = Asked(clock, seconds * int(steps), before)
+        return call, texts, call
+
+    for part in generation._parts(lambda: (None, texts, Asked(clock, 0.0)), add, 1000, 128):
+        assert part.shape == (1, 1)
+    assert sum(asked) == 999  # and one that the prompt gave
+    assert most - 1 <= max(asked[3:]) <= most
+
+
+def test_calls_of_similar_sizes_share_their_programs(caplog):
+    model = Fixed([0.5] * 11)  # one that no other test has
+
+    def programs(**options):
+        caplog.clear()
+        with jax.log_compiles():
+            generate(model, **{"prompts": PROMPTS, "max_tokens": 9} | options)
+        return re.findall(r"Finished XLA compilation of jit\((\w+)\)", caplog.text)
+
+    assert programs()[-2:] == ["_begin", "_add"]
+    for options in [
+        {"max_tokens": 1},
+        {"max_tokens": 44},
+        {"prompts": [*PROMPTS, [1] * 30]},
+        {"seed": 5, "temperature": 0.3, "stop": [1, 2, 3], "capacity": 1000},
+        {"stream": lambda tokens: None},
+        {"stream": lambda tokens: 1, "stop": [4], "capacity": 64},
+    ]:
+        assert programs(**options) == []
+    # a longer prompt or more room is a program of its own, and then for all up to twice as long
+    programs(max_tokens=150)
+    assert programs(max_tokens=170) == []
+    lengths = [1, 64, 65, 192, 193, 256, 257, 300, 385, 70000]
+    rounded = [64, 64, 128, 192, 256, 256, 384, 384, 512, 98304]
+    assert [generation._rounded(n) for n in lengths] == rounded
+
+
 class Fixed(Transformer):
     """A model of which every token has the same probabilities, whatever was before."""
 
-    def __init__(self, logits):
+    def __init__(self, logits, rounds=0):
         self.config = dataclasses.replace(CONFIGS["nsa"], vocab_size=len(logits))
-        self.logits = tuple(logits)
+        self.logits, self.rounds = tuple(logits), rounds
 
     def init_cache(self, batch, capacity, **options) -> Any:
         return jnp.zeros((), jnp.int32)
 
     def __call__(self, tokens, *args, cache=None, **options) -> Any:
         logits = jnp.asarray(self.logits, jnp.float32)
+        if options.get("fresh"):
+            rounds = self.rounds * tokens[0, 0]  # so long does a prompt take
+            x = jax.lax.fori_loop(0, rounds, lambda _, x: jnp.tanh(x @ x), jnp.eye(64))
+            cache += x[0, 1].astype(jnp.int32)
         return jnp.broadcast_to(logits[None, None], (len(tokens), 1, len(self.logits))), cache
 
 
@@ -151,6 +276,32 @@ BAD = [
     ({"prompts": [[0.5]]}, r"prompts\[0\] must be a sequence of integers, got \[0\.5\]"),
     ({"prompts": ["ab"]}, r"prompts\[0\] must be a sequence of integers, got 'ab'"),
     ({"prompts": [[[1], [2]]]}, r"prompts\[0\] must be a sequence of integers"),
+    ({"prompts": b"abc"}, r"prompts must be a sequence of prompts, each .* got b'abc'"),
+    ({"prompts": "abc"}, r"prompts must be a sequence of prompts, each .* got 'abc'"),
+    ({"prompts": 7}, "prompts must be a sequence of prompts, each .* got 7"),
+    ({"prompts": None}, "prompts must be a sequence of prompts, each .* got None"),
+    ({"prompts": [1, 2]}, r"prompts\[0\] must be a sequence of integers, got 1"),
+    ({"prompts": [[1], None]}, r"prompts\[1\] must be a sequence of integers, got None"),
+    ({"prompts": [[1, None]]}, r"prompts\[0\] must be a sequence of integers, got \[1, None\]"),
+    ({"prompts": [[[1], [2, 3]]]}, r"prompts\[0\] must be a sequence of integers, got \[\[1\], "),
+    ({"prompts": [[True]]}, r"prompts\[0\] must be a sequence of integers, got \[True\]"),
+    ({"prompts": [""]}, r"prompts\[0\] must be a sequence of integers, got ''"),
+    ({"prompts": [[2**70]]}, r"prompts\[0\] must be a sequence of integers, got \[1180591620717"),
+    ({"stop": 10}, "stop must be a sequence of integers, got 10"),
+    ({"stop": "ab"}, "stop must be a sequence of integers, got 'ab'"),
+    ({"stop": None}, "stop must be a sequence of integers, got None"),
+    ({"stop": [[]]}, r"stop must be a sequence of integers, got \[\[\]\]"),
+    ({"max_tokens": "4"}, "max_tokens must be an integer of at least 1, got '4'"),
+    ({"max_tokens": 4.0}, r"max_tokens must be an integer of at least 1, got 4\.0"),
+    ({"max_tokens": True}, "max_tokens must be an integer of at least 1, got True"),
+    ({"temperature": "hot"}, "temperature must be at least 0 and finite, got 'hot'"),
+    ({"temperature": None}, "temperature must be at least 0 and finite, got None"),
+    ({"top_p": [0.5]}, r"top_p must be above 0 and at most 1, got \[0\.5\]"),
+    ({"seed": 1.0}, r"seed must be an integer of at least 0, got 1\.0"),
+    ({"vocab_size": "11"}, "vocab_size must be an integer of at least 1, got '11'"),
+    ({"capacity": 64.0}, r"capacity must be an integer of at least 1, got 64\.0"),
+    ({"stream": 3}, "stream must be a function or None, got 3"),
+    ({"model": 3}, "model must be a Transformer, got int"),
     ({"max_tokens": 0}, "max_tokens must be an integer of at least 1, got 0"),
     ({"temperature": -0.5}, r"temperature must be at least 0 and finite, got -0\.5"),
     ({"temperature": float("nan")}, "temperature must be at least 0 and finite, got nan"),
@@ -172,7 +323,17 @@ BAD = [
 @pytest.mark.parametrize(("arguments", "message"), BAD)
 def test_bad_arguments(arguments, message):
     with pytest.raises(ValueError, match=message):
-        generate(make(), **{"prompts": [[1]], "max_tokens": 4} | arguments)
+        generate(**{"model": make(), "prompts": [[1]], "max_tokens": 4} | arguments)
+
+
+def test_numpy_numbers_count_as_numbers():
+    model, options = Fixed([0.0, 1.0, 2.0]), {"max_tokens": 4, "seed": 3, "temperature": 0.5}
+    want = generate(model, [[1, 2]], stop=[0, 0], **options)
+    options = {"max_tokens": np.int64(4), "seed": np.uint8(3), "temperature": np.float32(0.5)}
+    more: Any = {"top_p": np.float64(1), "vocab_size": np.int16(3), "capacity": np.int64(6)}
+    for prompts in (np.asarray([[1, 2]]), jnp.asarray([[1, 2]]), [(np.int64(1), np.uint8(2))]):
+        assert generate(model, prompts, stop=np.zeros(2, int), **options, **more) == want
+    assert len(generate(model, [[1]], max_tokens=2, temperature=1e300)[0]) == 2
 
 
 def test_bad_calls_of_the_model():
