@@ -146,7 +146,8 @@ class AttentionLayer(nnx.Module):
 
         Raises:
           ValueError: a shape or dtype does not fit; the cache is of another layer; outside jit, a
-            sequence has no room. Inside jit tokens without room are not stored, and give 0.
+            sequence has no room, or is lost. Inside jit tokens without room are not stored, and
+            give 0; sequences that are lost (see ``KVCache``) give NaN.
           NotImplementedError: the layer's implementation or sequence_axis cannot serve a cache.
         """
         if cache is None:
@@ -158,7 +159,7 @@ class AttentionLayer(nnx.Module):
         cache = cache.emptied() if fresh else cache
         chunk = cache.place(x.shape[1], num_tokens)
         y, cache = self.extend(x, cache, chunk, 0, fresh)
-        return y, cache.advance(chunk)
+        return cache.marked(y), cache.advance(chunk)
 
     def apply_part(self, x, segment_ids, positions) -> jax.Array:
         """The call without a cache, on one device's part of the arrays."""
@@ -199,16 +200,26 @@ class AttentionLayer(nnx.Module):
             )
         if not isinstance(cache, KVCache):
             raise ValueError(f"cache must be what init_cache gives, got {type(cache).__name__}")
-        dtype = cache.key.dtype  # compared with that of the keys, which x and parameters decide
-        own = jax.eval_shape(lambda: self.init_cache(batch, 1, dtype=dtype, layers=layers))
+        # the dtype is compared with that of the keys, which x and parameters decide
+        own = jax.eval_shape(lambda: self.init_cache(batch, 1, layers=layers))
         wanted, got = own.traits(), cache.traits()
         for name, value in wanted.items():
             if got.get(name) != value:
                 raise ValueError(f"cache must have {name}={value}, got {name}={got.get(name)}")
 
     def _dtype_of_cache(self, dtype: Any) -> Any:
-        """The dtype asked for, or that of the computation."""
-        return dtype or self.query.dtype or self.query.param_dtype
+        """The dtype asked for, if the layer's keys can have it, or that of the computation."""
+        own = jax.dtypes.canonicalize_dtype(self.query.dtype or self.query.param_dtype)
+        if dtype is None:
+            return own
+        dtype = checks.float_dtype("dtype", dtype)
+        # where the computation has no dtype, an x of a wider one than the parameters decides
+        with jax.numpy_dtype_promotion("standard"):
+            wider = self.query.dtype is None and jnp.promote_types(own, dtype) == dtype
+        if dtype != own and not wider:
+            rule = "" if self.query.dtype else " or a wider one"
+            raise ValueError(f"dtype must be that of the layer's keys, {own}{rule}, got {dtype}")
+        return dtype
 
     def _check_same_dtype(self, key: jax.Array, cache: KVCache) -> None:
         if key.dtype != cache.key.dtype:

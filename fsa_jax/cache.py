@@ -1,15 +1,7 @@
-"""Caches of keys and values for inference: pages, a page table, and lengths.
+"""The cache of native sparse attention; `kv_cache.py` is what it shares with full attention.
 
-Keys and values stand in pages of `page_size` tokens. A sequence has a list of pages, its row of the
-page table; token t of it is in place t % page_size of page number t // page_size. So sequences come
-and go without a move of memory, and a cache whose pages follow one another is the special case that
-`init` makes unless it is given a number of pages.
-
-Pages of all layers stand in one array, layer after layer: a scan over layers carries that array and
-writes into it in place, and a layer reads it through the page table plus its first page.
-
-Shapes: B sequences, J pages that a sequence may have, P pages of all layers, p tokens of a page, K
-key/value heads, D and E head widths, L layers, n tokens of a chunk, l kernel_size, d kernel_stride.
+Shapes as in `kv_cache.py`, and: q compressed windows of a page, R tokens of a tail, l kernel_size,
+d kernel_stride.
 """
 
 import dataclasses
@@ -17,251 +9,13 @@ from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.core import Tracer
-from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Bool, Float, Int
 
 from fsa_jax import checks
 from fsa_jax.config import NSAConfig
-
-_STATIC: Any = {"static": True}
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Chunk:
-    """Where the tokens of a call stand in their sequences.
-
-    Attributes:
-      position: int32 [B, n], positions in the sequences.
-      valid: bool [B, n], tokens that are there: the first few of each row.
-    """
-
-    position: Int[Array, "B n"]
-    valid: Bool[Array, "B n"]
-
-    @property
-    def first(self) -> Int[Array, " B"]:
-        """Tokens of each sequence before the call."""
-        return self.position[:, 0]
-
-    @property
-    def stop(self) -> Int[Array, " B"]:
-        """Tokens of each sequence after the call."""
-        return self.first + jnp.sum(self.valid, axis=1, dtype=jnp.int32)
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class KVCache:
-    """Keys and values of full attention.
-
-    Attributes:
-      key: [P, p, K, D], after RoPE.
-      value: [P, p, K, E].
-      page_table: int32 [B, J], pages of each sequence in the order of its tokens, then -1.
-      lengths: int32 [B], tokens of each sequence.
-      layers: L; P is L times the number of pages that a layer has.
-    """
-
-    key: Float[Array, "P p K D"]
-    value: Float[Array, "P p K E"]
-    page_table: Int[Array, "B J"]
-    lengths: Int[Array, " B"]
-    layers: int = dataclasses.field(metadata=_STATIC)
-
-    @classmethod
-    def init(
-        cls,
-        batch: int,
-        capacity: int,
-        *,
-        num_kv_heads: int,
-        head_dim: int,
-        dtype: Any = jnp.float32,
-        page_size: int = 64,
-        num_pages: int | None = None,
-        layers: int = 1,
-    ) -> Self:
-        """An empty cache; a layer's or a model's `init_cache` gives the sizes by itself.
-
-        Args:
-          batch: sequences B.
-          capacity: tokens that a sequence may have; rounded up to whole pages.
-          num_kv_heads: K.
-          head_dim: D and E.
-          dtype: of keys and values.
-          page_size: tokens of a page.
-          num_pages: pages of a layer, which a `PageAllocator` hands out; None: every sequence has
-            its pages from the start.
-          layers: L.
-
-        Raises:
-          ValueError: a size is not a positive integer.
-        """
-        places = _init_places(batch, capacity, page_size, num_pages)
-        pages = layers * places.pop("pages")
-        shape = (pages, page_size, num_kv_heads, head_dim)
-        return cls(
-            key=jnp.zeros(shape, dtype), value=jnp.zeros(shape, dtype), layers=layers, **places
-        )
-
-    @property
-    def page_size(self) -> int:
-        """Tokens of a page."""
-        return self.key.shape[1]
-
-    @property
-    def capacity(self) -> int:
-        """Tokens that a sequence may have."""
-        return self.page_table.shape[1] * self.page_size
-
-    @property
-    def room(self) -> Int[Array, " B"]:
-        """Tokens that each sequence has pages for, those it holds included."""
-        return jnp.sum(self.page_table >= 0, axis=1, dtype=jnp.int32) * self.page_size
-
-    def emptied(self) -> Self:
-        """The cache without any token of any sequence; they keep their pages."""
-        return dataclasses.replace(self, lengths=jnp.zeros_like(self.lengths))
-
-    def place(self, length: int, num_tokens: Array | None = None) -> Chunk:
-        """Where the next `length` tokens of each sequence stand.
-
-        Args:
-          length: tokens n of a row of the call.
-          num_tokens: int32 [B], how many of them are there; None: all.
-
-        Raises:
-          ValueError: a shape does not fit; or, where the numbers are known, that is outside jit, a
-            number is not in 0 .. n or a sequence has no room. Inside jit such tokens count as
-            padding: they are not stored, and their results are 0.
-        """
-        if num_tokens is None:
-            num_tokens = jnp.full(self.lengths.shape, length, jnp.int32)
-        num_tokens = self._numbers("num_tokens", num_tokens)
-        self._check_room(length, num_tokens)
-        token = jnp.arange(length, dtype=jnp.int32)[None]
-        position = self.lengths[:, None] + token
-        valid = (token < num_tokens[:, None]) & (position < self.room[:, None])
-        return Chunk(position, valid)
-
-    def _check_room(self, length: int, num_tokens: Array) -> None:
-        known = (num_tokens, self.lengths, self.page_table)
-        if not _known(*known):
-            return
-        counts, lengths, table = (np.asarray(x) for x in known)
-        if counts.min() < 0 or counts.max() > length:
-            raise ValueError(f"num_tokens must be in 0 .. {length}, got {counts.tolist()}")
-        room = (table >= 0).sum(axis=1) * self.page_size
-        for row in np.flatnonzero((lengths + counts > room) & (counts > 0)):
-            raise ValueError(
-                f"the cache has room for {room[row]} tokens of sequence {row}, which holds "
-                f"{lengths[row]} and would get {counts[row]} more"
-            )
-
-    def advance(self, chunk: Chunk) -> Self:
-        """The cache with the lengths after `chunk` has been written in every layer."""
-        return dataclasses.replace(self, lengths=chunk.stop)
-
-    def rewind(self, count: Int[Array, " B"]) -> Self:
-        """The cache without the last `count` tokens of each sequence, for drafts that were wrong.
-
-        Args:
-          count: int32 [B], tokens that each sequence loses; in an `NSACache` at most `rollback`
-            since the last token that was added, which inside jit cannot be checked.
-
-        Raises:
-          ValueError: a shape does not fit; or, outside jit, a number is too large or negative.
-        """
-        count = self._numbers("count", count)
-        if _known(count, self.lengths):
-            lengths, counts = np.asarray(self.lengths), np.asarray(count)
-            most = np.minimum(lengths, lengths if self._rollback is None else self._rollback)
-            if (counts < 0).any() or (counts > most).any():
-                raise ValueError(
-                    f"count must be in 0 .. {most.tolist()} (rollback={self._rollback}, "
-                    f"lengths={lengths.tolist()}), got {counts.tolist()}"
-                )
-        return dataclasses.replace(self, lengths=jnp.maximum(self.lengths - count, 0))
-
-    @property
-    def _rollback(self) -> int | None:
-        """The most tokens that `rewind` may take back; None: all."""
-        return None
-
-    def _numbers(self, name: str, x: Array) -> Array:
-        """`x` checked: one number for each sequence."""
-        x = checks.integers(name, x, "B")
-        if x.shape != self.lengths.shape:
-            raise ValueError(
-                f"{name} must have one number for each of the {self.lengths.shape[0]} sequences "
-                f"of the cache, got shape {x.shape}"
-            )
-        return x
-
-    def traits(self) -> dict[str, Any]:
-        """What a layer's cache must have, by name."""
-        kv_heads, width = self.key.shape[2:]
-        return {
-            "kind": type(self).__name__,
-            "num_kv_heads": kv_heads,
-            "head_dim": width,
-            "layers": self.layers,
-            "sequences": self.lengths.shape[0],
-        }
-
-    def first_page(self, layer: int | Array) -> int | Array:
-        """Where the pages of a layer start."""
-        return layer * (self.key.shape[0] // self.layers)
-
-    def pages(self, layer: int | Array) -> Int[Array, "B J"]:
-        """The page table of a layer; pages that are not there are those of some other sequence."""
-        return jnp.maximum(self.page_table, 0) + self.first_page(layer)
-
-    def write(
-        self, pool: Float[Array, "P p K W"], x: Float[Array, "B m K W"], layer, place, valid
-    ) -> Float[Array, "P p K W"]:
-        """Writes entries into pages; `place` int32 [B, m] counts in the sequence."""
-        size = pool.shape[1]
-        number = jnp.clip(place // size, 0, self.page_table.shape[1] - 1)
-        page = jnp.take_along_axis(self.page_table, number, axis=1)
-        # what is not stored goes to places of its own behind the end, where it is dropped
-        nowhere = pool.shape[0] + jnp.arange(place.size, dtype=jnp.int32).reshape(place.shape)
-        page = jnp.where(valid & (page >= 0), page + self.first_page(layer), nowhere)
-        new = pool.at[page, place % size].set(x, mode="drop", unique_indices=True)
-        # Else the compiler may lay out the loop over layers as x is laid out, and turn all pages
-        # that way and back in every call.
-        return with_layout_constraint(new, Layout(tuple(range(new.ndim))))
-
-    def read(
-        self,
-        pool: Float[Array, "P p K W"],
-        layer,
-        first: Int[Array, " B"],
-        count: int,
-        stop: Int[Array, " B"],
-    ) -> Float[Array, "B count K W"]:
-        """Entries first .. first + count - 1 of each sequence, a copy.
-
-        What is not among the entries 0 .. stop - 1 that the sequence has is 0. So nothing that
-        other sequences left in a page, NaN say, is ever read.
-        """
-        size = pool.shape[1]
-        place = first[:, None] + jnp.arange(count, dtype=jnp.int32)[None]
-        there = (place >= 0) & (place < stop[:, None])
-        number = jnp.clip(place // size, 0, self.page_table.shape[1] - 1)
-        page = jnp.take_along_axis(self.pages(layer), number, axis=1)
-        return jnp.where(there[..., None, None], pool[page, place % size], 0)
-
-    def append(self, key: Array, value: Array, layer, chunk: Chunk) -> Self:
-        """The cache with the keys and values [B, n, K, ...] of a chunk in one layer."""
-        return dataclasses.replace(
-            self,
-            key=self.write(self.key, key, layer, chunk.position, chunk.valid),
-            value=self.write(self.value, value, layer, chunk.position, chunk.valid),
-        )
+from fsa_jax.kv_cache import STATIC, heads_of, init_places
+from fsa_jax.kv_cache import Chunk as Chunk
+from fsa_jax.kv_cache import KVCache as KVCache
 
 
 @jax.tree_util.register_dataclass
@@ -282,8 +36,10 @@ class NSACache(KVCache):
       tail_key: [L, B, R, K, D], the last R tokens of each sequence before RoPE, token t in place
         t % R: those of windows that are not yet whole, and `rollback` more.
       tail_value: [L, B, R, K, E], R = max(l - 1 + rollback, 1).
+      rewound: int32 [B], tokens of each sequence that were taken back and not added anew: the tail
+        ends so many tokens behind the sequence.
       config: sizes of the attention.
-      rollback: the most tokens that `rewind` may take back.
+      rollback: the most tokens that `rewind` may take back, in all its calls together.
     """
 
     window_key: Float[Array, "P p K D"] | None
@@ -292,8 +48,9 @@ class NSACache(KVCache):
     compressed_value: Float[Array, "P q K E"]
     tail_key: Float[Array, "L B R K D"]
     tail_value: Float[Array, "L B R K E"]
-    config: NSAConfig = dataclasses.field(metadata=_STATIC)
-    rollback: int = dataclasses.field(metadata=_STATIC)
+    rewound: Int[Array, " B"]
+    config: NSAConfig = dataclasses.field(metadata=STATIC)
+    rollback: int = dataclasses.field(metadata=STATIC)
 
     @classmethod
     def init(  # type: ignore[override]
@@ -318,14 +75,14 @@ class NSACache(KVCache):
           config: sizes of the attention.
           num_kv_heads: K.
           head_dim: D and E.
-          dtype: of keys and values.
+          dtype: of keys and values, one that the attention functions compute with.
           window_of_its_own: whether the window has keys and values of its own.
           num_pages: see `KVCache.init`.
-          rollback: the most tokens that `rewind` may take back.
+          rollback: the most tokens that `rewind` may take back, in all its calls together.
           layers: L.
 
         Raises:
-          ValueError: a size is not a positive integer.
+          ValueError: a size is not a positive integer, or the dtype is another.
 
         Example:
           >>> cache = NSACache.init(2, 100, config=NSAConfig(), num_kv_heads=1, head_dim=8)
@@ -334,14 +91,16 @@ class NSACache(KVCache):
         """
         size, stride = checks.config(config).block_size, config.kernel_stride
         room = max(config.kernel_size - 1 + checks.size("rollback", rollback, least=0), 1)
-        places = _init_places(batch, capacity, size, num_pages)
-        pages = layers * places.pop("pages")
+        places = init_places(batch, capacity, size, num_pages)
+        pages = checks.size("layers", layers) * places.pop("pages")
+        dtype, heads = checks.float_dtype("dtype", dtype), heads_of(num_kv_heads, head_dim)
+        checks.flag("window_of_its_own", window_of_its_own)
 
         def pool(entries: int) -> Array:
-            return jnp.zeros((pages, entries, num_kv_heads, head_dim), dtype)
+            return jnp.zeros((pages, entries, *heads), dtype)
 
         def tail() -> Array:
-            return jnp.zeros((layers, batch, room, num_kv_heads, head_dim), dtype)
+            return jnp.zeros((layers, batch, room, *heads), dtype)
 
         return cls(
             key=pool(size),
@@ -352,6 +111,7 @@ class NSACache(KVCache):
             compressed_value=pool(size // stride),
             tail_key=tail(),
             tail_value=tail(),
+            rewound=jnp.zeros((batch,), jnp.int32),
             layers=layers,
             config=config,
             rollback=rollback,
@@ -359,8 +119,25 @@ class NSACache(KVCache):
         )
 
     @property
+    def history(self) -> dict[str, Array]:
+        """As in `KVCache`."""
+        return super().history | {"rewound": self.rewound}
+
+    @property
     def _rollback(self) -> int:
         return self.rollback
+
+    @property
+    def _removable(self) -> Int[Array, " B"]:
+        return jnp.minimum(self.lengths, self.rollback - self.rewound)
+
+    def _shortened(self, count: Int[Array, " B"], lost: Bool[Array, " B"]) -> Self:
+        return dataclasses.replace(super()._shortened(count, lost), rewound=self.rewound + count)
+
+    def advance(self, chunk: Chunk) -> Self:
+        """As in `KVCache`."""
+        left = jnp.maximum(self.rewound - (chunk.stop - chunk.first), 0)
+        return dataclasses.replace(super().advance(chunk), rewound=left)
 
     def traits(self) -> dict[str, Any]:
         """As in `KVCache`."""
@@ -451,22 +228,3 @@ class NSACache(KVCache):
             tail_key=after(self.tail_key, key),
             tail_value=after(self.tail_value, value),
         )
-
-
-def _known(*arrays: Array) -> bool:
-    """Whether the numbers are known here, which inside jit they are not."""
-    return all(not isinstance(x, Tracer) and x.is_fully_addressable for x in arrays)
-
-
-def _init_places(batch: int, capacity: int, page_size: int, num_pages: int | None) -> dict:
-    """Page table and lengths of an empty cache, and the number of pages of a layer."""
-    batch, capacity = checks.size("batch", batch), checks.size("capacity", capacity)
-    columns = -(-capacity // checks.size("page_size", page_size))
-    if num_pages is None:
-        table = jnp.arange(batch * columns, dtype=jnp.int32).reshape(batch, columns)
-        num_pages = batch * columns
-    else:
-        num_pages = checks.size("num_pages", num_pages)
-        table = jnp.full((batch, columns), -1, jnp.int32)
-    lengths = jnp.zeros((batch,), jnp.int32)
-    return {"pages": num_pages, "page_table": table, "lengths": lengths}

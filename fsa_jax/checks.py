@@ -138,6 +138,27 @@ def number(name: str, value, rule: str, fits: Callable[[float], bool]) -> float:
     return float(value)
 
 
+def flag(name: str, value) -> bool:
+    """True or False, of Python or NumPy."""
+    if not isinstance(value, bool | np.bool_):
+        raise ValueError(f"{name} must be True or False, got {value!r}")
+    return bool(value)
+
+
+def float_dtype(name: str, value) -> jnp.dtype:
+    """A dtype that the attention functions compute with, and that arrays can have now."""
+    try:
+        dtype = None if value is None else jnp.dtype(value)
+    except TypeError:  # not a dtype
+        dtype = None
+    if str(dtype) not in FLOATS:
+        got = value if dtype is None else dtype
+        raise ValueError(f"{name} must be one of the dtypes {', '.join(FLOATS)}, got {got!s}")
+    if jax.dtypes.canonicalize_dtype(dtype) != dtype:
+        raise ValueError(f"{name} must not be {dtype} unless jax_enable_x64 is on, got {dtype}")
+    return jnp.dtype(dtype)
+
+
 def scale(value, width: int) -> float:
     """The factor of the logits: by default one over the square root of the head width."""
     if value is None:

@@ -132,13 +132,14 @@ class FullAttention(AttentionLayer):
         Args:
           batch: sequences.
           capacity: tokens that a sequence may have; rounded up to whole pages.
-          dtype: of keys and values; None: that of the computation, or else of the parameters.
+          dtype: of keys and values, the same as the layer's own will have; None: that of the
+            computation, or else of the parameters.
           num_pages: pages that a ``PageAllocator`` hands out; None: each sequence has its own.
           page_size: tokens of a page.
           layers: layers like this one that share the cache.
 
         Raises:
-          ValueError: a size is not a positive integer.
+          ValueError: a size is not a positive integer, or the dtype not that of the keys.
         """
         return KVCache.init(
             batch,

@@ -209,13 +209,14 @@ class NativeSparseAttention(AttentionLayer):
         Args:
           batch: sequences.
           capacity: tokens that a sequence may have; rounded up to whole blocks.
-          dtype: of keys and values; None: that of the computation, or else of the parameters.
+          dtype: of keys and values, the same as the layer's own will have; None: that of the
+            computation, or else of the parameters.
           num_pages: pages that a ``PageAllocator`` hands out; None: each sequence has its own.
-          rollback: the most tokens that ``NSACache.rewind`` may take back.
+          rollback: the most tokens that ``NSACache.rewind`` may take back, in all its calls.
           layers: layers like this one that share the cache, as those of a model do.
 
         Raises:
-          ValueError: a size is not a positive integer.
+          ValueError: a size is not a positive integer, or the dtype not that of the keys.
         """
         return NSACache.init(
             batch,

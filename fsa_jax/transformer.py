@@ -348,8 +348,8 @@ class Transformer(nnx.Module):
 
         Raises:
           ValueError: a shape or dtype does not fit; the cache is of another model; outside jit, a
-            sequence has no room. Inside jit tokens without room are not stored, and their logits
-            mean nothing.
+            sequence has no room, or is lost. Inside jit tokens without room are not stored, and
+            their logits mean nothing; those of sequences that are lost (see ``KVCache``) are NaN.
           NotImplementedError: implementation or sequence_axis cannot serve a cache.
 
         Example:
@@ -388,7 +388,7 @@ class Transformer(nnx.Module):
             attention) and `page_size` (full attention).
 
         Raises:
-          ValueError: a size is not a positive integer.
+          ValueError: a size is not a positive integer, or the dtype not that of the keys.
         """
         return self.layers.attention.init_cache(
             batch, capacity, layers=self.config.num_layers, **options
@@ -409,7 +409,7 @@ class Transformer(nnx.Module):
 
         numbers = jnp.arange(self.config.num_layers, dtype=jnp.int32)
         (x, cache), _ = jax.lax.scan(body, (x, cache), (stacked, numbers))
-        return x, cache.advance(chunk), jnp.maximum(chunk.stop - chunk.first - 1, 0)
+        return cache.marked(x), cache.advance(chunk), jnp.maximum(chunk.stop - chunk.first - 1, 0)
 
     def _logits(self, x: jax.Array) -> jax.Array:
         x = self.norm(x)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from test_layers import CONFIG, perturbed
 from util import assert_errors_are_at_most_twice_those_of_dense
 
-from fsa_jax import NSAConfig, decode
+from fsa_jax import NSACache, NSAConfig, decode
 from fsa_jax.layers import FullAttention, NativeSparseAttention
 from fsa_jax.rope import Llama3Scaling, RoPE
 
@@ -198,6 +198,122 @@ def test_rewinding_further_than_the_cache_keeps():
     assert cache.rewind(jnp.asarray([2], jnp.int32)).lengths.tolist() == [7]
 
 
+def numbers(*values):
+    return jnp.asarray(values, jnp.int32)
+
+
+def test_all_rewinds_together_take_back_what_the_cache_keeps():
+    """Tokens that were taken back count until others stand in their place."""
+    layer, x = make(), inputs()
+    want, wrong = whole(layer, x), jax.random.normal(jax.random.key(1), x.shape)
+
+    def add(cache, tokens, *counts):
+        return extend(layer, tokens[:, :24], cache, numbers(*counts))
+
+    _, cache = add(layer.init_cache(BATCH, LENGTH, rollback=4), x, 17, 20)
+    _, cache = add(cache, wrong, 4, 2)  # 17 and 20 tokens are right
+    cache = cache.rewind(numbers(1, 2))
+    for count in ((4, 0), (0, 3)):
+        with pytest.raises(ValueError, match=r"count must be in 0 \.\. \[3, 2\] .*rollback=4, "):
+            cache.rewind(numbers(*count))
+    cache = cache.rewind(numbers(3, 0))
+    assert cache.lengths.tolist() == [17, 20]
+    _, cache = add(cache, wrong, 1, 1)  # four and two were taken back, one of each was added
+    with pytest.raises(ValueError, match=r"count must be in 0 \.\. \[1, 3\]"):
+        cache.rewind(numbers(2, 0))
+    cache = cache.rewind(numbers(1, 3))  # as far as it goes
+    out = []
+    for row, (start, count) in enumerate(((17, 24), (18, 24))):
+        y, new = add(cache, x[:, start:], *(count * (row == i) for i in range(BATCH)))
+        np.testing.assert_allclose(y[row], want[row, start : start + 24], atol=1e-5)
+        out.append(new)
+    # the tokens that were added since are all there is to take back, and no more than the limit
+    assert out[0]._removable.tolist() == [4, 0]
+    fresh = extend(layer, x[:, :24], cache, numbers(3, 9), fresh=True)[1]
+    assert fresh._removable.tolist() == [3, 4]
+
+
+@pytest.mark.parametrize(
+    ("cls", "counts"),
+    [
+        (NativeSparseAttention, [(2, 2), (1, 2)]),  # four together, of three
+        (NativeSparseAttention, [(0, 4)]),
+        (NativeSparseAttention, [(0, -1)]),
+        (FullAttention, [(3, 8), (1, 2)]),  # ten of nine
+        (FullAttention, [(0, -1)]),
+    ],
+)
+def test_rewinding_too_far_inside_jit_loses_the_sequence_and_says_so(cls, counts):
+    layer, x = make(cls), inputs()
+    options = {"rollback": 3} if cls is NativeSparseAttention else {}
+    _, cache = extend(layer, x[:, :24], layer.init_cache(BATCH, LENGTH, **options), numbers(9, 9))
+    # row 0 goes as far as it may, row 1 further
+    back = sum(count for count, _ in counts)
+
+    @jax.jit
+    def rewound(cache):
+        for count in counts:
+            cache = cache.rewind(numbers(*count))
+        return cache
+
+    cache = rewound(cache)
+    assert cache.lost.tolist() == [False, True]
+    y, after = extend(layer, x[:, 9 - back : 33 - back], cache, numbers(24, 24))
+    np.testing.assert_allclose(y[0], whole(layer, x)[0, 9 - back : 33 - back], atol=1e-5)
+    assert np.all(np.isnan(y[1]))
+    assert after.lengths.tolist() == [33 - back, cache.lengths[1]]
+    with pytest.raises(ValueError, match="cache must know the tokens of sequence 1, got one that"):
+        layer(x[:, :1], cache=after)
+    with pytest.raises(
+        ValueError, match=r"sequence 1, .* start it anew with fresh=True or release"
+    ):
+        after.rewind(numbers(0, 1))
+    # the other sequence goes on, and so does this one from its start
+    assert after.rewind(numbers(1, 0)).lost.tolist() == [False, True]
+    y, new = extend(layer, x[:, :24], after, numbers(24, 24), fresh=True)
+    np.testing.assert_allclose(y[1], whole(layer, x)[1, :24], atol=1e-5)
+    assert not np.any(new.lost)
+
+
+def test_a_chunk_is_added_once_to_the_cache_that_gave_it():
+    cache = make().init_cache(BATCH, LENGTH)
+    chunk = cache.place(3, numbers(3, 0))
+    after = cache.advance(chunk)
+    assert after.lengths.tolist() == [3, 0]
+    with pytest.raises(ValueError, match=r"chunk must start .* at \[3, 0\], got \[0, 0\]"):
+        after.advance(chunk)
+    assert jax.jit(lambda cache: cache.advance(chunk))(after).lost.tolist() == [True, False]
+    with pytest.raises(ValueError, match="length must be an integer of at least 1, got 0"):
+        cache.place(0)
+
+
+@pytest.mark.parametrize(
+    ("layer", "dtype", "message"),
+    [
+        ({}, jnp.int8, "dtype must be one of the dtypes float16, .* got int8"),
+        ({}, "floaty", "dtype must be one of the dtypes float16, .* got floaty"),
+        ({}, 7, "dtype must be one of the dtypes float16, .* got 7"),
+        ({}, jnp.float64, "dtype must not be float64 unless jax_enable_x64 is on, got float64"),
+        ({}, jnp.bfloat16, "that of the layer's keys, float32 or a wider one, got bfloat16"),
+        ({"dtype": jnp.bfloat16}, np.float32, "that of the layer's keys, bfloat16, got float32"),
+        ({"cls": FullAttention}, np.float16, "that of the layer's keys, float32 .* got float16"),
+    ],
+)
+def test_a_cache_of_a_dtype_that_no_call_takes(layer, dtype, message):
+    with pytest.raises(ValueError, match=message):
+        make(**layer).init_cache(BATCH, LENGTH, dtype=dtype)
+
+
+def test_a_cache_of_the_dtype_of_the_keys(x64):
+    """The dtype of x counts where the layer has none and the parameters' is narrower."""
+    layer = FullAttention(4, FEATURES, implementation="xla", rngs=nnx.Rngs(0))
+    for dtype in (jnp.float32, "float64"):
+        x = inputs(dtype)[:, :1]
+        with jax.numpy_dtype_promotion("standard"):
+            _, cache = layer(x, cache=layer.init_cache(BATCH, LENGTH, dtype=dtype))
+        assert cache.key.dtype == dtype
+
+
 @pytest.mark.parametrize("cls", [NativeSparseAttention, FullAttention])
 def test_error_rule_in_bfloat16(cls, x64):
     """All blocks are selected: a choice that rounding flips is no error of the attention."""
@@ -258,12 +374,16 @@ def test_a_donated_cache_becomes_the_new_one():
     _, new = step(state, inputs()[:, :5], cache)
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(cache))
     assert new.lengths.tolist() == [5, 5]
+    for use in (lambda: layer(inputs(), cache=cache), lambda: cache.rewind(numbers(1, 1))):
+        with pytest.raises(ValueError, match="cache must not have been donated, got one that"):
+            use()
 
 
 def test_bad_calls():
     layer, x = make(), inputs()
     cache = layer.init_cache(BATCH, LENGTH)
     ids = jnp.ones((BATCH, LENGTH), jnp.int32)
+    sizes: Any = {"config": CONFIG, "num_kv_heads": 2, "head_dim": 8}
     for options, message in [
         ({"cache": cache, "segment_ids": ids}, r"segment_ids must not be given with a cache, got"),
         ({"cache": cache, "positions": ids}, r"positions must not be given with a cache, got"),
@@ -282,7 +402,7 @@ def test_bad_calls():
         ({"cache": layer.init_cache(3, 8)}, r"cache must have sequences=2, got sequences=3"),
         ({"cache": layer.init_cache(2, 8, layers=2)}, r"cache must have layers=1, got layers=2"),
         (
-            {"cache": layer.init_cache(2, 72, dtype=jnp.bfloat16)},
+            {"cache": NSACache.init(2, 72, dtype=jnp.bfloat16, **sizes)},
             r"cache must have the dtype of the layer's keys, got bfloat16 and float32",
         ),
         (

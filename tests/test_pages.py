@@ -195,6 +195,42 @@ def test_a_page_that_is_not_there_is_never_written():
     assert not np.any(cache.write(cache.key, x, 0, at - PAGE, there))
 
 
+def test_a_page_is_handed_out_once_whatever_cache_comes():
+    cache = init_cache("nsa")
+    allocator, other = PageAllocator(cache), PageAllocator(cache)
+    before = allocator.reserve(cache, 0, 2 * PAGE)
+    after = allocator.release(before, 0)
+    for stale, held in ((before, r"\[0, 1\]"), (other.reserve(cache, 0, 1), r"\[0\]")):
+        for use in (allocator.reserve, lambda *x: allocator.release(*x[:2])):
+            with pytest.raises(
+                ValueError, match=rf"last, \[\] for sequence 0, got {held}: it is another"
+            ):
+                use(stale, 1, 2 * PAGE)
+    assert allocator.free_pages == PAGES
+    assert allocator.release(after, 0).room.tolist() == [0, 0, 0]  # once more changes nothing
+    row, length = np.int64(0), np.int32(1)  # they count as integers
+    both = allocator.reserve(allocator.reserve(after, 1, 2 * PAGE), row, length)  # type: ignore
+    assert both.room.tolist() == [PAGE, 2 * PAGE, 0]
+    with pytest.raises(ValueError, match=r"last, \[2\] for sequence 0, got \[\]"):
+        allocator.reserve(cache, 0, 1)  # from before both
+
+
+def test_a_released_sequence_has_no_past():
+    cache = init_cache("nsa")
+    allocator = PageAllocator(cache)
+    cache = allocator.reserve(allocator.reserve(cache, 0, 2 * PAGE), 1, PAGE)
+    x = jnp.asarray(TEXTS[:3, :WIDTH])
+    cache = extend(LAYERS["nsa"], x, cache, jnp.asarray([3, 2, 0], jnp.int32))[1]
+    cache = jax.jit(lambda cache: cache.rewind(jnp.full(3, 1, jnp.int32)))(cache)
+    assert cache.lost.tolist() == [True] * 3  # rollback=0
+    cache = allocator.release(cache, 0)
+    assert cache.lost.tolist() == [False, True, True]
+    assert cache.lengths.tolist() == [0, 2, 0]
+    cache = allocator.reserve(cache, 0, PAGE)
+    y, _ = extend(LAYERS["nsa"], x, cache, jnp.asarray([PAGE, 0, 0], jnp.int32))
+    np.testing.assert_allclose(y[0, :PAGE], WANTED["nsa"][0, :PAGE], atol=1e-5)
+
+
 def test_bad_pages():
     cache = init_cache("nsa")
     allocator = PageAllocator(cache)
@@ -211,3 +247,27 @@ def test_bad_pages():
         NSACache.init(1, 8, config=3, num_kv_heads=1, head_dim=8)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="page_size must be an integer of at least 1, got 0"):
         KVCache.init(1, 8, num_kv_heads=1, head_dim=8, page_size=0)
+    smaller = LAYERS["nsa"].init_cache(ROWS, CAPACITY, num_pages=PAGES - 1)
+    two = LAYERS["nsa"].init_cache(2, CAPACITY, num_pages=PAGES)
+    large = LAYERS["full"].init_cache(ROWS, CAPACITY, num_pages=PAGES, page_size=2 * PAGE)
+    allocator = PageAllocator(cache)
+    for arguments, message in [
+        ((3, 0, 1), "cache must be what init_cache gives, got int"),
+        ((smaller, 0, 1), "cache must have num_pages=11, got num_pages=10"),
+        ((two, 0, 1), "cache must have sequences=3, got sequences=2"),
+        ((large, 0, 1), "cache must have page_size=8, got page_size=16"),
+        ((cache, "0", 1), r"row must be an integer in 0 \.\. 2, got '0'"),
+        ((cache, True, 1), r"row must be an integer in 0 \.\. 2, got True"),
+        ((cache, 0, 1.0), r"length must be an integer in 0 \.\. 48, got 1\.0"),
+        ((cache, 0, None), r"length must be an integer in 0 \.\. 48, got None"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            allocator.reserve(*arguments)
+    with pytest.raises(ValueError, match="cache must be what init_cache gives, got NoneType"):
+        PageAllocator(None)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="cache must not be traced, as inside jit"):
+        jax.jit(lambda cache: allocator.release(cache, 0))(cache)
+    for name, value in (("num_kv_heads", 0), ("head_dim", 1.5), ("layers", "2")):
+        options: Any = {"num_kv_heads": 1, "head_dim": 8} | {name: value}
+        with pytest.raises(ValueError, match=f"{name} must be an integer of at least 1, got"):
+            KVCache.init(1, 8, **options)
