@@ -331,8 +331,10 @@ def test_numpy_numbers_count_as_numbers():
     want = generate(model, [[1, 2]], stop=[0, 0], **options)
     options = {"max_tokens": np.int64(4), "seed": np.uint8(3), "temperature": np.float32(0.5)}
     more: Any = {"top_p": np.float64(1), "vocab_size": np.int16(3), "capacity": np.int64(6)}
-    for prompts in (np.asarray([[1, 2]]), jnp.asarray([[1, 2]]), [(np.int64(1), np.uint8(2))]):
-        assert generate(model, prompts, stop=np.zeros(2, int), **options, **more) == want
+    stop: Any = np.zeros(2, int)
+    arrays: Any = (np.asarray([[1, 2]]), jnp.asarray([[1, 2]]), [(np.int64(1), np.uint8(2))])
+    for prompts in arrays:
+        assert generate(model, prompts, stop=stop, **options, **more) == want
     assert len(generate(model, [[1]], max_tokens=2, temperature=1e300)[0]) == 2
 
 
