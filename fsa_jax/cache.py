@@ -90,9 +90,10 @@ class NSACache(KVCache):
           ((4, 64, 1, 8), (4, 4, 1, 8), 128)
         """
         size, stride = checks.config(config).block_size, config.kernel_stride
-        room = max(config.kernel_size - 1 + checks.size("rollback", rollback, least=0), 1)
+        layers, rollback = checks.size("layers", layers), checks.size("rollback", rollback, least=0)
+        room = max(config.kernel_size - 1 + rollback, 1)
         places = init_places(batch, capacity, size, num_pages)
-        pages = checks.size("layers", layers) * places.pop("pages")
+        pages = layers * places.pop("pages")
         dtype, heads = checks.float_dtype("dtype", dtype), heads_of(num_kv_heads, head_dim)
         checks.flag("window_of_its_own", window_of_its_own)
 
@@ -136,8 +137,9 @@ class NSACache(KVCache):
 
     def advance(self, chunk: Chunk) -> Self:
         """As in `KVCache`."""
+        new = super().advance(chunk)
         left = jnp.maximum(self.rewound - (chunk.stop - chunk.first), 0)
-        return dataclasses.replace(super().advance(chunk), rewound=left)
+        return dataclasses.replace(new, rewound=left)
 
     def traits(self) -> dict[str, Any]:
         """As in `KVCache`."""

@@ -108,7 +108,8 @@ class KVCache:
           ValueError: a size is not a positive integer, or the dtype is another.
         """
         places = init_places(batch, capacity, page_size, num_pages)
-        pages = checks.size("layers", layers) * places.pop("pages")
+        layers = checks.size("layers", layers)
+        pages = layers * places.pop("pages")
         dtype, heads = checks.float_dtype("dtype", dtype), heads_of(num_kv_heads, head_dim)
         shape = (pages, page_size, *heads)
         return cls(
@@ -154,9 +155,10 @@ class KVCache:
             number is not in 0 .. n, or a sequence has no room or is lost. Inside jit such tokens
             count as padding: they are not stored, and their results are 0, or NaN if lost.
         """
+        length = checks.size("length", length)
         if num_tokens is None:
             num_tokens = jnp.full(self.lengths.shape, length, jnp.int32)
-        length, num_tokens = checks.size("length", length), self._numbers("num_tokens", num_tokens)
+        num_tokens = self._numbers("num_tokens", num_tokens)
         self._check_room(length, num_tokens)
         token = jnp.arange(length, dtype=jnp.int32)[None]
         position = self.lengths[:, None] + token

@@ -275,6 +275,14 @@ def test_rewinding_too_far_inside_jit_loses_the_sequence_and_says_so(cls, counts
     assert not np.any(new.lost)
 
 
+def test_numpy_integers_count_as_integers():
+    sizes: Any = {"rollback": np.int64(2), "layers": np.uint8(2), "num_pages": np.int32(4)}
+    cache = make().init_cache(np.int64(2), np.int16(16), **sizes)
+    same = make().init_cache(2, 16, rollback=2, layers=2, num_pages=4)
+    assert jax.tree.structure(cache) == jax.tree.structure(same)
+    assert (type(cache.rollback), type(cache.layers)) == (int, int)  # promotion knows the others
+
+
 def test_a_chunk_is_added_once_to_the_cache_that_gave_it():
     cache = make().init_cache(BATCH, LENGTH)
     chunk = cache.place(3, numbers(3, 0))
