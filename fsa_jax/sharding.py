@@ -7,13 +7,15 @@ kernel, and not always of a loop. So each computation stands in a `partitioned` 
 * axes of type Auto: XLA's partitioner asks `jax.experimental.custom_partitioning` for the program
   of one device when it has decided how the arrays are split;
 * axes of type Explicit: the shardings are part of the types. `partitions_itself` checks them, and
-  hands the axes over to the partitioner for the length of the call;
+  hands the axes over to the partitioner for the length of the call. Arrays that are on no mesh go
+  with those that are, and are on the mesh that is set, if one is;
 * inside `shard_map` or `pmap` the arrays are one device's part already.
 
 Shapes: b rows of the batch, n query heads, k key/value heads; other letters are never split.
 """
 
 import functools
+import inspect
 import math
 import re
 from collections.abc import Callable
@@ -21,10 +23,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.custom_batching import custom_vmap
 from jax.experimental.custom_partitioning import custom_partitioning
-from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec, use_abstract_mesh
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec, Sharding
+
+from fsa_jax.stable_names import Tracing, name_call
 
 
 def partitioned(
@@ -47,20 +52,19 @@ def partitioned(
       A function of the same arrays. `vmap` makes its axis part of the batch.
     """
     part, sequence_axis, stride = sequence or (function, None, 1)
+    split = custom_partitioning(lambda tracing, *arrays: function(*arrays), static_argnums=(0,))
 
-    def on_one_device(*arrays):
-        # The partitioner calls at a time when any mesh may be set; the arrays are on none.
-        device = jax.sharding.get_abstract_mesh().abstract_device
-        with use_abstract_mesh(AbstractMesh((), (), (), abstract_device=device)):
-            return tuple(part(*arrays))
-
-    split = custom_partitioning(lambda *arrays: function(*arrays))
-
-    def partition(mesh, arrays, outs):
+    def partition(tracing, mesh, arrays, outs):
         del outs
-        specs = {name: x.sharding.spec for name, x in zip(operands, arrays, strict=True)}
+        shardings = {name: x.sharding for name, x in zip(operands, arrays, strict=True)}
         shapes = {name: x.shape for name, x in zip(operands, arrays, strict=True)}
+        mesh, specs = _in_words(shardings, shapes, mesh, tracing.mesh, sequence_axis)
         place = _places(operands, specs, shapes, dict(mesh.shape), sequence_axis)
+
+        def on_one_device(*arrays):
+            with tracing.again():
+                return tuple(part(*arrays))
+
         shardings = tuple(NamedSharding(mesh, place(axes)) for axes in operands.values())
         return (
             mesh,
@@ -74,12 +78,19 @@ def partitioned(
     if stride > 1 and re.search(r"\bm\b", rule):
         # split together: tokens are windows times the stride
         rule, factors = re.sub(r"\bt\b", "(m stride)", rule), {"stride": stride}
-    split.def_partition(partition, sharding_rule=rule, **factors)
+
+    def sharding_rule(tracing, mesh, *types):
+        del types
+        name_call(partition, (function, operands, results, sequence, tracing, mesh))
+        return rule, factors
+
+    # shardings as XLA has them: not all of them can be said with the axes of a mesh
+    split.def_partition(partition, sharding_rule=sharding_rule, decode_shardings=False)
 
     @custom_vmap
     def call(*arrays):
         _refuse_partly_manual()
-        return split(*arrays)
+        return split(Tracing.now(), *arrays)
 
     @call.def_vmap
     def _(size, batched, *arrays):
@@ -93,6 +104,84 @@ def partitioned(
 
     # compiled as a whole where it is called outside jit: one by one, operations would gather
     return jax.jit(call)
+
+
+def _in_words(shardings, shapes, mesh: Mesh, context: AbstractMesh, whole: str | None):
+    """A mesh, and how each argument is split over its axes.
+
+    Args:
+      shardings: of the arguments, by name, as XLA has them; None: not split.
+      shapes: of the arguments.
+      mesh: of the arrays that are on one; empty where none is.
+      context: the mesh that was set.
+      whole: an axis that is not to be cut.
+
+    Raises:
+      ValueError: there is no such mesh.
+    """
+    specs = {name: PartitionSpec() for name in shardings}
+    tiles, devices = {}, []
+    for name, sharding in shardings.items():
+        if sharding is not None:
+            tiles[name], devices = _tiles(sharding, len(shapes[name]))
+    if not devices:
+        return mesh, specs
+    if mesh.empty and context.size == len(devices):
+        sizes = dict(context.shape)
+    else:
+        sizes = dict(mesh.shape) or {"devices": len(devices)}
+    # Of an array that was reshaped, two axes may be split over one mesh axis, each over a part.
+    for axes in (sizes, *(_factored(sizes, whole, order) for order in (1, -1))):
+        specs |= {name: _spec(tile, axes) for name, tile in tiles.items()}
+        if None not in specs.values():
+            return Mesh(np.reshape(devices, tuple(axes.values())), tuple(axes)), specs
+    raise ValueError(
+        f"arrays must be split over whole axes of the mesh {sizes} or parts of them, got {shardings}"
+    )
+
+
+def _tiles(sharding: Sharding, rank: int) -> tuple[np.ndarray, list[jax.Device]]:
+    """Where along each axis each device begins, of an array as long as there are devices."""
+    count = sharding.num_devices
+    places = sharding.devices_indices_map((count,) * rank)
+    starts = [[part.start or 0 for part in place] for place in places.values()]
+    return np.reshape(starts, (count, rank)), list(places)
+
+
+def _factored(sizes: dict[str, int], whole: str | None, order: int) -> dict[str, int]:
+    """A mesh with an axis for each prime factor of the axes of another one."""
+    axes = {}
+    for name, size in sizes.items():
+        factors, rest = [], size
+        for prime in range(2, size + 1):
+            while rest % prime == 0:
+                factors.append(prime)
+                rest //= prime
+        if name == whole or len(factors) < 2:
+            axes[name] = size
+        else:
+            axes |= {f"{name}[{i}]": factor for i, factor in enumerate(factors[::order])}
+    return axes
+
+
+def _spec(tiles: np.ndarray, sizes: dict[str, int]) -> PartitionSpec | None:
+    """The axes of a mesh that split an array so; None where they cannot."""
+    coordinates = dict(zip(sizes, np.indices(tuple(sizes.values())), strict=True))
+    entries = []
+    for tile in np.moveaxis(tiles.reshape(*sizes.values(), -1), -1, 0):
+        steps = {
+            name: tile[tuple(int(other == name) for other in sizes)]
+            for name, size in sizes.items()
+            if size > 1
+        }
+        names = tuple(sorted(filter(steps.get, steps), key=steps.__getitem__, reverse=True))
+        number, parts = np.zeros(tile.shape, int), 1
+        for name in names:
+            number, parts = number * sizes[name] + coordinates[name], parts * sizes[name]
+        if not np.array_equal(tile, number * (tile.size // parts)):
+            return None
+        entries.append(names)
+    return PartitionSpec(*entries)
 
 
 def _places(operands, specs, shapes, sizes, sequence_axis=None):
