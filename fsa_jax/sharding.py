@@ -29,7 +29,7 @@ from jax.custom_batching import custom_vmap
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec, Sharding
 
-from fsa_jax.stable_names import Tracing, name_call
+from fsa_jax.partition_calls import Tracing, name_call, on_mesh
 
 
 def partitioned(
@@ -58,7 +58,7 @@ def partitioned(
         del outs
         shardings = {name: x.sharding for name, x in zip(operands, arrays, strict=True)}
         shapes = {name: x.shape for name, x in zip(operands, arrays, strict=True)}
-        mesh, specs = _in_words(shardings, shapes, mesh, tracing.mesh, sequence_axis)
+        mesh, specs = _in_words(shardings, shapes, mesh, sequence_axis)
         place = _places(operands, specs, shapes, dict(mesh.shape), sequence_axis)
 
         def on_one_device(*arrays):
@@ -90,7 +90,10 @@ def partitioned(
     @custom_vmap
     def call(*arrays):
         _refuse_partly_manual()
-        return split(Tracing.now(), *arrays)
+        run = functools.partial(split, Tracing.now())
+        meshes = [jax.typeof(x).sharding.mesh for x in arrays] + [jax.sharding.get_abstract_mesh()]
+        known = next((x for x in meshes if not x.empty and not x.manual_axes), None)
+        return tuple(run(*arrays) if known is None else on_mesh(run, known, *arrays))
 
     @call.def_vmap
     def _(size, batched, *arrays):
@@ -106,14 +109,13 @@ def partitioned(
     return jax.jit(call)
 
 
-def _in_words(shardings, shapes, mesh: Mesh, context: AbstractMesh, whole: str | None):
+def _in_words(shardings, shapes, mesh: Mesh, whole: str | None):
     """A mesh, and how each argument is split over its axes.
 
     Args:
       shardings: of the arguments, by name, as XLA has them; None: not split.
       shapes: of the arguments.
       mesh: of the arrays that are on one; empty where none is.
-      context: the mesh that was set.
       whole: an axis that is not to be cut.
 
     Raises:
@@ -126,10 +128,7 @@ def _in_words(shardings, shapes, mesh: Mesh, context: AbstractMesh, whole: str |
             tiles[name], devices = _tiles(sharding, len(shapes[name]))
     if not devices:
         return mesh, specs
-    if mesh.empty and context.size == len(devices):
-        sizes = dict(context.shape)
-    else:
-        sizes = dict(mesh.shape) or {"devices": len(devices)}
+    sizes = dict(mesh.shape) or {"devices": len(devices)}
     # Of an array that was reshaped, two axes may be split over one mesh axis, each over a part.
     for axes in (sizes, *(_factored(sizes, whole, order) for order in (1, -1))):
         specs |= {name: _spec(tile, axes) for name, tile in tiles.items()}
@@ -268,69 +267,82 @@ def partitions_itself(**operands: str) -> Callable[[Callable], Callable]:
     """
 
     def decorate(function):
+        signature = inspect.signature(function)
+        first = next(iter(operands))
+
         @functools.wraps(function)
         def wrapper(*args, **kwargs):
-            given = dict(zip(operands, args, strict=False)) | kwargs
-            meshes = {name: explicit_mesh(x) for name, x in given.items()}
-            mesh = next(filter(None, meshes.values()), None)
+            mesh = explicit_mesh((args, kwargs))
             if mesh is None:
                 return function(*args, **kwargs)
-            arrays = {name: x for name, x in given.items() if meshes[name] is not None}
-            others = {name: x for name, x in given.items() if name not in arrays}
+            given = signature.bind(*args, **kwargs).arguments
             specs, shapes, axes = {}, {}, {}
             for name, x in given.items():
-                if name in operands and isinstance(x, jax.Array):
-                    rank = len(operands[name].split())
-                    axes[name] = ("b " if x.ndim > rank else "") + operands[name]
-                    shapes[name] = x.shape
-                    specs[name] = jax.typeof(x).sharding.spec if name in arrays else ()
-            first = next(iter(operands))
-            axis = kwargs.get("sequence_axis")
+                extra = np.ndim(x) - len(operands[name].split()) if name in operands else None
+                if isinstance(x, jax.Array | np.ndarray) and extra in (0, 1):
+                    axes[name] = "b " * extra + operands[name]
+                    shapes[name], specs[name] = x.shape, _explicit_spec(x)
+            if first not in axes:  # not what it takes, which it says itself
+                return function(*args, **kwargs)
+            axis = given.get("sequence_axis")
             place = _places(axes, specs, shapes, dict(mesh.shape), axis)(axes[first])
-            out = place
-            if kwargs.get("return_residuals"):
-                out = (place, PartitionSpec(*place[:-1]))
-            call = functools.partial(function, **others)
-            return on_auto_axes(lambda arrays: call(**arrays), mesh, out)(arrays)
+            out = (place, PartitionSpec(*place[:-1])) if given.get("return_residuals") else place
+            return on_auto_axes(lambda given: function(**given), mesh, out, given)
 
         return wrapper
 
     return decorate
 
 
-def on_auto_axes(function: Callable, mesh: AbstractMesh, out_specs: Any) -> Callable:
-    """`function` with the Explicit axes of a mesh handed over to the partitioner.
+def on_auto_axes(function: Callable, mesh: AbstractMesh, out_specs: Any, given: Any) -> Any:
+    """`function(given)` with the Explicit axes of a mesh handed over to the partitioner.
 
     Args:
-      function: of positional arguments that are trees of arrays.
-      mesh: the mesh of their types.
+      function: of a tree.
+      mesh: the mesh of the types of the arrays.
       out_specs: PartitionSpec of each result.
+      given: the tree. What is closed over would keep its type, and its gradient would have another.
     """
+    leaves, tree = jax.tree.flatten(given)
+    places = [i for i, x in enumerate(leaves) if isinstance(x, jax.Array)]
+
+    def call(arrays):
+        found = dict(zip(places, arrays, strict=True))
+        return function(tree.unflatten(found.get(i, x) for i, x in enumerate(leaves)))
+
     shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), out_specs)
-    return jax.sharding.auto_axes(function, axes=mesh.explicit_axes, out_sharding=shardings)
+    run = jax.sharding.auto_axes(call, axes=mesh.explicit_axes, out_sharding=shardings)
+    return run([leaves[i] for i in places])
 
 
-def explicit_mesh(x: Any) -> AbstractMesh | None:
-    """The mesh that the type of an array names, if it has Explicit axes."""
-    if not isinstance(x, jax.Array):
-        return None
-    mesh = jax.typeof(x).sharding.mesh
+def explicit_mesh(tree: Any) -> AbstractMesh | None:
+    """The mesh with Explicit axes that types of arrays name, or else that is set; None: neither."""
+    arrays = (x for x in jax.tree.leaves(tree) if isinstance(x, jax.Array))
+    meshes = (jax.typeof(x).sharding.mesh for x in arrays)
+    found = {mesh for mesh in meshes if mesh.explicit_axes}
+    if len(found) > 1:
+        raise ValueError(f"arrays must be on one mesh, got some on each of {found}")
+    mesh = found.pop() if found else jax.sharding.get_abstract_mesh()
     return mesh if mesh.explicit_axes else None
 
 
+def _explicit_spec(x: jax.Array | np.ndarray) -> PartitionSpec:
+    """How the type of an array says that it is split; not at all if it says nothing."""
+    return jax.typeof(x).sharding.spec if isinstance(x, jax.Array) else PartitionSpec()
+
+
 def layer_call(layer: Any, sequence_axis: str | None, x: jax.Array, *others) -> jax.Array:
-    """`layer.apply_part(x, *others)`, also where x [B, T, C] is split over Explicit axes.
-
-    The parameters are then arguments: what a function closes over keeps its Explicit axes.
-    """
-    mesh = explicit_mesh(x)
-    if mesh is None:
-        return layer.apply_part(x, *others)
-    spec = PartitionSpec(*jax.typeof(x).sharding.spec)
-    _places({"x": "b t"}, {"x": spec[:2]}, {"x": x.shape[:2]}, dict(mesh.shape), sequence_axis)
+    """`layer.apply_part(x, *others)`, also where x [B, T, C] is split over Explicit axes."""
     graphdef, state = nnx.split(layer)
+    mesh = explicit_mesh((state, x, others))
+    if mesh is None or np.ndim(x) != 3:
+        return layer.apply_part(x, *others)
+    spec = tuple(_explicit_spec(x)[:2])
+    _places({"x": "b t"}, {"x": spec}, {"x": x.shape[:2]}, dict(mesh.shape), sequence_axis)
 
-    def call(state, *arrays):
+    def call(given):
+        state, arrays = given
         return nnx.merge(graphdef, state).apply_part(*arrays)
 
-    return on_auto_axes(call, mesh, PartitionSpec(*spec[:2], None))(state, x, *others)
+    spec += (None,) * (3 - len(spec))
+    return on_auto_axes(call, mesh, PartitionSpec(*spec), (state, (x, *others)))

@@ -1,18 +1,25 @@
-"""Names of partitioned computations that are the same in every process.
+"""The calls in a program that XLA asks back about when it divides the program over a mesh.
 
-A computation that divides over a mesh by itself (`sharding.partitioned`) is Python that XLA calls
-back while it compiles; in the program there stands only a name of it. jax takes the address of an
-object, and so jax's persistent cache of compiled programs, whose keys are made of programs, had no
-entry for the same program after a restart. Here the name says all that this Python depends on:
+`jax.experimental.custom_partitioning` puts them there; two things are added.
+
+**The mesh.** jax takes the axes of the mesh from the arrays that a program is given, and refuses a
+program with arrays of two meshes, if only the types of the axes differ. Yet what stands behind
+`jax.sharding.auto_axes` has arrays of both. So where the mesh is known when a call is traced,
+`on_mesh` keeps it with the call.
+
+**Names that are the same in every process.** What XLA calls is Python, of which only a name stands
+in the program. jax takes the address of an object, and so jax's persistent cache of compiled
+programs, whose keys are made of programs, would have nothing for the same program after a restart.
+`name_call` says in the name all that this Python depends on:
 
 * the files of this package as they were imported, and the versions of Python, jax and jaxlib;
 * the function: where it is written, its bytecode, and whatever it closes over;
-* how its arrays are split, over which mesh, and for which platforms it is lowered;
-* what of jax's configuration tracing depends on (`Tracing`, which the callback traces with).
+* how its arrays may be split, over which mesh, and for which platforms it is lowered;
+* what of jax's configuration tracing depends on (`Tracing`, in which the callback traces).
 
-Shapes, dtypes and the device are part of the program and so of the key. Two programs of one key
-hence give one compiled program. Where something cannot be described in full, jax's own name stays:
-such a program is compiled again after a restart, and never taken for another one.
+Shapes, dtypes, shardings and the device are part of the program, and so of the key. Hence two
+programs of one key are compiled to the same. Where something cannot be described in full, jax's own
+name stays: such a program is compiled again after a restart, and never taken for another one.
 """
 
 import contextlib
@@ -31,10 +38,19 @@ import jaxlib
 import numpy as np
 from jax._src import config as jax_config
 from jax._src.custom_partitioning import _sharding_callbacks
+from jax.extend.core import Primitive, jaxpr_as_fun
+from jax.interpreters import mlir
 from jax.sharding import AbstractMesh, use_abstract_mesh
 from jaxlib.mlir import ir
 
 _PACKAGE = Path(__file__).parent
+#: What says on which devices an operation is, among what tracing depends on.
+_PLACES = (
+    "mesh_context_manager",
+    "abstract_mesh_context_manager",
+    "axis_env_state",
+    "jax_default_device",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,12 +58,10 @@ class Tracing:
     """The state of jax that a function was traced in.
 
     Attributes:
-      mesh: the mesh that was set.
       options: names and values of the options that tracing depends on.
       others: values of what else it depends on (metadata of operations, for example).
     """
 
-    mesh: AbstractMesh
     options: tuple[tuple[str, Any], ...]
     others: tuple[Any, ...]
 
@@ -55,14 +69,13 @@ class Tracing:
     def now() -> "Tracing":
         names = jax_config.trace_context_names()
         values = dict(zip(names, jax_config.trace_context(), strict=True))
-        mesh = jax.sharding.get_abstract_mesh()
-        # what is traced in a callback is on no mesh, and along no axis but those of the mesh
-        for name in ("mesh_context_manager", "abstract_mesh_context_manager", "axis_env_state"):
+        # What a callback traces is on no mesh, along no axis but those of the mesh, and on no device.
+        for name in _PLACES:
             values.pop(name)
         known = jax_config.config_states
         options = tuple((name, value) for name, value in values.items() if name in known)
         others = tuple(value for name, value in values.items() if name not in known)
-        return Tracing(mesh, options, others)
+        return Tracing(options, others)
 
     @contextlib.contextmanager
     def again(self) -> Iterator[None]:
@@ -75,6 +88,39 @@ class Tracing:
                     stack.enter_context(jax_config.config_states[name](value))
             stack.enter_context(use_abstract_mesh(AbstractMesh((), (), (), abstract_device=device)))
             yield
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Inner:
+    """What a call computes, where jax does not look for what asks for the mesh of the program."""
+
+    jaxpr: Any
+
+
+_on_mesh_p = Primitive("on_mesh")
+_on_mesh_p.multiple_results = True
+_on_mesh_p.def_abstract_eval(lambda *arrays, inner, mesh: inner.jaxpr.out_avals)
+_on_mesh_p.def_impl(lambda *arrays, inner, mesh: jaxpr_as_fun(inner.jaxpr)(*arrays))
+
+
+def on_mesh(function: Callable, mesh: AbstractMesh, *arrays) -> list[jax.Array]:
+    """`function(*arrays)`, in which a partitioned call is divided over the axes of `mesh`."""
+    return _on_mesh_p.bind(*arrays, inner=_Inner(jax.make_jaxpr(function)(*arrays)), mesh=mesh)
+
+
+def _lower_on_mesh(ctx, *values, inner, mesh):
+    axes = ctx.module_context.axis_context
+    count = getattr(axes, "num_devices", 1)  # inside shard_map there are none to divide over
+    if count > 1:
+        # only places of devices in the mesh count
+        devices = axes.device_assignment or ctx.module_context.get_backend().devices()[:count]
+        mesh = mesh if mesh.size == count else axes.abstract_mesh
+        axes = dataclasses.replace(axes, device_assignment=tuple(devices), abstract_mesh=mesh)
+        ctx = ctx.replace(module_context=ctx.module_context.replace(axis_context=axes))
+    return mlir.lower_fun(jaxpr_as_fun(inner.jaxpr), multiple_results=True)(ctx, *values)
+
+
+mlir.register_lowering(_on_mesh_p, _lower_on_mesh)
 
 
 class _NotKnown(Exception):
@@ -152,6 +198,8 @@ def _describe(value: Any) -> str:
             return f"type {_of(value)}"
         case functools.partial():
             return f"partial{_describe((value.func, value.args, value.keywords))}"
+        case types.CodeType():  # tells apart the lambdas of a line
+            return f"code{_describe((value.co_code, value.co_names, value.co_consts))}"
         case types.FunctionType():
             return _describe_function(value)
         case jax.sharding.Mesh() | jax.sharding.AbstractMesh():
@@ -173,9 +221,8 @@ def _describe_function(function: types.FunctionType) -> str:
         closure = [cell.cell_contents for cell in function.__closure__ or ()]
     except ValueError as error:  # not bound yet
         raise _NotKnown from error
-    # the bytecode and the line tell lambdas apart
-    where = (_of(function), code.co_firstlineno, code.co_code, code.co_names, code.co_varnames)
-    return _describe((*where, closure, function.__defaults__, function.__kwdefaults__))
+    where = (_of(function), code.co_firstlineno)
+    return _describe((*where, code, closure, function.__defaults__, function.__kwdefaults__))
 
 
 def _of(named: Any) -> str:
