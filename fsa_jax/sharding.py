@@ -278,8 +278,10 @@ def partitions_itself(**operands: str) -> Callable[[Callable], Callable]:
             given = signature.bind(*args, **kwargs).arguments
             specs, shapes, axes = {}, {}, {}
             for name, x in given.items():
-                extra = np.ndim(x) - len(operands[name].split()) if name in operands else None
-                if isinstance(x, jax.Array | np.ndarray) and extra in (0, 1):
+                if name not in operands or not isinstance(x, jax.Array | np.ndarray):
+                    continue
+                extra = x.ndim - len(operands[name].split())
+                if extra in (0, 1):
                     axes[name] = "b " * extra + operands[name]
                     shapes[name], specs[name] = x.shape, _explicit_spec(x)
             if first not in axes:  # not what it takes, which it says itself
@@ -331,18 +333,29 @@ def _explicit_spec(x: jax.Array | np.ndarray) -> PartitionSpec:
     return jax.typeof(x).sharding.spec if isinstance(x, jax.Array) else PartitionSpec()
 
 
-def layer_call(layer: Any, sequence_axis: str | None, x: jax.Array, *others) -> jax.Array:
-    """`layer.apply_part(x, *others)`, also where x [B, T, C] is split over Explicit axes."""
+def layer_call(
+    layer: Any, sequence_axis: str | None, x: jax.Array, *others, name: str = "x"
+) -> jax.Array:
+    """`layer.apply_part(x, *others)`, also where x is split over Explicit axes.
+
+    Args:
+      layer: gives [B, T, C].
+      sequence_axis: mesh axis that may split the tokens.
+      x: [B, T] or [B, T, C].
+      *others: arrays, or None.
+      name: of `x`, for messages.
+    """
     graphdef, state = nnx.split(layer)
     mesh = explicit_mesh((state, x, others))
-    if mesh is None or np.ndim(x) != 3:
+    if mesh is None or getattr(x, "ndim", 0) < 2:
         return layer.apply_part(x, *others)
-    spec = tuple(_explicit_spec(x)[:2])
-    _places({"x": "b t"}, {"x": spec}, {"x": x.shape[:2]}, dict(mesh.shape), sequence_axis)
+    rows, tokens = (*_explicit_spec(x), None, None)[:2]
+    _places(
+        {name: "b t"}, {name: (rows, tokens)}, {name: x.shape[:2]}, dict(mesh.shape), sequence_axis
+    )
 
     def call(given):
         state, arrays = given
         return nnx.merge(graphdef, state).apply_part(*arrays)
 
-    spec += (None,) * (3 - len(spec))
-    return on_auto_axes(call, mesh, PartitionSpec(*spec), (state, (x, *others)))
+    return on_auto_axes(call, mesh, PartitionSpec(rows, tokens, None), (state, (x, *others)))

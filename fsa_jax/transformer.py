@@ -17,7 +17,7 @@ from flax.nnx.nn import initializers
 from flax.typing import Initializer
 from jaxtyping import Array, Float, Int
 
-from fsa_jax import api, checks, dispatch
+from fsa_jax import api, checks, dispatch, sharding
 from fsa_jax.cache import Chunk, KVCache
 from fsa_jax.compression import METHODS
 from fsa_jax.config import NSAConfig
@@ -359,8 +359,8 @@ class Transformer(nnx.Module):
           >>> logits.shape, cache.lengths.tolist()
           ((1, 3, 257), [3])
         """
-        x = self._embed(tokens)
         if cache is not None:
+            x = self._embed(tokens)
             rest = {"segment_ids": segment_ids, "positions": positions, "dropout_key": dropout_key}
             checks.absent("with a cache", **rest)
             x, cache, last = self._extend(x, cache, num_tokens, fresh)
@@ -369,6 +369,11 @@ class Transformer(nnx.Module):
             return self._logits(x), cache
         options = {"fresh": fresh or None, "only_last": only_last or None}
         checks.absent("without a cache", num_tokens=num_tokens, **options)
+        rest = (segment_ids, positions, dropout_key)
+        return sharding.layer_call(self, self.config.sequence_axis, tokens, *rest, name="tokens")
+
+    def apply_part(self, tokens, segment_ids, positions, dropout_key) -> jax.Array:
+        """The call without a cache, on axes of a mesh that are not Explicit."""
         keys = (
             None if dropout_key is None else jax.random.split(dropout_key, self.config.num_layers)
         )
@@ -376,7 +381,7 @@ class Transformer(nnx.Module):
         def step(x: jax.Array, layer: Block, key: jax.Array | None) -> tuple[jax.Array, None]:
             return layer(x, segment_ids, positions, key), None
 
-        return self._logits(self._scan(step, x, keys)[0])
+        return self._logits(self._scan(step, self._embed(tokens), keys)[0])
 
     def init_cache(self, batch: int, capacity: int, **options: Any) -> KVCache:
         """An empty cache for the sequences of a batch.
