@@ -60,8 +60,8 @@ def _attention_fwd(static, query, key, value, ids):
 
 def _attention_bwd(static, residuals, cotangents):
     *arrays, out, lse = residuals
-    delta = static.call.delta(out, *cotangents)
-    return *_backward_on(static)(*arrays, lse, delta, cotangents[0]), None
+    rest = static.call.cotangents(lse, out, *cotangents)
+    return *_backward_on(static)(*arrays, *rest), None
 
 
 _attention.defvjp(_attention_fwd, _attention_bwd)
@@ -80,8 +80,8 @@ def _backward_on(static):
     def body(axis, query, key, value, ids, *given):
         return _Task(static, axis, query, key, value, ids).backward(*given)
 
-    given = {"lse": "b t n", "delta": "b t n", "dout": "b t n e"}
-    return stripes.over_axis(body, static.axis, 1, _OPERANDS | given, tuple(_OPERANDS.values())[:3])
+    operands = _OPERANDS | operators.COTANGENTS
+    return stripes.over_axis(body, static.axis, 1, operands, tuple(_OPERANDS.values())[:3])
 
 
 class _Task(Share):
@@ -114,15 +114,15 @@ class _Task(Share):
         out = jnp.zeros((*places, value.shape[3]), value.dtype)
         return in_turn(self.kv_heads, step, (out, jnp.zeros(places, wide_dtype(value))))
 
-    def backward(self, lse, delta, dout):
-        """Gradients of query, key and value."""
+    def backward(self, *given):
+        """Gradients of query, key and value; `given` are the arrays of `operators.COTANGENTS`."""
         wide = wide_dtype(self.query)
 
         def stripe(keys, head, state, half):
             dquery, *sums = state
             q, *rest = (
                 self.device.half_of(self.head_of(x, head, self.group), half)
-                for x in (self.query, lse, delta, dout)
+                for x in (self.query, *given)
             )
             near = [self.nearby(x, half) for x in keys]
             dq, *parts = operators.range_gradients_given(

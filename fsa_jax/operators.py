@@ -38,7 +38,7 @@ from fsa_jax.triton import planned_capability
 
 _ATTENTION = {"query": "b t n d", "key": "b m k d", "value": "b m k e"}
 _RESULTS = {"out": "b t n e", "lse": "b t n"}
-_COTANGENTS = {"lse": "b t n", "delta": "b t n", "dout": "b t n e"}
+COTANGENTS = {"lse": "b t n", "delta": "b t n", "dout": "b t n e", "dlse": "b t n"}
 _ROWS = {"start": "b t", "end": "b t", "valid": "b t"}
 _KEY_ROWS = {name: "b m" for name in _ROWS}
 
@@ -106,6 +106,11 @@ class Call:
         if self.gated:
             return -dlse
         return jnp.sum(out.astype(dlse.dtype) * dout.astype(dlse.dtype), axis=-1) - dlse
+
+    def cotangents(self, lse, out, dout, dlse):
+        """The arrays of `COTANGENTS`: the portable loops may compute delta again, from dlse."""
+        delta = self.delta(out, dout, dlse)
+        return lse, delta, dout, jnp.zeros_like(dlse) if self.gated else dlse
 
 
 # Attention to a contiguous range of keys
@@ -195,14 +200,13 @@ def _range_attention_bwd(call, residuals, cotangents):
 def range_gradients(call: Call, residuals, cotangents):
     """(dq, dk, dv) of `range_attention`: residuals are its arguments and its results."""
     query, key, value, visible, seers, out, lse = residuals
-    dout, dlse = cotangents
-    delta = call.delta(out, dout, dlse)
-    return range_gradients_given(call, query, key, value, visible, seers, lse, delta, dout)
+    rest = call.cotangents(lse, out, *cotangents)
+    return range_gradients_given(call, query, key, value, visible, seers, *rest)
 
 
-def range_gradients_given(call: Call, query, key, value, visible, seers, lse, delta, dout):
-    """`range_gradients` where delta is known."""
-    return _range_backward_on(call)(query, key, value, *visible, *seers, lse, delta, dout)
+def range_gradients_given(call: Call, query, key, value, visible, seers, *rest):
+    """`range_gradients` with the arrays of `COTANGENTS`."""
+    return _range_backward_on(call)(query, key, value, *visible, *seers, *rest)
 
 
 range_attention.defvjp(_range_attention_fwd, _range_attention_bwd)
@@ -227,19 +231,19 @@ def _range_forward_on(call):
 
 @functools.cache
 def _range_backward_on(call):
-    def kernels(query, key, value, low, high, first, last, lse, delta, dout):
+    def kernels(query, key, value, low, high, first, last, lse, delta, dout, dlse):
+        del dlse
         arrays = (query, key, value, (low, high), (first, last), lse, delta, dout)
         plan = call.range_plan(query, key, value)
         mosaic = call.takes_hopper(query, key, value)
         return ranges.gradients(plan, *arrays, mosaic=mosaic, **call.static)
 
-    def portable(query, key, value, low, high, first, last, lse, delta, dout):
+    def portable(query, key, value, low, high, first, last, *rest):
         del first, last
-        rest = (lse, delta, dout)
         return xla.range_gradients(query, key, value, (low, high), *rest, scale=call.scale)
 
     return partitioned(
-        call.choose(kernels, portable), _RANGES | _COTANGENTS, tuple(_ATTENTION.values())
+        call.choose(kernels, portable), _RANGES | COTANGENTS, tuple(_ATTENTION.values())
     )
 
 
@@ -347,8 +351,7 @@ def _block_attention_fwd(call, *args):
 
 def _block_attention_bwd(call, residuals, cotangents):
     query, key, value, starts, documents, offset, out, lse, lists = residuals
-    dout, dlse = cotangents
-    rest = (lse, call.delta(out, dout, dlse), dout, *lists)
+    rest = (*call.cotangents(lse, out, *cotangents), *lists)
     run = _block_backward_on(call, _lists_of(call, query, key, value, starts, documents, offset))
     return *run(query, key, value, starts, *documents, offset, *rest), None, None, None
 
@@ -359,8 +362,7 @@ def block_gradients(call: Call, residuals, cotangents, sums):
     `sums` of dk and dv, in float32 (or float64), are added to. The index is built again.
     """
     query, key, value, starts, documents, offset, out, lse = residuals
-    dout, dlse = cotangents
-    rest = (lse, call.delta(out, dout, dlse), dout, *sums)
+    rest = (*call.cotangents(lse, out, *cotangents), *sums)
     run = _block_backward_on(call, (), True)
     return run(query, key, value, starts, *documents, offset, *rest)
 
@@ -449,7 +451,12 @@ def _packed_axes(room):
 
 @functools.cache
 def _block_backward_on(call, room, summed=False):
-    def kernels(query, key, value, starts, start, end, valid, offset, lse, delta, dout, *more):
+    count = len(COTANGENTS)
+
+    def kernels(
+        query, key, value, starts, start, end, valid, offset, lse, delta, dout, dlse, *more
+    ):
+        del dlse
         packed, sums = ((), more) if summed else (more, None)
         documents = (start, end, valid)
         arrays = (query, key, value, starts, documents, offset)
@@ -461,16 +468,17 @@ def _block_backward_on(call, room, summed=False):
             block_size=call.block_size, **call.static,
         )  # fmt: skip
 
-    def portable(query, key, value, starts, start, end, valid, offset, lse, delta, dout, *more):
+    def portable(query, key, value, starts, start, end, valid, offset, *more):
         del start, end, valid
+        rest, more = more[:count], more[count:]
         dquery, *dkeys = xla.block_gradients(
-            query, key, value, starts, offset[0], lse, delta, dout,
+            query, key, value, starts, offset[0], *rest,
             block_size=call.block_size, scale=call.scale,
         )  # fmt: skip
         if summed:
             dkeys = [total + x.astype(total.dtype) for total, x in zip(more, dkeys, strict=True)]
         return dquery, *dkeys
 
-    operands = _BLOCKS | _COTANGENTS | _packed_axes(room)
+    operands = _BLOCKS | COTANGENTS | _packed_axes(room)
     operands |= {"dkey": "b m k d", "dvalue": "b m k e"} if summed else {}
     return partitioned(call.choose(kernels, portable), operands, tuple(_ATTENTION.values()))

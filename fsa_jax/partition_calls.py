@@ -172,7 +172,9 @@ def _files() -> tuple[tuple[str, int, int], ...]:
 def _digest(files: tuple[tuple[str, int, int], ...]) -> str:
     if not files:
         raise _NotKnown
-    return hashlib.sha256(b"".join((_PACKAGE / name).read_bytes() for name, *_ in files)).hexdigest()
+    return hashlib.sha256(
+        b"".join((_PACKAGE / name).read_bytes() for name, *_ in files)
+    ).hexdigest()
 
 
 _IMPORTED = _files()

@@ -10,12 +10,13 @@ each with its own backward that recomputes the softmax from the logsumexp:
   running maxima, sums and outputs of those queries. No tile holds a query twice, and tiles run one
   after another, so sums have a fixed order and no partial result is ever stored.
 
-What a tile's queries cannot see is set to zero before use, so NaN and Inf in padding or in blocks
-that nobody chose can reach neither outputs nor gradients.
+What a loop does with one tile stands in `tiles.py`.
 
 Shapes: B batch, T tokens, N query heads, K key/value heads, G = N/K, H = B*K, D and E head widths,
 M keys, S listed blocks, P = T*S pairs, R pairs of a tile.
 """
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +26,7 @@ from jaxtyping import Array, Bool, Float, Int
 from fsa_jax.config import NSAConfig
 from fsa_jax.precision import einsum, wide_dtype
 from fsa_jax.segments import Rows, Windows
+from fsa_jax.tiles import empty_state, finish, merge, merge_delta, row_numbers, tile_gradients
 
 # Tiles: large enough that the matmuls outweigh the loop, small enough to stay in cache and to skip
 # most of what is masked. The fastest of a few powers of two on two CPU cores, 512 to 8192 tokens.
@@ -45,11 +47,14 @@ def range_attention(query, key, value, visible, *, scale):
     return _unflatten(kv_heads, out), _unflatten(kv_heads, lse)
 
 
-def range_gradients(query, key, value, visible, lse, delta, dout, *, scale):
-    """(dq, dk, dv) of `range_attention`, given delta = sum(out * dout) - dlse."""
+def range_gradients(query, key, value, visible, lse, delta, dout, dlse, *, scale):
+    """(dq, dk, dv) of `range_attention`, given delta = sum(out * dout) - dlse.
+
+    In float32 and float64, delta is computed again from `dlse`; see `_row_sums`.
+    """
     kv_heads = key.shape[2]
     flat = _flatten(kv_heads, query, key, value, *visible)
-    rest = _flatten_heads(kv_heads, lse, delta, dout)
+    rest = _flatten_heads(kv_heads, lse, delta, dout, dlse)
     dquery, *dkeys = _range_backward(scale, *flat, *rest)
     return _unflatten(kv_heads, dquery), *(_keys_back(kv_heads, x) for x in dkeys)
 
@@ -67,13 +72,13 @@ def block_attention(query, key, value, starts, offset, *, block_size, scale):
 
 
 def block_gradients(
-    query, key, value, starts, offset, lse, delta, dout, *, block_size, scale
+    query, key, value, starts, offset, lse, delta, dout, dlse, *, block_size, scale
 ):  # fmt: skip
-    """(dq, dk, dv) of `block_attention`, given delta = sum(out * dout) - dlse."""
+    """(dq, dk, dv) of `block_attention`; arguments as in `range_gradients`."""
     kv_heads = key.shape[2]
     query, key, value = _flatten(kv_heads, query, key, value)
     starts = rearrange(starts, "b t k s -> (b k) t s")
-    rest = _flatten_heads(kv_heads, lse, delta, dout)
+    rest = _flatten_heads(kv_heads, lse, delta, dout, dlse)
     dquery, *dkeys = _block_backward(block_size, scale, query, key, value, starts, offset[0], *rest)
     return _unflatten(kv_heads, dquery), *(_keys_back(kv_heads, x) for x in dkeys)
 
@@ -210,54 +215,6 @@ def _untile(x: Array, length: int) -> Array:
     return rearrange(x, "n b q ... -> b (n q) ...")[:, :length]
 
 
-def _hide(visible: Bool[Array, "H Q M"], axis: int, *arrays: Array) -> tuple[Array, ...]:
-    """Zeroes the rows of [H, Q or M, ...] arrays that take no part in a visible pair."""
-    keep = visible.any(axis=axis)
-    return tuple(jnp.where(keep.reshape(*keep.shape, *(1,) * (x.ndim - 2)), x, 0) for x in arrays)
-
-
-def _merge(state, query, key, value, visible, scale):
-    """One step of online softmax: folds a tile of keys into (max, sum, unnormalised out)."""
-    top, total, out = state
-    (query,) = _hide(visible, 2, query)
-    key, value = _hide(visible, 1, key, value)
-    logits = scale * einsum("hqgd,hmd->hqgm", query, key)
-    logits = jnp.where(visible[:, :, None], logits, -jnp.inf)
-    new_top = jnp.maximum(top, logits.max(axis=-1))
-    safe = jnp.where(jnp.isneginf(new_top), 0, new_top)
-    weight = jnp.exp(logits - safe[..., None])
-    decay = jnp.exp(top - safe)
-    total = total * decay + weight.sum(axis=-1)
-    part = einsum("hqgm,hme->hqge", weight.astype(value.dtype), value)
-    return new_top, total, out * decay[..., None] + part
-
-
-def _finish(top, total, out, dtype):
-    """Normalises; a query that saw nothing has sum 0 and gets out 0 and lse -inf."""
-    empty = total == 0
-    total = jnp.where(empty, 1, total)
-    lse = jnp.where(empty, -jnp.inf, top + jnp.log(total))
-    return (out / total[..., None]).astype(dtype), lse
-
-
-def _tile_gradients(query, key, value, cotangent, lse, delta, visible, scale):
-    """Gradients (dq, dk, dv) of one tile: p from lse, ds = p * (do v^T - delta)."""
-    query, cotangent = _hide(visible, 2, query, cotangent)
-    key, value = _hide(visible, 1, key, value)
-    logits = scale * einsum("hqgd,hmd->hqgm", query, key)
-    lse = jnp.where(jnp.isneginf(lse), 0, lse)
-    p = jnp.where(visible[:, :, None], jnp.exp(logits - lse[..., None]), 0)
-    dp = einsum("hqge,hme->hqgm", cotangent, value)
-    delta = jnp.where(visible.any(axis=2)[..., None], delta, 0)
-    ds = (scale * p * (dp - delta[..., None])).astype(key.dtype)
-    dq = einsum("hqgm,hmd->hqgd", ds, key)
-    # The group is summed last: one matmul over queries and heads would add up G times as many
-    # float32 terms in a row, and on a GPU its error reached 4.6 times that of dense attention.
-    dk = einsum("hqgm,hqgd->hgmd", ds, query).sum(axis=1)
-    dv = einsum("hqgm,hqge->hgme", p.astype(value.dtype), cotangent).sum(axis=1)
-    return dq, dk, dv
-
-
 # Attention to a contiguous range of keys
 
 
@@ -280,55 +237,55 @@ def _range_forward(
 
         def step(index, state):
             keys, values, visible = _key_tile(index, key_tile, key, value, low, high)
-            return _merge(state, query, keys, values, visible, scale)
+            return merge(state, query, keys, values, visible, scale)
 
         first, last = _key_tile_range(low, high, key_tile)
-        state = _empty_state(query, value.shape[-1])
+        state = empty_state(query, value.shape[-1])
         top, total, out = jax.lax.fori_loop(first, last, step, state)
-        return _finish(top, total, out, query.dtype)
+        return finish(top, total, out, query.dtype)
 
     out, lse = jax.lax.map(one_tile, tuple(_tiles(x, tile) for x in (query, low, high)))
     return _untile(out, length), _untile(lse, length)
 
 
-def _range_backward(scale, query, key, value, low, high, lse, delta, dout):
+def _range_backward(scale, query, key, value, low, high, lse, delta, dout, dlse):
     """Gradients (dq, dk, dv)."""
     length, keys = query.shape[1], key.shape[1]
     tile, key_tile = min(QUERY_TILE, length), min(KEY_TILE, keys)
     padded_key, padded_value = (_pad_tokens(x, -x.shape[1] % key_tile) for x in (key, value))
 
     def one_tile(carry, xs):
-        query, low, high, lse, dout, delta = xs
+        query, low, high, lse, delta, dout, dlse = xs
+        tiles = _key_tile_range(low, high, key_tile)
+
+        def read(index):
+            *arrays, visible = _key_tile(index, key_tile, padded_key, padded_value, low, high)
+            return (query, *arrays, dout), visible
+
+        def fold(index, state):
+            arrays, visible = read(index)
+            return merge_delta(state, *arrays, visible, scale)
 
         def step(index, state):
             dq, dk, dv = state
-            keys, values, visible = _key_tile(index, key_tile, padded_key, padded_value, low, high)
-            parts = _tile_gradients(query, keys, values, dout, lse, delta, visible, scale)
+            arrays, visible = read(index)
+            parts = tile_gradients(*arrays, rows, visible, scale)
             at = index * key_tile
             return dq + parts[0], _add_slice(dk, parts[1], at), _add_slice(dv, parts[2], at)
 
+        recompute = functools.partial(jax.lax.fori_loop, *tiles, fold)
+        rows = row_numbers(query, lse, delta, dlse, recompute)
         dq = jnp.zeros_like(query, lse.dtype, shape=query.shape)
-        first, last = _key_tile_range(low, high, key_tile)
-        dq, dk, dv = jax.lax.fori_loop(first, last, step, (dq, *carry))
+        dq, dk, dv = jax.lax.fori_loop(*tiles, step, (dq, *carry))
         return (dk, dv), dq.astype(query.dtype)
 
     zeros = tuple(
         jnp.zeros_like(query, lse.dtype, shape=x.shape) for x in (padded_key, padded_value)
     )
-    tokenwise = (query, low, high, lse, dout, delta)
+    tokenwise = (query, low, high, lse, delta, dout, dlse)
     (dk, dv), dq = jax.lax.scan(one_tile, zeros, tuple(_tiles(x, tile) for x in tokenwise))
     dk, dv = dk[:, :keys].astype(key.dtype), dv[:, :keys].astype(value.dtype)
     return _untile(dq, length), dk, dv
-
-
-def _empty_state(query: Array, width: int):
-    """Online softmax before the first tile: (max, sum, unnormalised out).
-
-    Loops start from zeros_like(query), which under shard_map varies over the mesh as query does.
-    """
-    shape, wide = query.shape[:3], wide_dtype(query)
-    total = jnp.zeros_like(query, wide, shape=shape)
-    return total - jnp.inf, total, jnp.zeros_like(query, wide, shape=(*shape, width))
 
 
 def _key_tile_range(low, high, key_tile):
@@ -373,31 +330,41 @@ def _block_forward(
         token, start, visible = read_tile(index)
         keys, values = (_read_block(x, start, block_size) for x in (key, value))
         part = tuple(_gather(x, token) for x in state)
-        merged = _merge(part, _gather(query, token), keys, values, visible, scale)
+        merged = merge(part, _gather(query, token), keys, values, visible, scale)
         return tuple(_scatter(x, token, new) for x, new in zip(state, merged, strict=True))
 
-    state = _empty_state(query, value.shape[-1])
+    state = empty_state(query, value.shape[-1])
     top, total, out = jax.lax.fori_loop(0, count, step, state)
-    return _finish(top, total, out, query.dtype)
+    return finish(top, total, out, query.dtype)
 
 
-def _block_backward(block_size, scale, query, key, value, starts, offset, lse, delta, dout):
+def _block_backward(block_size, scale, query, key, value, starts, offset, lse, delta, dout, dlse):
     """Gradients (dq, dk, dv)."""
     length = key.shape[1]
     count, read_tile = _block_tiles(starts, offset, length, block_size)
     padded_key, padded_value = (_pad_tokens(x, block_size) for x in (key, value))
 
+    def read(index):
+        token, start, visible = read_tile(index)
+        keys = (_read_block(x, start, block_size) for x in (padded_key, padded_value))
+        return token, start, (_gather(query, token), *keys, _gather(dout, token)), visible
+
+    def fold(index, state):
+        token, _, arrays, visible = read(index)
+        merged = merge_delta(tuple(_gather(x, token) for x in state), *arrays, visible, scale)
+        return tuple(_scatter(x, token, new) for x, new in zip(state, merged, strict=True))
+
     def step(index, state):
         dq, dk, dv = state
-        token, start, visible = read_tile(index)
-        keys, values = (_read_block(x, start, block_size) for x in (padded_key, padded_value))
-        queries, douts, lses, deltas = (_gather(x, token) for x in (query, dout, lse, delta))
-        parts = _tile_gradients(queries, keys, values, douts, lses, deltas, visible, scale)
+        token, start, arrays, visible = read(index)
+        parts = tile_gradients(*arrays, [_gather(x, token) for x in rows], visible, scale)
         dq = _scatter(dq, token, _gather(dq, token) + parts[0])
         dk = _write_block(dk, start, _read_block(dk, start, block_size) + parts[1])
         dv = _write_block(dv, start, _read_block(dv, start, block_size) + parts[2])
         return dq, dk, dv
 
+    recompute = functools.partial(jax.lax.fori_loop, 0, count, fold)
+    rows = row_numbers(query, lse, delta, dlse, recompute)
     shapes = (query.shape, padded_key.shape, padded_value.shape)
     zeros = tuple(jnp.zeros_like(query, lse.dtype, shape=shape) for shape in shapes)
     dq, dk, dv = jax.lax.fori_loop(0, count, step, zeros)

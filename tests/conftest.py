@@ -18,7 +18,9 @@ os.environ["XLA_FLAGS"] = (
 from jaxtyping import install_import_hook
 
 # The public functions have their own checks, which must meet bad input first.
-INTERNAL = ["fsa_jax.segments", "fsa_jax.reference", "fsa_jax.compression", "fsa_jax.xla"]
+INTERNAL = [
+    f"fsa_jax.{name}" for name in ("segments", "reference", "compression", "xla", "tiles")
+]
 install_import_hook(INTERNAL, "beartype.beartype")
 
 import ahead_of_time  # noqa: E402
