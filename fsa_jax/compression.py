@@ -75,7 +75,7 @@ def _unit_reader(
     batch, length, heads, width = x.shape
     slots = length // kernel_stride
     exists = (windows.start < length)[:, :, None, None, None]
-    if rows.packed:
+    if rows.packed and slots:
         # A slice that would pass the end of the row is moved back inside, so empty slots read
         # something that exists; the mask takes it away, and its cotangent with it.
         def read_packed(offset):
