@@ -7,7 +7,6 @@ heads, D head width, n tokens of a call with a cache.
 from typing import Any, overload
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from flax.typing import Initializer
 from jaxtyping import Array, Float, Int
@@ -16,7 +15,7 @@ from fsa_jax import checks, sharding
 from fsa_jax.cache import Chunk, KVCache
 from fsa_jax.partitioning import partitioned
 from fsa_jax.rope import RoPE
-from fsa_jax.segments import Rows
+from fsa_jax.segments import Rows, cut
 
 
 def check_choice(name: str, value: Any, choices: tuple) -> None:
@@ -162,8 +161,14 @@ class AttentionLayer(nnx.Module):
         return cache.marked(y), cache.advance(chunk)
 
     def apply_part(self, x, segment_ids, positions) -> jax.Array:
-        """The call without a cache, on one device's part of the arrays."""
+        """The call without a cache; `x` is 0 at padding."""
         raise NotImplementedError
+
+    def call_part(self, x, segment_ids, positions) -> jax.Array:
+        """The same whatever stands at padding, on one device's part of the arrays."""
+        x = self._check_features(checks.floating("x", x, "B T C"))
+        rows = checks.rows(x, segment_ids, True)
+        return self.apply_part(rows.without_padding(x), segment_ids, positions)
 
     def init_cache(
         self,
@@ -249,4 +254,4 @@ class AttentionLayer(nnx.Module):
 
     def _project_out(self, heads: jax.Array, rows: Rows | Chunk) -> jax.Array:
         """The output projection; padding gets 0 even where there is a bias."""
-        return jnp.where(rows.valid[..., None], self.out(heads), 0)
+        return cut(self.out(heads), rows.valid)

@@ -33,6 +33,7 @@ def gated_attention(
         gates = gates.astype(wide_dtype(query))
     scale = checks.scale(scale, query.shape[-1])
     rows = checks.rows(query, segment_ids, has_batch)
+    gates = rows.without_padding(gates)  # the branches see to their own arguments
     reasons = {
         "compressed_attention": triton.range_reason(query, *windows, implementation=implementation),
         "selected_attention": triton.selected_reason(

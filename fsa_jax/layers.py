@@ -30,7 +30,7 @@ from fsa_jax.compressor import Compressor
 from fsa_jax.config import NSAConfig
 from fsa_jax.full_attention import FullAttention as FullAttention
 from fsa_jax.rope import RoPE
-from fsa_jax.segments import Rows, describe_windows
+from fsa_jax.segments import Rows, cut, describe_windows
 
 GATES = ("head", "token")
 """One gate triple per query head, as the NSA paper, or one per token, as FSA."""
@@ -232,8 +232,7 @@ class NativeSparseAttention(AttentionLayer):
         )
 
     def extend(self, x, cache: NSACache, chunk: Chunk, layer, fresh) -> tuple[jax.Array, NSACache]:
-        # what is not there must not reach sums over tokens, not even as NaN times 0
-        x = jnp.where(chunk.valid[..., None], x, 0)
+        x = cut(x, chunk.valid)
         query, key, value = self._turn(self.query(x), chunk.position), self.key(x), self.value(x)
         self._check_same_dtype(key, cache)
         mode = decode.mode_of(self.implementation, query, cache)
@@ -281,6 +280,7 @@ class NativeSparseAttention(AttentionLayer):
                 f"sequence_axis={self.sequence_axis!r}"
             )
         rows, positions = self._describe(x, segment_ids, positions)
+        x = rows.without_padding(x)
         return self._select(self._inputs(x, rows, segment_ids, positions), segment_ids)[1]
 
     def _inputs(

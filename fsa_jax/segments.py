@@ -40,6 +40,10 @@ class Rows:
         """Positions of the tokens in their own documents."""
         return self.token - self.start
 
+    def without_padding(self, x: Array) -> Array:
+        """`cut` at padding; rows without segment ids have none."""
+        return cut(x, self.valid) if self.packed else x
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +62,15 @@ class Windows:
     start: Int[Array, "B M"]
     first: Int[Array, "B T"]
     visible: Int[Array, "B T"]
+
+
+def cut(x: Array, valid: Bool[Array, "B T"]) -> Array:
+    """The array [B, T, ...] with 0 where no token is; the cotangents from there end here too.
+
+    Both may be NaN. A product with 0 would keep it, and a sum over tokens would spread it, so they
+    are taken away before either.
+    """
+    return jnp.where(valid.reshape(*valid.shape, *(1,) * (x.ndim - 2)), x, 0)
 
 
 def describe_rows(segment_ids: Int[Array, "B T"] | None, batch: int, length: int) -> Rows:

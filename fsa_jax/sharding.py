@@ -336,7 +336,7 @@ def _explicit_spec(x: jax.Array | np.ndarray) -> PartitionSpec:
 def layer_call(
     layer: Any, sequence_axis: str | None, x: jax.Array, *others, name: str = "x"
 ) -> jax.Array:
-    """`layer.apply_part(x, *others)`, also where x is split over Explicit axes.
+    """`layer.call_part(x, *others)`, also where x is split over Explicit axes.
 
     Args:
       layer: gives [B, T, C].
@@ -348,7 +348,7 @@ def layer_call(
     graphdef, state = nnx.split(layer)
     mesh = explicit_mesh((state, x, others))
     if mesh is None or getattr(x, "ndim", 0) < 2:
-        return layer.apply_part(x, *others)
+        return layer.call_part(x, *others)
     rows, tokens = (*_explicit_spec(x), None, None)[:2]
     _places(
         {name: "b t"}, {name: (rows, tokens)}, {name: x.shape[:2]}, dict(mesh.shape), sequence_axis
@@ -356,6 +356,6 @@ def layer_call(
 
     def call(given):
         state, arrays = given
-        return nnx.merge(graphdef, state).apply_part(*arrays)
+        return nnx.merge(graphdef, state).call_part(*arrays)
 
     return on_auto_axes(call, mesh, PartitionSpec(rows, tokens, None), (state, (x, *others)))

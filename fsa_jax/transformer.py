@@ -372,7 +372,7 @@ class Transformer(nnx.Module):
         rest = (segment_ids, positions, dropout_key)
         return sharding.layer_call(self, self.config.sequence_axis, tokens, *rest, name="tokens")
 
-    def apply_part(self, tokens, segment_ids, positions, dropout_key) -> jax.Array:
+    def call_part(self, tokens, segment_ids, positions, dropout_key) -> jax.Array:
         """The call without a cache, on axes of a mesh that are not Explicit."""
         keys = (
             None if dropout_key is None else jax.random.split(dropout_key, self.config.num_layers)
