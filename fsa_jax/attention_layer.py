@@ -33,6 +33,20 @@ def check_heads(num_heads: int, num_kv_heads: int) -> None:
         )
 
 
+def without_padding(x: jax.Array, segment_ids: Any) -> jax.Array:
+    """The array [B, T, ...] with 0 at padding, also where it is split over Explicit axes."""
+    if segment_ids is None:
+        return x
+
+    def call(x, segment_ids):
+        return checks.rows(x, segment_ids, True).without_padding(x)
+
+    mesh = sharding.explicit_mesh(x)
+    if mesh is not None:
+        call = sharding.on_auto_axes(call, mesh, jax.typeof(x).sharding.spec)
+    return call(x, segment_ids)
+
+
 def linear(
     inputs: tuple[int, ...],
     outputs: tuple[int, ...],
@@ -167,8 +181,7 @@ class AttentionLayer(nnx.Module):
     def call_part(self, x, segment_ids, positions) -> jax.Array:
         """The same whatever stands at padding, on one device's part of the arrays."""
         x = self._check_features(checks.floating("x", x, "B T C"))
-        rows = checks.rows(x, segment_ids, True)
-        return self.apply_part(rows.without_padding(x), segment_ids, positions)
+        return self.apply_part(without_padding(x, segment_ids), segment_ids, positions)
 
     def init_cache(
         self,

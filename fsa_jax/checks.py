@@ -239,6 +239,24 @@ def rows(x: jax.Array, segment_ids, has_batch: bool) -> Rows:
     return describe_rows(segment_ids, x.shape[0], x.shape[1])
 
 
+def tokens(name: str, ids: jax.Array, vocab_size: int, valid: jax.Array) -> jax.Array:
+    """Token ids where `valid`, in 0 .. vocab_size - 1; anything may stand elsewhere.
+
+    Values are checked where they are known, that is outside jit. The ids that come back are never
+    negative, which would count from the end of the vocabulary: whoever looks up a wrong one in jit
+    gets NaN.
+    """
+    known = (ids, valid)
+    if not any(isinstance(x, Tracer) or not x.is_fully_addressable for x in known):
+        here, there = (np.asarray(x) for x in known)
+        if (wrong := here[there & ((here < 0) | (here >= vocab_size))]).size:
+            raise ValueError(
+                f"{name} must be in 0 .. {vocab_size - 1} wherever they are not padding, got "
+                f"{wrong[0]}"
+            )
+    return jnp.where(ids < 0, vocab_size, ids)
+
+
 def parameter(name: str, value, x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     if getattr(value, "shape", None) != shape or value.dtype != x.dtype:
         got = f"{getattr(value, 'dtype', type(value).__name__)} {getattr(value, 'shape', '')}"

@@ -18,6 +18,7 @@ from flax.typing import Initializer
 from jaxtyping import Array, Float, Int
 
 from fsa_jax import api, checks, dispatch, sharding
+from fsa_jax.attention_layer import without_padding
 from fsa_jax.cache import Chunk, KVCache
 from fsa_jax.compression import METHODS
 from fsa_jax.config import NSAConfig
@@ -31,6 +32,7 @@ from fsa_jax.layers import (
 from fsa_jax.partitioning import partitioned
 from fsa_jax.precision import narrow
 from fsa_jax.rope import RoPE
+from fsa_jax.segments import cut
 
 ATTENTIONS = ("nsa", "full")
 #: Name of the operation by which jax runs the forward pass of cuDNN.
@@ -227,6 +229,7 @@ class Block(nnx.Module):
         attention_key, mlp_key = (
             (None, None) if dropout_key is None else jax.random.split(dropout_key)
         )
+        x = without_padding(x, segment_ids)
         out = self.attention(self.attention_norm(x), segment_ids, positions)
         x = x + self._drop(out, attention_key)
         return x + self._drop(self.mlp(self.mlp_norm(x)), mlp_key)
@@ -235,6 +238,7 @@ class Block(nnx.Module):
         self, x: Float[Array, "B n C"], cache: Any, chunk: Chunk, layer: jax.Array, fresh: bool
     ) -> tuple[Float[Array, "B n C"], Any]:
         """The layer's output for a chunk, and the cache with it; see the attention layers."""
+        x = cut(x, chunk.valid)
         out, cache = self.attention.extend(self.attention_norm(x), cache, chunk, layer, fresh)
         x = x + out
         return x + self.mlp(self.mlp_norm(x)), cache
@@ -250,6 +254,7 @@ class Block(nnx.Module):
     ) -> Int[Array, "B T K topk"]:
         """The blocks that this layer selects for input x."""
         assert isinstance(self.attention, NativeSparseAttention)
+        x = without_padding(x, segment_ids)
         return self.attention.selected_blocks(self.attention_norm(x), segment_ids, positions)
 
 
@@ -331,7 +336,7 @@ class Transformer(nnx.Module):
         """Logits of the next token, of rows or of the next tokens of sequences in a cache.
 
         Args:
-          tokens: int32 [B, T], in 0 .. vocab_size - 1.
+          tokens: int32 [B, T], in 0 .. vocab_size - 1; at padding anything.
           segment_ids: int32 [B, T], equal ids in a run are one document, 0 is padding; None: every
             row is one document.
           positions: int32 [B, T], positions for RoPE; None: counted from each document's start.
@@ -341,15 +346,18 @@ class Transformer(nnx.Module):
           fresh: with a cache, whether the tokens are the first of their sequences: the fast way
             for long prompts, see ``AttentionLayer``.
           only_last: with a cache, give the logits [B, 1, V] after the last token of each sequence
-            alone; they mean nothing for a sequence that gets no token.
+            alone; 0 for a sequence that gets no token.
 
         Returns:
-          float32 logits [B, T, V]. With a cache, those and the cache with the new tokens.
+          float32 logits [B, T, V], 0 at padding. With a cache, those and the cache with the new
+          tokens.
 
         Raises:
           ValueError: a shape or dtype does not fit; the cache is of another model; outside jit, a
-            sequence has no room, or is lost. Inside jit tokens without room are not stored, and
-            their logits mean nothing; those of sequences that are lost (see ``KVCache``) are NaN.
+            token is not in the vocabulary, or a sequence has no room, or is lost. Inside jit a
+            token that is not in the vocabulary makes its logits NaN, and those of later ones of
+            its document; tokens without room are not stored, and their logits are 0; those of
+            sequences that are lost (see ``KVCache``) are NaN.
           NotImplementedError: implementation or sequence_axis cannot serve a cache.
 
         Example:
@@ -359,14 +367,11 @@ class Transformer(nnx.Module):
           >>> logits.shape, cache.lengths.tolist()
           ((1, 3, 257), [3])
         """
+        tokens = checks.integers("tokens", tokens, "B T")
         if cache is not None:
-            x = self._embed(tokens)
             rest = {"segment_ids": segment_ids, "positions": positions, "dropout_key": dropout_key}
             checks.absent("with a cache", **rest)
-            x, cache, last = self._extend(x, cache, num_tokens, fresh)
-            if only_last:
-                x = jnp.take_along_axis(x, last[:, None, None], axis=1)
-            return self._logits(x), cache
+            return self._extend(tokens, cache, num_tokens, fresh, only_last)
         options = {"fresh": fresh or None, "only_last": only_last or None}
         checks.absent("without a cache", num_tokens=num_tokens, **options)
         rest = (segment_ids, positions, dropout_key)
@@ -381,7 +386,9 @@ class Transformer(nnx.Module):
         def step(x: jax.Array, layer: Block, key: jax.Array | None) -> tuple[jax.Array, None]:
             return layer(x, segment_ids, positions, key), None
 
-        return self._logits(self._scan(step, self._embed(tokens), keys)[0])
+        valid = checks.rows(tokens, segment_ids, True).valid
+        x, _ = self._scan(step, self._embed(tokens, valid), keys)
+        return without_padding(self._logits(x), segment_ids)
 
     def init_cache(self, batch: int, capacity: int, **options: Any) -> KVCache:
         """An empty cache for the sequences of a batch.
@@ -399,11 +406,12 @@ class Transformer(nnx.Module):
             batch, capacity, layers=self.config.num_layers, **options
         )
 
-    def _extend(self, x: jax.Array, cache: KVCache, num_tokens: jax.Array | None, fresh: bool):
-        """The stream after the layers, the cache, and the place of each row's last token."""
-        self.layers.attention.check_cache(cache, x.shape[0], self.config.num_layers)
+    def _extend(self, tokens: jax.Array, cache: KVCache, num_tokens, fresh: bool, only_last: bool):
+        """The logits, and the cache with the tokens."""
+        self.layers.attention.check_cache(cache, tokens.shape[0], self.config.num_layers)
         cache = cache.emptied() if fresh else cache
-        chunk = cache.place(x.shape[1], num_tokens)
+        chunk = cache.place(tokens.shape[1], num_tokens)
+        x, valid = self._embed(tokens, chunk.valid), chunk.valid
         graphdef, stacked = nnx.split(self.layers)
 
         # the cache of all layers is carried, not scanned over: so each writes into it in place
@@ -414,7 +422,11 @@ class Transformer(nnx.Module):
 
         numbers = jnp.arange(self.config.num_layers, dtype=jnp.int32)
         (x, cache), _ = jax.lax.scan(body, (x, cache), (stacked, numbers))
-        return cache.marked(x), cache.advance(chunk), jnp.maximum(chunk.stop - chunk.first - 1, 0)
+        if only_last:
+            last = jnp.maximum(chunk.stop - chunk.first - 1, 0)[:, None]
+            x = jnp.take_along_axis(x, last[..., None], axis=1)
+            valid = jnp.take_along_axis(valid, last, axis=1)
+        return cache.marked(cut(self._logits(x), valid)), cache.advance(chunk)
 
     def _logits(self, x: jax.Array) -> jax.Array:
         x = self.norm(x)
@@ -448,7 +460,9 @@ class Transformer(nnx.Module):
             blocks = layer.selected_blocks(x, segment_ids, positions)
             return layer(x, segment_ids, positions), blocks
 
-        return self._scan(step, self._embed(tokens), None)[1]
+        tokens = checks.integers("tokens", tokens, "B T")
+        valid = checks.rows(tokens, segment_ids, True).valid
+        return self._scan(step, self._embed(tokens, valid), None)[1]
 
     def layer(self, index: int) -> Block:
         """Layer number `index` alone, with copies of its parameters.
@@ -461,8 +475,9 @@ class Transformer(nnx.Module):
         graphdef, stacked = nnx.split(self.layers)
         return nnx.merge(graphdef, jax.tree.map(lambda leaf: leaf[index], stacked))
 
-    def _embed(self, tokens: jax.Array) -> jax.Array:
-        return self.embedding(checks.integers("tokens", tokens, "B T"))
+    def _embed(self, tokens: jax.Array, valid: jax.Array) -> jax.Array:
+        # wherever no token is, this may be NaN: the layers cut it off
+        return self.embedding(checks.tokens("tokens", tokens, self.config.vocab_size, valid))
 
     def _scan(self, step: Callable, x: jax.Array, keys: jax.Array | None) -> tuple[jax.Array, Any]:
         """Runs `step(x, layer, key) -> (x, output)` over the layers and stacks the outputs."""

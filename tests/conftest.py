@@ -18,9 +18,7 @@ os.environ["XLA_FLAGS"] = (
 from jaxtyping import install_import_hook
 
 # The public functions have their own checks, which must meet bad input first.
-INTERNAL = [
-    f"fsa_jax.{name}" for name in ("segments", "reference", "compression", "xla", "tiles")
-]
+INTERNAL = [f"fsa_jax.{name}" for name in ("segments", "reference", "compression", "xla", "tiles")]
 install_import_hook(INTERNAL, "beartype.beartype")
 
 import ahead_of_time  # noqa: E402

@@ -10,7 +10,9 @@ from jax import Array
 from jax.stages import Wrapped
 from jaxtyping import Float32, Int32, UInt32
 
+from fsa_jax import checks
 from fsa_jax.precision import narrow
+from fsa_jax.segments import cut
 from fsa_jax.stripes import to_stripes
 from fsa_jax.training.config import TrainConfig
 from fsa_jax.training.mesh import Placement
@@ -127,7 +129,8 @@ def next_byte_loss(
     """Summed cross-entropy of the next byte, and the number of bytes that were predicted.
 
     sum over t of -log softmax(logits[t])[tokens[t + 1]], natural logarithm, over the positions
-    whose next token is in the same segment; positions at padding predict nothing.
+    whose next token is in the same segment; positions at padding predict nothing, and their logits
+    may be anything.
 
     Args:
       logits: float32 [B, T, V].
@@ -136,6 +139,10 @@ def next_byte_loss(
 
     Returns:
       The sum in nats, float32, and the count, int32.
+
+    Raises:
+      ValueError: outside jit, a token that is to be predicted is not in the vocabulary. Inside jit
+        it makes the sum NaN.
 
     Example:
       >>> import jax.numpy as jnp
@@ -151,13 +158,17 @@ def _targets(tokens, segment_ids):
     """The next byte of each position, and whether it is predicted; int32 and bool [B, T]."""
     targets = jnp.roll(tokens, -1, axis=1)
     following = jnp.pad(segment_ids[:, 1:], ((0, 0), (0, 1)))
-    return targets, (segment_ids == following) & (segment_ids != 0)
+    return targets, (segment_ids == following) & (segment_ids > 0)
 
 
 @narrow
 def _summed_loss(logits, targets, counted):
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
-    return jnp.where(counted, losses, 0.0).sum(), counted.sum(dtype=jnp.int32)
+    targets = checks.tokens("tokens", targets, logits.shape[-1], counted)
+    # cut before the loss, or its gradient would be 0 times what stands there
+    losses = optax.softmax_cross_entropy_with_integer_labels(
+        cut(logits, counted), cut(targets, counted)
+    )
+    return cut(losses, counted).sum(), counted.sum(dtype=jnp.int32)
 
 
 def _arrange(placement: Placement | None, *arrays):
