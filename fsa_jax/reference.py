@@ -31,7 +31,7 @@ def compress(
 ) -> Float[Array, "B M K D"]:
     """Phi of every window (NSA eq. 7): the l tokens of a window, positions added, made one."""
     windows = describe_windows(rows, kernel_size, kernel_stride)
-    token = windows.start[:, :, None] + jnp.arange(kernel_size, dtype=jnp.int32)
+    token = windows.start[:, :, None] + jnp.arange(kernel_size, dtype=jnp.int32)[None, None]
     exists = (windows.start < x.shape[1])[:, :, None, None]
     tokens = jax.vmap(lambda row, index: row.at[index].get(mode="fill", fill_value=0))(x, token)
     tokens = rearrange(tokens, "b m l k d -> b m k l d").astype(wide_dtype(x))

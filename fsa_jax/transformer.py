@@ -355,8 +355,8 @@ class Transformer(nnx.Module):
         Raises:
           ValueError: a shape or dtype does not fit; the cache is of another model; outside jit, a
             token is not in the vocabulary, or a sequence has no room, or is lost. Inside jit a
-            token that is not in the vocabulary makes its logits NaN, and those of later ones of
-            its document; tokens without room are not stored, and their logits are 0; those of
+            token that is not in the vocabulary makes its logits NaN, and perhaps others of its
+            row; tokens without room are not stored, and their logits are 0; those of
             sequences that are lost (see ``KVCache``) are NaN.
           NotImplementedError: implementation or sequence_axis cannot serve a cache.
 

@@ -230,7 +230,8 @@ def test_any_segmentation(config, segment_ids, seed):
     rows, windows = describe(segment_ids, 2, 90, config)
     key = jnp.where((windows.start < 90)[:, :, None, None], key, jnp.nan)
     query = jnp.where(rows.valid[:, :, None, None], query, jnp.nan)
-    lists = compiled(config)(query, key, jnp.asarray(lse, jnp.float32), segment_ids)
+    lse = jnp.where(rows.valid[:, :, None], jnp.asarray(lse, jnp.float32), jnp.nan)
+    lists = compiled(config)(query, key, lse, segment_ids)
     assert_best(lists, score, own, config)
 
 

@@ -277,7 +277,7 @@ def test_nan_and_infinity_in_what_nobody_sees_change_no_bit(branch, implementati
     @jax.jit
     def run(query, key, value, cotangent):
         (out, lse), pullback = jax.vjp(attend, query, key, value)
-        return out, lse, pullback((cotangent, jnp.zeros_like(lse)))
+        return out, lse, pullback((cotangent, cotangent[..., 0]))
 
     clean = [normal(i, 1, length, n, 8) for i, n in enumerate((2, 1, 1, 2))]
     wanted = run(*clean)
