@@ -257,6 +257,58 @@ def test_error_is_at_most_twice_that_of_dense_attention(branch, implementation, 
     assert_errors_are_at_most_twice_those_of_dense(ours, dense, exact)
 
 
+SEEDS, TOKENS, WIDTH = 16, 72, 24
+
+
+def dense_gradients(sees, query, key, value, dout):
+    """(dq, dk, dv) of softmax attention under a mask, as anyone writes it; some see nothing."""
+    some, groups = sees.any(axis=-1, keepdims=True), query.shape[2] // key.shape[2]
+
+    def attend(query, key, value):
+        key, value = (jnp.repeat(x, groups, axis=2) for x in (key, value))
+        logits = jnp.einsum("btnd,bsnd->bnts", query, key) * query.shape[-1] ** -0.5
+        hidden = jnp.where(some, -jnp.inf, 0).astype(logits.dtype)
+        p = jax.nn.softmax(jnp.where(sees, logits, hidden), axis=-1)
+        return jnp.einsum("bnts,bsne->btne", jnp.where(some, p, 0), value)
+
+    return jax.vjp(attend, query, key, value)[1](dout)
+
+
+@pytest.mark.parametrize("branch", ["compressed", "window", "selected"])
+def test_float32_gradients_are_as_exact_as_those_of_dense_attention(branch):
+    """Over many random inputs, each a row of one batch: one is luck."""
+    slots = TOKENS // 4 if branch == "compressed" else TOKENS
+    shapes = ((TOKENS, 6, 16), (slots, 2, 16), (slots, 2, 48), (TOKENS, 6, 48))
+    *args, dout = (normal(i, SEEDS, *shape) for i, shape in enumerate(shapes))
+    token, column = np.arange(TOKENS)[:, None], np.arange(slots)[None]
+    if branch == "selected":
+        listed = np.stack([np.random.default_rng(i).choice(9, 3, False) for i in range(TOKENS)])
+        indices = np.broadcast_to(listed[None, :, None], (SEEDS, TOKENS, 2, 3))
+        attend = selected(jnp.asarray(indices, jnp.int32), 8)
+        sees = (column <= token) & (column[:, None] // 8 == listed[:, :, None]).any(axis=1)
+    elif branch == "window":
+        attend = window(None, "xla", WIDTH)
+        sees = (column <= token) & (column > token - WIDTH)
+    else:
+        attend = compressed(None, "xla")
+        sees = (column * 4 + 7 <= token) & (column < slots - 1)
+    sees = sees[None, None]
+    ours = jax.jit(lambda *args: jax.vjp(lambda *x: attend(*x)[0], *args[:3])[1](args[3]))
+    dense = jax.jit(dense_gradients)
+    got, usual = ours(*args, dout), dense(sees, *args, dout)
+    with jax.enable_x64(True):
+        exact = dense(sees, *(jnp.asarray(np.asarray(x, np.float64)) for x in (*args, dout)))
+    for name, *arrays in zip(("dq", "dk", "dv"), got, usual, exact, strict=True):
+        a, b, c = (np.asarray(x, np.float64).reshape(SEEDS, -1) for x in arrays)
+        largest, mean_square = (
+            norm(np.abs(a - c), axis=1) / norm(np.abs(b - c), axis=1)
+            for norm in (np.max, lambda x, axis: np.sqrt(np.mean(x**2, axis=axis)))
+        )
+        assert largest.mean() <= 1.25, (name, largest)
+        assert largest.max() <= 2, (name, largest)
+        assert mean_square.max() <= 1.15, (name, mean_square)
+
+
 @pytest.mark.parametrize("implementation", [*IMPLEMENTATIONS, "triton_interpret"])
 @pytest.mark.parametrize("branch", ["selected", "window"])
 def test_nan_and_infinity_in_what_nobody_sees_change_no_bit(branch, implementation):
