@@ -7,6 +7,7 @@ heads, D head width, n tokens of a call with a cache.
 from typing import Any, overload
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from flax.typing import Initializer
 from jaxtyping import Array, Float, Int
