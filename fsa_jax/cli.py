@@ -223,8 +223,10 @@ def _train_until_stopped(arguments: Sequence[str]) -> None:
     config = _parse(TrainConfig, "train", arguments, PRESETS.get(preset, PRESETS["tiny"]))
     # what only --help and a mistake in the flags can do without
     from fsa_jax.training import ProcessLost, train
+    from fsa_jax.training.compilation_cache import keep_compiled_programs
     from fsa_jax.training.mesh import is_leader
 
+    keep_compiled_programs()
     try:
         result = train(config)
     except ProcessLost as error:

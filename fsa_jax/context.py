@@ -41,7 +41,9 @@ class _Static:
     shared: bool
     axis: str
     capability: int = dataclasses.field(default_factory=operators.planned_capability)
-    table: str | None = dataclasses.field(default_factory=tuned.table)
+    table: str | None = dataclasses.field(
+        default_factory=tuned.table, metadata={"describe": tuned.entries}
+    )
 
     def call(self, name: str) -> Call:
         return Call(

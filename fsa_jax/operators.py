@@ -68,7 +68,9 @@ class Call:
     packed: bool = False
     tuning: SelectedTuning | None = None
     config: NSAConfig | None = None
-    table: str | None = dataclasses.field(default_factory=tuned.table)
+    table: str | None = dataclasses.field(
+        default_factory=tuned.table, metadata={"describe": tuned.entries}
+    )
     gated: bool = False
 
     @property

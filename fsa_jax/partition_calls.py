@@ -27,6 +27,7 @@ import dataclasses
 import enum
 import functools
 import hashlib
+import importlib.metadata
 import platform
 import types
 from collections.abc import Callable, Iterator
@@ -34,7 +35,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jaxlib
 import numpy as np
 from jax._src import config as jax_config
 from jax._src.custom_partitioning import _sharding_callbacks
@@ -69,7 +69,7 @@ class Tracing:
     def now() -> "Tracing":
         names = jax_config.trace_context_names()
         values = dict(zip(names, jax_config.trace_context(), strict=True))
-        # What a callback traces is on no mesh, along no axis but those of the mesh, and on no device.
+        # what a callback traces is on no device or mesh, along no axis but those of the mesh
         for name in _PLACES:
             values.pop(name)
         known = jax_config.config_states
@@ -178,7 +178,7 @@ def _digest(files: tuple[tuple[str, int, int], ...]) -> str:
 
 
 _IMPORTED = _files()
-_VERSIONS = (platform.python_version(), jax.__version__, jaxlib.__version__)
+_VERSIONS = (platform.python_version(), jax.__version__, importlib.metadata.version("jaxlib"))
 
 
 def _describe(value: Any) -> str:
@@ -208,7 +208,7 @@ def _describe(value: Any) -> str:
             return f"mesh{_describe(tuple(value.shape.items()))}"
     if dataclasses.is_dataclass(value):
         fields = dataclasses.fields(value)
-        # a field may name what is elsewhere: its metadata says how to get at that
+        # a field may be a name of something: its metadata says how to get at that
         read = ((x, x.metadata.get("describe", lambda value: value)) for x in fields)
         values = {x.name: get(getattr(value, x.name)) for x, get in read}
         return f"{_of(type(value))}{_describe(values)}"

@@ -135,11 +135,11 @@ def _in_words(shardings, shapes, mesh: Mesh, whole: str | None):
         if None not in specs.values():
             return Mesh(np.reshape(devices, tuple(axes.values())), tuple(axes)), specs
     raise ValueError(
-        f"arrays must be split over whole axes of the mesh {sizes} or parts of them, got {shardings}"
+        f"arrays must be split over axes of the mesh {sizes} or parts of them, got {shardings}"
     )
 
 
-def _tiles(sharding: Sharding, rank: int) -> tuple[np.ndarray, list[jax.Device]]:
+def _tiles(sharding: Sharding, rank: int) -> tuple[np.ndarray, list]:
     """Where along each axis each device begins, of an array as long as there are devices."""
     count = sharding.num_devices
     places = sharding.devices_indices_map((count,) * rank)

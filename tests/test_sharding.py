@@ -14,8 +14,9 @@ from jax.sharding import PartitionSpec as P
 from util import assert_close, normal
 
 import fsa_jax
-from fsa_jax import NSAConfig, from_stripes, to_stripes
+from fsa_jax import NSAConfig, from_stripes, sharding, to_stripes
 from fsa_jax.layers import NativeSparseAttention
+from fsa_jax.transformer import Transformer, TransformerConfig
 
 CONFIG = NSAConfig(
     kernel_size=8, kernel_stride=4, block_size=16, topk=3, init_blocks=1, local_blocks=1,
@@ -234,3 +235,157 @@ def test_stripes_are_an_early_and_a_late_one():
     np.testing.assert_array_equal(from_stripes(striped, 3, axis=0), x)
     with pytest.raises(ValueError, match=r"multiple of 2 \* devices = 10, got 12"):
         to_stripes(x, 5, axis=0)
+
+
+MIXED = {
+    "auto": (AxisType.Auto, AxisType.Auto),
+    "explicit": (AxisType.Explicit, AxisType.Explicit),
+    "mixed": (AxisType.Explicit, AxisType.Auto),
+}
+
+
+def twice(query, key, value, gates, weights):
+    """A scan over compression and attention, with gradients of all arguments."""
+
+    def attend(query, key, value, gates, weights):
+        attend = functools.partial(operator_alone, key, value, gates, weights)
+        return jax.lax.scan(lambda x, _: (attend(x), None), query, None, length=2)[0]
+
+    out, pull = jax.vjp(attend, query, key, value, gates, weights)
+    return out, pull(jnp.cos(out))
+
+
+def operator_alone(key, value, gates, weights, query):
+    sizes = {"kernel_size": 8, "kernel_stride": 4, "weights": weights}
+    compressed_key, compressed_value = (fsa_jax.compress(x, **sizes) for x in (key, value))
+    return fsa_jax.native_sparse_attention(
+        query, key, value, compressed_key, compressed_value, gates,
+        config=CONFIG, implementation="xla",
+    )  # fmt: skip
+
+
+@functools.cache
+def twice_alone():
+    return jax.jit(twice)(QUERY, KEY, VALUE, GATES, WEIGHTS)
+
+
+@pytest.mark.parametrize(
+    ("how", "kind", "on_mesh"),
+    [
+        ("jit", "auto", ()), ("jit", "explicit", ()), ("jit", "auto", (1, 2)),
+        ("jit", "mixed", (0, 3)), ("eager", "explicit", (1, 2)),
+    ],
+)  # fmt: skip
+def test_arrays_on_no_mesh_under_set_mesh(how, kind, on_mesh):
+    """All of them, or some of them; the others are split by rows."""
+    arrays = [QUERY, KEY, VALUE, GATES, WEIGHTS]
+    mesh = jax.make_mesh((2, 2), ("data", "tensor"), MIXED[kind], devices=jax.devices()[:4])
+    for i in on_mesh:
+        arrays[i] = jax.device_put(arrays[i], NamedSharding(mesh, P("data")))
+    with jax.set_mesh(mesh):
+        got = (jax.jit(twice) if how == "jit" else twice)(*arrays)
+    assert_close(got, twice_alone(), 1e-5)
+
+
+def attend_window(query, key):
+    run = functools.partial(fsa_jax.sliding_window_attention, window_size=6, implementation="xla")
+    return run(query, key, key)
+
+
+@functools.cache
+def window_alone():
+    return jax.jit(attend_window)(QUERY, KEY)
+
+
+@pytest.mark.parametrize(
+    "kind", ["auto", "explicit", "mixed", "numpy", "in_shardings", "one device", "two meshes"]
+)
+def test_shardings_of_other_kinds(kind):
+    types = MIXED.get(kind, MIXED["auto"])
+    mesh = jax.make_mesh((2, 2), ("data", "tensor"), types, devices=jax.devices()[:4])
+    rows = NamedSharding(mesh, P("data"))
+    run, query, key = attend_window, QUERY, KEY
+    if kind == "in_shardings":  # no type says what the mesh is
+        query, key = np.asarray(query), np.asarray(key)
+        got = jax.jit(run, in_shardings=(rows, NamedSharding(mesh, P("data", None, "tensor"))))
+    elif kind == "two meshes":  # of the same devices
+        line = jax.make_mesh((4,), ("all",), (AxisType.Auto,), devices=jax.devices()[:4])
+        query, key = jax.device_put(query, rows), jax.device_put(key, NamedSharding(line, P("all")))
+        got = jax.jit(run)
+    elif kind == "one device":
+        query = jax.device_put(query, jax.sharding.SingleDeviceSharding(jax.devices()[1]))
+        key, got = jax.device_put(key, query.sharding), jax.jit(run)
+    elif kind == "numpy":
+        query, key, got = np.asarray(query), np.asarray(key), jax.jit(run)
+    else:
+        query, got = jax.device_put(query, rows), jax.jit(run)
+    with jax.set_mesh(mesh) if kind in (*MIXED, "numpy") else contextlib.nullcontext():
+        assert_close(got(query, key), window_alone(), 1e-6)
+
+
+def test_rows_split_over_a_part_of_a_mesh_axis():
+    """As a reshape leaves them behind: no PartitionSpec says so."""
+    rows = NamedSharding(mesh_of("auto", ("data", 8)), P("data"))
+    query, key = (jnp.concatenate([x, x + 1]) for x in (QUERY, KEY))
+
+    def turned(x, rows, columns):
+        x = x.reshape(rows, columns, *x.shape[1:]).swapaxes(0, 1)
+        return x.reshape(8, *x.shape[2:])
+
+    def run(query, key):  # rows 0 4 1 5 2 6 3 7
+        return turned(attend_window(*(turned(x, 2, 4) for x in (query, key))), 4, 2)
+
+    placed = jax.device_put((query, key), rows)
+    program = jax.jit(run).lower(*placed).compile()
+    assert not re.findall(COLLECTIVES, str(program.as_text()))
+    assert_close(program(*placed), jax.jit(run)(query, key), 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("tiles", "spec"),
+    [
+        ([0, 0, 2, 2, 4, 4, 6, 6], P(("a",))),
+        ([0, 4, 0, 4, 0, 4, 0, 4], P(("b",))),
+        ([0, 4, 1, 5, 2, 6, 3, 7], P(("b", "a"))),
+        ([0, 0, 0, 0, 4, 4, 4, 4], None),
+    ],
+)
+def test_how_an_array_is_split_is_read_from_where_devices_begin(tiles, spec):
+    assert sharding._spec(np.asarray(tiles)[:, None], {"a": 4, "b": 2, "one": 1}) == spec
+
+
+def test_axes_are_cut_into_prime_factors():
+    parts = sharding._factored({"a": 4, "b": 2, "one": 1}, None, 1)
+    assert parts == {"a[0]": 2, "a[1]": 2, "b": 2, "one": 1}
+    assert sharding._spec(np.repeat([0, 4], 4)[:, None], parts) == P(("a[0]",))
+    assert sharding._factored({"a": 4, "b": 6}, "a", -1) == {"a": 4, "b[0]": 3, "b[1]": 2}
+
+
+def test_a_model_with_tokens_over_explicit_axes():
+    config = TransformerConfig(
+        vocab_size=32, num_layers=1, embed_dim=16, num_heads=2, num_kv_heads=1, head_dim=8,
+        mlp_dim=16, nsa=CONFIG, implementation="xla",
+    )  # fmt: skip
+    model = Transformer(config, rngs=nnx.Rngs(0))
+    tokens = jnp.arange(ROWS * 32, dtype=jnp.int32).reshape(ROWS, 32) % 32
+    mesh = mesh_of("explicit", ("data", 2))
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(tokens, NamedSharding(mesh, P("data")))
+        got = jax.jit(model)(placed, IDS[:, :32])
+        assert jax.typeof(got).sharding.spec == P("data", None, None)
+    assert_close(got, jax.jit(model)(tokens, IDS[:, :32]), 1e-5)
+    with (
+        jax.set_mesh(mesh),
+        pytest.raises(ValueError, match=r"tokens of tokens .* mesh axis 'data'"),
+    ):
+        model(jax.device_put(tokens, NamedSharding(mesh, P(None, "data"))))
+
+
+def test_explicit_calls_are_bound_as_any_other():
+    with jax.set_mesh(mesh_of("explicit", ("data", 2))):
+        with pytest.raises(TypeError, match="too many positional arguments"):
+            fsa_jax.sliding_window_attention(QUERY, KEY, VALUE, 6, window_size=6)
+        with pytest.raises(ValueError, match=r"key must have shape \[B T K D\]"):
+            fsa_jax.sliding_window_attention(QUERY, KEY[0], VALUE, window_size=6)
+        with pytest.raises(ValueError, match="query must be an array"):
+            fsa_jax.sliding_window_attention(None, KEY, VALUE, window_size=6)

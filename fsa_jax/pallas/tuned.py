@@ -161,7 +161,7 @@ def choose[Some: Tile](
 
     serve = [
         found
-        for found in _entries(name)
+        for found in entries(name)
         if all(found[field] == size for field, size in same.items())
         and distance(found) <= math.log2(_NEAR)
         and found["rows"] >= wanted.group
@@ -189,7 +189,10 @@ def fill(
     return dataclasses.replace(plan, **tiles)
 
 
-def _entries(name: str) -> tuple[dict, ...]:
+def entries(name: str | None) -> tuple[dict, ...]:
+    """What a table holds; nothing where there is none."""
+    if name is None:
+        return ()
     if name in _TEMPORARY:
         return _TEMPORARY[name]
     return _shipped()[name] if name in _shipped() else tuple(_load(name)["tiles"])

@@ -55,6 +55,9 @@ def parse_mesh(text: str) -> dict[str, int]:
 class TrainConfig:
     """A training run of a byte-level language model.
 
+    Compiled programs are kept for the next start in fsa-jax/compiled of the user's cache folder;
+    the environment variable JAX_COMPILATION_CACHE_DIR names another folder, or none if it is empty.
+
     Attributes:
       data: text files, or folders to search for text files. Default: the source of this Python's
         standard library.

@@ -1,0 +1,208 @@
+"""Names of partitioned calls, and jax's persistent cache of programs whose keys they are in."""
+
+import functools
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.compilation_cache import compilation_cache
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from test_sharding import GATES, IDS, KEY, QUERY, VALUE, WEIGHTS, mesh_of, operator
+
+import fsa_jax
+from fsa_jax import operators, partition_calls
+from fsa_jax.pallas import ranges, tuned
+from fsa_jax.pallas.tuning import Tile
+from fsa_jax.sharding import partitioned
+
+
+def names(run, *arrays):
+    """What stands for the partitioned calls of a program, in their order."""
+    text = jax.jit(run).lower(*arrays).as_text()
+    return re.findall(r'@CustomSPMDPartitioning\(.*?backend_config = "(.*?)"', text)
+
+
+def split(mesh=None, dtype=jnp.float32):
+    mesh = mesh or mesh_of("auto", ("data", 2), ("tensor", 2))
+    rows = NamedSharding(mesh, P(mesh.axis_names[0]))
+    return [jax.ShapeDtypeStruct(x.shape, dtype, sharding=rows) for x in (QUERY, KEY)]
+
+
+def window(query, key, *, window_size=8, scale=0.5, implementation="xla"):
+    options = {"window_size": window_size, "scale": scale, "implementation": implementation}
+    return fsa_jax.sliding_window_attention(query, key, key, **options)
+
+
+def whole_operator() -> list[str]:
+    """Names of all kinds of calls: forward and backward, by rows and over the tokens of a row."""
+    found = names(functools.partial(window, implementation="triton_interpret"), *split())
+    for axis in (None, "tokens"):
+        mesh = mesh_of("auto", ("data", 2), ("tokens", 2))
+        tokens = NamedSharding(mesh, P("data", axis))
+        arrays = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=tokens) for x in ARRAYS[:4]]
+        arrays += [ARRAYS[4], jax.ShapeDtypeStruct(IDS.shape, IDS.dtype, sharding=tokens)]
+        found += names(operator("xla", axis), *arrays)
+    return found
+
+
+ARRAYS = (QUERY, KEY, VALUE, GATES, WEIGHTS, IDS)
+
+
+def test_names_are_the_same_in_another_process():
+    found = whole_operator()
+    assert len(found) > 20
+    assert all(re.fullmatch("fsa_jax [0-9a-f]{64}", name) for name in found)
+    code = "import conftest, json, test_partition_calls as x; print(json.dumps(x.whole_operator()))"
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == found
+
+
+def test_whatever_a_call_depends_on_changes_its_name(monkeypatch):
+    def name(run=window, arrays=None, **options):
+        (found,) = names(functools.partial(run, **options), *(arrays or split()))
+        return found
+
+    before = name()
+    assert name(window_size=9) == before  # an operand says it
+    others = [name(scale=0.25), name(implementation="triton_interpret")]
+    others += [name(arrays=split(mesh_of("auto", *axes))) for axes in OTHER_MESHES]
+    with jax.default_matmul_precision("float32"):
+        others.append(name())
+    with jax.enable_x64(True):
+        others.append(name())
+    for rows in (16, 32, 32):
+        with tuned.using({RANGE: ranges.RangeTile(rows=rows)}):
+            others.append(name(implementation="triton_interpret"))
+    assert others.pop() == others[-1]  # a table is what it holds
+    assert len({before, *others}) == 1 + len(others)
+    assert name() == before
+    monkeypatch.setattr(partition_calls, "_VERSIONS", ("another",))
+    assert name() != before
+
+
+OTHER_MESHES = ((("data", 4), ("tensor", 2)), (("tensor", 2), ("data", 2)))
+RANGE = tuned.Key(
+    kernel="range_forward", branch="window", bits=32, width=16, value_width=16, group=2,
+    block_size=None,
+)  # fmt: skip
+
+
+def test_what_cannot_be_described_keeps_the_name_that_jax_gives(monkeypatch):
+    def double(x):  # not in the files of the package
+        return (2 * x,)
+
+    def of(run):
+        (name,) = names(run, *split()[:1])
+        return name
+
+    assert of(partitioned(double, {"x": "b t n d"}, ("b t n d",))).isdecimal()
+    stranger = object()
+    assert of(partitioned(lambda x: (stranger and x,), {"x": "b t n d"}, ("b t n d",))).isdecimal()
+    assert not names(window, *split())[0].isdecimal()
+    monkeypatch.setattr(partition_calls, "_IMPORTED", ())
+    assert names(functools.partial(window), *split())[
+        0
+    ].isdecimal()  # the files are not those that run
+
+
+@pytest.mark.parametrize(
+    "values", [(1, True, 1.0, "1", None, (1,), [1], {1: 1}, np.float32(1), np.dtype("f4"), Tile)]
+)
+def test_descriptions_tell_values_apart(values):
+    assert len({partition_calls._describe(x) for x in values}) == len(values)
+
+
+def made_in_the_package(*sources):
+    """Functions as a line of this package's would make them."""
+    space = {"__name__": "fsa_jax.somewhere"}
+    return [eval(compile(source, "somewhere", "eval"), space) for source in sources]
+
+
+def test_descriptions_tell_the_functions_of_a_line_apart():
+    functions = made_in_the_package(
+        "lambda: 1", "lambda: 2", "lambda x=1: 1", "lambda: (lambda: 1)", "lambda: (lambda: 2)",
+        "(lambda a: lambda: a)(1)", "(lambda a: lambda: a)(2)",
+    )  # fmt: skip
+    assert len({partition_calls._describe(x) for x in functions}) == len(functions)
+    again = made_in_the_package("lambda: 1")
+    assert partition_calls._describe(again[0]) == partition_calls._describe(functions[0])
+    with pytest.raises(partition_calls._NotKnown):
+        partition_calls._describe(lambda: 1)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A persistent cache for one test."""
+    options = {
+        "jax_compilation_cache_dir": str(tmp_path),
+        "jax_enable_compilation_cache": True,
+        "jax_persistent_cache_min_compile_time_secs": 0,
+    }
+    before = {name: getattr(jax.config, name) for name in options}
+    for name, value in options.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+    yield tmp_path
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+
+
+def test_a_program_on_a_mesh_is_compiled_once(folder):
+    """As after a restart: nothing in memory is left. Another program has another entry."""
+    mesh = mesh_of("auto", ("data", 2), ("tensor", 2))
+    arrays = jax.device_put((QUERY, KEY), NamedSharding(mesh, P("data", None, "tensor")))
+
+    def program(scale):
+        jax.clear_caches()
+        operators._range_forward_on.cache_clear()
+
+        def of_this_test(query, key):
+            return window(query, key, scale=scale)
+
+        out = jax.jit(of_this_test)(*arrays)
+        entries = [x.name for x in folder.iterdir() if "of_this_test" in x.name]
+        return np.asarray(out), len([x for x in entries if x.endswith("cache")])
+
+    first, count = program(0.5)
+    assert count == 1
+    again, count = program(0.5)
+    assert count == 1
+    np.testing.assert_array_equal(again, first)
+    other, count = program(0.25)
+    assert count == 2
+    np.testing.assert_allclose(other, window(QUERY, KEY, scale=0.25), atol=1e-6)
+
+
+def test_a_call_is_compiled_as_it_was_traced():
+    """In the configuration of the tracing, whatever it is by then: it is part of the name."""
+    with jax.enable_x64(True):
+        arrays = [jnp.asarray(x, jnp.float64) for x in (QUERY, KEY)]
+        rows = NamedSharding(mesh_of("auto", ("data", 2)), P("data"))
+        placed = jax.device_put(arrays, rows)
+        wanted = window(*arrays)
+        lowered = jax.jit(window).lower(*placed)
+    compiled = lowered.compile()
+    with jax.enable_x64(True):
+        np.testing.assert_allclose(compiled(*placed), wanted, rtol=1e-12)
+
+
+def test_two_programs_of_one_call_need_each_other_not():
+    """Programs with the same call are compiled in any order, whichever is there still."""
+    first = jax.jit(lambda query, key: window(query, key) + 1).lower(*split())
+    second = jax.jit(lambda query, key: window(query, key) + 2).lower(*split())
+    del first
+    jax.clear_caches()
+    third = jax.jit(lambda query, key: window(query, key) + 3).lower(*split())
+    second.compile()
+    del second
+    third.compile()
