@@ -29,7 +29,6 @@ from jaxtyping import Array, Bool, Float, Int
 from fsa_jax import dispatch, operators, segments, triton, xla
 from fsa_jax.cache import Chunk, KVCache, NSACache
 from fsa_jax.operators import Call
-from fsa_jax.pallas import decode_step
 from fsa_jax.precision import einsum, wide_dtype
 from fsa_jax.segments import Rows, Windows
 
@@ -106,6 +105,8 @@ def attend(
         return _many(query, cache, chunk, layer, scale, mode)
 
     def kernels(*args):
+        from fsa_jax.pallas import decode_step
+
         interpret = mode == "interpret"
         return Branches(*decode_step.attend(*args, scale=scale, interpret=interpret)[0])
 

@@ -18,7 +18,6 @@ from einops import rearrange
 from jaxtyping import Array, Float
 
 from fsa_jax.operators import Call
-from fsa_jax.pallas import gates as kernel
 from fsa_jax.precision import wide_dtype
 from fsa_jax.sharding import partitioned
 
@@ -77,6 +76,8 @@ def gates_gradient(gates, dgates):
 @functools.cache
 def _gradients_on(call, one_gate):
     def kernels(gate, dout, out):
+        from fsa_jax.pallas import gates as kernel
+
         return kernel.gradients(gate, dout, out, interpret=call.static["interpret"])
 
     operands = {"gates": "b t one" if one_gate else "b t n", "dout": "b t n e", "out": "b t n e"}

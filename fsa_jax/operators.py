@@ -3,6 +3,7 @@
 Kernels and portable loops are two ways to do the same: pure functions of arrays, forward and
 backward. Here stands what they share: which of them runs, the rules of differentiation, and how the
 work divides over devices (`sharding.partitioned`; sizes of tiles follow from one device's part).
+Modules of kernels are imported where they are called: Pallas takes as long to import as JAX.
 
 Residuals of the backward passes, besides query, key and value (which the branches share):
 
@@ -29,7 +30,7 @@ from jaxtyping import Array, Float, Int
 
 from fsa_jax import segments, xla
 from fsa_jax.config import NSAConfig
-from fsa_jax.pallas import hopper, hopper_groups, ranges, select, selected, tuned
+from fsa_jax.pallas import tuned
 from fsa_jax.pallas.tuning import SelectedTuning, make_plan
 from fsa_jax.precision import narrow, wide_dtype
 from fsa_jax.segments import Rows, Windows
@@ -90,11 +91,15 @@ class Call:
         """Whether the kernels in Mosaic GPU take this call of `range_attention`."""
         if self.mode != "either":
             return self.mode == "mosaic"
+        from fsa_jax.pallas import hopper
+
         pays = hopper.pays(query, key, value, window=self.name == "window")
         return self.capability == hopper.CAPABILITY and pays
 
-    def range_plan(self, query, key, value) -> ranges.Plan:
-        """The tiles of the kernels in Triton for `range_attention`."""
+    def range_plan(self, query, key, value) -> Any:
+        """The tiles of the kernels in Triton for `range_attention`, a `ranges.Plan`."""
+        from fsa_jax.pallas import ranges
+
         causal = self.name == "causal"
         plan = ranges.make_plan(query, key, value, self.capability, self.table, causal=causal)
         assert plan is not None  # `triton.range_reason` has asked
@@ -219,6 +224,8 @@ _RANGES = _ATTENTION | {"low": "b t", "high": "b t", "first": "b m", "last": "b 
 @functools.cache
 def _range_forward_on(call):
     def kernels(query, key, value, low, high, first, last):
+        from fsa_jax.pallas import hopper_groups, ranges
+
         arrays = (query, key, value, (low, high), (first, last))
         if call.takes_hopper(query, key, value):
             return hopper_groups.attention(*arrays, scale=call.scale)
@@ -234,6 +241,8 @@ def _range_forward_on(call):
 @functools.cache
 def _range_backward_on(call):
     def kernels(query, key, value, low, high, first, last, lse, delta, dout, dlse):
+        from fsa_jax.pallas import ranges
+
         del dlse
         arrays = (query, key, value, (low, high), (first, last), lse, delta, dout)
         plan = call.range_plan(query, key, value)
@@ -285,6 +294,8 @@ def _select_on(call):
         return Rows(start, end, valid, packed=call.packed), Windows(first, first, visible)
 
     def kernels(query, key, lse, *documents):
+        from fsa_jax.pallas import select
+
         rows, windows = described(*documents)
         plan = select.make_plan(query, key, config, capability=call.capability, table=call.table)
         assert plan is not None
@@ -382,6 +393,8 @@ def _plan_of(call, query, key, value, starts):
 
 
 def _build_lists(call, query, key, value, starts, documents, offset):
+    from fsa_jax.pallas import selected
+
     plan = _plan_of(call, query, key, value, starts)
     interpret = call.static["interpret"]
     rows = Rows(*documents, packed=call.packed)
@@ -425,6 +438,8 @@ def _unpack(call, packed, *arrays):
 @functools.cache
 def _block_forward_on(call, room):
     def kernels(query, key, value, starts, start, end, valid, offset):
+        from fsa_jax.pallas import selected
+
         documents = (start, end, valid)
         lists = _build_lists(call, query, key, value, starts, documents, offset)
         out, lse = selected.attention(
@@ -458,6 +473,8 @@ def _block_backward_on(call, room, summed=False):
     def kernels(
         query, key, value, starts, start, end, valid, offset, lse, delta, dout, dlse, *more
     ):
+        from fsa_jax.pallas import selected
+
         del dlse
         packed, sums = ((), more) if summed else (more, None)
         documents = (start, end, valid)

@@ -1,13 +1,11 @@
 """What the kernels of `fsa_jax.pallas` serve: which devices, which calls, and why not the others.
 
 The `*_reason` functions say why a call or a device cannot be served; `dispatch.py` turns that into
-an error or another choice. `operators.py` runs the kernels.
+an error or another choice. `operators.py` runs the kernels. Both import a module of kernels where
+they need it, so that `import fsa_jax` is not as long again as that of JAX.
 """
 
-from jax.experimental.pallas import triton as plgpu
-
 from fsa_jax.config import NSAConfig
-from fsa_jax.pallas import hopper, ranges, select
 from fsa_jax.pallas.tuning import SelectedTuning, arrays_reason, plan_reason
 
 #: The oldest compute capability whose matrix units and asynchronous copies the kernels use.
@@ -21,6 +19,8 @@ def capability() -> int | None:
 
     The GPU is that of the abstract mesh in use (ahead-of-time compilation) or the default device.
     """
+    from jax.experimental.pallas import triton as plgpu
+
     try:
         return plgpu.get_gpu_info().compute_capability or None
     except ValueError:
@@ -39,6 +39,8 @@ def device_reason() -> str | None:
 
 def hopper_reason() -> str | None:
     """Why the kernels in Mosaic GPU cannot run on the device to compile for; None if they can."""
+    from fsa_jax.pallas import hopper
+
     found = capability()
     if found in (None, hopper.CAPABILITY):
         return None
@@ -64,6 +66,8 @@ def range_reason(query, key, value, implementation: str | None = None) -> str | 
 
     Those of Mosaic GPU take fewer shapes; where they are not asked for by name, the others serve.
     """
+    from fsa_jax.pallas import hopper, ranges
+
     reason = ranges.plan_reason(query, key, value, planned_capability())
     if reason is None and implementation == "mosaic_gpu":
         return hopper.reason(query, key, value)
@@ -72,6 +76,8 @@ def range_reason(query, key, value, implementation: str | None = None) -> str | 
 
 def select_reason(query, key, config: NSAConfig) -> str | None:
     """Why the kernels cannot serve the selection, likewise; or None."""
+    from fsa_jax.pallas import select
+
     reason = arrays_reason(query, key, key)
     if reason is not None:
         return reason

@@ -10,6 +10,10 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from fsa_jax.pallas.sizes import cut_width
+from fsa_jax.pallas.sizes import next_power_of_two as next_power_of_two
+from fsa_jax.pallas.sizes import tile_width as tile_width
+
 LOG2_E = math.log2(math.e)
 #: Whether the kernel that is being traced is for interpret mode, which knows no instructions of a
 #: GPU.
@@ -18,16 +22,6 @@ _interpreted = contextvars.ContextVar("interpreted", default=False)
 ENOUGH_PROGRAMS, MOST_TASKS = 16384, 4
 #: Widest tile of float32 columns; products of float32 hold one of each side in registers.
 FLOAT32_COLUMNS = 32
-
-
-def next_power_of_two(size: int) -> int:
-    """The smallest power of two that is at least `size`; Triton's tiles have no other sizes."""
-    return 1 << max(size - 1, 0).bit_length()
-
-
-def tile_width(width: int) -> int:
-    """Columns of a tile that holds `width`; matrix units take at least 16."""
-    return max(16, next_power_of_two(width))
 
 
 def call(kernel, *arrays, grid, out_shape, interpret, num_warps=4, num_stages=2, aliases=None):
@@ -109,23 +103,6 @@ def _instruction(assembly: str, interpreted, *args) -> jax.Array:
         pack=1,
         result_shape_dtypes=[jax.ShapeDtypeStruct(shape, jnp.float32)],
     )[0]
-
-
-def cut_width(width: int, most: int) -> list[tuple[int, int]]:
-    """Cuts `width` columns into tiles (start, size) of at most `most`.
-
-    Tiles are powers of two from 16 on, so that little is padded: 80 is 64 + 16, not 128.
-    """
-    tiles, start = [], 0
-    while start < width:
-        left = width - start
-        size = tile_width(left)
-        if size - left >= 16:  # a smaller tile and another one after it pad less
-            size //= 2
-        size = min(most, size)
-        tiles.append((start, size))
-        start += size
-    return tiles
 
 
 def columns_of(array, most: int) -> list[jax.Array]:

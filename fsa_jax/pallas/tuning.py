@@ -8,7 +8,7 @@ import dataclasses
 
 import jax.numpy as jnp
 
-from fsa_jax.pallas.common import cut_width, next_power_of_two
+from fsa_jax.pallas.sizes import cut_width, next_power_of_two
 
 #: Shared memory that one program may use, bytes, by compute capability; the least of a family.
 SHARED_MEMORY = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
@@ -267,7 +267,7 @@ def _tile_sizes(query, key, value, block_size: int, capability: int) -> tuple[in
 
 
 def padded_width(width: int) -> int:
-    """Columns that `common.cut_width` makes of `width`."""
+    """Columns that `sizes.cut_width` makes of `width`."""
     return sum(size for _, size in cut_width(width, 64))
 
 
