@@ -28,6 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from fsa_jax.pallas import SelectedTuning  # noqa: E402
+from fsa_jax.pallas.tuning import METHODS as SELECTED_METHODS  # noqa: E402
 from tests.ahead_of_time import (  # noqa: E402
     TARGETS,
     compile_for,
@@ -130,7 +131,9 @@ def measure(ptxas: str, device: str, group: int, method: str) -> list[dict]:
     elif method == "compressed":
         program = compressed_gradients(shape, implementation="triton")
     else:
-        tuning = SelectedTuning(method=method.removesuffix("_packed"))
+        tuning = SelectedTuning(
+            method=next(name for name in SELECTED_METHODS if method.startswith(name))
+        )
         packed = method.endswith("_packed")
         program = selected_gradients(shape, implementation="triton", tuning=tuning, packed=packed)
     kernels = look(ptxas, device, program, METHODS[method])

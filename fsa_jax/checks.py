@@ -1,8 +1,5 @@
 """Argument checks of the public functions. Each message names the argument, its value, the rule."""
 
-import math
-from collections.abc import Callable
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +7,11 @@ from jax.core import Tracer
 
 from fsa_jax.config import NSAConfig
 from fsa_jax.pallas import SelectedTuning
+from fsa_jax.scalars import choice as choice
+from fsa_jax.scalars import flag as flag
+from fsa_jax.scalars import number as number
+from fsa_jax.scalars import short as short
+from fsa_jax.scalars import size as size
 from fsa_jax.segments import Rows, describe_rows
 
 FLOATS = ("float16", "bfloat16", "float32", "float64")
@@ -17,14 +19,17 @@ FLOATS = ("float16", "bfloat16", "float32", "float64")
 
 def array(name: str, x, axes: str, empty: str = "") -> jax.Array:
     """`x` as an array with one axis for each letter of `axes`; only the axis `empty` may be 0."""
-    rank = len(axes.split())
     if not isinstance(x, jax.Array | np.ndarray):
         raise ValueError(f"{name} must be an array of shape [{axes}], got {type(x).__name__}")
-    if x.ndim != rank:
+    _check_shape(name, x, axes, empty)
+    return jnp.asarray(x)
+
+
+def _check_shape(name: str, x, axes: str, empty: str = "") -> None:
+    if x.ndim != len(axes.split()):
         raise ValueError(f"{name} must have shape [{axes}], got shape {x.shape}")
     if any(n == 0 and axis != empty for n, axis in zip(x.shape, axes.split(), strict=True)):
         raise ValueError(f"{name} must have no empty axis, got shape {x.shape}")
-    return jnp.asarray(x)
 
 
 def floating(name: str, x, axes: str, empty: str = "") -> jax.Array:
@@ -93,19 +98,85 @@ def window_count(name: str, x, length: int, kernel_stride: int) -> None:
         )
 
 
-def integers(name: str, x, axes: str) -> jax.Array:
-    """An int32 array; other integer types would have to be cut to fit."""
-    dtype = getattr(x, "dtype", None)
-    x = array(name, x, axes)
-    if dtype != jnp.int32:
-        raise ValueError(f"{name} must have dtype int32, got {dtype}")
+def rank(x) -> int | None:
+    """Number of axes of an array or of lists in lists; None of what is neither."""
+    if isinstance(x, list | tuple):
+        inner = rank(x[0]) if x else 0
+        return 1 + (inner or 0)
+    return getattr(x, "ndim", None)
+
+
+def integers(name: str, x, axes: str, *, empty: str = "", saturate: bool = False) -> jax.Array:
+    """`x`, integers of any dtype in an array or in lists, as int32; only the axis `empty` may be 0.
+
+    Numbers that int32 does not hold are refused where the values are known, that is outside jit.
+    Where they are not, or with `saturate`, the nearest number of int32 stands for them: the same
+    to whoever asks only whether a number is in some range.
+    """
+    x = _integers(name, x, axes, empty)
+    if not _is_wide(x):
+        return jnp.asarray(x, jnp.int32)
+    if x.size and _is_known(x) and not saturate:
+        _check_fits(name, x)
+    limits = np.iinfo(np.int32)
+    clip = jnp.clip if isinstance(x, jax.Array) else np.clip  # jnp may cut 64 bits off before
+    x = clip(x, max(limits.min, int(jnp.iinfo(x.dtype).min)), limits.max)
+    return jnp.asarray(x.astype(np.int32))
+
+
+def _integers(name: str, x, axes: str, empty: str = "") -> jax.Array | np.ndarray:
+    """`x` as an array of integers, in its own dtype."""
+    wanted = f"{name} must be an integer array of shape [{axes}]"
+    if isinstance(x, list | tuple):
+        try:
+            x = np.asarray(x)
+        except (TypeError, ValueError) as error:  # rows of different lengths; arrays inside jit
+            raise ValueError(f"{wanted}, or lists of Python integers, got {short(x)}") from error
+    elif not isinstance(x, jax.Array | np.ndarray):
+        raise ValueError(f"{wanted}, got {type(x).__name__}")
+    _check_shape(name, x, axes, empty)
+    if x.dtype == bool:
+        raise ValueError(
+            f"{name} must have an integer dtype, got bool: convert with .astype(jnp.int32) if True "
+            "means 1"
+        )
+    if not jnp.issubdtype(x.dtype, jnp.integer):
+        raise ValueError(f"{name} must have an integer dtype such as int32, got {x.dtype}")
     return x
+
+
+def _is_wide(x) -> bool:
+    """Whether the dtype of integers has numbers that int32 has not."""
+    return jnp.iinfo(x.dtype).max > jnp.iinfo(jnp.int32).max
+
+
+def _is_known(x) -> bool:
+    """Whether the values of an array can be read here: not inside jit, nor on other hosts alone."""
+    return not isinstance(x, Tracer) and (isinstance(x, np.ndarray) or x.is_fully_addressable)
+
+
+def _check_fits(name: str, x) -> None:
+    limits, values = np.iinfo(np.int32), np.asarray(x)
+    for value in (values.min(), values.max()):
+        if not limits.min <= value <= limits.max:
+            raise ValueError(
+                f"{name} must hold integers that int32 holds, {limits.min} to {limits.max}, got "
+                f"{value}"
+            )
+
+
+def axis_name(axis) -> str:
+    """The name of a mesh axis that splits the tokens, where one is given."""
+    if not isinstance(axis, str):
+        raise ValueError(
+            f"sequence_axis must be None or the name of a mesh axis, got {short(axis)}"
+        )
+    return axis
 
 
 def sequence(axis, has_batch: bool, length: int, stride: int) -> None:
     """The name of a mesh axis that splits rows of `length` tokens; rows come in a batch."""
-    if not isinstance(axis, str):
-        raise ValueError(f"sequence_axis must be None or the name of a mesh axis, got {axis!r}")
+    axis_name(axis)
     if not has_batch:
         raise ValueError(f"arrays must have a batch axis with sequence_axis={axis!r}, got none")
     if length % (2 * stride):
@@ -121,28 +192,6 @@ def absent(when: str, **arguments) -> None:
         if value is not None:
             got = getattr(value, "shape", value)
             raise ValueError(f"{name} must not be given {when}, got {got}")
-
-
-def size(name: str, value, least: int = 1) -> int:
-    """A Python integer of at least `least`."""
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
-        raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
-    return int(value)
-
-
-def number(name: str, value, rule: str, fits: Callable[[float], bool]) -> float:
-    """A Python number for which `fits`, which `rule` says in words."""
-    kind = isinstance(value, int | float | np.floating | np.integer)
-    if isinstance(value, bool) or not kind or not fits(float(value)):
-        raise ValueError(f"{name} must be {rule}, got {value!r}")
-    return float(value)
-
-
-def flag(name: str, value) -> bool:
-    """True or False, of Python or NumPy."""
-    if not isinstance(value, bool | np.bool_):
-        raise ValueError(f"{name} must be True or False, got {value!r}")
-    return bool(value)
 
 
 def float_dtype(name: str, value) -> jnp.dtype:
@@ -163,16 +212,12 @@ def scale(value, width: int) -> float:
     """The factor of the logits: by default one over the square root of the head width."""
     if value is None:
         return width**-0.5
-    if isinstance(value, bool) or not isinstance(value, int | float | np.floating):
-        raise ValueError(f"scale must be a Python number or None, got {value!r}")
-    if not math.isfinite(value):
-        raise ValueError(f"scale must be finite, got {value!r}")
-    return float(value)
+    return number("scale", value, "None or a finite number, not an array")
 
 
-def config(value) -> NSAConfig:
+def config(value, name: str = "config") -> NSAConfig:
     if not isinstance(value, NSAConfig):
-        raise ValueError(f"config must be an NSAConfig, got {value!r}")
+        raise ValueError(f"{name} must be an NSAConfig, got {short(value)}")
     return value
 
 
@@ -220,23 +265,30 @@ def gates(gates, query: jax.Array, has_batch: bool) -> jax.Array:
     return gates
 
 
-def rows(x: jax.Array, segment_ids, has_batch: bool) -> Rows:
-    """The documents of the rows of `x` [B, T, ...].
+def ids(segment_ids, shape: tuple[int, ...] | None, has_batch: bool) -> jax.Array | None:
+    """Segment ids [B, T], of rows [B, T] if given: int32, or as they are where that may not do.
 
-    The sign of the ids is checked where their values are known, that is outside jit; inside jit a
-    negative id is padding.
+    Their sign and size are checked where their values are known, that is outside jit. Inside jit a
+    negative id is padding, and a dtype wider than int32 stays, so that no two ids become one.
     """
-    if segment_ids is not None:
-        ids = integers("segment_ids", segment_ids, "B T" if has_batch else "T")
-        if not isinstance(ids, Tracer) and ids.is_fully_addressable:
-            least = np.asarray(ids).min()  # numpy: inside jit a jnp.min would be traced
-            if least < 0:
-                raise ValueError(f"segment_ids must be 0 (padding) or positive, got {least}")
-        segment_ids = ids if has_batch else ids[None]
-        if segment_ids.shape != x.shape[:2]:
-            shape = x.shape[:2] if has_batch else x.shape[1:2]
-            raise ValueError(f"segment_ids must have shape {shape}, got {ids.shape}")
-    return describe_rows(segment_ids, x.shape[0], x.shape[1])
+    if segment_ids is None:
+        return None
+    found = _integers("segment_ids", segment_ids, "B T" if has_batch else "T")
+    if shape is not None and found.shape != (wanted := shape if has_batch else shape[1:]):
+        raise ValueError(f"segment_ids must have shape {wanted}, got {found.shape}")
+    if _is_known(found):
+        least = np.asarray(found).min()  # numpy: inside jit a jnp.min would be traced
+        if least < 0:
+            raise ValueError(f"segment_ids must be 0 (padding) or positive, got {least}")
+        _check_fits("segment_ids", found)
+    if _is_known(found) or not _is_wide(found):
+        found = jnp.asarray(found, jnp.int32)
+    return jnp.asarray(found if has_batch else found[None])
+
+
+def rows(x: jax.Array, segment_ids, has_batch: bool) -> Rows:
+    """The documents of the rows of `x` [B, T, ...]; see `ids`."""
+    return describe_rows(ids(segment_ids, x.shape[:2], has_batch), *x.shape[:2])
 
 
 def tokens(name: str, ids: jax.Array, vocab_size: int, valid: jax.Array) -> jax.Array:

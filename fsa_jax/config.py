@@ -2,6 +2,8 @@
 
 import dataclasses
 
+from fsa_jax import scalars
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NSAConfig:
@@ -40,12 +42,9 @@ class NSAConfig:
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
             least = 0 if field.name in ("init_blocks", "local_blocks") else 1
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ValueError(
-                    f"{field.name} must be an integer of at least {least}, got {value!r}"
-                )
+            value = scalars.size(field.name, getattr(self, field.name), least)
+            object.__setattr__(self, field.name, value)  # an integer of NumPy is no JSON
         check_window(self.kernel_size, self.kernel_stride)
         if self.block_size % self.kernel_stride:
             raise ValueError(

@@ -10,7 +10,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Int, Integer
 
 
 @jax.tree_util.register_dataclass
@@ -73,7 +73,7 @@ def cut(x: Array, valid: Bool[Array, "B T"]) -> Array:
     return jnp.where(valid.reshape(*valid.shape, *(1,) * (x.ndim - 2)), x, 0)
 
 
-def describe_rows(segment_ids: Int[Array, "B T"] | None, batch: int, length: int) -> Rows:
+def describe_rows(segment_ids: Integer[Array, "B T"] | None, batch: int, length: int) -> Rows:
     """Finds the documents of each row; without segment ids a row is one document."""
     if segment_ids is None:
         zeros = jnp.zeros((batch, length), jnp.int32)
@@ -107,6 +107,15 @@ def describe_windows(rows: Rows, kernel_size: int, kernel_stride: int) -> Window
         first=jnp.take_along_axis(taken, rows.start, axis=1),
         visible=jnp.where(rows.valid, jnp.maximum(seen, 0), 0),
     )
+
+
+def window_positions(
+    rows: Rows, positions: Int[Array, "B T"] | None, kernel_size: int, kernel_stride: int
+) -> Int[Array, "B M"]:
+    """The position of each window's first token, 0 in empty slots; None: of `rows`."""
+    positions = rows.position if positions is None else positions
+    read = jax.vmap(lambda row, start: row.at[start].get(mode="fill", fill_value=0))
+    return read(positions, describe_windows(rows, kernel_size, kernel_stride).start)
 
 
 def visible_windows(windows: Windows) -> tuple[Int[Array, "B T"], Int[Array, "B T"]]:

@@ -14,9 +14,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from einops import rearrange
 
-from fsa_jax import segments
+from fsa_jax import scalars, segments
 from fsa_jax.precision import narrow
 from fsa_jax.segments import Rows
 from fsa_jax.sharding import partitioned
@@ -33,13 +34,14 @@ def to_stripes(x: jax.Array, devices: int, axis: int = 1) -> jax.Array:
       axis: the axis of tokens.
 
     Raises:
-      ValueError: the tokens are not a multiple of 2 * devices.
+      ValueError: the tokens are not a multiple of 2 * devices, or an argument has a wrong type.
 
     Example:
       >>> import jax.numpy as jnp
       >>> to_stripes(jnp.arange(8), devices=2, axis=0)
       Array([0, 1, 6, 7, 2, 3, 4, 5], dtype=int32)
     """
+    devices = scalars.size("devices", devices)
     order = [stripe for i in range(devices) for stripe in (i, 2 * devices - 1 - i)]
     return _take_stripes(x, order, axis)
 
@@ -52,11 +54,15 @@ def from_stripes(x: jax.Array, devices: int, axis: int = 1) -> jax.Array:
       >>> from_stripes(to_stripes(jnp.arange(8), 2, axis=0), 2, axis=0)
       Array([0, 1, 2, 3, 4, 5, 6, 7], dtype=int32)
     """
+    devices = scalars.size("devices", devices)
     order = [2 * i for i in range(devices)] + [2 * i + 1 for i in reversed(range(devices))]
     return _take_stripes(x, order, axis)
 
 
 def _take_stripes(x, order, axis):
+    if not isinstance(x, jax.Array | np.ndarray) or not x.ndim:
+        raise ValueError(f"x must be an array with an axis of tokens, got {scalars.short(x)}")
+    axis = scalars.size("axis", axis, -x.ndim, x.ndim - 1)
     if x.shape[axis] % len(order):
         raise ValueError(
             f"tokens must be a multiple of 2 * devices = {len(order)}, got {x.shape[axis]}"

@@ -167,7 +167,7 @@ GOOD = tuned.entry(tuned.key_of("range_forward", *arrays()), WIDE)
         ({"kernel": "other"}, "kernel must be one of"),
         ({"branch": None}, "bad value of key 'branch': None"),
         ({"group": 129}, "rows=128 must hold the 129 heads"),
-        ({"num_stages": None}, "num_stages must be an integer, got None"),
+        ({"num_stages": None}, "num_stages must be an integer from 1 to 8, got None"),
     ],
 )
 def test_a_bad_entry_is_named(user_table, changes, message):

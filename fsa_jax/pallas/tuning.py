@@ -5,14 +5,17 @@ is used as it stands.
 """
 
 import dataclasses
+from typing import Literal, get_args
 
 import jax.numpy as jnp
 
+from fsa_jax import scalars
 from fsa_jax.pallas.sizes import cut_width, next_power_of_two
 
 #: Shared memory that one program may use, bytes, by compute capability; the least of a family.
 SHARED_MEMORY = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
-METHODS = ("kv_outer", "query_outer", "query_tile")
+SelectedMethod = Literal["kv_outer", "query_outer", "query_tile"]
+METHODS: tuple[SelectedMethod, ...] = get_args(SelectedMethod)
 #: Widest head, and most query heads of a key head.
 WIDEST, MOST_ROWS = 256, 128
 #: Elements of K and V of a tile, so that dK and dV stay in registers.
@@ -39,11 +42,10 @@ class Tile:
 
     def __post_init__(self):
         for name, least, most in (("rows", 16, 512), ("num_warps", 1, 16)):
-            size = getattr(self, name)
-            _check_integer(name, size, least, most)
+            size = _set_integer(self, name, least, most)
             if size != next_power_of_two(size):
                 raise ValueError(f"{name} must be a power of two, got {size}")
-        _check_integer("num_stages", self.num_stages, 1, 8)
+        _set_integer(self, "num_stages", 1, 8)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -68,39 +70,37 @@ class SelectedTuning:
       ValueError: a size is out of its range.
     """
 
-    method: str | None = None
+    method: SelectedMethod | None = None
     forward: Tile | None = None
     backward: Tile | None = None
     pairs: int | None = None
     block_k: int | None = None
     merge_elements: int = 1024
-    partial_dtype: str | None = None
+    partial_dtype: Literal["float32"] | None = None
     scratch_bytes: int = 2**30
 
     def __post_init__(self):
-        if self.method is not None and self.method not in METHODS:
-            raise ValueError(f"method must be None or one of {METHODS}, got {self.method!r}")
+        scalars.choice("method", self.method, (None, *METHODS))
         for name in ("forward", "backward"):
             tile = getattr(self, name)
             if tile is not None and not isinstance(tile, Tile):
                 raise ValueError(f"{name} must be None or a Tile, got {tile!r}")
         if self.pairs is not None:
-            _check_integer("pairs", self.pairs, 1, 2**20)
+            _set_integer(self, "pairs", 1, 2**20)
         if self.block_k is not None:
-            _check_integer("block_k", self.block_k, 16, 128)
-            if self.block_k != next_power_of_two(self.block_k):
-                raise ValueError(f"block_k must be a power of two, got {self.block_k}")
-        _check_integer("merge_elements", self.merge_elements, 256, 2**16)
-        if self.partial_dtype not in (None, "float32"):
-            raise ValueError(f"partial_dtype must be None or 'float32', got {self.partial_dtype!r}")
-        _check_integer("scratch_bytes", self.scratch_bytes, 2**20, 2**40)
+            size = _set_integer(self, "block_k", 16, 128)
+            if size != next_power_of_two(size):
+                raise ValueError(f"block_k must be a power of two, got {size}")
+        _set_integer(self, "merge_elements", 256, 2**16)
+        scalars.choice("partial_dtype", self.partial_dtype, (None, "float32"))
+        _set_integer(self, "scratch_bytes", 2**20, 2**40)
 
 
-def _check_integer(name, size, least, most):
-    if not isinstance(size, int) or isinstance(size, bool):
-        raise ValueError(f"{name} must be an integer, got {size!r}")
-    if not least <= size <= most:
-        raise ValueError(f"{name} must be from {least} to {most}, got {size}")
+def _set_integer(owner, name, least, most) -> int:
+    """Checks a field, and makes an integer of NumPy one of Python."""
+    size = scalars.size(name, getattr(owner, name), least, most)
+    object.__setattr__(owner, name, size)
+    return size
 
 
 @dataclasses.dataclass(frozen=True)
