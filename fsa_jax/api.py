@@ -6,14 +6,23 @@ compressed windows, l kernel_size, d kernel_stride. Query head n uses key head n
 the batch axis B may be left out, of all arrays of a call together.
 """
 
-from typing import Any
-
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Integer
 
 from fsa_jax import branches, checks, compression, gating, triton
 from fsa_jax.config import NSAConfig, check_window
-from fsa_jax.dispatch import check_name, choose, resolve
-from fsa_jax.pallas import SelectedTuning
+from fsa_jax.dispatch import check_name, resolve
+from fsa_jax.one_branch import compressed_attention as compressed_attention
+from fsa_jax.one_branch import selected_attention as selected_attention
+from fsa_jax.one_branch import sliding_window_attention as sliding_window_attention
+from fsa_jax.options import (
+    AnyArray,
+    CompressionMethod,
+    FloatLike,
+    Implementation,
+    IntegerList,
+    IntLike,
+)
+from fsa_jax.segments import describe_rows
 from fsa_jax.sharding import partitions_itself
 
 #: Names that outputs carry for remat policies such as
@@ -30,14 +39,14 @@ CHECKPOINT_NAMES = (
 
 @partitions_itself(x="t k d", segment_ids="t")
 def compress(
-    x: Float[Array, "*B T K D"],
+    x: Float[AnyArray, "*B T K D"],
     *,
-    kernel_size: int,
-    kernel_stride: int,
-    method: str = "linear",
-    weights: Array | tuple[Array, Array] | None = None,
-    positions: Float[Array, "K l D"] | None = None,
-    segment_ids: Int[Array, "*B T"] | None = None,
+    kernel_size: IntLike,
+    kernel_stride: IntLike,
+    method: CompressionMethod = "linear",
+    weights: AnyArray | tuple[AnyArray, AnyArray] | None = None,
+    positions: Float[AnyArray, "K l D"] | None = None,
+    segment_ids: Integer[AnyArray, "*B T"] | IntegerList | None = None,
     sequence_axis: str | None = None,
 ) -> Float[Array, "*B M K D"]:
     """Compresses each window of `kernel_size` tokens of a document into one key or value.
@@ -56,7 +65,7 @@ def compress(
       method: "linear", "weighted", "mean" or "mlp".
       weights: the parameters of the method, as above, in the dtype of `x`.
       positions: table added to the tokens of each window, [K, l, D], in the dtype of `x`.
-      segment_ids: int32 [B, T], equal ids in a run are one document, 0 is padding.
+      segment_ids: integers [B, T], equal ids in a run are one document, 0 is padding.
       sequence_axis: mesh axis that splits the tokens; see `native_sparse_attention`.
 
     Returns:
@@ -80,8 +89,7 @@ def compress(
     kernel_stride = checks.size("kernel_stride", kernel_stride)
     check_window(kernel_size, kernel_stride)
     _, _, heads, width = x.shape
-    if method not in compression.METHODS:
-        raise ValueError(f"method must be one of {compression.METHODS}, got {method!r}")
+    checks.choice("method", method, compression.METHODS)
     flat = kernel_size * width
     if method == "linear":
         weights = checks.parameter("weights", weights, x, (heads, flat, width))
@@ -89,7 +97,8 @@ def compress(
         weights = checks.parameter("weights", weights, x, (heads, kernel_size))
     elif method == "mlp":
         if not isinstance(weights, tuple) or len(weights) != 2:
-            raise ValueError(f"weights must be a pair (w_in, w_out) for 'mlp', got {weights!r}")
+            got = checks.short(weights)
+            raise ValueError(f"weights must be a pair (w_in, w_out) for 'mlp', got {got}")
         hidden = weights[1].shape[1] if getattr(weights[1], "ndim", 0) == 3 else -1
         w_in = checks.parameter("weights[0]", weights[0], x, (heads, flat, hidden))
         weights = (w_in, checks.parameter("weights[1]", weights[1], x, (heads, hidden, width)))
@@ -97,100 +106,32 @@ def compress(
         raise ValueError("weights must be None for method='mean'")
     if positions is not None:
         positions = checks.parameter("positions", positions, x, (heads, kernel_size, width))
-    rows = checks.rows(x, segment_ids, has_batch)
+    ids = checks.ids(segment_ids, x.shape[:2], has_batch)
     if sequence_axis is not None:
         checks.sequence(sequence_axis, has_batch, x.shape[1], kernel_stride)
     out = compression.compress(
         x,
-        rows,
+        describe_rows(ids, *x.shape[:2]),
         kernel_size=kernel_size,
         kernel_stride=kernel_stride,
         method=method,
         weights=weights,
         positions=positions,
-        sequence=None if sequence_axis is None else (segment_ids, sequence_axis),
+        sequence=None if sequence_axis is None else (ids, sequence_axis),
     )
     return out if has_batch else out[0]
 
 
-@partitions_itself(query="t n d", compressed_key="m k d", compressed_value="m k e", segment_ids="t")
-def compressed_attention(
-    query: Float[Array, "*B T N D"],
-    compressed_key: Float[Array, "*B M K D"],
-    compressed_value: Float[Array, "*B M K E"],
-    *,
-    kernel_size: int,
-    kernel_stride: int,
-    scale: float | None = None,
-    segment_ids: Int[Array, "*B T"] | None = None,
-    implementation: str | None = None,
-    return_residuals: bool = False,
-):
-    """Attention to the compressed windows that end at or before the query.
-
-    With t the query's position in its document, ::
-
-        out[t] = sum over i with i*d + l - 1 <= t of softmax_i(scale * q[t] . k[i]) * v[i]
-
-    Args:
-      query: [B, T, N, D], floating.
-      compressed_key: [B, M, K, D] as `compress` lays it out, in the dtype of `query`.
-      compressed_value: [B, M, K, E], in the dtype of `query`.
-      kernel_size: tokens l of a window.
-      kernel_stride: tokens d between the starts of windows.
-      scale: factor of the logits, by default D ** -0.5.
-      segment_ids: int32 [B, T], equal ids in a run are one document, 0 is padding.
-      implementation: "triton", "mosaic_gpu", "triton_interpret", "xla", "reference"; None: best.
-      return_residuals: also return the logsumexp of the scaled logits.
-
-    Returns:
-      out [B, T, N, E] in the dtype of `query`, or (out, lse) with lse [B, T, N], natural log, in
-      float32 (float64 for float64 inputs). A query that sees no window gets out 0 and lse -inf.
-
-    Raises:
-      ValueError: an argument has a wrong shape, dtype or value; the message names it.
-      NotImplementedError: the named implementation cannot serve the call.
-
-    Example:
-      >>> import jax.numpy as jnp, fsa_jax
-      >>> q, kv = jnp.ones((1, 64, 4, 8)), jnp.ones((1, 4, 2, 8))
-      >>> out = fsa_jax.compressed_attention(q, kv, kv, kernel_size=32, kernel_stride=16)
-      >>> out.shape, float(out[0, 0, 0, 0]), float(out[0, 63, 0, 0])
-      ((1, 64, 4, 8), 0.0, 1.0)
-
-    Source: NSA (arXiv 2502.11089), equation 7.
-    """
-    check_name(implementation)
-    kernel_size = checks.size("kernel_size", kernel_size)
-    kernel_stride = checks.size("kernel_stride", kernel_stride)
-    check_window(kernel_size, kernel_stride)
-    query, key, value, has_batch = checks.attention_arrays(
-        query, compressed_key, compressed_value, kernel_stride
-    )
-    rows = checks.rows(query, segment_ids, has_batch)
-    reason = triton.range_reason(query, key, value, implementation)
-    result = choose("compressed_attention", implementation, reason)(
-        query,
-        key,
-        value,
-        rows,
-        kernel_size=kernel_size,
-        kernel_stride=kernel_stride,
-        scale=checks.scale(scale, query.shape[-1]),
-    )
-    return _result(result, has_batch, return_residuals)
-
-
 @partitions_itself(query="t n d", compressed_key="m k d", lse="t n", segment_ids="t")
 def select_blocks(
-    query: Float[Array, "*B T N D"],
-    compressed_key: Float[Array, "*B M K D"],
-    lse: Float[Array, "*B T N"],
+    query: Float[AnyArray, "*B T N D"],
+    compressed_key: Float[AnyArray, "*B M K D"],
+    lse: Float[AnyArray, "*B T N"],
     *,
     config: NSAConfig,
-    scale: float | None = None,
-    segment_ids: Int[Array, "*B T"] | None = None,
-    implementation: str | None = None,
+    scale: FloatLike | None = None,
+    segment_ids: Integer[AnyArray, "*B T"] | IntegerList | None = None,
+    implementation: Implementation | None = None,
 ) -> Int[Array, "*B T K topk"]:
     """Chooses the blocks that each query attends to, from the compressed attention.
 
@@ -209,7 +150,7 @@ def select_blocks(
       lse: [B, T, N], the residual of `compressed_attention` on the same query and key.
       config: the sizes.
       scale: factor of the logits, by default D ** -0.5.
-      segment_ids: int32 [B, T], equal ids in a run are one document, 0 is padding.
+      segment_ids: integers [B, T], equal ids in a run are one document, 0 is padding.
       implementation: "triton", "mosaic_gpu", "triton_interpret", "xla", "reference"; None: best.
 
     Returns:
@@ -243,139 +184,6 @@ def select_blocks(
 
 
 @partitions_itself(
-    query="t n d", key="t k d", value="t k e", block_indices="t k s", segment_ids="t"
-)
-def selected_attention(
-    query: Float[Array, "*B T N D"],
-    key: Float[Array, "*B T K D"],
-    value: Float[Array, "*B T K E"],
-    block_indices: Int[Array, "*B T K S"],
-    *,
-    block_size: int,
-    scale: float | None = None,
-    segment_ids: Int[Array, "*B T"] | None = None,
-    implementation: str | None = None,
-    return_residuals: bool = False,
-    tuning: SelectedTuning | None = None,
-):
-    """Attention of each query to the tokens of the blocks in its list.
-
-    With t the query's position in its document, ::
-
-        out[t] = sum over s of softmax_s(scale * q[t] . k[s]) * v[s],
-                 s <= t and s // block_size in the list
-
-    Args:
-      query: [B, T, N, D], floating.
-      key: [B, T, K, D], in the dtype of `query`.
-      value: [B, T, K, E], in the dtype of `query`.
-      block_indices: int32 [B, T, K, S], block numbers counted from the start of the query's own
-        document. A list is a set: a repeated number counts once. Negative, future and
-        out-of-range numbers are ignored, wherever they stand.
-      block_size: tokens of a block.
-      scale: factor of the logits, by default D ** -0.5.
-      segment_ids: int32 [B, T], equal ids in a run are one document, 0 is padding.
-      implementation: "triton", "mosaic_gpu", "triton_interpret", "xla", "reference"; None: best.
-      return_residuals: also return the logsumexp of the scaled logits.
-      tuning: how the kernels of "triton" run; None leaves it to measured heuristics. It changes
-        time and memory alone. Not used where `implementation=None` chose another implementation.
-
-    Returns:
-      out [B, T, N, E] in the dtype of `query`, or (out, lse) with lse [B, T, N], natural log, in
-      float32 (float64 for float64 inputs). A query with an empty list gets out 0 and lse -inf.
-
-    Raises:
-      ValueError: an argument has a wrong shape, dtype or value; the message names it.
-      NotImplementedError: the named implementation cannot serve the call.
-
-    Example:
-      >>> import jax.numpy as jnp, fsa_jax
-      >>> q, kv = jnp.ones((1, 64, 4, 8)), jnp.ones((1, 64, 2, 8))
-      >>> indices = jnp.zeros((1, 64, 2, 3), jnp.int32)  # everyone chooses block 0
-      >>> fsa_jax.selected_attention(q, kv, kv, indices, block_size=16).shape
-      (1, 64, 4, 8)
-
-    Source: NSA (arXiv 2502.11089), equation 10; FSA (arXiv 2508.18224).
-    """
-    check_name(implementation)
-    block_size = checks.size("block_size", block_size)
-    query, key, value, has_batch = checks.attention_arrays(query, key, value)
-    rows = checks.rows(query, segment_ids, has_batch)
-    axes = "B T K S" if has_batch else "T K S"
-    block_indices = checks.integers("block_indices", block_indices, axes)
-    block_indices = block_indices if has_batch else block_indices[None]
-    checks.same_axes("B T K", key=key, block_indices=block_indices)
-    tuning = checks.tuning(tuning, implementation)
-    reason = triton.selected_reason(query, key, value, block_size=block_size, tuning=tuning)
-    serve = choose("selected_attention", implementation, reason, tuning=tuning)
-    result = serve(
-        query,
-        key,
-        value,
-        block_indices,
-        rows,
-        block_size=block_size,
-        scale=checks.scale(scale, query.shape[-1]),
-    )
-    return _result(result, has_batch, return_residuals)
-
-
-@partitions_itself(query="t n d", key="t k d", value="t k e", segment_ids="t")
-def sliding_window_attention(
-    query: Float[Array, "*B T N D"],
-    key: Float[Array, "*B T K D"],
-    value: Float[Array, "*B T K E"],
-    *,
-    window_size: int,
-    scale: float | None = None,
-    segment_ids: Int[Array, "*B T"] | None = None,
-    implementation: str | None = None,
-    return_residuals: bool = False,
-):
-    """Attention of each query to the last `window_size` tokens of its document up to itself.
-
-    With t the query's position in its document, ::
-
-        out[t] = sum over t - window_size < s <= t of softmax_s(scale * q[t] . k[s]) * v[s]
-
-    Args:
-      query: [B, T, N, D], floating.
-      key: [B, T, K, D], in the dtype of `query`.
-      value: [B, T, K, E], in the dtype of `query`.
-      window_size: the exact number of visible keys, the query's own included.
-      scale: factor of the logits, by default D ** -0.5.
-      segment_ids: int32 [B, T], equal ids in a run are one document, 0 is padding.
-      implementation: "triton", "mosaic_gpu", "triton_interpret", "xla", "reference"; None: best.
-      return_residuals: also return the logsumexp of the scaled logits.
-
-    Returns:
-      out [B, T, N, E] in the dtype of `query`, or (out, lse) with lse [B, T, N], natural log, in
-      float32 (float64 for float64 inputs). At padding out is 0 and lse -inf.
-
-    Raises:
-      ValueError: an argument has a wrong shape, dtype or value; the message names it.
-      NotImplementedError: the named implementation cannot serve the call.
-
-    Example:
-      >>> import jax.numpy as jnp, fsa_jax
-      >>> q, kv = jnp.ones((1, 64, 4, 8)), jnp.ones((1, 64, 2, 8))
-      >>> fsa_jax.sliding_window_attention(q, kv, kv, window_size=16).shape
-      (1, 64, 4, 8)
-
-    Source: NSA (arXiv 2502.11089), section 3.3.3.
-    """
-    check_name(implementation)
-    window_size = checks.size("window_size", window_size)
-    query, key, value, has_batch = checks.attention_arrays(query, key, value)
-    rows = checks.rows(query, segment_ids, has_batch)
-    reason = triton.range_reason(query, key, value, implementation)
-    result = choose("sliding_window_attention", implementation, reason)(
-        query, key, value, rows, window_size=window_size, scale=checks.scale(scale, query.shape[-1])
-    )
-    return _result(result, has_batch, return_residuals)
-
-
-@partitions_itself(
     query="t n d",
     key="t k d",
     value="t k e",
@@ -385,17 +193,17 @@ def sliding_window_attention(
     segment_ids="t",
 )
 def native_sparse_attention(
-    query: Float[Array, "*B T N D"],
-    key: Float[Array, "*B T K D"],
-    value: Float[Array, "*B T K E"],
-    compressed_key: Float[Array, "*B M K D"],
-    compressed_value: Float[Array, "*B M K E"],
-    gates: Float[Array, "*B T #N 3"],
+    query: Float[AnyArray, "*B T N D"],
+    key: Float[AnyArray, "*B T K D"],
+    value: Float[AnyArray, "*B T K E"],
+    compressed_key: Float[AnyArray, "*B M K D"],
+    compressed_value: Float[AnyArray, "*B M K E"],
+    gates: Float[AnyArray, "*B T #N 3"],
     *,
     config: NSAConfig,
-    scale: float | None = None,
-    segment_ids: Int[Array, "*B T"] | None = None,
-    implementation: str | None = None,
+    scale: FloatLike | None = None,
+    segment_ids: Integer[AnyArray, "*B T"] | IntegerList | None = None,
+    implementation: Implementation | None = None,
     sequence_axis: str | None = None,
 ) -> Float[Array, "*B T N E"]:
     """Native sparse attention: compressed, selected and window attention, summed with gates.
@@ -411,12 +219,12 @@ def native_sparse_attention(
       query: [B, T, N, D], floating, after RoPE.
       key: [B, T, K, D], after RoPE, in the dtype of `query`.
       value: [B, T, K, E], in the dtype of `query`.
-      compressed_key: [B, M, K, D] from `compress`, then RoPE at each window's first position.
+      compressed_key: [B, M, K, D] from `compress`, then RoPE at `window_positions`.
       compressed_value: [B, M, K, E] from `compress`.
       gates: [B, T, N, 3], or [B, T, 1, 3] for one triple per token, floating.
       config: the sizes.
       scale: factor of the logits, by default D ** -0.5.
-      segment_ids: int32 [B, T], equal ids in a run are one document, 0 is padding.
+      segment_ids: integers [B, T], equal ids in a run are one document, 0 is padding.
       implementation: "triton", "mosaic_gpu", "triton_interpret", "xla", "reference"; None: best.
       sequence_axis: name of the mesh axis that splits the tokens of each row, for rows that are too
         long for one device. All arrays of tokens are then in the order of `to_stripes`, and
@@ -477,7 +285,7 @@ def _check_operator(
 
 
 def combine_branches(
-    gates: Float[Array, "*B T #N 3"], *outs: Float[Array, "*B T N E"]
+    gates: Float[AnyArray, "*B T #N 3"], *outs: Float[Array, "*B T N E"]
 ) -> Float[Array, "*B T N E"]:
     """The gated sum of the compressed, selected and window branch, in that order.
 
@@ -495,8 +303,3 @@ def combine_branches(
     has_batch = out.ndim == 4
     gates = checks.gates(gates, out if has_batch else out[None], has_batch)
     return gating.combine(gates if has_batch else gates[0], outs)
-
-
-def _result(result, has_batch: bool, return_residuals: bool) -> Any:
-    out, lse = result if has_batch else (x[0] for x in result)
-    return (out, lse) if return_residuals else out

@@ -10,24 +10,22 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from flax.typing import Initializer
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Integer
 
 from fsa_jax import checks, sharding
 from fsa_jax.cache import Chunk, KVCache
+from fsa_jax.options import AnyArray, IntegerList
 from fsa_jax.partitioning import partitioned
 from fsa_jax.rope import RoPE
-from fsa_jax.segments import Rows, cut
+from fsa_jax.segments import Rows, cut, describe_rows
 
-
-def check_choice(name: str, value: Any, choices: tuple) -> None:
-    """Raises ValueError unless `value` is one of `choices`."""
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {choices}, got {value!r}")
+check_choice = checks.choice
 
 
 def check_heads(num_heads: int, num_kv_heads: int) -> None:
     """Raises ValueError unless the query heads divide into groups."""
-    if num_heads < 1 or num_kv_heads < 1 or num_heads % num_kv_heads:
+    checks.size("num_heads", num_heads)
+    if checks.size("num_kv_heads", num_kv_heads, least=0) < 1 or num_heads % num_kv_heads:
         raise ValueError(
             "num_heads must be a positive multiple of num_kv_heads, got "
             f"num_heads={num_heads} and num_kv_heads={num_kv_heads}"
@@ -91,6 +89,7 @@ class AttentionLayer(nnx.Module):
     ):
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         check_heads(num_heads, num_kv_heads)
+        checks.size("in_features", in_features)
         if head_dim is None:
             if in_features % num_heads:
                 raise ValueError(
@@ -98,6 +97,12 @@ class AttentionLayer(nnx.Module):
                     f"in_features={in_features} and num_heads={num_heads}"
                 )
             head_dim = in_features // num_heads
+        checks.size("head_dim", head_dim)
+        if out_features is not None:
+            checks.size("out_features", out_features)
+        checks.scale(scale, head_dim)
+        if not isinstance(rope, RoPE | None):
+            raise ValueError(f"rope must be a RoPE or None, got {checks.short(rope)}")
         if rope is not None:
             rope.inverse_frequencies(head_dim)  # raises for an odd head_dim
         self.num_heads = num_heads
@@ -122,18 +127,18 @@ class AttentionLayer(nnx.Module):
     @overload
     def __call__(
         self,
-        x: Float[Array, "B T C"],
-        segment_ids: Int[Array, "B T"] | None = None,
-        positions: Int[Array, "B T"] | None = None,
+        x: Float[AnyArray, "B T C"],
+        segment_ids: Integer[AnyArray, "B T"] | IntegerList | None = None,
+        positions: Integer[AnyArray, "B T"] | IntegerList | None = None,
     ) -> Float[Array, "B T O"]: ...
 
     @overload
     def __call__[Cache: KVCache](
         self,
-        x: Float[Array, "B n C"],
+        x: Float[AnyArray, "B n C"],
         *,
         cache: Cache,
-        num_tokens: Int[Array, " B"] | None = None,
+        num_tokens: Integer[AnyArray, " B"] | IntegerList | None = None,
         fresh: bool = False,
     ) -> tuple[Float[Array, "B n O"], Cache]: ...
 
@@ -144,12 +149,12 @@ class AttentionLayer(nnx.Module):
 
         Args:
           x: [B, T, C], floating.
-          segment_ids: int32 [B, T], equal ids in a run are one document, 0 is padding; None: every
-            row is one document.
-          positions: int32 [B, T], positions for RoPE; None: counted from each document's start.
+          segment_ids: integers [B, T], equal ids in a run are one document, 0 is padding; None:
+            every row is one document.
+          positions: integers [B, T], for RoPE; None: counted from each document's start.
           cache: what `init_cache` or an earlier call gave. Row b of `x` then continues sequence b,
             from which positions follow; any number of tokens may come at once.
-          num_tokens: with a cache, int32 [B], how many tokens of each row are there; None: all.
+          num_tokens: with a cache, integers [B], how many tokens of each row are there; None: all.
           fresh: with a cache, whether the tokens are the first of their sequences. What the cache
             held of them is forgotten, and the call runs what training runs, its kernels included:
             the fast way for a long prompt.
@@ -164,9 +169,11 @@ class AttentionLayer(nnx.Module):
             give 0; sequences that are lost (see ``KVCache``) give NaN.
           NotImplementedError: the layer's implementation or sequence_axis cannot serve a cache.
         """
+        fresh = checks.flag("fresh", fresh)
         if cache is None:
             checks.absent("without a cache", num_tokens=num_tokens, fresh=fresh or None)
-            return sharding.layer_call(self, self.sequence_axis, x, segment_ids, positions)
+            arrays = self._arrays(x, segment_ids, positions)
+            return sharding.layer_call(self, self.sequence_axis, *arrays)
         checks.absent("with a cache", segment_ids=segment_ids, positions=positions)
         x = self._check_features(checks.floating("x", x, "B T C"))
         self.check_cache(cache, x.shape[0])
@@ -252,15 +259,20 @@ class AttentionLayer(nnx.Module):
             raise ValueError(f"x must have in_features={self.in_features} features, got {x.shape}")
         return x
 
+    def _arrays(self, x, segment_ids, positions) -> Any:
+        """The arguments of a call without a cache, checked, as arrays or None."""
+        x = self._check_features(checks.floating("x", x, "B T C"))
+        segment_ids = checks.ids(segment_ids, x.shape[:2], True)
+        if positions is not None:
+            positions = checks.integers("positions", positions, "B T")
+            checks.same_axes("B T", x=x, positions=positions)
+        return x, segment_ids, positions
+
     def _describe(
         self, x: jax.Array, segment_ids: jax.Array | None, positions: jax.Array | None
     ) -> tuple[Rows, jax.Array]:
-        """Checks the call; gives the documents of each row and every token's position."""
-        x = self._check_features(checks.floating("x", x, "B T C"))
-        rows = checks.rows(x, segment_ids, True)
-        if positions is not None:
-            checks.integers("positions", positions, "B T")
-            checks.same_axes("B T", x=x, positions=positions)
+        """The documents of each row and every token's position; arguments as of `_arrays`."""
+        rows = describe_rows(segment_ids, *x.shape[:2])
         return rows, rows.position if positions is None else positions
 
     def _turn(self, x: jax.Array, positions: jax.Array) -> jax.Array:

@@ -15,6 +15,7 @@ from fsa_jax import checks, context, gating, operators, reference, triton
 from fsa_jax.dispatch import choose, mode_of
 from fsa_jax.operators import Call
 from fsa_jax.precision import wide_dtype
+from fsa_jax.segments import describe_rows
 
 
 def gated_attention(
@@ -32,7 +33,8 @@ def gated_attention(
     if gates.dtype == jnp.float64:  # the sum has no such numbers, and no kernel has
         gates = gates.astype(wide_dtype(query))
     scale = checks.scale(scale, query.shape[-1])
-    rows = checks.rows(query, segment_ids, has_batch)
+    ids = checks.ids(segment_ids, query.shape[:2], has_batch)
+    rows = describe_rows(ids, *query.shape[:2])
     gates = rows.without_padding(gates)  # the branches see to their own arguments
     reasons = {
         "compressed_attention": triton.range_reason(query, *windows, implementation=implementation),
@@ -58,7 +60,7 @@ def gated_attention(
             tuple(windows),
             pairs,
             gates,
-            segment_ids,
+            ids,
             config=config,
             scale=scale,
             mode=mode,

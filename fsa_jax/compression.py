@@ -9,17 +9,18 @@ l kernel_size, d kernel_stride.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from fsa_jax import stripes
+from fsa_jax.options import CompressionMethod
 from fsa_jax.precision import einsum
 from fsa_jax.segments import Rows, Windows, describe_windows
 
-METHODS = ("linear", "weighted", "mean", "mlp")
+METHODS = get_args(CompressionMethod)
 
 
 def compress(

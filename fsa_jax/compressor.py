@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from fsa_jax import api
 from fsa_jax.config import NSAConfig
+from fsa_jax.options import CompressionMethod
 from fsa_jax.partitioning import partitioned
 
 
@@ -39,14 +40,14 @@ class Compressor(nnx.Module):
         head_dim: int,
         *,
         config: NSAConfig,
-        method: str,
+        method: CompressionMethod,
         param_dtype: Dtype = jnp.float32,
         weights_init: Initializer | None = None,
         positions_init: Initializer | None = None,
         rngs: nnx.Rngs,
     ):
         self.config = config
-        self.method = method
+        self.method: CompressionMethod = method
         heads, window, hidden = num_kv_heads, config.kernel_size, 2 * head_dim
         flat = window * head_dim
         shapes = {

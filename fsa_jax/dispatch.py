@@ -3,14 +3,17 @@
 import functools
 import logging
 from collections.abc import Callable
+from typing import get_args
 
-from fsa_jax import operators, reference, triton
+from fsa_jax import checks, operators, reference, triton
+from fsa_jax.options import Implementation
 
 _LOG = logging.getLogger("fsa_jax")
 _PORTABLE = ("xla", "reference")
 #: Names of the kernels, and what `operators.py` calls them: Pallas-Triton, with those of Mosaic GPU
 #: or without.
 _KERNELS = {"triton": "gpu", "mosaic_gpu": "mosaic", "triton_interpret": "interpret"}
+_NAMES = get_args(Implementation)
 _FUNCTIONS = (
     "compressed_attention",
     "select_blocks",
@@ -24,7 +27,7 @@ CUDNN = ("cudnn",)
 _logged = set()
 
 
-def explain(implementation: str | None = None) -> dict[str, tuple[str, str]]:
+def explain(implementation: Implementation | None = None) -> dict[str, tuple[str, str]]:
     """Which implementation each public function would use here, and why.
 
     A call whose shapes or dtype the chosen kernels do not serve may still get another one; then
@@ -46,10 +49,7 @@ def explain(implementation: str | None = None) -> dict[str, tuple[str, str]]:
 
 def check_name(implementation: str | None, others: tuple[str, ...] = ()) -> None:
     """Raises ValueError where no implementation has that name, nor is it among `others`."""
-    names = (*_KERNELS, *_PORTABLE, *others)
-    if implementation is not None and implementation not in names:
-        known = ", ".join(repr(name) for name in names)
-        raise ValueError(f"implementation must be None or one of {known}, got {implementation!r}")
+    checks.choice("implementation", implementation, (None, *_NAMES, *others))
 
 
 def resolve(function: str, implementation: str | None, reason: str | None = None):

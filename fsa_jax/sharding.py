@@ -258,7 +258,7 @@ def _refuse_partly_manual() -> None:
         )
 
 
-def partitions_itself(**operands: str) -> Callable[[Callable], Callable]:
+def partitions_itself[**P, R](**operands: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Decorator of a public function: serves arrays that are split over Explicit axes of a mesh.
 
     Args:
@@ -266,12 +266,12 @@ def partitions_itself(**operands: str) -> Callable[[Callable], Callable]:
         first argument, and a second one, if asked for, as that without its last axis.
     """
 
-    def decorate(function):
+    def decorate(function: Callable[P, R]) -> Callable[P, R]:
         signature = inspect.signature(function)
         first = next(iter(operands))
 
         @functools.wraps(function)
-        def wrapper(*args, **kwargs):
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
             mesh = explicit_mesh((args, kwargs))
             if mesh is None:
                 return function(*args, **kwargs)

@@ -45,16 +45,16 @@ def selection(method, group=4):
     return both_ways(attend, 5)(*arrays(group))
 
 
-def operator(implementation=IMPLEMENTATION, width=64):
+def operator(implementation: fsa_jax.Implementation = IMPLEMENTATION, width=64):
     query, key, value = arrays(4, width=width)
     ids = segment_ids()
     gates = jax.nn.sigmoid(normal(7, 1, LENGTH, 8, 3, dtype=jnp.bfloat16))
 
     def attend(query, key, value, gates):
         windows = {"kernel_size": 32, "kernel_stride": 16, "method": "mean", "segment_ids": ids}
-        compressed = [fsa_jax.compress(x, **windows) for x in (key, value)]
+        ck, cv = (fsa_jax.compress(x, **windows) for x in (key, value))
         return fsa_jax.native_sparse_attention(
-            query, key, value, *compressed, gates,
+            query, key, value, ck, cv, gates,
             config=CONFIG, segment_ids=ids, implementation=implementation,
         )  # fmt: skip
 

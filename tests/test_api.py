@@ -1,7 +1,11 @@
 """The public functions: arguments, errors, choice of implementation, JAX transformations."""
 
+import dataclasses
 import functools
+import json
 import logging
+import subprocess
+import sys
 from typing import Any
 
 import jax
@@ -25,7 +29,7 @@ INDICES = jnp.zeros((2, 40, 2, 3), jnp.int32)
 SEGMENTS = jnp.ones((2, 40), jnp.int32)
 WEIGHTS = jnp.ones((2, 8 * 6, 6))
 
-GOOD = {
+GOOD: dict[str, dict[str, Any]] = {
     "compress": {"x": KEY, **WINDOWS, "weights": WEIGHTS, "segment_ids": SEGMENTS},
     "compressed_attention": {
         "query": QUERY,
@@ -85,11 +89,7 @@ BAD = [
         {"block_indices": INDICES.astype(jnp.float32)},
         ["block_indices", "int32", "float32"],
     ),
-    (
-        "selected_attention",
-        {"block_indices": np.zeros((2, 40, 2, 3), np.int64)},
-        ["block_indices", "int32", "int64"],
-    ),
+    ("selected_attention", {"block_indices": INDICES > 0}, ["block_indices", "integer", "bool"]),
     ("selected_attention", {"block_indices": INDICES[:, :5]}, ["block_indices", "(2, 5, 2, 3)"]),
     ("selected_attention", {"block_indices": INDICES[0]}, ["block_indices", "(40, 2, 3)"]),
     ("selected_attention", {"block_size": 0}, ["block_size", "at least 1", "0"]),
@@ -103,9 +103,29 @@ BAD = [
         {"segment_ids": SEGMENTS.astype(jnp.float32)},
         ["segment_ids", "int32", "float32"],
     ),
+    ("selected_attention", {"segment_ids": SEGMENTS > 0}, ["segment_ids", "bool", "astype"]),
+    (
+        "selected_attention",
+        {"segment_ids": np.full((2, 40), 2**31)},
+        ["segment_ids", "int32", "2147483648"],
+    ),
+    ("selected_attention", {"segment_ids": [[1] * 40, [1]]}, ["segment_ids", "[B T]", "lists"]),
+    ("selected_attention", {"segment_ids": [["a"] * 40] * 2}, ["segment_ids", "integer", "<U1"]),
+    ("selected_attention", {"segment_ids": "ids"}, ["segment_ids", "[B T]", "str"]),
+    ("selected_attention", {"segment_ids": 1}, ["segment_ids", "[B T]", "int"]),
+    ("selected_attention", {"key": [[1.0]]}, ["key", "array", "list"]),
+    ("selected_attention", {"block_size": "8"}, ["block_size", "integer", "'8'"]),
+    ("selected_attention", {"block_size": jnp.asarray(8)}, ["block_size", "integer", "int32[]"]),
+    ("selected_attention", {"scale": jnp.asarray(1.0)}, ["scale", "number", "float32[]"]),
+    ("selected_attention", {"scale": True}, ["scale", "number", "True"]),
+    ("selected_attention", {"scale": 10**400}, ["scale", "finite", "1000"]),
+    ("selected_attention", {"return_residuals": "no"}, ["return_residuals", "True", "'no'"]),
+    ("selected_attention", {"implementation": np.ones(2)}, ["implementation", "'xla'", "float64"]),
+    ("selected_attention", {"implementation": 3}, ["implementation", "'xla'", "3"]),
     ("selected_attention", {"implementation": "cuda"}, ["implementation", "'xla'", "'cuda'"]),
     ("sliding_window_attention", {"window_size": 0}, ["window_size", "at least 1", "0"]),
     ("sliding_window_attention", {"window_size": True}, ["window_size", "integer", "True"]),
+    ("sliding_window_attention", {"window_size": None}, ["window_size", "integer", "None"]),
     (
         "compressed_attention",
         {"kernel_stride": 3},
@@ -136,6 +156,9 @@ BAD = [
     ),
     ("compress", {"x": KEY[0, 0]}, ["x", "[B T K D]", "(2, 6)"]),
     ("compress", {"method": "max"}, ["method", "'linear'", "'max'"]),
+    ("compress", {"method": WEIGHTS}, ["method", "'linear'", "float32[2, 48, 6]"]),
+    ("compress", {"kernel_stride": 4.0}, ["kernel_stride", "integer", "4.0"]),
+    ("compress", {"sequence_axis": 0}, ["sequence_axis", "name", "0"]),
     ("compress", {"weights": None}, ["weights", "(2, 48, 6)", "None"]),
     ("compress", {"weights": WEIGHTS[:, :9]}, ["weights", "(2, 48, 6)", "(2, 9, 6)"]),
     ("compress", {"weights": WEIGHTS.astype(jnp.bfloat16)}, ["weights", "float32", "bfloat16"]),
@@ -159,6 +182,105 @@ def test_bad_input_is_named_with_its_value_and_the_rule(function, changed, words
         assert word in str(error.value)
 
 
+KINDS = {
+    "numpy int64": lambda ids: np.asarray(ids, np.int64),
+    "numpy uint8": lambda ids: np.asarray(ids, np.uint8),
+    "int8": lambda ids: ids.astype(jnp.int8),
+    "uint32": lambda ids: ids.astype(jnp.uint32),
+    "lists": lambda ids: ids.tolist(),
+    "lists of NumPy's integers": lambda ids: [list(row) for row in np.asarray(ids)],
+}
+DOCUMENTS = jnp.asarray([[1] * 13 + [2] * 20 + [0] * 7, [3] * 40], jnp.int32)
+
+
+def window_of(segment_ids):
+    arguments = GOOD["sliding_window_attention"] | {"segment_ids": segment_ids}
+    return fsa_jax.sliding_window_attention(**arguments)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_segment_ids_may_be_integers_of_any_kind(kind):
+    ids = KINDS[kind](DOCUMENTS)
+    np.testing.assert_array_equal(window_of(ids), window_of(DOCUMENTS))
+    without_ids = GOOD["native_sparse_attention"].copy()
+    del without_ids["segment_ids"]
+    shared: dict[str, Any] = {**WINDOWS, "method": "mean"}
+    np.testing.assert_array_equal(
+        fsa_jax.compress(KEY, **shared, segment_ids=ids),
+        fsa_jax.compress(KEY, **shared, segment_ids=DOCUMENTS),
+    )
+    run = functools.partial(fsa_jax.native_sparse_attention, **without_ids)
+    np.testing.assert_array_equal(run(segment_ids=ids), run(segment_ids=DOCUMENTS))
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("dtype", [jnp.int64, jnp.uint32, jnp.uint64])
+def test_ids_too_large_for_int32_stay_apart_inside_jit(dtype):
+    """Where values are unknown: two ids that are equal in their last 31 bits are two documents."""
+    big = 2**31 if dtype == jnp.uint32 else 2**40
+    ids = DOCUMENTS.astype(dtype)
+    ids = jnp.where(ids == 2, jnp.asarray(1 + big, dtype), ids)
+    np.testing.assert_array_equal(jax.jit(window_of)(ids), window_of(DOCUMENTS))
+    with pytest.raises(ValueError, match=f"segment_ids must hold integers that int32.*{1 + big}"):
+        window_of(ids)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("transform", [lambda f: f, jax.jit])
+@pytest.mark.parametrize("kind", [np.asarray, jnp.asarray])
+def test_block_numbers_beyond_int32_are_ignored_like_all_out_of_range(transform, kind):
+    lists = np.broadcast_to(np.asarray([0, 3, 2**40]), (2, 40, 2, 3)).astype(np.int64)
+    few = jnp.asarray(np.where(lists > 9, -(2**31), lists), jnp.int32)
+
+    def run(indices):
+        arguments = GOOD["selected_attention"] | {"block_indices": indices}
+        return fsa_jax.selected_attention(**arguments)
+
+    np.testing.assert_array_equal(transform(run)(kind(lists)), run(few))
+    cut = np.where(lists > 9, 2**32 + 1, -1)  # in 32 bits that would be block 1
+    np.testing.assert_array_equal(transform(run)(kind(cut)), run(few * 0 - 1))
+
+
+def test_scalars_of_numpy_are_numbers():
+    arguments: dict[str, Any] = GOOD["selected_attention"]
+    want = fsa_jax.selected_attention(**arguments, scale=0.5)
+    for scale in (np.float32(0.5), np.float16(0.5)):
+        both = arguments | {"block_size": np.int64(8), "return_residuals": np.bool_(True)}
+        np.testing.assert_array_equal(fsa_jax.selected_attention(**both, scale=scale)[0], want)
+    one = fsa_jax.selected_attention(**arguments, scale=np.int64(1))
+    np.testing.assert_array_equal(one, fsa_jax.selected_attention(**arguments, scale=1.0))
+    config = NSAConfig(topk=np.int64(8), window_size=np.uint8(9))  # pyright: ignore
+    assert config == NSAConfig(topk=8, window_size=9)
+    assert json.loads(json.dumps(dataclasses.asdict(config)))["topk"] == 8
+    assert SelectedTuning(pairs=np.int64(4)) == SelectedTuning(pairs=4)  # pyright: ignore
+
+
+@pytest.mark.parametrize("function", [fsa_jax.to_stripes, fsa_jax.from_stripes])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((jnp.ones(8), 0, 0), "devices must be an integer of at least 1, got 0"),
+        ((jnp.ones(8), 2.0, 0), "devices must be an integer .* got 2.0"),
+        ((jnp.ones(8), 2, 1), "axis must be an integer from -1 to 0, got 1"),
+        (([1] * 8, 2, 0), "x must be an array with an axis of tokens, got"),
+        ((jnp.ones(7), 2, 0), r"tokens must be a multiple of 2 \* devices = 4, got 7"),
+    ],
+)
+def test_bad_stripes(function, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        function(*arguments)
+
+
+def test_import_loads_no_kernels():
+    """Pallas takes as long to import as jax and flax together."""
+    code = """
+import sys, fsa_jax, fsa_jax.layers, fsa_jax.transformer
+for module in ("jax.experimental.pallas", "jax.experimental.mosaic", "orbax", "grain"):
+    assert module not in sys.modules, module
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 @pytest.mark.parametrize("function", GOOD)
 def test_good_input_is_served(function):
     out = getattr(fsa_jax, function)(**GOOD[function])
@@ -175,6 +297,8 @@ def test_good_input_is_served(function):
         ({"topk": 16.0}, ["topk", "integer", "16.0"]),
         ({"init_blocks": -1}, ["init_blocks", "at least 0", "-1"]),
         ({"kernel_stride": True}, ["kernel_stride", "integer", "True"]),
+        ({"block_size": "64"}, ["block_size", "integer", "'64'"]),
+        ({"block_size": np.zeros(2, int)}, ["block_size", "integer", "int64[2]"]),
     ],
 )
 def test_a_bad_config_is_refused_when_built(changed, words):
@@ -235,6 +359,8 @@ def test_explain_names_every_function():
     assert "need an NVIDIA GPU" in reason
     with pytest.raises(NotImplementedError):
         fsa_jax.explain("triton")
+    with pytest.raises(ValueError, match=r"implementation must be one of .*'reference'.*got 3"):
+        fsa_jax.explain(3)  # pyright: ignore[reportArgumentType]
 
 
 @pytest.mark.parametrize(

@@ -35,8 +35,10 @@ class Event:
 
 
 def attend(lists, block_size, scale):
-    return lambda *arrays: fsa_jax.selected_attention(
-        *arrays,
+    return lambda query, key, value: fsa_jax.selected_attention(
+        query,
+        key,
+        value,
         jnp.transpose(lists, (1, 0, 2)),
         block_size=block_size,
         scale=scale,

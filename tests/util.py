@@ -91,7 +91,12 @@ def assert_poison_changes_no_bit(run, arrays, unseen):
 
 
 def selected(
-    block_indices, block_size, segment_ids=None, implementation="xla", scale=None, tuning=None
+    block_indices,
+    block_size,
+    segment_ids=None,
+    implementation: fsa_jax.Implementation | None = "xla",
+    scale=None,
+    tuning=None,
 ):
     """`selected_attention` with its residuals, as a function of query, key and value."""
     return lambda query, key, value: fsa_jax.selected_attention(

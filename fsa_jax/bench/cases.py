@@ -20,6 +20,7 @@ from fsa_jax import NSAConfig, triton
 from fsa_jax.dispatch import mode_of
 from fsa_jax.gating import gated_sum
 from fsa_jax.operators import Call
+from fsa_jax.options import Implementation
 from fsa_jax.pallas import SelectedTuning
 from fsa_jax.pallas.tuning import METHODS
 
@@ -126,7 +127,7 @@ class Subject:
     others: tuple[str, ...] = ()
 
 
-def subjects(case: Case, implementation: str, functions: Sequence[str]) -> list[Subject]:
+def subjects(case: Case, implementation: Implementation, functions: Sequence[str]) -> list[Subject]:
     """What is timed of a case: those of the named functions, the rivals of each with it.
 
     Args:
@@ -205,7 +206,7 @@ def drifting(seed, shape: tuple[int, int, int]):
     return jax.lax.scan(step, noise[0], noise)[1][None]
 
 
-def make_inputs(case: Case, seed: int, implementation: str) -> dict[str, jax.Array]:
+def make_inputs(case: Case, seed: int, implementation: Implementation) -> dict[str, jax.Array]:
     """All arrays of a case; blocks are chosen as it says."""
     keys = jax.random.split(jax.random.key(seed), 5)
     shapes = case.shapes()
@@ -237,7 +238,7 @@ def make_inputs(case: Case, seed: int, implementation: str) -> dict[str, jax.Arr
     return arrays | packed
 
 
-def compile_inputs(case: Case, implementation: str, names: Collection[str]):
+def compile_inputs(case: Case, implementation: Implementation, names: Collection[str]):
     """`make_inputs` of a seed, compiled; only the named arrays."""
 
     def make(seed):
@@ -246,7 +247,7 @@ def compile_inputs(case: Case, implementation: str, names: Collection[str]):
     return jax.jit(make).lower(jax.ShapeDtypeStruct((), jnp.uint32)).compile()
 
 
-def choose_blocks(case: Case, arrays, seed, implementation: str) -> jax.Array:
+def choose_blocks(case: Case, arrays, seed, implementation: Implementation) -> jax.Array:
     """Lists [1, T, K, S]: by NSA's scores, at random, or the same few blocks for every query."""
     config, kv_heads = case.config, case.kv_heads
     if case.selection == "nsa":

@@ -22,6 +22,7 @@ from fsa_jax.bench import cases, ceilings, check, decode, models, peers, timing
 from fsa_jax.bench.cases import TINY, Case, Subject
 from fsa_jax.bench.check import WrongResult
 from fsa_jax.messages import naming
+from fsa_jax.options import Implementation
 
 KERNELS = (
     "selected_attention",
@@ -243,7 +244,7 @@ def _operator_cases(lengths: Sequence[int], heads: Sequence[tuple[int, int]]) ->
     ]
 
 
-def measure_cases(run, found, implementation: str, ceilings) -> Iterator[dict]:
+def measure_cases(run, found, implementation: Implementation, ceilings) -> Iterator[dict]:
     """Rows of the subjects of pairs (case, functions): compiled side by side, checked, timed."""
     for several in itertools.batched(found, AHEAD):
         tasks = [(case, _subjects(run, case, implementation, names)) for case, names in several]
@@ -261,7 +262,7 @@ def measure_cases(run, found, implementation: str, ceilings) -> Iterator[dict]:
             yield from _measure_case(run, case, subjects, own, ceilings)
 
 
-def _subjects(run, case: Case, implementation: str, functions) -> list[Subject]:
+def _subjects(run, case: Case, implementation: Implementation, functions) -> list[Subject]:
     found = cases.subjects(case, implementation, functions)
     # there is no cuDNN without a GPU
     return [subject for subject in found if not (run.interpret and subject.method == "cudnn")]
