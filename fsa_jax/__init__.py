@@ -19,18 +19,25 @@ if TYPE_CHECKING:
     from fsa_jax.config import NSAConfig
     from fsa_jax.dispatch import explain
     from fsa_jax.generation import generate
+    from fsa_jax.options import CompressionMethod, Implementation
     from fsa_jax.pages import OutOfPages, PageAllocator
+    from fsa_jax.positions import token_positions, window_positions
+    from fsa_jax.rope import Llama3Scaling, RoPE
     from fsa_jax.stripes import from_stripes, to_stripes
 
 __version__ = "0.1.0"
 
 __all__ = [
     "CHECKPOINT_NAMES",
+    "CompressionMethod",
+    "Implementation",
     "KVCache",
+    "Llama3Scaling",
     "NSACache",
     "NSAConfig",
     "OutOfPages",
     "PageAllocator",
+    "RoPE",
     "causal_attention",
     "compress",
     "compressed_attention",
@@ -42,6 +49,8 @@ __all__ = [
     "selected_attention",
     "sliding_window_attention",
     "to_stripes",
+    "token_positions",
+    "window_positions",
 ]
 
 __getattr__, __dir__ = lazy.exports(
@@ -61,7 +70,10 @@ __getattr__, __dir__ = lazy.exports(
         "config": ["NSAConfig"],
         "dispatch": ["explain"],
         "generation": ["generate"],
+        "options": ["CompressionMethod", "Implementation"],
         "pages": ["OutOfPages", "PageAllocator"],
+        "positions": ["token_positions", "window_positions"],
+        "rope": ["Llama3Scaling", "RoPE"],
         "stripes": ["from_stripes", "to_stripes"],
     },
 )

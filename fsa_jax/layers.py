@@ -19,9 +19,9 @@ import jax.numpy as jnp
 from flax import nnx
 from flax.nnx.nn import initializers
 from flax.typing import Dtype, Initializer, PrecisionLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Integer
 
-from fsa_jax import api, branches, checks, decode, stripes
+from fsa_jax import api, branches, checks, decode, dispatch, stripes
 from fsa_jax.attention_layer import AttentionLayer, check_choice, linear
 from fsa_jax.attention_layer import check_heads as check_heads
 from fsa_jax.cache import Chunk, NSACache
@@ -29,8 +29,10 @@ from fsa_jax.compression import METHODS
 from fsa_jax.compressor import Compressor
 from fsa_jax.config import NSAConfig
 from fsa_jax.full_attention import FullAttention as FullAttention
+from fsa_jax.options import AnyArray, CompressionMethod, Implementation, IntegerList
+from fsa_jax.positions import window_positions
 from fsa_jax.rope import RoPE
-from fsa_jax.segments import Rows, cut, describe_windows
+from fsa_jax.segments import Rows, cut
 
 GATES = ("head", "token")
 """One gate triple per query head, as the NSA paper, or one per token, as FSA."""
@@ -114,7 +116,7 @@ class NativeSparseAttention(AttentionLayer):
         head_dim: int | None = None,
         out_features: int | None = None,
         config: NSAConfig = _CONFIG,
-        compression: Literal["linear", "weighted", "mean", "mlp"] = "linear",
+        compression: CompressionMethod = "linear",
         gate: Literal["head", "token"] = "head",
         kv_per_branch: bool = False,
         rope: RoPE | None = _ROPE,
@@ -128,12 +130,17 @@ class NativeSparseAttention(AttentionLayer):
         bias_init: Initializer = _BIAS_INIT,
         compression_init: Initializer | None = None,
         positions_init: Initializer = _POSITIONS_INIT,
-        implementation: str | None = None,
+        implementation: Implementation | None = None,
         sequence_axis: str | None = None,
         rngs: nnx.Rngs,
     ):
         check_choice("compression", compression, METHODS)
         check_choice("gate", gate, GATES)
+        dispatch.check_name(implementation)
+        checks.config(config)
+        if sequence_axis is not None:
+            checks.axis_name(sequence_axis)
+        kv_per_branch = checks.flag("kv_per_branch", kv_per_branch)
         options = dict(
             use_bias=use_bias,
             dtype=dtype,
@@ -180,7 +187,7 @@ class NativeSparseAttention(AttentionLayer):
 
     def apply_part(self, x, segment_ids, positions) -> jax.Array:
         rows, positions = self._describe(x, segment_ids, positions)
-        inputs = self._inputs(x, rows, segment_ids, positions)
+        inputs = self._inputs(x, segment_ids, positions)
         return self._project_out(self._attend(x, inputs, segment_ids), rows)
 
     def _attend(self, x: jax.Array, inputs: _Inputs, segment_ids: jax.Array | None) -> jax.Array:
@@ -263,9 +270,9 @@ class NativeSparseAttention(AttentionLayer):
 
     def selected_blocks(
         self,
-        x: Float[Array, "B T C"],
-        segment_ids: Int[Array, "B T"] | None = None,
-        positions: Int[Array, "B T"] | None = None,
+        x: Float[AnyArray, "B T C"],
+        segment_ids: Integer[AnyArray, "B T"] | IntegerList | None = None,
+        positions: Integer[AnyArray, "B T"] | IntegerList | None = None,
     ) -> Int[Array, "B T K topk"]:
         """The blocks that each query selects: int32 [B, T, K, topk], ascending, -1 at the tail.
 
@@ -279,27 +286,33 @@ class NativeSparseAttention(AttentionLayer):
                 "selected_blocks needs a layer without sequence_axis, got "
                 f"sequence_axis={self.sequence_axis!r}"
             )
-        rows, positions = self._describe(x, segment_ids, positions)
-        x = rows.without_padding(x)
-        return self._select(self._inputs(x, rows, segment_ids, positions), segment_ids)[1]
+        array, ids, given = self._arrays(x, segment_ids, positions)
+        rows, counted = self._describe(array, ids, given)
+        array = rows.without_padding(array)
+        return self._select(self._inputs(array, ids, counted), ids)[1]
 
     def _inputs(
         self,
         x: jax.Array,
-        rows: Rows,
         segment_ids: jax.Array | None,
         positions: jax.Array,
     ) -> _Inputs:
         query, key, value = self._turn(self.query(x), positions), self.key(x), self.value(x)
         keys, values = self._by_branch(key, value)
         axis = self.sequence_axis
+        windows: dict[str, Any] = {
+            "kernel_size": self.config.kernel_size,
+            "kernel_stride": self.config.kernel_stride,
+            "positions": positions,
+            "sequence_axis": axis,
+        }
         compressed_key = self.compress_key(keys[0], segment_ids, axis)
         selected_key = self._turn(keys[1], positions)
         window_key = self._turn(keys[2], positions) if self.kv_per_branch else selected_key
         return _Inputs(
             query=query,
             compressed=(
-                self._turn(compressed_key, self._window_positions(rows, segment_ids, positions)),
+                self._turn(compressed_key, window_positions(segment_ids, **windows)),
                 self.compress_value(values[0], segment_ids, axis),
             ),
             selected=(selected_key, values[1]),
@@ -318,14 +331,6 @@ class NativeSparseAttention(AttentionLayer):
             return rows, counted
         checks.sequence(self.sequence_axis, True, x.shape[1], self.config.kernel_stride)
         return rows, stripes.positions(segment_ids, x.shape[:2], self.sequence_axis)
-
-    def _window_positions(self, rows: Rows, segment_ids, positions: jax.Array) -> jax.Array:
-        """The position of each window's first token, int32 [B, M]."""
-        sizes = (self.config.kernel_size, self.config.kernel_stride)
-        if self.sequence_axis is not None:
-            return stripes.window_positions(positions, segment_ids, *sizes, self.sequence_axis)
-        read = jax.vmap(lambda row, start: row.at[start].get(mode="fill", fill_value=0))
-        return read(positions, describe_windows(rows, *sizes).start)
 
     def _shared(self, segment_ids: jax.Array | None) -> dict[str, Any]:
         """Arguments that every attention function takes."""

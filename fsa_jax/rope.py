@@ -5,15 +5,18 @@ import math
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Integer
+
+from fsa_jax import checks, scalars
+from fsa_jax.options import AnyArray, IntegerList
 
 
 def _check_positive(owner: object, *names: str) -> None:
     for name in names:
         value = getattr(owner, name)
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not number or not math.isfinite(value) or value <= 0:
-            raise ValueError(f"{name} must be a finite number above 0, got {value!r}")
+        scalars.number(name, value, "a finite number above 0", lambda x: 0 < x < math.inf)
+        if isinstance(value, np.generic):
+            object.__setattr__(owner, name, value.item())  # a number of NumPy is no JSON
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -87,7 +90,10 @@ class RoPE:
       [1.0, 0.009999999776482582]
 
     References:
-      RoFormer, arXiv 2104.09864, equation 34; channels split in halves as in Llama's released code.
+      RoFormer, arXiv 2104.09864, equation 34, with channels paired across the halves of a head as
+      in GPT-NeoX and Hugging Face's Llama. RoFormer and the code that Meta released with Llama pair
+      neighbours, 2c and 2c + 1: to use such weights, put the even output channels of each head of
+      the query and key projections before the odd ones.
     """
 
     theta: float = 10000.0
@@ -96,7 +102,9 @@ class RoPE:
     def __post_init__(self):
         _check_positive(self, "theta")
         if not isinstance(self.scaling, Llama3Scaling | None):
-            raise ValueError(f"scaling must be a Llama3Scaling or None, got {self.scaling!r}")
+            raise ValueError(
+                f"scaling must be a Llama3Scaling or None, got {scalars.short(self.scaling)}"
+            )
 
     def inverse_frequencies(self, head_dim: int) -> Float[np.ndarray, " half"]:
         """Frequencies f_c in radians per token, float32 [head_dim / 2].
@@ -104,7 +112,7 @@ class RoPE:
         Raises:
           ValueError: ``head_dim`` is not a positive even number.
         """
-        if head_dim < 2 or head_dim % 2:
+        if scalars.size("head_dim", head_dim) % 2:
             raise ValueError(f"head_dim must be positive and even for RoPE, got {head_dim}")
         frequencies = self.theta ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
         if self.scaling is not None:
@@ -112,33 +120,37 @@ class RoPE:
         return frequencies.astype(np.float32)
 
     def apply(
-        self, x: Float[Array, "*B T N D"], positions: Int[Array, "*B T"]
+        self, x: Float[AnyArray, "*B T N D"], positions: Integer[AnyArray, "*B T"] | IntegerList
     ) -> Float[Array, "*B T N D"]:
         """Turns every head of `x` by its token's position.
 
         Args:
           x: queries or keys, [..., T, heads, D], floating.
-          positions: the tokens' positions, [..., T], integer.
+          positions: the tokens' positions, integers [..., T]; leading axes that rows share may be
+            left out. In packed rows see `fsa_jax.token_positions` and `fsa_jax.window_positions`.
 
         Returns:
           Same shape and dtype as `x`. Angles and the rotation are float32 (float64 for float64).
 
         Raises:
-          ValueError: `positions` has another shape than `x` without its last two axes, is not
-            integer, or the head width is odd.
+          ValueError: `positions` does not fit `x` without its last two axes, is not integer, or the
+            head width is odd.
 
         Example:
           >>> x = jnp.ones((1, 3, 2, 4))
           >>> RoPE().apply(x, jnp.arange(3)[None]).shape
           (1, 3, 2, 4)
         """
-        if positions.shape != x.shape[:-2] or x.ndim < 3:
+        axes = "B " * ((checks.rank(x) or 3) - 3) + "T N D"
+        x = checks.floating("x", x, axes, empty="T")
+        leading = axes.split()[:-2][-(checks.rank(positions) or 1) :]
+        positions = checks.integers("positions", positions, " ".join(leading), empty="T")
+        if positions.shape != x.shape[:-2][-positions.ndim :]:
             raise ValueError(
                 "positions must have the shape of x [..., T, heads, D] without its last two axes, "
-                f"got positions {positions.shape} and x {x.shape}"
+                f"or the last few of these, got positions {positions.shape} and x {x.shape}"
             )
-        if not jnp.issubdtype(positions.dtype, jnp.integer):
-            raise ValueError(f"positions must be integer, got dtype {positions.dtype}")
+        positions = jnp.expand_dims(positions, range(x.ndim - 2 - positions.ndim))
         precise = jnp.float64 if x.dtype == jnp.float64 else jnp.float32
         frequencies = jnp.asarray(self.inverse_frequencies(x.shape[-1]), precise)
         frequencies = jnp.expand_dims(frequencies, range(positions.ndim))

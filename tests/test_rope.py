@@ -99,7 +99,7 @@ def test_keeps_dtype_and_computes_wide(dtype):
         (lambda: Llama3Scaling(high_freq_factor=0.5), "must be above low_freq_factor.*0.5.*1.0"),
         (lambda: RoPE().inverse_frequencies(7), "head_dim must be positive and even .* got 7"),
         (lambda: apply((2, 3, 4), (3,), jnp.int32), r"positions must have the shape .*\(3,\)"),
-        (lambda: apply((2, 3, 4), (2,), jnp.float32), "positions must be integer.*float32"),
+        (lambda: apply((2, 3, 4), (2,), jnp.float32), "positions must have an integer.*float32"),
         (lambda: apply((2, 3, 5), (2,), jnp.int32), "head_dim must be positive and even .* got 5"),
     ],
 )

@@ -1,0 +1,122 @@
+"""Positions for RoPE in packed rows: of tokens, and of the first tokens of compressed windows.
+
+Shapes as in `api.py`. The batch axis B may be left out.
+"""
+
+import numpy as np
+from jaxtyping import Array, Int, Integer
+
+from fsa_jax import checks, segments, stripes
+from fsa_jax.config import check_window
+from fsa_jax.options import AnyArray, IntegerList, IntLike
+from fsa_jax.sharding import partitions_itself
+
+
+@partitions_itself(segment_ids="t")
+def token_positions(
+    segment_ids: Integer[AnyArray, "*B T"] | IntegerList, *, sequence_axis: str | None = None
+) -> Int[Array, "*B T"]:
+    """The position of each token in its document, counted from 0: what RoPE turns queries by.
+
+    ::
+
+        out[t] = t - (first token of the document of t)
+
+    Args:
+      segment_ids: integers [B, T], equal ids in a run are one document, 0 is padding.
+      sequence_axis: mesh axis that splits the tokens; see `native_sparse_attention`.
+
+    Returns:
+      int32 [B, T]. At padding they mean nothing.
+
+    Raises:
+      ValueError: an argument has a wrong shape, dtype or value; the message names it.
+
+    Example:
+      >>> import fsa_jax
+      >>> fsa_jax.token_positions([7, 7, 7, 8, 8, 0]).tolist()
+      [0, 1, 2, 0, 1, 0]
+
+    Source: NSA (arXiv 2502.11089), of one document; a packed row is several.
+    """
+    has_batch = _has_batch(segment_ids)
+    ids = checks.ids(segment_ids, None, has_batch)
+    assert ids is not None
+    if sequence_axis is None:
+        found = segments.describe_rows(ids, *ids.shape).position
+    else:
+        checks.sequence(sequence_axis, has_batch, ids.shape[1], 1)
+        found = stripes.positions(ids, ids.shape, sequence_axis)
+    return found if has_batch else found[0]
+
+
+@partitions_itself(segment_ids="t", positions="t")
+def window_positions(
+    segment_ids: Integer[AnyArray, "*B T"] | IntegerList | None,
+    *,
+    kernel_size: IntLike,
+    kernel_stride: IntLike,
+    length: IntLike | None = None,
+    positions: Integer[AnyArray, "*B T"] | IntegerList | None = None,
+    sequence_axis: str | None = None,
+) -> Int[Array, "*B M"]:
+    """The position of the first token of each window of `compress`: what RoPE turns its keys by.
+
+    Slot m of `compress` holds a window of some document, the i-th one there, and ::
+
+        out[m] = i * kernel_stride
+
+    In a packed row that is not m * kernel_stride: i starts anew with each document, and windows
+    that would cross its end do not exist, so that later ones move up.
+
+    Args:
+      segment_ids: integers [B, T], equal ids in a run are one document, 0 is padding. None: a row
+        is one document; then give `length` or `positions`.
+      kernel_size: tokens l of a window.
+      kernel_stride: tokens d between the starts of windows; divides `kernel_size`.
+      length: tokens T of a row, where `segment_ids` is None.
+      positions: integers [B, T], where tokens have other positions than `token_positions`; out[m]
+        is then that of the window's first token.
+      sequence_axis: mesh axis that splits the tokens; see `native_sparse_attention`.
+
+    Returns:
+      int32 [B, M], M = T // kernel_stride, in the order of `compress`; 0 in slots without a window.
+      [M], for rows of any batch, where only `length` is given.
+
+    Raises:
+      ValueError: an argument has a wrong shape, dtype or value; the message names it.
+
+    Example:
+      >>> import fsa_jax
+      >>> ids = [1] * 10 + [2] * 14  # two documents: 3 windows, then 5
+      >>> fsa_jax.window_positions(ids, kernel_size=6, kernel_stride=2).tolist()
+      [0, 2, 4, 0, 2, 4, 6, 8, 0, 0, 0, 0]
+
+    Source: NSA (arXiv 2502.11089), equation 7; keys are compressed before RoPE.
+    """
+    sizes = checks.size("kernel_size", kernel_size), checks.size("kernel_stride", kernel_stride)
+    check_window(*sizes)
+    if segment_ids is None and positions is None:
+        positions = np.arange(checks.size("length (or segment_ids, or positions)", length))
+    else:
+        checks.absent("where segment_ids or positions say it", length=length)
+    has_batch = _has_batch(positions if segment_ids is None else segment_ids)
+    ids = checks.ids(segment_ids, None, has_batch)
+    given = None
+    if positions is not None:
+        given = checks.integers("positions", positions, "B T" if has_batch else "T")
+        given = given if has_batch else given[None]
+        checks.same_axes("B T", **({} if ids is None else {"segment_ids": ids}), positions=given)
+    shape = next(x.shape for x in (ids, given) if x is not None)
+    if sequence_axis is not None:
+        checks.sequence(sequence_axis, has_batch, shape[1], sizes[1])
+        given = stripes.positions(ids, shape, sequence_axis) if given is None else given
+        return stripes.window_positions(given, ids, *sizes, sequence_axis)
+    rows = segments.describe_rows(ids, *shape)
+    found = segments.window_positions(rows, given, *sizes)
+    return found if has_batch else found[0]
+
+
+def _has_batch(x) -> bool:
+    """Whether integers come as [B, T]; a wrong rank counts as that."""
+    return checks.rank(x) != 1
