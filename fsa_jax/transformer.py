@@ -6,140 +6,29 @@ layers, so tracing and compiling take the time of one layer.
 Shapes: B batch, T tokens in a row, C embed_dim, L layers, V vocabulary, K key/value heads.
 """
 
-import dataclasses
 from collections.abc import Callable
-from typing import Any, Literal, overload
+from typing import Any, overload
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from flax.nnx.nn import initializers
-from flax.typing import Initializer
-from jaxtyping import Array, Float, Int
+from flax.typing import Dtype, Initializer
+from jaxtyping import Array, Float, Int, Integer
 
-from fsa_jax import api, checks, dispatch, sharding
+from fsa_jax import api, checks, sharding
 from fsa_jax.attention_layer import without_padding
 from fsa_jax.cache import Chunk, KVCache
-from fsa_jax.compression import METHODS
-from fsa_jax.config import NSAConfig
-from fsa_jax.layers import (
-    GATES,
-    FullAttention,
-    NativeSparseAttention,
-    check_choice,
-    check_heads,
-)
+from fsa_jax.layers import FullAttention, NativeSparseAttention
+from fsa_jax.options import AnyArray, IntegerList
 from fsa_jax.partitioning import partitioned
 from fsa_jax.precision import narrow
 from fsa_jax.rope import RoPE
 from fsa_jax.segments import cut
+from fsa_jax.transformer_config import TransformerConfig as TransformerConfig
 
-ATTENTIONS = ("nsa", "full")
 #: Name of the operation by which jax runs the forward pass of cuDNN.
 CUDNN_FORWARD = "dot_product_attention_fwd_wrapper"
-DTYPES = ("float32", "bfloat16", "float16", "float64")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class TransformerConfig:
-    """Sizes and choices of a ``Transformer``, in plain values that JSON can hold.
-
-    Attributes:
-      vocab_size: number of tokens V.
-      num_layers: layers L.
-      embed_dim: width C of the residual stream.
-      num_heads: query heads of a layer.
-      num_kv_heads: key/value heads of a layer, a divisor of `num_heads`.
-      head_dim: width of a head, even.
-      mlp_dim: hidden width of the SwiGLU.
-      attention: ``"nsa"`` or ``"full"``.
-      nsa: sizes of the sparse attention; ``"full"`` ignores it, and the next three.
-      compression: see ``NativeSparseAttention``.
-      gate: see ``NativeSparseAttention``.
-      kv_per_branch: see ``NativeSparseAttention``.
-      rope_theta: base of the RoPE wavelengths.
-      tie_embeddings: whether the output head is the transposed embedding.
-      remat: whether the backward pass recomputes the layers, all but their attention.
-      dropout_rate: share of each branch's output that training drops, in [0, 1).
-      norm_eps: added to the mean square in RMSNorm.
-      dtype: dtype of the computation.
-      param_dtype: dtype in which the parameters are stored.
-      implementation: see the attention layers; None: the best that fits.
-      sequence_axis: mesh axis that splits the tokens, see ``NativeSparseAttention``.
-
-    Raises:
-      ValueError: a value breaks its rule; the message names it.
-
-    Example:
-      >>> config = TransformerConfig(vocab_size=257, num_layers=2, embed_dim=64, num_heads=4)
-      >>> TransformerConfig.from_dict(dataclasses.asdict(config)) == config
-      True
-    """
-
-    vocab_size: int = 257
-    num_layers: int = 4
-    embed_dim: int = 128
-    num_heads: int = 4
-    num_kv_heads: int = 2
-    head_dim: int = 32
-    mlp_dim: int = 384
-    attention: Literal["nsa", "full"] = "nsa"
-    nsa: NSAConfig = dataclasses.field(default_factory=NSAConfig)
-    compression: Literal["linear", "weighted", "mean", "mlp"] = "linear"
-    gate: Literal["head", "token"] = "head"
-    kv_per_branch: bool = False
-    rope_theta: float = 10000.0
-    tie_embeddings: bool = True
-    remat: bool = False
-    dropout_rate: float = 0.0
-    norm_eps: float = 1e-6
-    dtype: str = "float32"
-    param_dtype: str = "float32"
-    implementation: str | None = None
-    sequence_axis: str | None = None
-
-    def __post_init__(self):
-        sizes = ("vocab_size", "num_layers", "embed_dim", "num_heads", "num_kv_heads", "head_dim")
-        for name in (*sizes, "mlp_dim"):
-            checks.size(name, getattr(self, name))
-        check_heads(self.num_heads, self.num_kv_heads)
-        RoPE(theta=self.rope_theta).inverse_frequencies(self.head_dim)
-        check_choice("attention", self.attention, ATTENTIONS)
-        checks.config(self.nsa)
-        check_choice("compression", self.compression, METHODS)
-        check_choice("gate", self.gate, GATES)
-        check_choice("dtype", self.dtype, DTYPES)
-        check_choice("param_dtype", self.param_dtype, DTYPES)
-        if self.attention == "full":
-            # a config may be built where it cannot run, so only the name counts here
-            dispatch.check_name(self.implementation, dispatch.CUDNN)
-        else:
-            dispatch.check_name(self.implementation)
-        for name in ("kv_per_branch", "tie_embeddings", "remat"):
-            check_choice(name, getattr(self, name), (True, False))
-        if not 0 <= self.dropout_rate < 1:
-            raise ValueError(f"dropout_rate must be in [0, 1), got {self.dropout_rate!r}")
-        if not 0 < self.norm_eps < 1:
-            raise ValueError(f"norm_eps must be in (0, 1), got {self.norm_eps!r}")
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> "TransformerConfig":
-        """The config that ``dataclasses.asdict`` (or JSON) turned into `values`.
-
-        Raises:
-          ValueError: a key is unknown, or a value breaks its rule.
-        """
-        values = dict(values)
-        nsa = values.pop("nsa", {})
-        _check_keys(cls, values)
-        _check_keys(NSAConfig, nsa)
-        return cls(nsa=NSAConfig(**nsa), **values)
-
-
-def _check_keys(cls: type, values: dict[str, Any]) -> None:
-    known = {field.name for field in dataclasses.fields(cls)}
-    if unknown := sorted(set(values) - known):
-        raise ValueError(f"{cls.__name__} has no field {unknown[0]!r}, only {sorted(known)}")
 
 
 class RMSNorm(nnx.RMSNorm):
@@ -221,8 +110,8 @@ class Block(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "B T C"],
-        segment_ids: Int[Array, "B T"] | None = None,
-        positions: Int[Array, "B T"] | None = None,
+        segment_ids: Integer[AnyArray, "B T"] | IntegerList | None = None,
+        positions: Integer[AnyArray, "B T"] | IntegerList | None = None,
         dropout_key: jax.Array | None = None,
     ) -> Float[Array, "B T C"]:
         """The layer's output; drops out only if `dropout_key` is given."""
@@ -249,8 +138,8 @@ class Block(nnx.Module):
     def selected_blocks(
         self,
         x: Float[Array, "B T C"],
-        segment_ids: Int[Array, "B T"] | None = None,
-        positions: Int[Array, "B T"] | None = None,
+        segment_ids: Integer[AnyArray, "B T"] | IntegerList | None = None,
+        positions: Integer[AnyArray, "B T"] | IntegerList | None = None,
     ) -> Int[Array, "B T K topk"]:
         """The blocks that this layer selects for input x."""
         assert isinstance(self.attention, NativeSparseAttention)
@@ -276,6 +165,8 @@ class Transformer(nnx.Module):
     """
 
     def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
+        if not isinstance(config, TransformerConfig):
+            raise ValueError(f"config must be a TransformerConfig, got {checks.short(config)}")
         self.config = config
         self.embedding = nnx.Embed(
             config.vocab_size,
@@ -303,9 +194,9 @@ class Transformer(nnx.Module):
     @overload
     def __call__(
         self,
-        tokens: Int[Array, "B T"],
-        segment_ids: Int[Array, "B T"] | None = None,
-        positions: Int[Array, "B T"] | None = None,
+        tokens: Integer[AnyArray, "B T"] | IntegerList,
+        segment_ids: Integer[AnyArray, "B T"] | IntegerList | None = None,
+        positions: Integer[AnyArray, "B T"] | IntegerList | None = None,
         *,
         dropout_key: jax.Array | None = None,
     ) -> Float[Array, "B T V"]: ...
@@ -313,10 +204,10 @@ class Transformer(nnx.Module):
     @overload
     def __call__[Cache: KVCache](
         self,
-        tokens: Int[Array, "B n"],
+        tokens: Integer[AnyArray, "B n"] | IntegerList,
         *,
         cache: Cache,
-        num_tokens: Int[Array, " B"] | None = None,
+        num_tokens: Integer[AnyArray, " B"] | IntegerList | None = None,
         fresh: bool = False,
         only_last: bool = False,
     ) -> tuple[Float[Array, "B n V"], Cache]: ...
@@ -336,13 +227,13 @@ class Transformer(nnx.Module):
         """Logits of the next token, of rows or of the next tokens of sequences in a cache.
 
         Args:
-          tokens: int32 [B, T], in 0 .. vocab_size - 1; at padding anything.
-          segment_ids: int32 [B, T], equal ids in a run are one document, 0 is padding; None: every
-            row is one document.
-          positions: int32 [B, T], positions for RoPE; None: counted from each document's start.
+          tokens: integers [B, T], in 0 .. vocab_size - 1; at padding anything.
+          segment_ids: integers [B, T], equal ids in a run are one document, 0 is padding; None:
+            every row is one document.
+          positions: integers [B, T], for RoPE; None: counted from each document's start.
           dropout_key: random key of dropout; None: no dropout.
           cache: what `init_cache` or an earlier call gave. Row b then continues sequence b.
-          num_tokens: with a cache, int32 [B], how many tokens of each row are there; None: all.
+          num_tokens: with a cache, integers [B], how many tokens of each row are there; None: all.
           fresh: with a cache, whether the tokens are the first of their sequences: the fast way
             for long prompts, see ``AttentionLayer``.
           only_last: with a cache, give the logits [B, 1, V] after the last token of each sequence
@@ -367,6 +258,7 @@ class Transformer(nnx.Module):
           >>> logits.shape, cache.lengths.tolist()
           ((1, 3, 257), [3])
         """
+        fresh, only_last = checks.flag("fresh", fresh), checks.flag("only_last", only_last)
         tokens = checks.integers("tokens", tokens, "B T")
         if cache is not None:
             rest = {"segment_ids": segment_ids, "positions": positions, "dropout_key": dropout_key}
@@ -390,20 +282,41 @@ class Transformer(nnx.Module):
         x, _ = self._scan(step, self._embed(tokens, valid), keys)
         return without_padding(self._logits(x), segment_ids)
 
-    def init_cache(self, batch: int, capacity: int, **options: Any) -> KVCache:
+    def init_cache(
+        self,
+        batch: int,
+        capacity: int,
+        *,
+        dtype: Dtype | None = None,
+        num_pages: int | None = None,
+        rollback: int | None = None,
+        page_size: int | None = None,
+    ) -> KVCache:
         """An empty cache for the sequences of a batch.
 
         Args:
           batch: sequences B.
           capacity: tokens that a sequence may have; rounded up to whole pages.
-          **options: as the attention layers take them: `dtype`, `num_pages`, `rollback` (sparse
-            attention) and `page_size` (full attention).
+          dtype: of keys and values; None: that of the computation.
+          num_pages: pages that a ``PageAllocator`` hands out; None: each sequence has its own.
+          rollback: of sparse attention, the most tokens that ``NSACache.rewind`` may take back;
+            None: 0.
+          page_size: of full attention, tokens of a page; None: 64.
 
         Raises:
-          ValueError: a size is not a positive integer, or the dtype not that of the keys.
+          ValueError: a size is not a positive integer, or is one of the other attention, or the
+            dtype not that of the keys.
         """
+        options = {"rollback": rollback, "page_size": page_size}
+        other = "page_size" if self.config.attention == "nsa" else "rollback"
+        checks.absent(f"with attention={self.config.attention!r}", **{other: options.pop(other)})
         return self.layers.attention.init_cache(
-            batch, capacity, layers=self.config.num_layers, **options
+            batch,
+            capacity,
+            dtype=dtype,
+            num_pages=num_pages,
+            layers=self.config.num_layers,
+            **{name: value for name, value in options.items() if value is not None},
         )
 
     def _extend(self, tokens: jax.Array, cache: KVCache, num_tokens, fresh: bool, only_last: bool):
@@ -437,9 +350,9 @@ class Transformer(nnx.Module):
 
     def selected_blocks(
         self,
-        tokens: Int[Array, "B T"],
-        segment_ids: Int[Array, "B T"] | None = None,
-        positions: Int[Array, "B T"] | None = None,
+        tokens: Integer[AnyArray, "B T"] | IntegerList,
+        segment_ids: Integer[AnyArray, "B T"] | IntegerList | None = None,
+        positions: Integer[AnyArray, "B T"] | IntegerList | None = None,
     ) -> Int[Array, "L B T K topk"]:
         """The blocks that every query of every layer selects; arguments as in a call.
 
@@ -470,8 +383,7 @@ class Transformer(nnx.Module):
         Raises:
           ValueError: there is no such layer.
         """
-        if not 0 <= index < self.config.num_layers:
-            raise ValueError(f"index must be in 0 .. {self.config.num_layers - 1}, got {index}")
+        index = checks.size("index", index, 0, self.config.num_layers - 1)
         graphdef, stacked = nnx.split(self.layers)
         return nnx.merge(graphdef, jax.tree.map(lambda leaf: leaf[index], stacked))
 

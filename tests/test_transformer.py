@@ -199,6 +199,42 @@ def test_built_under_a_mesh_is_sharded_at_once():
     assert kernel.sharding.is_equivalent_to(want, kernel.ndim)
 
 
+@pytest.mark.parametrize(
+    ("given", "sizes"),
+    [
+        ({}, (2, 32, 384)),  # those of every default model so far
+        ({"embed_dim": 256}, (2, 64, 768)),
+        ({"embed_dim": 4096, "num_heads": 32}, (8, 128, 12288)),
+        ({"embed_dim": 48, "num_heads": 3}, (1, 16, 144)),
+        ({"embed_dim": 64, "num_heads": 1}, (1, 64, 192)),
+        ({"embed_dim": 60, "num_heads": 10}, (2, 6, 180)),
+        ({"num_kv_heads": 4, "head_dim": 8, "mlp_dim": 7}, (4, 8, 7)),
+        ({"embed_dim": np.int64(64), "num_heads": np.int32(8)}, (2, 8, 192)),
+    ],
+)
+def test_sizes_that_are_not_given_follow_from_the_others(given, sizes):
+    config = TransformerConfig(**given)
+    assert (config.num_kv_heads, config.head_dim, config.mlp_dim) == sizes
+    saved = json.loads(json.dumps(dataclasses.asdict(config)))
+    assert TransformerConfig.from_dict(saved) == config
+    rest = {name: value for name, value in saved.items() if name not in DERIVED}
+    if not set(given) & DERIVED:
+        assert TransformerConfig.from_dict(rest | dict.fromkeys(DERIVED)) == config
+
+
+DERIVED = {"num_kv_heads", "head_dim", "mlp_dim"}
+
+
+def test_tokens_and_ids_may_be_integers_of_any_kind():
+    model = make()
+    want = call(model, TOKENS, SEGMENT_IDS)
+    for kind in (lambda x: np.asarray(x, np.int64), lambda x: x.astype(jnp.uint8)):
+        np.testing.assert_array_equal(call(model, kind(TOKENS), kind(SEGMENT_IDS)), want)
+    out = model(TOKENS.tolist(), SEGMENT_IDS.tolist(), np.zeros((1, 24), np.int64).tolist())
+    positions = jnp.zeros((1, 24), jnp.int32)
+    np.testing.assert_array_equal(out, model(TOKENS, SEGMENT_IDS, positions))
+
+
 @pytest.mark.parametrize("config", [CONFIG, FULL])
 def test_config_survives_json(config):
     assert TransformerConfig.from_dict(json.loads(json.dumps(dataclasses.asdict(config)))) == config
@@ -216,15 +252,22 @@ def test_config_survives_json(config):
         ({"head_dim": 5}, "head_dim must be positive and even .* got 5"),
         ({"mlp_dim": 0}, "mlp_dim must be .* got 0"),
         ({"attention": "dense"}, "attention must be one of .* got 'dense'"),
-        ({"nsa": {}}, "config must be an NSAConfig, got {}"),
+        ({"nsa": {}}, "nsa must be an NSAConfig, got {}"),
         ({"compression": "max"}, "compression must be one of .* got 'max'"),
         ({"gate": "row"}, "gate must be one of .* got 'row'"),
-        ({"kv_per_branch": "no"}, "kv_per_branch must be one of .* got 'no'"),
-        ({"rope_theta": 0}, "theta must be a finite number above 0, got 0"),
-        ({"tie_embeddings": None}, "tie_embeddings must be one of .* got None"),
-        ({"remat": "full"}, "remat must be one of .* got 'full'"),
+        ({"kv_per_branch": "no"}, "kv_per_branch must be True or False, got 'no'"),
+        ({"rope_theta": 0}, "rope_theta must be a finite number above 0, got 0"),
+        ({"tie_embeddings": None}, "tie_embeddings must be True or False, got None"),
+        ({"remat": "full"}, "remat must be True or False, got 'full'"),
         ({"dropout_rate": 1.0}, r"dropout_rate must be in \[0, 1\), got 1.0"),
         ({"norm_eps": 0.0}, r"norm_eps must be in \(0, 1\), got 0.0"),
+        ({"dropout_rate": "0"}, r"dropout_rate must be in \[0, 1\), got '0'"),
+        ({"embed_dim": "16"}, "embed_dim must be an integer .* got '16'"),
+        ({"sequence_axis": 3}, "sequence_axis must be None or the name of a mesh axis, got 3"),
+        (
+            {"embed_dim": 10, "num_heads": 4, "head_dim": None},
+            "embed_dim must be a multiple of num_heads .*=10 and num_heads=4",
+        ),
         ({"dtype": "int8"}, "dtype must be one of .* got 'int8'"),
         ({"param_dtype": "int8"}, "param_dtype must be one of .* got 'int8'"),
         ({"implementation": "fast"}, "implementation must be .* got 'fast'"),
@@ -243,6 +286,8 @@ def test_bad_config(changes, message):
         ({"depth": 3}, "TransformerConfig has no field 'depth'"),
         ({"nsa": {"stride": 3}}, "NSAConfig has no field 'stride'"),
         ({"nsa": {"topk": 1}}, "topk must be at least init_blocks"),
+        ({"nsa": 3}, "NSAConfig must be made of a dict, got 3"),
+        ([("depth", 3)], "TransformerConfig must be made of a dict, got .*depth"),
     ],
 )
 def test_bad_dictionary(values, message):
@@ -254,10 +299,21 @@ def test_bad_dictionary(values, message):
     ("run", "message"),
     [
         (lambda: make()(TOKENS[0]), r"tokens must have shape \[B T\], got shape \(24,\)"),
-        (lambda: make()(TOKENS.astype(jnp.float32)), "tokens must have dtype int32, got float32"),
+        (
+            lambda: make()(TOKENS.astype(jnp.float32)),
+            "tokens must have an integer dtype .*, got float32",
+        ),
         (lambda: make()(TOKENS, SEGMENT_IDS[0]), r"segment_ids must have shape .* \(24,\)"),
         (lambda: make(FULL).selected_blocks(TOKENS), "attention=\"nsa\", got attention='full'"),
-        (lambda: make().layer(2), r"index must be in 0 \.\. 1, got 2"),
+        (lambda: make().layer(2), r"index must be an integer from 0 to 1, got 2"),
+        (lambda: make().layer(0.0), r"index must be an integer from 0 to 1, got 0.0"),  # pyright: ignore
+        (lambda: make()([[1, 2.5]]), "tokens must have an integer dtype .*, got float64"),  # pyright: ignore
+        (lambda: make()("text"), r"tokens must be an integer array of shape \[B T\], got str"),  # pyright: ignore
+        (lambda: make()(TOKENS, "ids"), r"segment_ids must be an integer array .* got str"),  # pyright: ignore
+        (lambda: make()(TOKENS, fresh=1), "fresh must be True or False, got 1"),  # pyright: ignore
+        (lambda: make().init_cache(1, 8, page_size=8), "page_size must not .*'nsa', got 8"),
+        (lambda: make(FULL).init_cache(1, 8, rollback=2), "rollback must not .*'full', got 2"),
+        (lambda: Transformer({}, rngs=nnx.Rngs(0)), "config must be a Transformer"),  # pyright: ignore
     ],
 )
 def test_bad_call(run, message):
