@@ -259,8 +259,8 @@ def _range_backward(scale, query, key, value, low, high, lse, delta, dout, dlse)
         tiles = _key_tile_range(low, high, key_tile)
 
         def read(index):
-            *arrays, visible = _key_tile(index, key_tile, padded_key, padded_value, low, high)
-            return (query, *arrays, dout), visible
+            keys, values, visible = _key_tile(index, key_tile, padded_key, padded_value, low, high)
+            return (query, keys, values, dout), visible
 
         def fold(index, state):
             arrays, visible = read(index)
@@ -346,8 +346,9 @@ def _block_backward(block_size, scale, query, key, value, starts, offset, lse, d
 
     def read(index):
         token, start, visible = read_tile(index)
-        keys = (_read_block(x, start, block_size) for x in (padded_key, padded_value))
-        return token, start, (_gather(query, token), *keys, _gather(dout, token)), visible
+        keys, values = (_read_block(x, start, block_size) for x in (padded_key, padded_value))
+        arrays = (_gather(query, token), keys, values, _gather(dout, token))
+        return token, start, arrays, visible
 
     def fold(index, state):
         token, _, arrays, visible = read(index)
