@@ -37,13 +37,15 @@ def without_padding(x: jax.Array, segment_ids: Any) -> jax.Array:
     if segment_ids is None:
         return x
 
-    def call(x, segment_ids):
+    def call(given):
+        x, segment_ids = given
         return checks.rows(x, segment_ids, True).without_padding(x)
 
-    mesh = sharding.explicit_mesh(x)
-    if mesh is not None:
-        call = sharding.on_auto_axes(call, mesh, jax.typeof(x).sharding.spec)
-    return call(x, segment_ids)
+    given = (x, segment_ids)
+    mesh = sharding.explicit_mesh(given)
+    if mesh is None:
+        return call(given)
+    return sharding.on_auto_axes(call, mesh, sharding.explicit_spec(x), given)
 
 
 def linear(
@@ -188,7 +190,6 @@ class AttentionLayer(nnx.Module):
 
     def call_part(self, x, segment_ids, positions) -> jax.Array:
         """The same whatever stands at padding, on one device's part of the arrays."""
-        x = self._check_features(checks.floating("x", x, "B T C"))
         return self.apply_part(without_padding(x, segment_ids), segment_ids, positions)
 
     def init_cache(

@@ -7,31 +7,77 @@ Shapes: B batch, T tokens in a row, N query heads, K key/value heads, D head wid
 E of value.
 """
 
-from typing import Any
+from typing import Any, Literal, overload
 
 import jax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Integer
 
 from fsa_jax import causal_context, checks, operators, reference, triton
 from fsa_jax.dispatch import CUDNN, check_name, mode_of
+from fsa_jax.options import AnyArray, DenseImplementation, FloatLike, IntegerList, IntLike
 from fsa_jax.precision import narrow
-from fsa_jax.segments import Rows
+from fsa_jax.segments import Rows, describe_rows
 from fsa_jax.sharding import partitions_itself
+
+
+@overload
+def causal_attention(
+    query: Float[AnyArray, "*B T N D"],
+    key: Float[AnyArray, "*B T K D"],
+    value: Float[AnyArray, "*B T K E"],
+    *,
+    window_size: IntLike | None = None,
+    segment_ids: Integer[AnyArray, "*B T"] | IntegerList | None = None,
+    scale: FloatLike | None = None,
+    implementation: DenseImplementation | None = None,
+    return_residuals: Literal[False] = False,
+    sequence_axis: str | None = None,
+) -> Float[Array, "*B T N E"]: ...
+
+
+@overload
+def causal_attention(
+    query: Float[AnyArray, "*B T N D"],
+    key: Float[AnyArray, "*B T K D"],
+    value: Float[AnyArray, "*B T K E"],
+    *,
+    window_size: IntLike | None = None,
+    segment_ids: Integer[AnyArray, "*B T"] | IntegerList | None = None,
+    scale: FloatLike | None = None,
+    implementation: DenseImplementation | None = None,
+    return_residuals: Literal[True],
+    sequence_axis: str | None = None,
+) -> tuple[Float[Array, "*B T N E"], Float[Array, "*B T N"]]: ...
+
+
+@overload
+def causal_attention(
+    query: Float[AnyArray, "*B T N D"],
+    key: Float[AnyArray, "*B T K D"],
+    value: Float[AnyArray, "*B T K E"],
+    *,
+    window_size: IntLike | None = None,
+    segment_ids: Integer[AnyArray, "*B T"] | IntegerList | None = None,
+    scale: FloatLike | None = None,
+    implementation: DenseImplementation | None = None,
+    return_residuals: bool,
+    sequence_axis: str | None = None,
+) -> Float[Array, "*B T N E"] | tuple[Float[Array, "*B T N E"], Float[Array, "*B T N"]]: ...
 
 
 @partitions_itself(query="t n d", key="t k d", value="t k e", segment_ids="t")
 def causal_attention(
-    query: Float[Array, "*B T N D"],
-    key: Float[Array, "*B T K D"],
-    value: Float[Array, "*B T K E"],
+    query: Float[AnyArray, "*B T N D"],
+    key: Float[AnyArray, "*B T K D"],
+    value: Float[AnyArray, "*B T K E"],
     *,
-    window_size: int | None = None,
-    segment_ids: Int[Array, "*B T"] | None = None,
-    scale: float | None = None,
-    implementation: str | None = None,
+    window_size: IntLike | None = None,
+    segment_ids: Integer[AnyArray, "*B T"] | IntegerList | None = None,
+    scale: FloatLike | None = None,
+    implementation: DenseImplementation | None = None,
     return_residuals: bool = False,
     sequence_axis: str | None = None,
-):
+) -> Any:
     """Attention of each query to all tokens of its document up to itself, in linear memory.
 
     With t the query's position in its document, and w the `window_size` or the length, ::
@@ -46,7 +92,7 @@ def causal_attention(
       key: [B, T, K, D], in the dtype of `query`.
       value: [B, T, K, E], in the dtype of `query`.
       window_size: the exact number of visible keys, the query's own included; None: all.
-      segment_ids: int32 [B, T], equal ids in a run are one document, 0 is padding.
+      segment_ids: integers [B, T], equal ids in a run are one document, 0 is padding.
       scale: factor of the logits, by default D ** -0.5.
       implementation: "triton", "mosaic_gpu", "triton_interpret", "xla", "reference"; None: the
         best of these; or "cudnn", which serves neither `segment_ids` nor `return_residuals`, and
@@ -74,15 +120,17 @@ def causal_attention(
     FlashAttention (arXiv 2205.14135).
     """
     check_name(implementation, CUDNN)
+    return_residuals = checks.flag("return_residuals", return_residuals)
     if window_size is not None:
         window_size = checks.size("window_size", window_size)
     query, key, value, has_batch = checks.attention_arrays(query, key, value)
-    rows = checks.rows(query, segment_ids, has_batch)
+    ids = checks.ids(segment_ids, query.shape[:2], has_batch)
+    rows = describe_rows(ids, *query.shape[:2])
     scale = checks.scale(scale, query.shape[-1])
     length = query.shape[1]
     if implementation in CUDNN:
         _refuse(
-            segment_ids=segment_ids is not None,
+            segment_ids=ids is not None,
             return_residuals=return_residuals,
             sequence_axis=sequence_axis is not None,
         )
@@ -99,7 +147,7 @@ def causal_attention(
                 "for one device; use 'xla', 'triton' or None"
             )
         options = {"window_size": window_size, "scale": scale, "mode": mode, "axis": sequence_axis}
-        result = causal_context.attention(query, key, value, segment_ids, **options)
+        result = causal_context.attention(query, key, value, ids, **options)
     else:
         arrays = (query, key, value, rows)
         result = _on_one_device(mode, arrays, min(window_size or length, length), scale)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import get_args
 
 from fsa_jax import checks, operators, reference, triton
-from fsa_jax.options import Implementation
+from fsa_jax.options import DenseImplementation, Implementation
 
 _LOG = logging.getLogger("fsa_jax")
 _PORTABLE = ("xla", "reference")
@@ -23,7 +23,7 @@ _FUNCTIONS = (
     "causal_attention",
 )
 #: What dense causal attention takes besides.
-CUDNN = ("cudnn",)
+CUDNN = tuple(set(get_args(DenseImplementation)) - set(_NAMES))
 _logged = set()
 
 

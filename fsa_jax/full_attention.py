@@ -13,6 +13,7 @@ from fsa_jax import causal, checks, decode, stripes
 from fsa_jax.attention_layer import AttentionLayer
 from fsa_jax.cache import Chunk, KVCache
 from fsa_jax.dispatch import CUDNN, check_name
+from fsa_jax.options import DenseImplementation
 from fsa_jax.rope import RoPE
 from fsa_jax.segments import Rows
 
@@ -65,7 +66,7 @@ class FullAttention(AttentionLayer):
         kernel_init: Initializer = _KERNEL_INIT,
         out_kernel_init: Initializer | None = None,
         bias_init: Initializer = _BIAS_INIT,
-        implementation: str | None = None,
+        implementation: DenseImplementation | None = None,
         sequence_axis: str | None = None,
         rngs: nnx.Rngs,
     ):

@@ -9,6 +9,9 @@ from jax import Array
 Implementation = Literal["triton", "mosaic_gpu", "triton_interpret", "xla", "reference"]
 """What computes attention; `fsa_jax.explain` says which of them None means."""
 
+DenseImplementation = Literal[Implementation, "cudnn"]
+"""The same of `fsa_jax.causal_attention`."""
+
 CompressionMethod = Literal["linear", "weighted", "mean", "mlp"]
 """How a window of tokens becomes one key or value, see `fsa_jax.compress`."""
 

@@ -283,13 +283,14 @@ def partitions_itself[**P, R](**operands: str) -> Callable[[Callable[P, R]], Cal
                 extra = x.ndim - len(operands[name].split())
                 if extra in (0, 1):
                     axes[name] = "b " * extra + operands[name]
-                    shapes[name], specs[name] = x.shape, _explicit_spec(x)
+                    shapes[name], specs[name] = x.shape, explicit_spec(x)
             if first not in axes:  # not what it takes, which it says itself
                 return function(*args, **kwargs)
             axis = given.get("sequence_axis")
             place = _places(axes, specs, shapes, dict(mesh.shape), axis)(axes[first])
             out = (place, PartitionSpec(*place[:-1])) if given.get("return_residuals") else place
-            return on_auto_axes(lambda given: function(**given), mesh, out, given)
+            call: Any = function
+            return on_auto_axes(lambda given: call(**given), mesh, out, given)
 
         return wrapper
 
@@ -328,7 +329,7 @@ def explicit_mesh(tree: Any) -> AbstractMesh | None:
     return mesh if mesh.explicit_axes else None
 
 
-def _explicit_spec(x: jax.Array | np.ndarray) -> PartitionSpec:
+def explicit_spec(x: jax.Array | np.ndarray) -> PartitionSpec:
     """How the type of an array says that it is split; not at all if it says nothing."""
     return jax.typeof(x).sharding.spec if isinstance(x, jax.Array) else PartitionSpec()
 
@@ -349,7 +350,7 @@ def layer_call(
     mesh = explicit_mesh((state, x, others))
     if mesh is None or getattr(x, "ndim", 0) < 2:
         return layer.call_part(x, *others)
-    rows, tokens = (*_explicit_spec(x), None, None)[:2]
+    rows, tokens = (*explicit_spec(x), None, None)[:2]
     _places(
         {name: "b t"}, {name: (rows, tokens)}, {name: x.shape[:2]}, dict(mesh.shape), sequence_axis
     )

@@ -9,7 +9,7 @@ from fsa_jax import checks, dispatch
 from fsa_jax.compression import METHODS
 from fsa_jax.config import NSAConfig
 from fsa_jax.layers import GATES, check_choice, check_heads
-from fsa_jax.options import CompressionMethod, Implementation
+from fsa_jax.options import CompressionMethod, DenseImplementation
 from fsa_jax.rope import RoPE
 
 ATTENTIONS = ("nsa", "full")
@@ -102,7 +102,7 @@ class TransformerConfig:
     norm_eps: float = 1e-6
     dtype: str = "float32"
     param_dtype: str = "float32"
-    implementation: Implementation | Literal["cudnn"] | None = None
+    implementation: DenseImplementation | None = None
     sequence_axis: str | None = None
 
     def __post_init__(self):

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -382,10 +383,11 @@ def test_a_model_with_tokens_over_explicit_axes():
 
 
 def test_explicit_calls_are_bound_as_any_other():
+    attend: Any = fsa_jax.sliding_window_attention  # for a type checker these calls are wrong
     with jax.set_mesh(mesh_of("explicit", ("data", 2))):
         with pytest.raises(TypeError, match="too many positional arguments"):
-            fsa_jax.sliding_window_attention(QUERY, KEY, VALUE, 6, window_size=6)
+            attend(QUERY, KEY, VALUE, 6, window_size=6)
         with pytest.raises(ValueError, match=r"key must have shape \[B T K D\]"):
-            fsa_jax.sliding_window_attention(QUERY, KEY[0], VALUE, window_size=6)
+            attend(QUERY, KEY[0], VALUE, window_size=6)
         with pytest.raises(ValueError, match="query must be an array"):
-            fsa_jax.sliding_window_attention(None, KEY, VALUE, window_size=6)
+            attend(None, KEY, VALUE, window_size=6)

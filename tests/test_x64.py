@@ -7,6 +7,7 @@ those for GPUs too, which costs no compilation. And some are run with x64 and wi
 import dataclasses
 import functools
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -44,7 +45,7 @@ from fsa_jax.training.step import init_model, init_state, make_eval_step, make_t
 CONFIG = NSAConfig(kernel_size=16, kernel_stride=8, block_size=16, topk=3, window_size=20)
 #: test_gpu_x64.py runs some of these tests on a GPU.
 INTERPRET = jax.default_backend() == "cpu"
-WINDOWS = {"kernel_size": 16, "kernel_stride": 8}
+WINDOWS: Any = {"kernel_size": 16, "kernel_stride": 8}
 WIDE = {np.dtype(x) for x in ("float64", "int64", "uint64", "complex128")}
 
 
@@ -94,8 +95,8 @@ def documents(length=64):
 def branches(arrays, implementation, ids=None):
     """Every public function."""
     query, key, value, ck, cv, _ = arrays
-    shared = {"segment_ids": ids, "implementation": implementation}
-    residuals = shared | {"return_residuals": True}
+    shared: dict[str, Any] = {"segment_ids": ids, "implementation": implementation}
+    residuals: dict[str, Any] = shared | {"return_residuals": True}
     compressed = fsa_jax.compressed_attention(query, ck, cv, **WINDOWS, **residuals)
     blocks = fsa_jax.select_blocks(query, ck, compressed[1], config=CONFIG, **shared)
     assert blocks.dtype == jnp.int32
@@ -296,11 +297,12 @@ def test_texts_are_the_same():
 @pytest.mark.usefixtures("x64")
 def test_gates_and_lse_of_64_bits_beside_arrays_of_32():
     """They count as far as the sums have digits; the gradient of gates keeps their dtype."""
+    arrays: Any
     *arrays, gates = inputs()
     lse = normal(9, 1, 64, 2)
 
     def run(implementation, gates, lse):
-        shared = {"config": CONFIG, "implementation": implementation}
+        shared: dict[str, Any] = {"config": CONFIG, "implementation": implementation}
         operator = lambda gates: fsa_jax.native_sparse_attention(*arrays, gates, **shared)  # noqa: E731
         blocks = fsa_jax.select_blocks(arrays[0], arrays[3], lse, **shared)
         return *both_ways(operator, 3)(gates), blocks

@@ -67,14 +67,15 @@ class _Layer:
         self.segment_ids = [jnp.asarray(case.segment_ids())] if packed else []
 
     def config(self, attention: str) -> TransformerConfig:
-        implementation = None
+        implementation: Any = None
         if self.run.interpret:
             implementation = "xla"
         elif attention == "full" and not self.segment_ids:
             implementation = "cudnn"
+        sizes: Any = {"attention": attention, "head_dim": 128} | self.sizes
         return TransformerConfig(
-            num_layers=1, attention=attention, remat=self.kind == "training", dtype="bfloat16",
-            implementation=implementation, **{"head_dim": 128} | self.sizes,
+            num_layers=1, remat=self.kind == "training", dtype="bfloat16",
+            implementation=implementation, **sizes,
         )  # fmt: skip
 
     def program(self, attention: str) -> tuple[Callable, Any, int]:
