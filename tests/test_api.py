@@ -70,6 +70,7 @@ GOOD: dict[str, dict[str, Any]] = {
         "config": SMALL,
         "segment_ids": SEGMENTS,
     },
+    "causal_attention": {"query": QUERY, "key": KEY, "value": KEY, "segment_ids": SEGMENTS},
 }
 
 # function, the arguments that are bad, words that the message must hold

@@ -297,13 +297,13 @@ def test_texts_are_the_same():
 @pytest.mark.usefixtures("x64")
 def test_gates_and_lse_of_64_bits_beside_arrays_of_32():
     """They count as far as the sums have digits; the gradient of gates keeps their dtype."""
-    arrays: Any
     *arrays, gates = inputs()
     lse = normal(9, 1, 64, 2)
 
     def run(implementation, gates, lse):
         shared: dict[str, Any] = {"config": CONFIG, "implementation": implementation}
-        operator = lambda gates: fsa_jax.native_sparse_attention(*arrays, gates, **shared)  # noqa: E731
+        operate: Any = fsa_jax.native_sparse_attention
+        operator = lambda gates: operate(*arrays, gates, **shared)  # noqa: E731
         blocks = fsa_jax.select_blocks(arrays[0], arrays[3], lse, **shared)
         return *both_ways(operator, 3)(gates), blocks
 
