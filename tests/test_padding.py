@@ -189,9 +189,13 @@ def test_a_model_with_a_cache(name, fresh):
 
     @jax.jit
     def run(tokens):
-        model = nnx.merge(graphdef, params)
-        options = {"num_tokens": counts, "fresh": fresh, "only_last": fresh}
-        return model(tokens, cache=model.init_cache(3, 32), **options)
+        def call(params):
+            model = nnx.merge(graphdef, params)
+            options = {"num_tokens": counts, "fresh": fresh, "only_last": fresh}
+            return model(tokens, cache=model.init_cache(3, 32), **options)
+
+        logits, pullback, cache = jax.vjp(call, params, has_aux=True)
+        return logits, cache, pullback(jnp.ones_like(logits))
 
     tokens = jnp.asarray(np.random.default_rng(1).integers(0, 20, (3, 12)), jnp.int32)
     wanted = run(tokens)
