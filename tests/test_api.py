@@ -479,6 +479,10 @@ def test_a_remat_policy_can_keep_the_named_residuals():
 
 
 def test_every_checkpoint_name_is_used():
+    def dense(query):
+        return fsa_jax.causal_attention(query, query, query).sum()
+
     text = str(jax.make_jaxpr(jax.grad(loss))(*BATCH, IDS))
+    text += str(jax.make_jaxpr(jax.grad(dense))(BATCH[0]))
     for name in fsa_jax.CHECKPOINT_NAMES:
         assert f"name={name}]" in text
