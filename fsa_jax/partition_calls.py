@@ -59,11 +59,11 @@ class Tracing:
 
     Attributes:
       options: names and values of the options that tracing depends on.
-      others: values of what else it depends on (metadata of operations, for example).
+      others: names and values of what else it depends on (metadata of operations, for example).
     """
 
     options: tuple[tuple[str, Any], ...]
-    others: tuple[Any, ...]
+    others: tuple[tuple[str, Any], ...]
 
     @staticmethod
     def now() -> "Tracing":
@@ -74,7 +74,8 @@ class Tracing:
             values.pop(name)
         known = jax_config.config_states
         options = tuple((name, value) for name, value in values.items() if name in known)
-        others = tuple(value for name, value in values.items() if name not in known)
+        # What is not set may be missing too: modules of jax add to these when they are imported.
+        others = tuple(x for x in values.items() if x[0] not in known and x[1] not in (None, False))
         return Tracing(options, others)
 
     @contextlib.contextmanager
@@ -110,12 +111,18 @@ def on_mesh(function: Callable, mesh: AbstractMesh, *arrays) -> list[jax.Array]:
 
 def _lower_on_mesh(ctx, *values, inner, mesh):
     axes = ctx.module_context.axis_context
-    count = getattr(axes, "num_devices", 1)  # inside shard_map there are none to divide over
-    if count > 1:
-        # only places of devices in the mesh count
-        devices = axes.device_assignment or ctx.module_context.get_backend().devices()[:count]
+    count = getattr(axes, "num_devices", 0)  # inside shard_map there are none to divide over
+    if count and axes.device_assignment is None:
+        # Any devices do: only their places in the mesh count.
+        backend = ctx.module_context.backend
+        devices = tuple(backend.devices()[:count])
+        if len(devices) < count:
+            raise ValueError(
+                f"a program for {count} devices must be lowered where there are as many, got "
+                f"{len(devices)} of platform {backend.platform!r}"
+            )
         mesh = mesh if mesh.size == count else axes.abstract_mesh
-        axes = dataclasses.replace(axes, device_assignment=tuple(devices), abstract_mesh=mesh)
+        axes = dataclasses.replace(axes, device_assignment=devices, abstract_mesh=mesh)
         ctx = ctx.replace(module_context=ctx.module_context.replace(axis_context=axes))
     return mlir.lower_fun(jaxpr_as_fun(inner.jaxpr), multiple_results=True)(ctx, *values)
 

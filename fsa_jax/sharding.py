@@ -308,6 +308,12 @@ def on_auto_axes(function: Callable, mesh: AbstractMesh, out_specs: Any, given: 
     """
     leaves, tree = jax.tree.flatten(given)
     places = [i for i, x in enumerate(leaves) if isinstance(x, jax.Array)]
+    if not jax.sharding.get_abstract_mesh().empty:
+        # Straight from no mesh to Auto axes, the gradient would be on Auto axes outside of here.
+        whole = NamedSharding(mesh, PartitionSpec())
+        for i in places:
+            if jax.typeof(leaves[i]).sharding.mesh.empty:
+                leaves[i] = jax.sharding.reshard(leaves[i], whole)
 
     def call(arrays):
         found = dict(zip(places, arrays, strict=True))

@@ -1,6 +1,8 @@
 """Names of partitioned calls, and jax's persistent cache of programs whose keys they are in."""
 
+import contextlib
 import functools
+import gc
 import json
 import re
 import subprocess
@@ -21,6 +23,7 @@ from fsa_jax import operators, partition_calls
 from fsa_jax.pallas import ranges, tuned
 from fsa_jax.pallas.tuning import Tile
 from fsa_jax.sharding import partitioned
+from fsa_jax.training.compilation_cache import keep_compiled_programs
 
 
 def names(run, *arrays):
@@ -139,22 +142,30 @@ def test_descriptions_tell_the_functions_of_a_line_apart():
         partition_calls._describe(lambda: 1)
 
 
+@contextlib.contextmanager
+def caching(**options):
+    """Options of jax's persistent cache, for a while."""
+    before = {name: getattr(jax.config, name) for name in options}
+    for name, value in options.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
+
+
 @pytest.fixture
 def folder(tmp_path):
     """A persistent cache for one test."""
     options = {
         "jax_compilation_cache_dir": str(tmp_path),
-        "jax_enable_compilation_cache": True,
         "jax_persistent_cache_min_compile_time_secs": 0,
     }
-    before = {name: getattr(jax.config, name) for name in options}
-    for name, value in options.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
-    yield tmp_path
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
+    with caching(**options):
+        yield tmp_path
 
 
 def test_a_program_on_a_mesh_is_compiled_once(folder):
@@ -196,13 +207,29 @@ def test_a_call_is_compiled_as_it_was_traced():
         np.testing.assert_allclose(compiled(*placed), wanted, rtol=1e-12)
 
 
-def test_two_programs_of_one_call_need_each_other_not():
-    """Programs with the same call are compiled in any order, whichever is there still."""
+def test_a_program_is_compiled_where_another_one_of_the_same_call_is_gone():
     first = jax.jit(lambda query, key: window(query, key) + 1).lower(*split())
     second = jax.jit(lambda query, key: window(query, key) + 2).lower(*split())
     del first
     jax.clear_caches()
-    third = jax.jit(lambda query, key: window(query, key) + 3).lower(*split())
+    gc.collect()
     second.compile()
-    del second
-    third.compile()
+
+
+@pytest.mark.parametrize(
+    ("cache_home", "before", "enabled", "after"),
+    [
+        ("/caches", None, True, "/caches/fsa-jax/compiled"),
+        ("", None, True, "/home/me/.cache/fsa-jax/compiled"),
+        ("relative", None, True, None),
+        ("/caches", "/mine", True, "/mine"),
+        ("/caches", "", True, ""),
+        ("/caches", None, False, None),
+    ],
+)
+def test_where_training_keeps_compiled_programs(cache_home, before, enabled, after, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", cache_home)
+    monkeypatch.setenv("HOME", "/home/me")
+    with caching(jax_compilation_cache_dir=before, jax_enable_compilation_cache=enabled):
+        keep_compiled_programs()
+        assert getattr(jax.config, "jax_compilation_cache_dir") == after  # noqa: B009

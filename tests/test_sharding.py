@@ -285,6 +285,8 @@ def test_arrays_on_no_mesh_under_set_mesh(how, kind, on_mesh):
         arrays[i] = jax.device_put(arrays[i], NamedSharding(mesh, P("data")))
     with jax.set_mesh(mesh):
         got = (jax.jit(twice) if how == "jit" else twice)(*arrays)
+        for x, gradient in zip(arrays, got[1], strict=True):
+            assert (x - gradient).shape == x.shape  # it is on the mesh that is set
     assert_close(got, twice_alone(), 1e-5)
 
 
@@ -380,6 +382,20 @@ def test_a_model_with_tokens_over_explicit_axes():
         pytest.raises(ValueError, match=r"tokens of tokens .* mesh axis 'data'"),
     ):
         model(jax.device_put(tokens, NamedSharding(mesh, P(None, "data"))))
+
+
+@pytest.mark.parametrize("kind", ["auto", "explicit"])
+def test_a_mesh_of_one_device(kind):
+    with jax.set_mesh(mesh_of(kind, ("data", 1))):
+        assert_close(jax.jit(attend_window)(QUERY, KEY), window_alone(), 1e-6)
+
+
+def test_lowering_for_more_devices_than_there_are_is_refused():
+    shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (QUERY, KEY)]
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((16,), ("data",))):
+        traced = jax.jit(attend_window).trace(*shapes)
+        with pytest.raises(ValueError, match=r"for 16 devices must be lowered where .* got 8"):
+            traced.lower(lowering_platforms=("cpu",))
 
 
 def test_explicit_calls_are_bound_as_any_other():
