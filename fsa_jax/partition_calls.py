@@ -161,6 +161,9 @@ def name_call(partition: Callable, what: Any) -> None:
     # it has to be there for as long as this program may be compiled
     info.module_context.add_keepalive(same)
     call.attributes["backend_config"] = ir.StringAttr.get(digest)
+    # jax can be told to leave names out of keys (jax_remove_custom_partitioning_ptr_from_cache_key)
+    attributes = ir.DictAttr.get({"fsa_jax.name": ir.StringAttr.get(digest)})
+    call.attributes["mhlo.frontend_attributes"] = attributes
 
 
 def _last_operation() -> ir.Operation:
@@ -179,9 +182,10 @@ def _files() -> tuple[tuple[str, int, int], ...]:
 def _digest(files: tuple[tuple[str, int, int], ...]) -> str:
     if not files:
         raise _NotKnown
-    return hashlib.sha256(
-        b"".join((_PACKAGE / name).read_bytes() for name, *_ in files)
-    ).hexdigest()
+    content = hashlib.sha256()
+    for name, size, _ in files:
+        content.update(f"{name} {size} ".encode() + (_PACKAGE / name).read_bytes())
+    return content.hexdigest()
 
 
 _IMPORTED = _files()

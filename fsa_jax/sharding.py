@@ -58,7 +58,7 @@ def partitioned(
         del outs
         shardings = {name: x.sharding for name, x in zip(operands, arrays, strict=True)}
         shapes = {name: x.shape for name, x in zip(operands, arrays, strict=True)}
-        mesh, specs = _in_words(shardings, shapes, mesh, sequence_axis)
+        mesh, specs = _by_axes(shardings, shapes, mesh, sequence_axis)
         place = _places(operands, specs, shapes, dict(mesh.shape), sequence_axis)
 
         def on_one_device(*arrays):
@@ -109,7 +109,7 @@ def partitioned(
     return jax.jit(call)
 
 
-def _in_words(shardings, shapes, mesh: Mesh, whole: str | None):
+def _by_axes(shardings, shapes, mesh: Mesh, whole: str | None):
     """A mesh, and how each argument is split over its axes.
 
     Args:

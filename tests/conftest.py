@@ -3,8 +3,8 @@
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Programs of the tests are not kept, and no user's are taken.
-os.environ["JAX_COMPILATION_CACHE_DIR"] = ""
+# Runs of the tests keep no programs among the user's.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", "")
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "")
     + " --xla_force_host_platform_device_count=8"

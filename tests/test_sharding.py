@@ -398,6 +398,13 @@ def test_lowering_for_more_devices_than_there_are_is_refused():
             traced.lower(lowering_platforms=("cpu",))
 
 
+def test_arrays_on_two_explicit_meshes_are_refused():
+    rows = (NamedSharding(mesh_of("explicit", (name, 2)), P(name)) for name in ("data", "tensor"))
+    arrays = map(jax.device_put, (QUERY, KEY), rows)
+    with pytest.raises(ValueError, match="arrays must be on one mesh"):
+        attend_window(*arrays)
+
+
 def test_explicit_calls_are_bound_as_any_other():
     attend: Any = fsa_jax.sliding_window_attention  # for a type checker these calls are wrong
     with jax.set_mesh(mesh_of("explicit", ("data", 2))):
