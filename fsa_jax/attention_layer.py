@@ -12,14 +12,12 @@ from flax import nnx
 from flax.typing import Initializer
 from jaxtyping import Array, Float, Integer
 
-from fsa_jax import checks, sharding
+from fsa_jax import checks, sharding, stripes
 from fsa_jax.cache import Chunk, KVCache
 from fsa_jax.options import AnyArray, IntegerList
 from fsa_jax.partitioning import partitioned
 from fsa_jax.rope import RoPE
 from fsa_jax.segments import Rows, cut, describe_rows
-
-check_choice = checks.choice
 
 
 def check_heads(num_heads: int, num_kv_heads: int) -> None:
@@ -68,11 +66,14 @@ def linear(
 class AttentionLayer(nnx.Module):
     """Base of the layers.
 
-    A layer defines `apply_part`, the call without a cache; `init_cache`; and `extend`, the call
-    with one.
+    A layer defines `attend_rows`, the attention of a call without a cache; `init_cache`; and
+    `extend`, the call with one.
     """
 
-    sequence_axis: str | None = None
+    @property
+    def stride(self) -> int:
+        """What the tokens of a stripe must be a multiple of, with a `sequence_axis`."""
+        return 1
 
     def __init__(
         self,
@@ -86,6 +87,7 @@ class AttentionLayer(nnx.Module):
         rope: RoPE | None,
         scale: float | None,
         implementation: Any,
+        sequence_axis: str | None,
         out_kernel_init: Initializer | None,
         options: dict[str, Any],
     ):
@@ -103,6 +105,8 @@ class AttentionLayer(nnx.Module):
         if out_features is not None:
             checks.size("out_features", out_features)
         checks.scale(scale, head_dim)
+        if sequence_axis is not None:
+            checks.axis_name(sequence_axis)
         if not isinstance(rope, RoPE | None):
             raise ValueError(f"rope must be a RoPE or None, got {checks.short(rope)}")
         if rope is not None:
@@ -115,6 +119,7 @@ class AttentionLayer(nnx.Module):
         self.rope = rope
         self.scale = scale
         self.implementation = implementation
+        self.sequence_axis = sequence_axis
 
         features, heads = (in_features,), (num_heads, head_dim)
         kv_heads = (*kv_branches, num_kv_heads, head_dim)
@@ -181,16 +186,18 @@ class AttentionLayer(nnx.Module):
         self.check_cache(cache, x.shape[0])
         cache = cache.emptied() if fresh else cache
         chunk = cache.place(x.shape[1], num_tokens)
-        y, cache = self.extend(x, cache, chunk, 0, fresh)
+        y, cache = self.extend(cut(x, chunk.valid), cache, chunk, 0, fresh)
         return cache.marked(y), cache.advance(chunk)
 
-    def apply_part(self, x, segment_ids, positions) -> jax.Array:
-        """The call without a cache; `x` is 0 at padding."""
-        raise NotImplementedError
-
     def call_part(self, x, segment_ids, positions) -> jax.Array:
-        """The same whatever stands at padding, on one device's part of the arrays."""
-        return self.apply_part(without_padding(x, segment_ids), segment_ids, positions)
+        """The call without a cache, on axes of a mesh that are not Explicit."""
+        rows, positions = self._describe(x, segment_ids, positions)
+        heads = self.attend_rows(rows.without_padding(x), segment_ids, positions)
+        return self._project_out(heads, rows)
+
+    def attend_rows(self, x, segment_ids, positions) -> jax.Array:
+        """The heads [B, T, N, D] of a call without a cache; `x` is 0 at padding."""
+        raise NotImplementedError
 
     def init_cache(
         self,
@@ -210,7 +217,7 @@ class AttentionLayer(nnx.Module):
         """The outputs [B, n, C] of a chunk, and the cache with it in that layer.
 
         Args:
-          x: [B, n, C].
+          x: [B, n, C], 0 where no token is.
           cache: of this layer and others like it; its lengths are those before the chunk.
           chunk: where the tokens stand.
           layer: number of the layer.
@@ -274,7 +281,12 @@ class AttentionLayer(nnx.Module):
     ) -> tuple[Rows, jax.Array]:
         """The documents of each row and every token's position; arguments as of `_arrays`."""
         rows = describe_rows(segment_ids, *x.shape[:2])
-        return rows, rows.position if positions is None else positions
+        if positions is not None:
+            return rows, positions
+        if self.sequence_axis is None:
+            return rows, rows.position
+        checks.sequence(self.sequence_axis, True, x.shape[1], self.stride)
+        return rows, stripes.positions(segment_ids, x.shape[:2], self.sequence_axis)
 
     def _turn(self, x: jax.Array, positions: jax.Array) -> jax.Array:
         return x if self.rope is None else self.rope.apply(x, positions)

@@ -159,7 +159,8 @@ def causal_attention(
 def _on_one_device(mode: str, arrays: tuple[jax.Array, jax.Array, jax.Array, Rows], window, scale):
     if mode == "reference":
         return reference.sliding_window_attention(*arrays, window_size=window, scale=scale)
-    return operators.causal_attention(*arrays, window_size=window, scale=scale, mode=mode)
+    options = {"window_size": window, "scale": scale, "mode": mode, "name": "causal"}
+    return operators.sliding_window_attention(*arrays, **options)
 
 
 def _refuse(**asked: bool) -> None:

@@ -128,14 +128,7 @@ class _Task(Share):
             dq, *parts = operators.range_gradients_given(
                 self.call, q, *near, *self.window(half), *rest
             )
-            begin, _ = self.near(half)
-            sums = [
-                jax.lax.dynamic_update_slice_in_dim(
-                    total, self.nearby(total, half) + part.astype(wide), begin, axis=1
-                )
-                for total, part in zip(sums, parts, strict=True)
-            ]
-            return *self.put([dquery], [dq], head, half), *sums
+            return *self.put([dquery], [dq], head, half), *self.add_nearby(sums, parts, half)
 
         def step(results, head):
             keys = self._keys(head)

@@ -35,10 +35,11 @@ def _check_shape(name: str, x, axes: str, empty: str = "") -> None:
 def floating(name: str, x, axes: str, empty: str = "") -> jax.Array:
     """Like `array`, of a dtype that the attention functions compute with."""
     dtype = getattr(x, "dtype", None)
-    x = array(name, x, axes, empty)
-    if str(dtype) not in FLOATS:
-        raise ValueError(f"{name} must have one of the dtypes {', '.join(FLOATS)}, got {dtype}")
-    return x
+    if isinstance(x, jax.Array | np.ndarray):
+        _check_shape(name, x, axes, empty)
+        if str(dtype) not in FLOATS:
+            raise ValueError(f"{name} must have one of the dtypes {', '.join(FLOATS)}, got {dtype}")
+    return array(name, x, axes, empty)
 
 
 def same_dtype(**arrays) -> None:
@@ -116,7 +117,7 @@ def integers(name: str, x, axes: str, *, empty: str = "", saturate: bool = False
     x = _integers(name, x, axes, empty)
     if not _is_wide(x):
         return jnp.asarray(x, jnp.int32)
-    if x.size and _is_known(x) and not saturate:
+    if x.size and is_known(x) and not saturate:
         _check_fits(name, x)
     limits = np.iinfo(np.int32)
     clip = jnp.clip if isinstance(x, jax.Array) else np.clip  # jnp may cut 64 bits off before
@@ -150,9 +151,11 @@ def _is_wide(x) -> bool:
     return jnp.iinfo(x.dtype).max > jnp.iinfo(jnp.int32).max
 
 
-def _is_known(x) -> bool:
-    """Whether the values of an array can be read here: not inside jit, nor on other hosts alone."""
-    return not isinstance(x, Tracer) and (isinstance(x, np.ndarray) or x.is_fully_addressable)
+def is_known(*arrays) -> bool:
+    """Whether the values of arrays can be read here: not inside jit, nor on other hosts alone."""
+    return not any(isinstance(x, Tracer) for x in arrays) and all(
+        isinstance(x, np.ndarray) or x.is_fully_addressable for x in arrays
+    )
 
 
 def _check_fits(name: str, x) -> None:
@@ -212,7 +215,9 @@ def scale(value, width: int) -> float:
     """The factor of the logits: by default one over the square root of the head width."""
     if value is None:
         return width**-0.5
-    return number("scale", value, "None or a finite number, not an array")
+    most = float(np.finfo(np.float32).max)  # larger ones are infinite where they are used
+    rule = "None or a finite number, not an array"
+    return number("scale", value, rule, lambda x: -most <= x <= most)
 
 
 def config(value, name: str = "config") -> NSAConfig:
@@ -223,7 +228,7 @@ def config(value, name: str = "config") -> NSAConfig:
 
 def batched(x, axes: str) -> bool:
     """Whether `x` comes with a batch axis before `axes`; a wrong rank counts as batched."""
-    return getattr(x, "ndim", None) != len(axes.split())
+    return rank(x) != len(axes.split())
 
 
 def with_batch(name: str, x, axes: str, has_batch: bool, empty: str = "") -> jax.Array:
@@ -276,12 +281,12 @@ def ids(segment_ids, shape: tuple[int, ...] | None, has_batch: bool) -> jax.Arra
     found = _integers("segment_ids", segment_ids, "B T" if has_batch else "T")
     if shape is not None and found.shape != (wanted := shape if has_batch else shape[1:]):
         raise ValueError(f"segment_ids must have shape {wanted}, got {found.shape}")
-    if _is_known(found):
+    if is_known(found):
         least = np.asarray(found).min()  # numpy: inside jit a jnp.min would be traced
         if least < 0:
             raise ValueError(f"segment_ids must be 0 (padding) or positive, got {least}")
         _check_fits("segment_ids", found)
-    if _is_known(found) or not _is_wide(found):
+    if is_known(found) or not _is_wide(found):
         found = jnp.asarray(found, jnp.int32)
     return jnp.asarray(found if has_batch else found[None])
 
@@ -298,9 +303,8 @@ def tokens(name: str, ids: jax.Array, vocab_size: int, valid: jax.Array) -> jax.
     negative, which would count from the end of the vocabulary: whoever looks up a wrong one in jit
     gets NaN.
     """
-    known = (ids, valid)
-    if not any(isinstance(x, Tracer) or not x.is_fully_addressable for x in known):
-        here, there = (np.asarray(x) for x in known)
+    if is_known(ids, valid):
+        here, there = np.asarray(ids), np.asarray(valid)
         if (wrong := here[there & ((here < 0) | (here >= vocab_size))]).size:
             raise ValueError(
                 f"{name} must be in 0 .. {vocab_size - 1} wherever they are not padding, got "

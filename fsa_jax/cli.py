@@ -5,6 +5,7 @@ import codecs
 import contextlib
 import dataclasses
 import io
+import math
 import os
 import re
 import shlex
@@ -13,10 +14,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+from fsa_jax.messages import PROGRAM, say, say_now
+
 if TYPE_CHECKING:
     from fsa_jax.training.stopping import RunStopped
 
-_PROG = "fsa-jax"
 _TRAIN_EXTRA = frozenset({"grain", "matplotlib", "orbax", "tqdm", "tyro"})
 _INSTALL_EXTRA = "in a clone of fsa-jax, pip install '.[train]' brings it"
 
@@ -80,11 +82,11 @@ def _run(arguments: Sequence[str] | None) -> int:
         "info": (_info, "show devices, versions, and which implementation serves each function"),
     }
     parser = _Parser(
-        prog=_PROG,
+        prog=PROGRAM,
         description="Native sparse attention (NSA) for JAX.",
         epilog="commands:\n"
         + "".join(f"  {name:8}{text}\n" for name, (_, text) in commands.items())
-        + f"\n`{_PROG} COMMAND --help` shows the flags of a command.",
+        + f"\n`{PROGRAM} COMMAND --help` shows the flags of a command.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="store_true", help="show the version and exit")
@@ -96,7 +98,7 @@ def _run(arguments: Sequence[str] | None) -> int:
         if parsed.version:
             from fsa_jax import __version__
 
-            print(f"{_PROG} {__version__}")
+            print(f"{PROGRAM} {__version__}")
         elif parsed.command is None:
             parser.print_help()
         else:
@@ -136,7 +138,7 @@ class _Parser(argparse.ArgumentParser):
 
 def _complain(message: str) -> int:
     with contextlib.suppress(OSError):
-        print(f"{_PROG}: error: {' '.join(message.split())}", file=sys.stderr)
+        print(f"{PROGRAM}: error: {' '.join(message.split())}", file=sys.stderr)
     return 2
 
 
@@ -152,7 +154,7 @@ def _parse[Flags](
         with contextlib.redirect_stderr(messages), rules:
             return tyro.cli(
                 flags,
-                prog=f"{_PROG} {command}",
+                prog=f"{PROGRAM} {command}",
                 args=arguments,
                 default=tyro.MISSING_NONPROP if default is None else default,
                 # --topk and not --model.nsa.topk; --resume without its useless --no-resume.
@@ -197,7 +199,6 @@ def _one_line(box: str) -> str:
 
 
 def _train(arguments: Sequence[str]) -> None:
-    from fsa_jax.messages import say, say_now
     from fsa_jax.training.stopping import RunStopped, catching_signals
 
     def at_once(stop: RunStopped) -> None:
@@ -250,7 +251,7 @@ def _how_to_go_on(stop: "RunStopped", arguments: Sequence[str]) -> str:
     name = stop.signal.name
     if stop.saved is not None:
         words = [word for word in arguments if word not in ("--resume", "--overwrite")]
-        command = shlex.join([_PROG, "train", *words, "--resume"])
+        command = shlex.join([PROGRAM, "train", *words, "--resume"])
         return f"{name}: ended; the checkpoint of step {stop.saved} is saved. Go on with: {command}"
     if not stop.trained:
         return f"{name}: ended before the first step; the same command starts the run"
@@ -264,7 +265,7 @@ def _sample(arguments: Sequence[str]) -> None:
     from fsa_jax.training import load_model
     from fsa_jax.training.config import DOCUMENT_START
 
-    checks.size("max_bytes", flags.max_bytes)
+    checks.size("max_bytes", flags.max_bytes, most=math.inf)
     # Words of a command line that are not UTF-8 reach Python as surrogates.
     prompt, stop = (x.encode("utf-8", "surrogateescape") for x in (flags.prompt, flags.stop))
     # what the run was trained with may not be what serves here
@@ -332,7 +333,7 @@ def _tune(arguments: Sequence[str]) -> None:
 
 def _info(arguments: Sequence[str]) -> None:
     parser = _Parser(
-        prog=f"{_PROG} info",
+        prog=f"{PROGRAM} info",
         description="Shows devices, versions, and which implementation serves each function here.",
     )
     parser.parse_args(arguments)

@@ -205,6 +205,16 @@ class Share:
         begin, size = self.near(half)
         return jax.lax.dynamic_slice_in_dim(x, begin, size, axis=1)
 
+    def add_nearby(self, sums, parts, half):
+        """Sums of the row's tokens, with parts of those that `near` tells added in place."""
+        begin, _ = self.near(half)
+        return [
+            jax.lax.dynamic_update_slice_in_dim(
+                total, self.nearby(total, half) + part.astype(total.dtype), begin, axis=1
+            )
+            for total, part in zip(sums, parts, strict=True)
+        ]
+
     def window(self, half):
         """What queries of a stripe see of the tokens that `near` tells, and which see each key."""
         window, (begin, _) = self.window_size, self.near(half)
@@ -331,9 +341,6 @@ class _Task(Share):
         lses, deltas, (indices, gates, dout) = given[:3], given[3:6], given[6:]
         wide = wide_dtype(self.query)
 
-        def add(sums, parts):
-            return [total + part.astype(wide) for total, part in zip(sums, parts, strict=True)]
-
         def stripe(keys, head, state, half):
             def own(x, size):
                 return self.device.half_of(self.head_of(x, head, size), half)
@@ -360,20 +367,14 @@ class _Task(Share):
             arrays = (q, *compressed, *self._windows(half), None, lse[0])
             call = self.static.call("compressed")
             dq, *parts = operators.range_gradients(call, arrays, cotangents(0, dq_selected))
-            dcompressed = add(dcompressed, parts)
+            dcompressed = [
+                x + part.astype(wide) for x, part in zip(dcompressed, parts, strict=True)
+            ]
             near = (self.nearby(x, half) for x in sources[-2:])
             arrays = (q, *near, *self.window(half), None, lse[2])
             call = self.static.call("window")
             dq_window, *parts = operators.range_gradients(call, arrays, cotangents(2, dq_selected))
-            begin, _ = self.near(half)
-            dsources = dsources[:-2] + [
-                jax.lax.dynamic_update_slice_in_dim(total, new, begin, axis=1)
-                for total, new in zip(
-                    dsources[-2:],
-                    add([self.nearby(x, half) for x in dsources[-2:]], parts),
-                    strict=True,
-                )
-            ]
+            dsources = dsources[:-2] + self.add_nearby(dsources[-2:], parts, half)
             dq = dq.astype(wide) + dq_selected.astype(wide) + dq_window.astype(wide)
             dquery = self.put([dquery], [dq.astype(q.dtype)], head, half)[0]
             return dquery, dcompressed, dsources

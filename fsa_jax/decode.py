@@ -77,7 +77,7 @@ def mode_of(implementation: str | None, query: Float[Array, "B n N D"], cache: K
             query, row, row, block_size=cache.config.block_size
         )
     else:
-        name, row = "sliding_window_attention", keys(cache.capacity)
+        name, row = "causal_attention", keys(cache.capacity)
         reason = triton.range_reason(query, row, row, implementation)
     return dispatch.mode_of(name, implementation, reason)
 

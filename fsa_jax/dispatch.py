@@ -1,4 +1,4 @@
-"""Which implementation serves a call, and why. The only place that knows their names."""
+"""Which implementation serves a call, and why; their names stand in `options.py`."""
 
 import functools
 import logging

@@ -9,13 +9,12 @@ from flax import nnx
 from flax.nnx.nn import initializers
 from flax.typing import Dtype, Initializer, PrecisionLike
 
-from fsa_jax import causal, checks, decode, stripes
+from fsa_jax import causal, checks, decode
 from fsa_jax.attention_layer import AttentionLayer
 from fsa_jax.cache import Chunk, KVCache
 from fsa_jax.dispatch import CUDNN, check_name
 from fsa_jax.options import DenseImplementation
 from fsa_jax.rope import RoPE
-from fsa_jax.segments import Rows
 
 _ROPE = RoPE()
 _KERNEL_INIT = initializers.lecun_normal()
@@ -81,6 +80,7 @@ class FullAttention(AttentionLayer):
             rope=rope,
             scale=scale,
             implementation=implementation,
+            sequence_axis=sequence_axis,
             out_kernel_init=out_kernel_init,
             options=dict(
                 use_bias=use_bias,
@@ -92,20 +92,10 @@ class FullAttention(AttentionLayer):
                 rngs=rngs,
             ),
         )
-        self.sequence_axis = sequence_axis
 
-    def apply_part(self, x, segment_ids, positions) -> jax.Array:
-        rows, positions = self._describe(x, segment_ids, positions)
+    def attend_rows(self, x, segment_ids, positions) -> jax.Array:
         query, key = self._turn(self.query(x), positions), self._turn(self.key(x), positions)
-        heads = self._attend(query, key, self.value(x), segment_ids)
-        return self._project_out(heads, rows)
-
-    def _describe(self, x, segment_ids, positions) -> tuple[Rows, jax.Array]:
-        rows, counted = super()._describe(x, segment_ids, positions)
-        if self.sequence_axis is None or positions is not None:
-            return rows, counted
-        checks.sequence(self.sequence_axis, True, x.shape[1], 1)
-        return rows, stripes.positions(segment_ids, x.shape[:2], self.sequence_axis)
+        return self._attend(query, key, self.value(x), segment_ids)
 
     def _attend(self, query, key, value, segment_ids: jax.Array | None) -> jax.Array:
         return causal.causal_attention(
@@ -154,8 +144,6 @@ class FullAttention(AttentionLayer):
         )
 
     def extend(self, x, cache: KVCache, chunk: Chunk, layer, fresh) -> tuple[jax.Array, KVCache]:
-        # what is not there must not reach sums over tokens, not even as NaN times 0
-        x = jnp.where(chunk.valid[..., None], x, 0)
         query, key = (self._turn(y, chunk.position) for y in (self.query(x), self.key(x)))
         value = self.value(x)
         self._check_same_dtype(key, cache)

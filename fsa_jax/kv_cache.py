@@ -195,6 +195,8 @@ class KVCache:
           ValueError: outside jit, the chunk is not what `place` gave for this cache. Inside jit the
             sequences that are not where it starts are lost.
         """
+        if not isinstance(chunk, Chunk):
+            raise ValueError(f"chunk must be what place gives, got {type(chunk).__name__}")
         known = is_known(chunk.position, chunk.valid, self.lengths)
         stale = chunk.first != self.lengths
         if known and np.any(np.asarray(stale)):
@@ -330,7 +332,7 @@ def is_known(*arrays: Array) -> bool:
                 "cache must not have been donated, got one that an earlier call of jit took "
                 "(donate_argnums); go on with the cache that it returned"
             )
-    return all(not isinstance(x, Tracer) and x.is_fully_addressable for x in arrays)
+    return checks.is_known(*arrays)
 
 
 def heads_of(num_kv_heads: int, head_dim: int) -> tuple[int, int]:

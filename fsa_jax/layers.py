@@ -21,9 +21,8 @@ from flax.nnx.nn import initializers
 from flax.typing import Dtype, Initializer, PrecisionLike
 from jaxtyping import Array, Float, Int, Integer
 
-from fsa_jax import api, branches, checks, decode, dispatch, stripes
-from fsa_jax.attention_layer import AttentionLayer, check_choice, linear
-from fsa_jax.attention_layer import check_heads as check_heads
+from fsa_jax import api, branches, checks, decode, dispatch
+from fsa_jax.attention_layer import AttentionLayer, linear
 from fsa_jax.cache import Chunk, NSACache
 from fsa_jax.compression import METHODS
 from fsa_jax.compressor import Compressor
@@ -32,7 +31,6 @@ from fsa_jax.full_attention import FullAttention as FullAttention
 from fsa_jax.options import AnyArray, CompressionMethod, Implementation, IntegerList
 from fsa_jax.positions import window_positions
 from fsa_jax.rope import RoPE
-from fsa_jax.segments import Rows, cut
 
 GATES = ("head", "token")
 """One gate triple per query head, as the NSA paper, or one per token, as FSA."""
@@ -134,12 +132,10 @@ class NativeSparseAttention(AttentionLayer):
         sequence_axis: str | None = None,
         rngs: nnx.Rngs,
     ):
-        check_choice("compression", compression, METHODS)
-        check_choice("gate", gate, GATES)
+        checks.choice("compression", compression, METHODS)
+        checks.choice("gate", gate, GATES)
         dispatch.check_name(implementation)
         checks.config(config)
-        if sequence_axis is not None:
-            checks.axis_name(sequence_axis)
         kv_per_branch = checks.flag("kv_per_branch", kv_per_branch)
         options = dict(
             use_bias=use_bias,
@@ -160,12 +156,12 @@ class NativeSparseAttention(AttentionLayer):
             rope=rope,
             scale=scale,
             implementation=implementation,
+            sequence_axis=sequence_axis,
             out_kernel_init=out_kernel_init,
             options=options,
         )
         self.config = config
         self.kv_per_branch = kv_per_branch
-        self.sequence_axis = sequence_axis
         gates = (num_heads, 3) if gate == "head" else (1, 3)
         gate_names = ("heads" if gate == "head" else None, None)
         self.gate = linear((in_features,), gates, (("embed",), gate_names), **options)
@@ -185,10 +181,12 @@ class NativeSparseAttention(AttentionLayer):
         self.compress_key = compressor(positions_init)
         self.compress_value = compressor(None)
 
-    def apply_part(self, x, segment_ids, positions) -> jax.Array:
-        rows, positions = self._describe(x, segment_ids, positions)
-        inputs = self._inputs(x, segment_ids, positions)
-        return self._project_out(self._attend(x, inputs, segment_ids), rows)
+    @property
+    def stride(self) -> int:
+        return self.config.kernel_stride
+
+    def attend_rows(self, x, segment_ids, positions) -> jax.Array:
+        return self._attend(x, self._inputs(x, segment_ids, positions), segment_ids)
 
     def _attend(self, x: jax.Array, inputs: _Inputs, segment_ids: jax.Array | None) -> jax.Array:
         """The gated sum of the branches, [B, T, N, D]."""
@@ -239,7 +237,6 @@ class NativeSparseAttention(AttentionLayer):
         )
 
     def extend(self, x, cache: NSACache, chunk: Chunk, layer, fresh) -> tuple[jax.Array, NSACache]:
-        x = cut(x, chunk.valid)
         query, key, value = self._turn(self.query(x), chunk.position), self.key(x), self.value(x)
         self._check_same_dtype(key, cache)
         mode = decode.mode_of(self.implementation, query, cache)
@@ -324,13 +321,6 @@ class NativeSparseAttention(AttentionLayer):
         if self.kv_per_branch:
             return (jnp.unstack(array, axis=2) for array in (key, value))
         return (key,) * 3, (value,) * 3
-
-    def _describe(self, x, segment_ids, positions) -> tuple[Rows, jax.Array]:
-        rows, counted = super()._describe(x, segment_ids, positions)
-        if self.sequence_axis is None or positions is not None:
-            return rows, counted
-        checks.sequence(self.sequence_axis, True, x.shape[1], self.config.kernel_stride)
-        return rows, stripes.positions(segment_ids, x.shape[:2], self.sequence_axis)
 
     def _shared(self, segment_ids: jax.Array | None) -> dict[str, Any]:
         """Arguments that every attention function takes."""

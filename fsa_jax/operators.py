@@ -156,28 +156,12 @@ def sliding_window_attention(
     scale: float,
     mode: str,
     gated: bool = False,
+    name: str = "window",
 ):
-    """See fsa_jax.sliding_window_attention; `mode` and `gated` as in `Call`."""
+    """See fsa_jax.sliding_window_attention; `mode`, `gated` and `name` as in `Call`."""
     visible = segments.visible_tokens(rows, window_size)
     seers = segments.seers_of_tokens(rows, window_size)
-    call = Call(mode, scale, name="window", gated=gated)
-    return range_attention(call, query, key, value, visible, seers)
-
-
-def causal_attention(
-    query: Float[Array, "B T N D"],
-    key: Float[Array, "B T K D"],
-    value: Float[Array, "B T K E"],
-    rows: Rows,
-    *,
-    window_size: int,
-    scale: float,
-    mode: str,
-):
-    """See fsa_jax.causal_attention; `mode` as in `Call`."""
-    visible = segments.visible_tokens(rows, window_size)
-    seers = segments.seers_of_tokens(rows, window_size)
-    call = Call(mode, scale, name="causal")
+    call = Call(mode, scale, name=name, gated=gated)
     return range_attention(call, query, key, value, visible, seers)
 
 

@@ -39,9 +39,10 @@ def token_positions(
 
     Source: NSA (arXiv 2502.11089), of one document; a packed row is several.
     """
-    has_batch = _has_batch(segment_ids)
+    has_batch = checks.batched(segment_ids, "T")
     ids = checks.ids(segment_ids, None, has_batch)
-    assert ids is not None
+    if ids is None:
+        raise ValueError("segment_ids must be integers [B, T], got None")
     if sequence_axis is None:
         found = segments.describe_rows(ids, *ids.shape).position
     else:
@@ -97,10 +98,12 @@ def window_positions(
     sizes = checks.size("kernel_size", kernel_size), checks.size("kernel_stride", kernel_stride)
     check_window(*sizes)
     if segment_ids is None and positions is None:
-        positions = np.arange(checks.size("length (or segment_ids, or positions)", length))
+        positions = np.arange(
+            checks.size("length (or segment_ids, or positions)", length), dtype=np.int32
+        )
     else:
         checks.absent("where segment_ids or positions say it", length=length)
-    has_batch = _has_batch(positions if segment_ids is None else segment_ids)
+    has_batch = checks.batched(positions if segment_ids is None else segment_ids, "T")
     ids = checks.ids(segment_ids, None, has_batch)
     given = None
     if positions is not None:
@@ -115,8 +118,3 @@ def window_positions(
     rows = segments.describe_rows(ids, *shape)
     found = segments.window_positions(rows, given, *sizes)
     return found if has_batch else found[0]
-
-
-def _has_batch(x) -> bool:
-    """Whether integers come as [B, T]; a wrong rank counts as that."""
-    return checks.rank(x) != 1

@@ -10,12 +10,16 @@ from collections.abc import Callable
 import jax
 import numpy as np
 
+#: The largest size: positions and sizes are int32 where they are computed with.
+LARGEST = 2**31 - 1
 
-def size(name: str, value, least: int = 1, most: float = math.inf) -> int:
+
+def size(name: str, value, least: int = 1, most: float = LARGEST) -> int:
     """A Python or NumPy integer in a range; arrays are none, since jit may trace them."""
     integer = isinstance(value, int | np.integer) and not isinstance(value, bool)
     if not integer or not least <= value <= most:
-        rule = f"of at least {least}" if most == math.inf else f"from {least} to {most}"
+        small = most == LARGEST and not (integer and value > most)
+        rule = f"of at least {least}" if small else f"from {least} to {most}"
         raise ValueError(f"{name} must be an integer {rule}, got {short(value)}")
     return int(value)
 

@@ -92,7 +92,7 @@ def describe_windows(rows: Rows, kernel_size: int, kernel_stride: int) -> Window
     """Lays out the compressed windows of every document of every row."""
     batch, length = rows.start.shape
     opens = (
-        rows.valid & (rows.position % kernel_stride == 0) & (rows.token + kernel_size <= rows.end)
+        rows.valid & (rows.position % kernel_stride == 0) & (kernel_size <= rows.end - rows.token)
     )
     # slots taken by windows that start before this token
     taken = jnp.cumsum(opens, axis=1, dtype=jnp.int32) - opens.astype(jnp.int32)

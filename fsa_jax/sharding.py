@@ -354,7 +354,7 @@ def layer_call(
     """
     graphdef, state = nnx.split(layer)
     mesh = explicit_mesh((state, x, others))
-    if mesh is None or getattr(x, "ndim", 0) < 2:
+    if mesh is None:
         return layer.call_part(x, *others)
     rows, tokens = (*explicit_spec(x), None, None)[:2]
     _places(

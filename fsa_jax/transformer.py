@@ -278,9 +278,9 @@ class Transformer(nnx.Module):
         def step(x: jax.Array, layer: Block, key: jax.Array | None) -> tuple[jax.Array, None]:
             return layer(x, segment_ids, positions, key), None
 
-        valid = checks.rows(tokens, segment_ids, True).valid
-        x, _ = self._scan(step, self._embed(tokens, valid), keys)
-        return without_padding(self._logits(x), segment_ids)
+        rows = checks.rows(tokens, segment_ids, True)
+        x, _ = self._scan(step, self._embed(tokens, rows.valid), keys)
+        return rows.without_padding(self._logits(x))
 
     def init_cache(
         self,

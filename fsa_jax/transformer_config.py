@@ -6,9 +6,10 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 from fsa_jax import checks, dispatch
+from fsa_jax.attention_layer import check_heads
 from fsa_jax.compression import METHODS
 from fsa_jax.config import NSAConfig
-from fsa_jax.layers import GATES, check_choice, check_heads
+from fsa_jax.layers import GATES
 from fsa_jax.options import CompressionMethod, DenseImplementation
 from fsa_jax.rope import RoPE
 
@@ -116,12 +117,12 @@ class TransformerConfig:
         theta = checks.number("rope_theta", self.rope_theta, rule, lambda x: 0 < x < math.inf)
         self._set("rope_theta", theta)
         RoPE(theta=theta).inverse_frequencies(self.head_dim)
-        check_choice("attention", self.attention, ATTENTIONS)
+        checks.choice("attention", self.attention, ATTENTIONS)
         checks.config(self.nsa, "nsa")
-        check_choice("compression", self.compression, METHODS)
-        check_choice("gate", self.gate, GATES)
-        check_choice("dtype", self.dtype, DTYPES)
-        check_choice("param_dtype", self.param_dtype, DTYPES)
+        checks.choice("compression", self.compression, METHODS)
+        checks.choice("gate", self.gate, GATES)
+        checks.choice("dtype", self.dtype, DTYPES)
+        checks.choice("param_dtype", self.param_dtype, DTYPES)
         if self.sequence_axis is not None:
             checks.axis_name(self.sequence_axis)
         # a config may be built where it cannot run, so only the name counts here

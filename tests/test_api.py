@@ -486,3 +486,27 @@ def test_every_checkpoint_name_is_used():
     text += str(jax.make_jaxpr(jax.grad(dense))(BATCH[0]))
     for name in fsa_jax.CHECKPOINT_NAMES:
         assert f"name={name}]" in text
+
+
+def test_sizes_beyond_all_rows():
+    """Longer than any row, and than 31 bits: no window, all keys, or an error that says so."""
+    for size in (96, 2**31 - 16):
+        sizes = {"kernel_size": size, "kernel_stride": 16}
+        assert not np.asarray(fsa_jax.window_positions([1] * 40 + [2] * 24, **sizes)).any()
+        assert not np.asarray(
+            fsa_jax.compress(jnp.ones((1, 64, 1, 8)), method="mean", **sizes)
+        ).any()
+    x = jnp.ones((1, 20, 1, 8))
+    for function in (fsa_jax.sliding_window_attention, fsa_jax.causal_attention):
+        assert function(x, x, x, window_size=2**31 - 1).shape == x.shape
+        with pytest.raises(
+            ValueError, match=r"window_size must be an integer from 1 to 2147483647"
+        ):
+            function(x, x, x, window_size=2**31)
+    with pytest.raises(ValueError, match=r"scale must be None or a finite number.*1e\+39"):
+        fsa_jax.causal_attention(x, x, x, scale=1e39)
+    with pytest.raises(ValueError, match="segment_ids must be integers .*, got None"):
+        fsa_jax.token_positions(None)  # pyright: ignore[reportArgumentType]
+    objects = np.full((1, 20, 1, 8), None)
+    with pytest.raises(ValueError, match="query must have one of the dtypes .*, got object"):
+        fsa_jax.causal_attention(objects, x, x)

@@ -121,7 +121,7 @@ def test_a_linked_folder_is_no_checkpoint(tmp_path):
 
 
 def test_a_folder_is_held_by_one_run(texts, tmp_path):
-    (tmp_path / ".lock").write_text("of a run that was killed")
+    (tmp_path / ".fsa-jax.lock").write_text("process 7 on a host, of a run that was killed")
     with files.locked(tmp_path):
         with pytest.raises(ValueError, match=rf"out must not be in use .* process {os.getpid()} "):
             train(tiny(texts, tmp_path, model=DENSE))
@@ -129,7 +129,7 @@ def test_a_folder_is_held_by_one_run(texts, tmp_path):
             pass
     assert contents(tmp_path) == {}
     with files.locked(tmp_path):
-        assert list(contents(tmp_path)) == [".lock"]
+        assert list(contents(tmp_path)) == [".fsa-jax.lock"]
 
 
 def test_a_lock_that_another_run_deletes_is_taken_anew(tmp_path, monkeypatch):
@@ -138,8 +138,8 @@ def test_a_lock_that_another_run_deletes_is_taken_anew(tmp_path, monkeypatch):
 
     def late(descriptor, folder):
         if not calls:
-            (tmp_path / ".lock").unlink()
-            (tmp_path / ".lock").touch()  # by a third one
+            (tmp_path / ".fsa-jax.lock").unlink()
+            (tmp_path / ".fsa-jax.lock").touch()  # by a third one
         calls.append(descriptor)
         lock(descriptor, folder)
 
@@ -490,3 +490,38 @@ def test_a_terminal_that_was_closed_does_not_end_a_run(monkeypatch):
     monkeypatch.setattr(shown.sys, "stderr", Closed())
     with shown.Progress(0, 50, show=True) as progress:
         progress.held_out({"step": 50, "held_out_loss": 1.0})
+
+
+def test_files_of_others_are_left_as_they_are(tmp_path):
+    """A file or link that has the name of the lock, and checkpoints that lie elsewhere."""
+    lock, own = tmp_path / ".fsa-jax.lock", tmp_path / "own"
+    own.write_text("own data")
+    for make in (lambda: lock.write_text("own data"), lambda: lock.symlink_to(own)):
+        make()
+        with pytest.raises(ValueError, match=r"out must not hold"), files.locked(tmp_path):
+            pass
+        assert lock.read_text() == own.read_text() == "own data"
+        lock.unlink()
+    elsewhere, run = tmp_path / "elsewhere", tmp_path / "run"
+    (elsewhere / "5").mkdir(parents=True)
+    run.mkdir()
+    files.write_description(run, {})
+    (run / "checkpoints").symlink_to(elsewhere)
+    with pytest.raises(ValueError, match="checkpoints is a link"):
+        files.check_startable(run, resume=False, overwrite=True)
+    (run / "checkpoints").unlink()
+    (run / "checkpoints" / "x.orbax-checkpoint-tmp-notes").mkdir(parents=True)
+    with pytest.raises(ValueError, match="is no checkpoint"):
+        files.check_startable(run, resume=False, overwrite=True)
+
+
+@pytest.mark.parametrize(
+    "line",
+    ['{"step": 2, "grad_norm": NaN}', f'{{"step": 2, "loss": {"9" * 400}}}', "[" * 100000],
+    ids=["not a number", "no float", "nested"],
+)
+def test_rows_that_cannot_be_written_again_are_damaged(tmp_path, line):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(f'{{"step": 1, "loss": 2.0}}\n{line}\n')
+    with MetricsLog(path, last_step=9) as log:
+        assert [row["step"] for row in log.kept] == [1]

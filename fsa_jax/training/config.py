@@ -6,8 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-
+from fsa_jax import scalars
 from fsa_jax.config import NSAConfig
 from fsa_jax.transformer import TransformerConfig
 
@@ -125,16 +124,14 @@ class TrainConfig:
         ):
             value = getattr(self, name)
             if value is not None or name != "decay_steps":
-                object.__setattr__(self, name, _integer(name, value, least))
+                object.__setattr__(self, name, scalars.size(name, value, least))
         if self.seed >= 2**31:
             raise ValueError(f"seed must be below 2**31, got {self.seed}")
-        for name, rule in (
-            ("learning_rate", "positive and finite"),
-            ("weight_decay", "at least 0 and finite"),
+        for name, rule, fits in (
+            ("learning_rate", "positive and finite", lambda x: 0 < x < math.inf),
+            ("weight_decay", "at least 0 and finite", lambda x: 0 <= x < math.inf),
         ):
-            value = _finite(name, getattr(self, name), rule)
-            if value < 0 or (value == 0 and name == "learning_rate"):
-                raise ValueError(f"{name} must be {rule}, got {value!r}")
+            value = scalars.number(name, getattr(self, name), rule, fits)
             object.__setattr__(self, name, value)
         if self.warmup_steps >= self.last_decay_step:
             raise ValueError(
@@ -166,21 +163,6 @@ class TrainConfig:
         if self.decay_steps is not None:
             return self.decay_steps
         return max(self.steps, self.warmup_steps + 1)
-
-
-def _integer(name: str, value: Any, least: int) -> int:
-    """The value as Python's integer; JSON holds none of numpy's."""
-    integer = isinstance(value, int | np.integer) and not isinstance(value, bool)
-    if not integer or value < least:
-        raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
-    return int(value)
-
-
-def _finite(name: str, value: Any, rule: str) -> float:
-    real = isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
-    if not real or not math.isfinite(value):
-        raise ValueError(f"{name} must be {rule}, got {value!r}")
-    return float(value)
 
 
 def config_to_json(config: TrainConfig) -> dict[str, Any]:

@@ -24,7 +24,9 @@ WHAT = "fsa-jax train"
 #: Copies that a resumed run keeps of what it found damaged; a number follows.
 DAMAGED_METRICS, DAMAGED_CHECKPOINT = "damaged-metrics-", "damaged-checkpoint-"
 
-_LOCK = ".lock"
+_LOCK = ".fsa-jax.lock"
+#: What a lock begins with: a file of that name that holds anything else is someone else's.
+_HOLDER = "process "
 #: Every description has had these keys, also before it had the key "what".
 _KEYS_OF_DESCRIPTION = frozenset({"config", "versions", "devices", "parameters", "unigram_loss"})
 #: What stands in every checkpoint of orbax, finished or not.
@@ -38,7 +40,9 @@ def has_checkpoint(folder: Path) -> bool:
     """Whether the folder of a run holds a complete checkpoint."""
     checkpoints = folder / CHECKPOINTS
     # orbax writes to another name and renames when all is there.
-    return checkpoints.is_dir() and any(child.name.isdecimal() for child in checkpoints.iterdir())
+    return checkpoints.is_dir() and any(
+        _is_step(child.name) and child.is_dir() for child in checkpoints.iterdir()
+    )
 
 
 def check_startable(folder: Path, *, resume: bool, overwrite: bool) -> None:
@@ -87,6 +91,8 @@ def _not_ours(folder: Path) -> str | None:
     checkpoints = folder / CHECKPOINTS
     if not os.path.lexists(checkpoints):
         return None
+    if checkpoints.is_symlink():
+        return f"{CHECKPOINTS} is a link"
     if not checkpoints.is_dir():
         return f"{CHECKPOINTS} is no folder"
     strange = [child.name for child in checkpoints.iterdir() if not _is_checkpoint(child)]
@@ -96,15 +102,20 @@ def _not_ours(folder: Path) -> str | None:
 def _is_checkpoint(path: Path) -> bool:
     if not path.is_dir() or path.is_symlink():
         return False
-    unfinished = _UNFINISHED in path.name
-    return unfinished or (path.name.isdecimal() and (path / _MARK_OF_CHECKPOINT).is_file())
+    step, unfinished, _ = path.name.partition(_UNFINISHED)
+    finished = not unfinished and (path / _MARK_OF_CHECKPOINT).is_file()
+    return _is_step(step) and (bool(unfinished) or finished)
+
+
+def _is_step(name: str) -> bool:
+    return name.isascii() and name.isdecimal()
 
 
 def _is_description(path: Path) -> bool:
     """Whether a file is the `run.json` of a run."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return False
     if not isinstance(found, dict):
         return False
@@ -113,7 +124,7 @@ def _is_description(path: Path) -> bool:
 
 def write_description(folder: Path, description: dict[str, Any]) -> None:
     """Writes `run.json`, the whole of it or nothing."""
-    fresh = folder / f"{DESCRIPTION}.new"
+    fresh = folder / f".fsa-jax.{DESCRIPTION}.new"
     text = json.dumps({"what": WHAT} | description, indent=2) + "\n"
     with naming(fresh):
         fresh.write_text(text, encoding="utf-8")
@@ -143,7 +154,7 @@ def locked(folder: Path) -> Iterator[None]:
     """Holds the folder against other runs; the system lets go of it when the process ends.
 
     Raises:
-      ValueError: another run holds it.
+      ValueError: another run holds it, or what has the name of the lock is none.
       OSError: the folder cannot be written to.
     """
     path = folder / _LOCK
@@ -151,7 +162,7 @@ def locked(folder: Path) -> Iterator[None]:
     try:
         with naming(path):
             os.ftruncate(descriptor, 0)
-            os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
+            os.write(descriptor, f"{_HOLDER}{os.getpid()} on {socket.gethostname()}".encode())
         yield
     finally:
         # First the name, so that who finds it never finds a lock that is not held.
@@ -162,8 +173,14 @@ def locked(folder: Path) -> Iterator[None]:
 
 def _open_locked(path: Path) -> int:
     while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        if path.is_symlink():
+            raise ValueError(f"out must not hold a link of the name {_LOCK}, got {str(path)!r}")
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
         try:
+            if os.pread(descriptor, len(_HOLDER), 0) not in (b"", _HOLDER.encode()):
+                raise ValueError(
+                    f"out must not hold a file {_LOCK} that no run wrote, got {str(path)!r}"
+                )
             _lock(descriptor, path.parent)
             # The run before may have deleted the file between the two calls above.
             if path.exists() and os.path.samestat(os.fstat(descriptor), path.stat()):

@@ -225,14 +225,16 @@ def check_placement(placement: Placement, model: TransformerConfig, *, batch_siz
         )
     if sizes["sequence"] == 1:
         return
-    if model.attention != "nsa":
+    stripes = 2 * sizes["sequence"]
+    if model.attention == "full":
+        if row_length % stripes:
+            raise ValueError(
+                f"row_length must be a multiple of 2 * sequence = {stripes}, got {row_length}"
+            )
+        return
+    stride = stripes * model.nsa.kernel_stride
+    if row_length % stride or row_length < stripes * model.nsa.kernel_size:
         raise ValueError(
-            f"mesh axis sequence must be 1 with attention={model.attention!r}, got "
-            f"{sizes['sequence']}"
-        )
-    stripe = 2 * sizes["sequence"] * model.nsa.kernel_stride
-    if row_length % stripe or row_length < 2 * sizes["sequence"] * model.nsa.kernel_size:
-        raise ValueError(
-            f"row_length must be a multiple of 2 * sequence * kernel_stride = {stripe}, and at "
+            f"row_length must be a multiple of 2 * sequence * kernel_stride = {stride}, and at "
             f"least 2 * sequence * kernel_size, got {row_length}"
         )

@@ -1,7 +1,6 @@
 """metrics.jsonl: one JSON row a training step, and rows apart for held-out losses."""
 
 import json
-import math
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -47,14 +46,19 @@ def _parse(path: Path) -> Iterator[tuple[int, Row | str]]:
             yield number, row
 
 
+#: Integers from here on may be no float.
+_LARGEST = 2**1023
+
+
 def _row(line: bytes) -> Row | str:
     try:
         row = json.loads(line)
-    except ValueError:  # also bytes that are not UTF-8
+        json.dumps(row, allow_nan=False)  # it has to be written again
+    except (ValueError, RecursionError):  # also bytes that are not UTF-8
         row = None
     if isinstance(row, dict) and type(row.get("step")) is int:
         numbers = [row[name] for name in _LOSSES if name in row]
-        if all(type(x) in (int, float) and math.isfinite(x) for x in numbers):
+        if all(type(x) is float or (type(x) is int and abs(x) < _LARGEST) for x in numbers):
             return row
     return repr(line[:_SHOWN]) + "..." * (len(line) > _SHOWN)
 
@@ -98,7 +102,7 @@ class MetricsLog:
             )
         rows = [row for _, row in parsed if isinstance(row, dict)]
         self.kept = [row for row in rows if row["step"] <= last_step]
-        fresh = path.with_name(path.name + ".new")
+        fresh = path.with_name(f".fsa-jax.{path.name}.new")
         with naming(fresh):
             fresh.write_text(_lines(self.kept), encoding="utf-8")
         fresh.replace(path)
