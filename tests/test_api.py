@@ -505,8 +505,8 @@ def test_sizes_beyond_all_rows():
             function(x, x, x, window_size=2**31)
     with pytest.raises(ValueError, match=r"scale must be None or a finite number.*1e\+39"):
         fsa_jax.causal_attention(x, x, x, scale=1e39)
-    with pytest.raises(ValueError, match="segment_ids must be integers .*, got None"):
+    with pytest.raises(ValueError, match=r"segment_ids must be integers .*, got None"):
         fsa_jax.token_positions(None)  # pyright: ignore[reportArgumentType]
     objects = np.full((1, 20, 1, 8), None)
-    with pytest.raises(ValueError, match="query must have one of the dtypes .*, got object"):
+    with pytest.raises(ValueError, match=r"query must have one of the dtypes .*, got object"):
         fsa_jax.causal_attention(objects, x, x)
