@@ -215,13 +215,17 @@ def _train(arguments: Sequence[str]) -> None:
 
 def _train_until_stopped(arguments: Sequence[str]) -> None:
     from fsa_jax.training import PRESETS, TrainConfig
+    from fsa_jax.transformer_config import with_derived
 
     # The preset gives the defaults of all other flags, so it must be known before they are read.
     # A wrong name is left to the full parser.
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     first.add_argument("--preset", nargs="?", default="tiny")
     preset = first.parse_known_args(arguments)[0].preset
-    config = _parse(TrainConfig, "train", arguments, PRESETS.get(preset, PRESETS["tiny"]))
+    default = PRESETS.get(preset, PRESETS["tiny"])
+    flags = {x[2:].partition("=")[0].replace("-", "_") for x in arguments if x.startswith("--")}
+    default = dataclasses.replace(default, model=with_derived(default.model, flags))
+    config = _parse(TrainConfig, "train", arguments, default)
     # what only --help and a mistake in the flags can do without
     from fsa_jax.training import ProcessLost, train
     from fsa_jax.training.compilation_cache import keep_compiled_programs

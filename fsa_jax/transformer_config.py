@@ -1,8 +1,9 @@
 """Sizes and choices of the small transformer, in plain values that JSON can hold."""
 
+import copy
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, Literal
 
 from fsa_jax import checks, dispatch
@@ -15,6 +16,19 @@ from fsa_jax.rope import RoPE
 
 ATTENTIONS = ("nsa", "full")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
+
+
+def with_derived(config: "TransformerConfig", given: Collection[str]) -> "TransformerConfig":
+    """Defaults for a parser of flags: what follows from a size in `given` is to be derived.
+
+    The config is a template: those of its sizes are None until another is made of it.
+    """
+    if not {"embed_dim", "num_heads"} & set(given):
+        return config
+    template = copy.copy(config)
+    for name in _DERIVATIONS.keys() - set(given):
+        object.__setattr__(template, name, None)
+    return template
 
 
 def _derive_kv_heads(config: "TransformerConfig") -> int:

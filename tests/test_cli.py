@@ -144,6 +144,21 @@ def test_flags_override_the_preset(configs, capfd):
     )
 
 
+@pytest.mark.parametrize(
+    ("words", "sizes"),
+    [
+        ("--embed-dim 64 --num-heads 2", (2, 32, 192)),
+        ("--embed-dim=96 --num-heads=3", (1, 32, 288)),
+        ("--embed-dim 64 --mlp-dim 100", (2, 16, 100)),
+        ("--mlp-dim 100", (2, 32, 100)),
+    ],
+)
+def test_sizes_that_follow_from_a_flag(configs, words, sizes):
+    assert main(["train", *words.split()]) == 0
+    model = configs[0].model
+    assert (model.num_kv_heads, model.head_dim, model.mlp_dim) == sizes
+
+
 def test_sample_continues_the_prompt(trained, capfd):
     words = ["sample", "--checkpoint", str(trained), "--max-bytes", "12", "--prompt", "the é"]
     assert main([*words, "--seed", "5"]) == 0
