@@ -215,16 +215,20 @@ def _train(arguments: Sequence[str]) -> None:
 
 def _train_until_stopped(arguments: Sequence[str]) -> None:
     from fsa_jax.training import PRESETS, TrainConfig
-    from fsa_jax.transformer_config import with_derived
+    from fsa_jax.transformer_config import SIZES, with_sizes
 
-    # The preset gives the defaults of all other flags, so it must be known before they are read.
-    # A wrong name is left to the full parser.
+    # The preset gives the defaults of all other flags, and some sizes of the model those of others,
+    # so they must be known before the rest is read. What is wrong is left to the full parser.
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     first.add_argument("--preset", nargs="?", default="tiny")
-    preset = first.parse_known_args(arguments)[0].preset
-    default = PRESETS.get(preset, PRESETS["tiny"])
-    flags = {x[2:].partition("=")[0].replace("-", "_") for x in arguments if x.startswith("--")}
-    default = dataclasses.replace(default, model=with_derived(default.model, flags))
+    for name in SIZES:
+        first.add_argument(f"--{name.replace('_', '-')}", type=int)
+    default = PRESETS["tiny"]
+    with contextlib.suppress(argparse.ArgumentError):
+        found = vars(first.parse_known_args(arguments)[0])
+        default = PRESETS.get(found.pop("preset"), default)
+        sizes = {name: size for name, size in found.items() if size is not None}
+        default = dataclasses.replace(default, model=with_sizes(default.model, sizes))
     config = _parse(TrainConfig, "train", arguments, default)
     # what only --help and a mistake in the flags can do without
     from fsa_jax.training import ProcessLost, train

@@ -165,8 +165,7 @@ def _rule(size: int, temperature, top_p, seed, stop, vocab_size) -> _Rule:
     """The rule of a vocabulary of `size` tokens, from the checked arguments of `generate`."""
     checks.number("temperature", temperature, "at least 0 and finite", lambda x: 0 <= x < math.inf)
     checks.number("top_p", top_p, "above 0 and at most 1", lambda x: 0 < x <= 1)
-    if checks.size("seed", seed, least=0) >= 2**31:
-        raise ValueError(f"seed must be below 2**31, got {seed}")
+    checks.size("seed", seed, least=0)
     ending = _tokens("stop", stop, size)
     choices = size if vocab_size is None else checks.size("vocab_size", vocab_size)
     if choices > size:

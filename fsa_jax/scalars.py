@@ -18,8 +18,8 @@ def size(name: str, value, least: int = 1, most: float = LARGEST) -> int:
     """A Python or NumPy integer in a range; arrays are none, since jit may trace them."""
     integer = isinstance(value, int | np.integer) and not isinstance(value, bool)
     if not integer or not least <= value <= most:
-        small = most == LARGEST and not (integer and value > most)
-        rule = f"of at least {least}" if small else f"from {least} to {most}"
+        bounded = most not in (LARGEST, math.inf) or (integer and value > most)
+        rule = f"from {least} to {most}" if bounded else f"of at least {least}"
         raise ValueError(f"{name} must be an integer {rule}, got {short(value)}")
     return int(value)
 

@@ -1,9 +1,8 @@
 """Sizes and choices of the small transformer, in plain values that JSON can hold."""
 
-import copy
 import dataclasses
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from typing import Any, Literal
 
 from fsa_jax import checks, dispatch
@@ -18,17 +17,11 @@ ATTENTIONS = ("nsa", "full")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
-def with_derived(config: "TransformerConfig", given: Collection[str]) -> "TransformerConfig":
-    """Defaults for a parser of flags: what follows from a size in `given` is to be derived.
-
-    The config is a template: those of its sizes are None until another is made of it.
-    """
-    if not {"embed_dim", "num_heads"} & set(given):
-        return config
-    template = copy.copy(config)
-    for name in _DERIVATIONS.keys() - set(given):
-        object.__setattr__(template, name, None)
-    return template
+def with_sizes(config: "TransformerConfig", sizes: dict[str, int]) -> "TransformerConfig":
+    """The config with these sizes; what follows from them, and is not among them, is derived."""
+    derived = dict.fromkeys(_DERIVATIONS.keys() - sizes.keys())
+    changed = {"embed_dim", "num_heads"} & sizes.keys()
+    return dataclasses.replace(config, **sizes, **(derived if changed else {}))
 
 
 def _derive_kv_heads(config: "TransformerConfig") -> int:
@@ -52,6 +45,7 @@ _DERIVATIONS: dict[str, Callable[["TransformerConfig"], int]] = {
 }
 
 
+SIZES = ("embed_dim", "num_heads", *_DERIVATIONS)
 #: Default of a size that follows from the others: an integer as soon as the config is made.
 _DERIVED: Any = None
 

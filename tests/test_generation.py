@@ -309,7 +309,7 @@ BAD = [
     ({"top_p": 0}, "top_p must be above 0 and at most 1, got 0"),
     ({"top_p": 1.5}, r"top_p must be above 0 and at most 1, got 1\.5"),
     ({"seed": -1}, "seed must be an integer of at least 0, got -1"),
-    ({"seed": 2**31}, r"seed must be below 2\*\*31, got 2147483648"),
+    ({"seed": 2**31}, "seed must be an integer from 0 to 2147483647, got 2147483648"),
     ({"stop": [11]}, r"stop must hold tokens in 0 \.\. 10, got 11"),
     ({"vocab_size": 12}, "vocab_size must be at most the model's 11, got 12"),
     ({"vocab_size": 0}, "vocab_size must be an integer of at least 1, got 0"),
