@@ -137,8 +137,8 @@ def test_any_segmentation(branch, segment_ids, seed):
 def test_splits_change_no_result(branch, splits, monkeypatch):
     make_plan = ranges.make_plan
 
-    def split(*args):
-        plan = make_plan(*args)
+    def split(*args, **options):
+        plan = make_plan(*args, **options)
         assert plan is not None
         return dataclasses.replace(plan, splits=splits)
 
