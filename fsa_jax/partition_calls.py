@@ -227,14 +227,16 @@ def _describe(value: Any) -> str:
 
 
 def _describe_function(function: types.FunctionType) -> str:
-    if function.__module__.partition(".")[0] != __name__.partition(".")[0]:
+    # where it is written: `functools.wraps` changes its `__module__`
+    module = str(function.__globals__.get("__name__"))
+    if module.partition(".")[0] != __name__.partition(".")[0]:
         raise _NotKnown  # its source is not in the digest
     code = function.__code__
     try:
         closure = [cell.cell_contents for cell in function.__closure__ or ()]
     except ValueError as error:  # not bound yet
         raise _NotKnown from error
-    where = (_of(function), code.co_firstlineno)
+    where = (module, function.__qualname__, code.co_firstlineno)
     return _describe((*where, code, closure, function.__defaults__, function.__kwdefaults__))
 
 
