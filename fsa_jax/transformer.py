@@ -266,6 +266,9 @@ class Transformer(nnx.Module):
             return self._extend(tokens, cache, num_tokens, fresh, only_last)
         options = {"fresh": fresh or None, "only_last": only_last or None}
         checks.absent("without a cache", num_tokens=num_tokens, **options)
+        segment_ids = checks.ids(segment_ids, tokens.shape, True)
+        if positions is not None:
+            positions = checks.integers("positions", positions, "B T")
         rest = (segment_ids, positions, dropout_key)
         return sharding.layer_call(self, self.config.sequence_axis, tokens, *rest, name="tokens")
 
