@@ -1,7 +1,7 @@
 """The portable implementation: plain XLA for any device, memory linear in the tokens.
 
 Dataflow. Every function works on one flat axis H of (row, KV head) pairs. Two loops do the work,
-each with its own backward that recomputes the softmax from the logsumexp:
+each with its own backward that recomputes the softmax:
 
 * `range_attention`: a query sees one contiguous range of keys (compressed windows, or the
   tokens of a sliding window). Tiles of queries walk the tiles of keys that any of them sees.
@@ -50,7 +50,7 @@ def range_attention(query, key, value, visible, *, scale):
 def range_gradients(query, key, value, visible, lse, delta, dout, dlse, *, scale):
     """(dq, dk, dv) of `range_attention`, given delta = sum(out * dout) - dlse.
 
-    In float32 and float64, delta is computed again from `dlse`; see `_row_sums`.
+    In float32 and float64, delta is computed again from `dlse`; see `tiles.row_numbers`.
     """
     kv_heads = key.shape[2]
     flat = _flatten(kv_heads, query, key, value, *visible)
