@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from fsa_jax import checks, context, gating, operators, reference, triton
-from fsa_jax.dispatch import choose, mode_of
+from fsa_jax.dispatch import choose, mode_of, mode_over_tokens
 from fsa_jax.operators import Call
 from fsa_jax.precision import wide_dtype
 from fsa_jax.segments import describe_rows
@@ -49,12 +49,8 @@ def gated_attention(
         checks.sequence(sequence_axis, has_batch, query.shape[1], stride)
         reason = triton.select_reason(query, windows[0], config)
         reason = next(filter(None, (reason, *reasons.values())), None)
-        mode = mode_of("native_sparse_attention", implementation, reason)
-        if mode == "reference":
-            raise NotImplementedError(
-                f"implementation='reference' cannot serve sequence_axis={sequence_axis!r}: it is "
-                "for one device; use 'xla', 'triton' or None"
-            )
+        name = "native_sparse_attention"
+        mode = mode_over_tokens(name, implementation, reason, sequence_axis)
         return context.attention(
             query,
             tuple(windows),

@@ -13,7 +13,8 @@ import jax
 from jaxtyping import Array, Float, Integer
 
 from fsa_jax import causal_context, checks, operators, reference, triton
-from fsa_jax.dispatch import CUDNN, check_name, mode_of
+from fsa_jax.dispatch import CUDNN, check_name, mode_of, mode_over_tokens
+from fsa_jax.one_branch import as_asked
 from fsa_jax.options import AnyArray, DenseImplementation, FloatLike, IntegerList, IntLike
 from fsa_jax.precision import narrow
 from fsa_jax.segments import Rows, describe_rows
@@ -125,7 +126,6 @@ def causal_attention(
         window_size = checks.size("window_size", window_size)
     query, key, value, has_batch = checks.attention_arrays(query, key, value)
     ids = checks.ids(segment_ids, query.shape[:2], has_batch)
-    rows = describe_rows(ids, *query.shape[:2])
     scale = checks.scale(scale, query.shape[-1])
     length = query.shape[1]
     if implementation in CUDNN:
@@ -137,23 +137,17 @@ def causal_attention(
         out = _by_cudnn(query, key, value, window_size, scale)
         return out if has_batch else out[0]
     reason = triton.range_reason(query, key, value, implementation)
-    mode = mode_of("causal_attention", implementation, reason)
-    result: Any
+    name = "causal_attention"
     if sequence_axis is not None:
         checks.sequence(sequence_axis, has_batch, length, 1)
-        if mode == "reference":
-            raise NotImplementedError(
-                f"implementation='reference' cannot serve sequence_axis={sequence_axis!r}: it is "
-                "for one device; use 'xla', 'triton' or None"
-            )
+        mode = mode_over_tokens(name, implementation, reason, sequence_axis)
         options = {"window_size": window_size, "scale": scale, "mode": mode, "axis": sequence_axis}
         result = causal_context.attention(query, key, value, ids, **options)
     else:
-        arrays = (query, key, value, rows)
+        mode = mode_of(name, implementation, reason)
+        arrays = (query, key, value, describe_rows(ids, *query.shape[:2]))
         result = _on_one_device(mode, arrays, min(window_size or length, length), scale)
-    if not has_batch:
-        result = jax.tree.map(lambda x: x[0], result)
-    return result if return_residuals else result[0]
+    return as_asked(result, has_batch, return_residuals)
 
 
 def _on_one_device(mode: str, arrays: tuple[jax.Array, jax.Array, jax.Array, Rows], window, scale):

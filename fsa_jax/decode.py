@@ -59,7 +59,7 @@ def mode_of(implementation: str | None, query: Float[Array, "B n N D"], cache: K
     Raises:
       NotImplementedError: the named implementation cannot serve them.
     """
-    if implementation in ("reference", "cudnn"):
+    if implementation in ("reference", *dispatch.CUDNN):
         raise NotImplementedError(
             f"implementation={implementation!r} cannot serve a cache; use 'xla', 'triton' or None"
         )

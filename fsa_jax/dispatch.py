@@ -102,3 +102,16 @@ def mode_of(function: str, implementation: str | None, reason: str | None = None
     if name in _PORTABLE:
         return "portable" if name == "xla" else name
     return "either" if implementation is None else _KERNELS[name]
+
+
+def mode_over_tokens(
+    function: str, implementation: str | None, reason: str | None, axis: str
+) -> str:
+    """`mode_of` a call whose tokens are split over a mesh axis: the reference cannot serve it."""
+    mode = mode_of(function, implementation, reason)
+    if mode == "reference":
+        raise NotImplementedError(
+            f"implementation='reference' cannot serve sequence_axis={axis!r}: it is "
+            "for one device; use 'xla', 'triton' or None"
+        )
+    return mode

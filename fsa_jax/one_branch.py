@@ -126,7 +126,7 @@ def compressed_attention(
         kernel_stride=kernel_stride,
         scale=checks.scale(scale, query.shape[-1]),
     )
-    return _result(result, has_batch, return_residuals)
+    return as_asked(result, has_batch, return_residuals)
 
 
 @overload
@@ -253,7 +253,7 @@ def selected_attention(
         block_size=block_size,
         scale=checks.scale(scale, query.shape[-1]),
     )
-    return _result(result, has_batch, return_residuals)
+    return as_asked(result, has_batch, return_residuals)
 
 
 @overload
@@ -351,9 +351,10 @@ def sliding_window_attention(
     result = choose("sliding_window_attention", implementation, reason)(
         query, key, value, rows, window_size=window_size, scale=checks.scale(scale, query.shape[-1])
     )
-    return _result(result, has_batch, return_residuals)
+    return as_asked(result, has_batch, return_residuals)
 
 
-def _result(result, has_batch: bool, return_residuals: bool) -> Any:
+def as_asked(result, has_batch: bool, return_residuals: bool) -> Any:
+    """Out and lse [B, ...] of a branch as the caller wants them."""
     out, lse = result if has_batch else (x[0] for x in result)
     return (out, lse) if return_residuals else out
