@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from fsa_jax.bench.plots import PLOTS
 from fsa_jax.bench.report import MARK, report
-from fsa_jax.bench.results import BRANCHES, load
+from fsa_jax.bench.results import BRANCHES, Run, load
 
 H200 = {"flops": 790e12, "bytes": 4.3e12, "source": "measured: products and a copy"}
 LENGTHS = (8192, 32768)
@@ -149,6 +150,19 @@ def test_sections_and_plots(made):
     assert "not a measurement" not in gpu
     assert "**`kernels.json` is incomplete" in gpu
     assert "other.json" not in text
+
+
+def test_the_plot_of_models_keeps_packed_sequences_apart():
+    """Packed and plain rows of one length are different figures, not one point."""
+    content = models("training", "step")
+    packed = [r | {"packed": True, "tokens_per_s": 9 * r["tokens_per_s"]} for r in content["rows"]]
+    content["rows"] += packed
+    figure = PLOTS["models"][1]([Run("training", content, content["rows"])])
+    assert figure is not None
+    heights = {axes.get_title(): axes.lines[0].get_ydata().tolist() for axes in figure.axes}
+    assert list(heights) == ["step, one document", "step, packed documents"]
+    one, many = heights.values()
+    assert many == [9 * height for height in one]
 
 
 def test_tables(made):

@@ -201,7 +201,8 @@ def _draw_models(runs: list[Run]) -> Figure | None:
     panels: dict[str, Lines] = {}
     for row in (row for run in runs for row in run.rows if row["function"] == MODEL):
         key = (row["model"], "o-" if row["method"] == "nsa" else "s--")
-        panels.setdefault(row["pass"], {}).setdefault(key, {})[row["length"]] = row["tokens_per_s"]
+        title = f"{row['pass']}, {'packed documents' if row['packed'] else 'one document'}"
+        panels.setdefault(title, {}).setdefault(key, {})[row["length"]] = row["tokens_per_s"]
     figure = _line_plot(panels, "tokens T", "tokens a second")
     for axes in figure.axes if figure else ():
         axes.set_ylim(bottom=0)
@@ -218,5 +219,5 @@ PLOTS: dict[str, tuple[str, Callable[[list[Run]], Figure | None]]] = {
     "split": ("Time by branch", _draw_split),
     "memory": ("Peak memory of the operator, by the compiler's account", _draw_memory),
     "roofline": ("Work done against the ceilings", _draw_roofline),
-    "models": ("Whole models (line: sparse, dashed: full attention)", _draw_models),
+    "models": ("Decoder layers of models (line: sparse, dashed: full attention)", _draw_models),
 }
