@@ -26,6 +26,11 @@ install_import_hook(INTERNAL, "beartype.beartype")
 import ahead_of_time  # noqa: E402
 import jax  # noqa: E402
 import pytest  # noqa: E402
+from tiers import (  # noqa: E402, F401
+    pytest_addoption,
+    pytest_collection_modifyitems,
+    pytest_pycollect_makeitem,
+)
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")

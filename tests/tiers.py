@@ -1,0 +1,77 @@
+"""Tiers of the tests: which cases are fast, and how the slow tier is cut into slices.
+
+`conftest.py` takes the hooks from here. CONTRIBUTING.md says when to run which tier.
+"""
+
+import zlib
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import pytest
+
+
+class Slice(NamedTuple):
+    """Slice `number` of `total`, counted from 1."""
+
+    number: int
+    total: int
+
+    def holds(self, node_id: str) -> bool:
+        """Whether a test is in the slice: by its name alone, so that no run depends on another."""
+        return zlib.crc32(node_id.encode()) % self.total == self.number - 1
+
+
+def parse_slice(text: str) -> Slice:
+    number, total = map(int, text.split("/"))
+    if not 1 <= number <= total:
+        raise ValueError(f"--slice must be K/N with K in 1 .. N, got {text}")
+    return Slice(number, total)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--slice",
+        type=parse_slice,
+        metavar="K/N",
+        help="run the K-th of N slices of the selected tests; together the slices are all of them",
+    )
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_pycollect_makeitem(collector: pytest.Module) -> Iterator[None]:
+    """Applies the markers that sort the cases of a parametrised test into tiers.
+
+    Here all cases of a test are known, whichever of them the command line asks for.
+    """
+    found = yield
+    items = [x for x in found or () if isinstance(x, pytest.Function)]
+    for item in items:
+        for marker in item.iter_markers("fast_cases"):
+            if case_of(item) not in marker.args:
+                item.add_marker(pytest.mark.slow)
+        for marker in item.iter_markers("essential_cases"):
+            if case_of(item) in marker.args:
+                item.add_marker(pytest.mark.essential)
+    for marker in (m for item in items[:1] for m in item.iter_markers()):
+        if marker.name in ("fast_cases", "essential_cases"):
+            unknown = set(marker.args) - {case_of(item) for item in items}
+            if unknown or not marker.args:
+                raise collector.CollectError(
+                    f"{marker.name} of {items[0].originalname} must name cases of it, "
+                    f"got {sorted(unknown)}"
+                )
+    return found
+
+
+def case_of(item: pytest.Function) -> str | None:
+    """What stands in brackets behind the name of a parametrised test."""
+    return item.callspec.id if hasattr(item, "callspec") else None
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    part = config.getoption("--slice")
+    if part is None:
+        return
+    kept = [item for item in items if part.holds(item.nodeid)]
+    config.hook.pytest_deselected(items=[item for item in items if not part.holds(item.nodeid)])
+    items[:] = kept
