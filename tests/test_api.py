@@ -199,6 +199,7 @@ def window_of(segment_ids):
     return fsa_jax.sliding_window_attention(**arguments)
 
 
+@pytest.mark.fast_cases("int8", "lists")
 @pytest.mark.parametrize("kind", KINDS)
 def test_segment_ids_may_be_integers_of_any_kind(kind):
     ids = KINDS[kind](DOCUMENTS)
@@ -428,6 +429,7 @@ def test_vmap_over_rows():
     check(jax.jit(jax.value_and_grad(mean, argnums=(0, 1, 2, 3)))(*BATCH, IDS))
 
 
+@pytest.mark.slow
 def test_checkpoint_and_scan_over_rows():
     def mean(*args):
         step = jax.checkpoint(lambda total, row: (total + loss(*row), None))
@@ -448,6 +450,7 @@ def test_pmap():
     check((value[0], jax.tree.map(lambda x: x[:, 0], gradients)))
 
 
+@pytest.mark.slow
 def test_shard_map_and_jit_with_shardings():
     mesh = Mesh(np.asarray(jax.devices()), ("rows",))
     spec = PartitionSpec("rows")

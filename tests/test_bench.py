@@ -24,6 +24,7 @@ def rows_of(path):
     return results["rows"]
 
 
+@pytest.mark.fast_cases("prefill", "decode")
 @pytest.mark.parametrize("suite", run.SUITES)
 def test_every_suite_runs_without_a_gpu_and_says_that_it_measures_nothing(suite, tmp_path):
     (path,) = bench(BenchConfig(suite=suite, out=tmp_path, rounds=1, minutes=0, threads=2))
@@ -66,6 +67,7 @@ def test_a_failing_method_is_recorded_and_the_others_go_on(monkeypatch):
     }
 
 
+@pytest.mark.fast_cases("sliding_window_attention")
 @pytest.mark.parametrize("function", ["sliding_window_attention", "native_sparse_attention"])
 def test_a_wrong_result_ends_the_run(function, monkeypatch):
     state = run._Run(BenchConfig(rounds=1, threads=2), interpret=True)
@@ -82,6 +84,7 @@ def test_a_wrong_result_ends_the_run(function, monkeypatch):
         list(run.measure_cases(state, [(CASE, (function,))], "xla", None))
 
 
+@pytest.mark.slow
 def test_rivals_take_turns(monkeypatch):
     """A round of each after another: a card that warms up must not favour the first."""
     order, timed = [], timing.Clock.round
@@ -118,6 +121,7 @@ def test_what_the_time_budget_leaves_out_is_recorded(tmp_path):
     assert all("time budget" in row["error"] for row in results["rows"])
 
 
+@pytest.mark.fast_cases("select_blocks-the lists")
 @pytest.mark.parametrize(
     ("function", "message"), [("block_attention", "relative error"), ("select_blocks", "the lists")]
 )
@@ -168,6 +172,7 @@ def test_work_counts_what_is_visible(packed, selection):
         assert cases.work(case, function, True)[0] == 2.5 * flops
 
 
+@pytest.mark.fast_cases("True")
 @pytest.mark.parametrize("packed", [False, True])
 def test_the_check_tells_right_from_wrong_blocks(packed):
     case = dataclasses.replace(CASE, packed=packed, length=900)

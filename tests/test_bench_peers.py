@@ -98,6 +98,7 @@ def test_a_peer_is_timed_and_compared(packages):
         assert row["flops"] > 0
 
 
+@pytest.mark.slow
 def test_a_peer_that_is_wrong_stays_and_says_so(packages, tmp_path):
     def wrong(*args):
         out, *rest = forward(*args)

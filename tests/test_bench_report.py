@@ -266,6 +266,7 @@ def test_only_rows_of_the_same_run_are_compared(tmp_path):
     assert "No peer was run beside ours." in (tmp_path / "benchmarks.md").read_text()
 
 
+@pytest.mark.slow
 def test_same_json_gives_the_same_bytes(made, tmp_path):
     copied = shutil.copytree(made / "results", tmp_path / "elsewhere")
     report(copied, tmp_path / "again")

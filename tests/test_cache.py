@@ -123,6 +123,7 @@ RAGGED = [
 ]  # fmt: skip
 
 
+@pytest.mark.fast_cases("weighted", "full")
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_any_chunks_give_the_training_forward(options):
     layer, x = make(**options), inputs()
@@ -138,6 +139,7 @@ def test_any_chunks_give_the_training_forward(options):
     settings(max_examples=10, deadline=None, database=None)(given(chunkings(widths))(check))()
 
 
+@pytest.mark.fast_cases("default", "full")
 @pytest.mark.parametrize("name", ["default", "per_branch", "full"])
 def test_fresh_sequences_run_the_training_forward_and_forget_what_was_there(name):
     layer, x = make(**OPTIONS[name]), inputs()
@@ -153,6 +155,7 @@ def run_cache(layer, x, cache):
     return cache
 
 
+@pytest.mark.slow
 def test_kernels_serve_sequences_of_different_lengths():
     """A chunk by the kernels of training, then some tokens by those of decoding."""
     config = dataclasses.replace(CONFIG, block_size=16)
@@ -312,6 +315,7 @@ def test_a_cache_of_a_dtype_that_no_call_takes(layer, dtype, message):
         make(**layer).init_cache(BATCH, LENGTH, dtype=dtype)
 
 
+@pytest.mark.slow
 def test_a_cache_of_the_dtype_of_the_keys(x64):
     """The dtype of x counts where the layer has none and the parameters' is narrower."""
     layer = FullAttention(4, FEATURES, implementation="xla", rngs=nnx.Rngs(0))
@@ -322,6 +326,7 @@ def test_a_cache_of_the_dtype_of_the_keys(x64):
         assert cache.key.dtype == dtype
 
 
+@pytest.mark.fast_cases("FullAttention")
 @pytest.mark.parametrize("cls", [NativeSparseAttention, FullAttention])
 def test_error_rule_in_bfloat16(cls, x64):
     """All blocks are selected: a choice that rounding flips is no error of the attention."""

@@ -86,6 +86,7 @@ def exact(ids_given, window, heads, dtype):
         return args, same, jax.tree.map(np.asarray, found)
 
 
+@pytest.mark.fast_cases("packed-xla", "packed-triton_interpret", "packed_window-reference")
 @pytest.mark.parametrize("implementation", ["xla", "triton_interpret", "reference"])
 @pytest.mark.parametrize(
     ("packed", "window", "heads", "dtype"),
@@ -125,6 +126,7 @@ def test_without_a_batch_and_under_vmap():
     assert_close(jax.vmap(attend("xla"))(*args), wanted)
 
 
+@pytest.mark.fast_cases("False-None")
 @pytest.mark.parametrize(("packed", "window"), [(True, None), (False, None), (True, 24)])
 def test_tokens_over_four_devices(packed, window):
     """The same numbers; keys and values are gathered, their gradients scattered, nothing else."""
@@ -183,6 +185,7 @@ def test_memory_of_a_layer_is_linear_on_cpus():
     assert peak(16384) <= 4.2 * peak(4096)
 
 
+@pytest.mark.slow
 def test_hopper_kernels_at_a_group_that_is_no_power_of_two(monkeypatch):
     """Three heads as two and one: what the reference gives, from one float32 sum of two parts."""
     monkeypatch.setattr(hopper, "PROGRAMS", 2)  # each of them is interpreted

@@ -97,6 +97,7 @@ def test_train_prints_losses_and_paths(data, tmp_path, capfd):
     assert lines[-1].startswith(f"step 2: held-out loss {loss:.4f} nats/byte (unigram ")
 
 
+@pytest.mark.slow
 def test_train_shows_progress_as_lines_without_a_terminal(data, trained, tmp_path, capfd):
     run = shutil.copytree(trained, tmp_path / "run")
     assert main(train_words(data, run, "--resume", "--steps", "3")) == 0
@@ -208,6 +209,7 @@ def test_sample_shows_bytes_that_are_no_text(trained, monkeypatch, capfd):
     assert capfd.readouterr().out == "ba\N{REPLACEMENT CHARACTER}\N{REPLACEMENT CHARACTER}\n"
 
 
+@pytest.mark.slow
 def test_a_reader_that_leaves_ends_the_sample(monkeypatch):
     asked = []
 
@@ -461,6 +463,7 @@ def test_an_empty_path_is_no_path(words, capfd):
     assert re.search(rf"{flag}.*''|'' .*{flag}", one_line(capfd))
 
 
+@pytest.mark.slow
 def test_failed_training_exits_with_1(data, tmp_path, capfd):
     words = train_words(data, tmp_path / "run", "--learning-rate", "1e38", "--warmup-steps", "0")
     assert main([*words, "--steps", "4"]) == 1

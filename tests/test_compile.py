@@ -69,6 +69,7 @@ def array_sizes(text):
     return [math.prod(map(int, shape.split(","))) for shape in shapes]
 
 
+@pytest.mark.essential_cases("A100-g3_wide", "H200-main-query_outer")
 @pytest.mark.parametrize("case", CASES, ids=case_id)
 def test_selected_attention_compiles(case):
     device, name, options = case
@@ -76,6 +77,7 @@ def test_selected_attention_compiles(case):
     assert set(custom_calls(compiled_text(device, *program))) == {TRITON}
 
 
+@pytest.mark.essential_cases("H100-main", "B200-main")
 @pytest.mark.parametrize("case", OPERATOR_CASES, ids=case_id)
 def test_the_operator_compiles(case):
     """Forward and backward of all branches and of the selection."""
@@ -90,6 +92,7 @@ def test_a_vmapped_call_compiles():
     assert set(custom_calls(compiled_text("H200", jax.vmap(run), *shapes))) == {TRITON}
 
 
+@pytest.mark.essential
 def test_the_automatic_choice_is_by_the_device_compiled_for():
     run, *shapes = operator_gradients(KERNELS["g2"])
     lowered = lower_for("H200", run, *shapes).as_text()
@@ -160,6 +163,7 @@ def test_a_million_tokens_fit_one_gpu():
 NARROW = Shape(length=65536, heads=4, kv_heads=2, width=32, value_width=32, block_size=64, slots=16)
 
 
+@pytest.mark.essential_cases("True")
 @pytest.mark.usefixtures("empty_kernels")
 @pytest.mark.parametrize("packed", [False, True])
 def test_no_array_is_tokens_by_blocks_and_nothing_leaves_the_device(packed):
@@ -187,6 +191,7 @@ def test_the_measure_sees_an_array_of_tokens_by_blocks():
 GROUPS = [1, 2, 3, 4, 5, 6, 7, 8, 12, 16]
 
 
+@pytest.mark.essential_cases("query_outer_packed-kernels3-groups3")
 @pytest.mark.parametrize(
     ("method", "kernels", "groups"),
     [

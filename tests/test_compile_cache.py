@@ -48,6 +48,7 @@ def compiled(length, batch=1, **options):
     return memory.temp_size_in_bytes, size, text
 
 
+@pytest.mark.essential
 def test_a_step_takes_little_memory():
     scratch, size, text = compiled(1)
     print(f"{scratch / MIB:.0f} MiB of {size / MIB:.0f}")

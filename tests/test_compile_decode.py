@@ -61,6 +61,7 @@ def test_a_step_at_128k_needs_no_memory_and_stays_in_registers(device, batch):
         assert_in_registers(rows)
 
 
+@pytest.mark.essential_cases("H200-8-4-128-128-bfloat16")
 @pytest.mark.parametrize("sizes", SIZES, ids=lambda sizes: "-".join(map(str, sizes)))
 def test_kernels_of_all_sizes_stay_in_registers(sizes):
     device, tokens, group, width, value_width, dtype = sizes

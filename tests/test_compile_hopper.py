@@ -25,6 +25,7 @@ def calls(device, shape, **arguments):
     return custom_calls(compile_for(device, *operator_gradients(shape, **arguments)).as_text())
 
 
+@pytest.mark.essential_cases("True")
 @pytest.mark.parametrize("packed", [False, True])
 def test_both_branches_compile(packed):
     """Three kernels each; selection and selected attention are in Triton."""
@@ -41,6 +42,7 @@ def test_both_branches_take_the_kernels_by_themselves(packed):
     assert found.count(MOSAIC) == 6
 
 
+@pytest.mark.essential_cases("A100-shape3-arguments3")
 @pytest.mark.usefixtures("empty_kernels")
 @pytest.mark.parametrize(
     ("device", "shape", "arguments"),

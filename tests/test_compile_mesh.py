@@ -80,6 +80,7 @@ def over_sequence(shape):
     return run, shapes
 
 
+@pytest.mark.essential_cases("True")
 @pytest.mark.parametrize("packed", [False, True])
 def test_rows_and_heads_need_no_collective(packed):
     shape = Shape(batch=4, length=4096, heads=8, kv_heads=2, **WIDTHS)

@@ -65,6 +65,7 @@ def test_memory_of_a_training_step(config, limit, ranges):
         assert f"{kernel}_kernel" in text
 
 
+@pytest.mark.essential
 def test_no_copy_of_queries_between_the_kernels_of_a_layer():
     """All kernels take [B, T, N, D] as the projections leave it."""
     length, heads, kv_heads, width = 16384, 16, 4, 128

@@ -33,6 +33,7 @@ PROGRAMS = {
 }
 
 
+@pytest.mark.essential_cases("decode")
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_kernels_are_the_same(name):
     """The automatic choice, and the kernels of decoding."""

@@ -48,6 +48,7 @@ SHAPES = {
 }
 
 
+@pytest.mark.fast_cases("selected", "causal")
 @pytest.mark.parametrize(
     ("block", "result"), list(zip(BLOCKS, SHAPES.values(), strict=True)), ids=SHAPES
 )

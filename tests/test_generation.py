@@ -41,6 +41,7 @@ def extend(model, tokens, cache, num_tokens=None, fresh=False, only_last=False):
     return model(tokens, cache=cache, num_tokens=num_tokens, **options)
 
 
+@pytest.mark.fast_cases("full")
 @pytest.mark.parametrize("name", CONFIGS)
 def test_model_gives_the_logits_of_the_training_forward(name):
     model, tokens = make(name), jnp.concatenate([TOKENS, TOKENS[:, ::-1]])
@@ -83,6 +84,7 @@ def test_greedy_text_is_the_argmax_chain_of_the_training_forward(name):
         assert text[-2:] == stop or len(text) == 16
 
 
+@pytest.mark.slow
 def test_the_seed_decides_and_texts_do_not_depend_on_one_another():
     model = make()
 

@@ -77,6 +77,7 @@ CASES = {
 }
 
 
+@pytest.mark.fast_cases("one_token", "no_scale")
 @pytest.mark.parametrize("name", CASES)
 def test_numbers_are_those_of_the_reference(name, monkeypatch):
     """Two programs, so that one has several items; what nobody sees is NaN."""

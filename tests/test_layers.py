@@ -71,6 +71,7 @@ def peer_parameters(layer, arrays, prefix):
     }
 
 
+@pytest.mark.fast_cases("mod_xl_linear-head-xla", "mod_fsa_groupsum-token-reference")
 @pytest.mark.parametrize("implementation", ["reference", "xla"])
 @pytest.mark.parametrize(
     ("name", "gate"), [("mod_xl_linear", "head"), ("mod_fsa_groupsum", "token")]
@@ -137,6 +138,7 @@ DOCUMENTS = [
 ]
 
 
+@pytest.mark.fast_cases("options1", "options4")
 @pytest.mark.parametrize("options", VARIANTS)
 def test_packed_row_equals_its_documents(options):
     layer, x = perturbed(make(**options)), inputs()
@@ -147,6 +149,7 @@ def test_packed_row_equals_its_documents(options):
         np.testing.assert_allclose(packed[:, here], want, atol=1e-5 if document else 0)
 
 
+@pytest.mark.slow
 def test_gradients_of_packed_row_equal_those_of_its_documents():
     # the peers' vectors above are packed too; they hold the gradients of the default options
     layer, x = perturbed(make(**VARIANTS[1])), inputs()

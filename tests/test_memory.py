@@ -89,6 +89,7 @@ def peak_bytes(function, length):
     return memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
 
 
+@pytest.mark.fast_cases("compress", "compressed", "select", "window")
 @pytest.mark.parametrize(
     "function", [compress, compressed, selected, window, select, operator], ids=lambda f: f.__name__
 )

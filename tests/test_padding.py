@@ -179,6 +179,7 @@ def test_one_block_of_a_model():
         assert_same_bits(run(poisoned(x, PADDING, poison)), wanted)
 
 
+@pytest.mark.fast_cases("full-False")
 @pytest.mark.parametrize(("name", "fresh"), [("nsa", True), ("full", False)])
 def test_a_model_with_a_cache(name, fresh):
     """Tokens beyond `num_tokens`; a sequence that gets none, too."""

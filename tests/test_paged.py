@@ -149,6 +149,7 @@ def attend_blocks(*args, scale=SCALE):
     return paged.block_attention(*args, scale=scale, interpret=INTERPRET)
 
 
+@pytest.mark.fast_cases("g4", "g3_three_queries", "one_page")
 @pytest.mark.parametrize("name", CASES)
 def test_a_query_sees_a_range(name):
     case = CASES[name]
@@ -195,6 +196,7 @@ def lists_of(case, seed=4):
     return lists.astype(np.int32), last.astype(np.int32)
 
 
+@pytest.mark.fast_cases("g4", "g3_three_queries", "one_page")
 @pytest.mark.parametrize("name", CASES)
 def test_a_query_sees_its_blocks(name):
     case = CASES[name]
@@ -210,6 +212,7 @@ def test_a_query_sees_its_blocks(name):
     assert_right(case, got, key, value, sees)
 
 
+@pytest.mark.fast_cases("sizes1")
 @pytest.mark.parametrize(
     "sizes",
     [
@@ -345,6 +348,7 @@ CONFIG = NSAConfig(
 WIDE_WINDOWS = dataclasses.replace(CONFIG, kernel_size=24, init_blocks=0, local_blocks=1, topk=7)
 
 
+@pytest.mark.fast_cases("False-paper", "True-wide")
 @pytest.mark.parametrize("config", [CONFIG, WIDE_WINDOWS], ids=["paper", "wide"])
 @pytest.mark.parametrize("ties", [False, True])
 def test_selection_is_that_of_the_portable_path(config, ties, monkeypatch):

@@ -136,7 +136,7 @@ for _machine in (Server, FullServer):
     _machine.TestCase.settings = settings(
         max_examples=20, stateful_step_count=12, deadline=None, database=None
     )
-TestServer, TestFullServer = Server.TestCase, FullServer.TestCase
+TestServer, TestFullServer = pytest.mark.slow(Server.TestCase), FullServer.TestCase
 
 
 def test_one_token_at_a_time_in_pages_of_others():

@@ -101,6 +101,7 @@ CASES = {
 TOLERANCE = {"float32": 2e-6, "float16": 4e-3, "bfloat16": 3e-2}
 
 
+@pytest.mark.fast_cases("g2", "g5", "g16", "one_token")
 @pytest.mark.parametrize("case", CASES)
 def test_values_and_gradients_are_those_of_the_reference(case):
     shape, dtype = CASES[case]
@@ -145,6 +146,7 @@ TUNINGS = {
 }
 
 
+@pytest.mark.fast_cases("query_outer", "query_tile", "kv_outer")
 @pytest.mark.parametrize("name", TUNINGS)
 def test_tuning_changes_no_result(name):
     shape = dataclasses.replace(SMALL, block_size=32)
@@ -155,6 +157,7 @@ def test_tuning_changes_no_result(name):
     assert_close(got, exact_small(indices, ids, *args, block_size=32), TOLERANCE["bfloat16"])
 
 
+@pytest.mark.fast_cases("4-True", "4-False")
 @pytest.mark.parametrize("alike", [True, False])
 @pytest.mark.parametrize("group", [4, 8, 16])
 def test_the_lists_decide_which_kernels_run(group, alike):
@@ -178,6 +181,7 @@ def test_the_lists_decide_which_kernels_run(group, alike):
     assert_close(got, exact(make, 7, *args), TOLERANCE["bfloat16"])
 
 
+@pytest.mark.fast_cases("1-34-1-True")
 @pytest.mark.parametrize(
     ("heads", "tokens", "sort_pairs", "packed"),
     [(2, 90, 2**20, True), (2, 34, 2**20, False), (1, 34, 1, True), (4, 7, 1, False)],
@@ -198,6 +202,7 @@ def test_chunks_change_no_result(heads, tokens, sort_pairs, packed, monkeypatch)
     assert_close(got, exact_small(indices, ids, *args), TOLERANCE["float32"])
 
 
+@pytest.mark.fast_cases("query_tile")
 @pytest.mark.parametrize("method", [None, "kv_outer", "query_tile"])
 def test_many_short_documents(method):
     """More blocks than programs: each has several items to work on."""
@@ -246,6 +251,7 @@ def test_a_chunk_fits_the_scratch_budget(scratch_mib, dtype):
         assert whole or 2.1 * (partial + pieces + 16 * pairs) >= budget
 
 
+@pytest.mark.fast_cases("query_tile")
 @pytest.mark.parametrize("method", METHODS)
 @settings(deadline=None, max_examples=25)
 @given(segmentations(SMALL.batch, SMALL.length), st.integers(0, 2**31))
@@ -274,6 +280,7 @@ def test_bitwise_the_same_on_every_rerun():
         assert_same_bits(run(*inputs(SMALL)), first)
 
 
+@pytest.mark.slow
 def test_vmap_and_checkpoint():
     indices = jnp.stack([lists(i, *SMALL.indices, SMALL.blocks) for i in range(3)])
     args = [jnp.stack(x) for x in zip(*(inputs(SMALL, seed=9 * i) for i in range(3)), strict=True)]

@@ -44,7 +44,8 @@ def pytest_pycollect_makeitem(collector: pytest.Module) -> Iterator[None]:
     Here all cases of a test are known, whichever of them the command line asks for.
     """
     found = yield
-    items = [x for x in found or () if isinstance(x, pytest.Function)]
+    functions = found if isinstance(found, list) else []  # else None, or a class of tests
+    items = [x for x in functions if isinstance(x, pytest.Function)]
     for item in items:
         for marker in item.iter_markers("fast_cases"):
             if case_of(item) not in marker.args:
