@@ -103,6 +103,9 @@ CASES = {
 }
 
 
+@pytest.mark.fast_cases(
+    "g2-True", "g5-False", "g16-True", "short-False", "no_slot-False", "one_token-True"
+)
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("case", CASES)
 def test_values_and_gradients_are_those_of_the_reference(case, packed):
@@ -132,6 +135,7 @@ def test_any_segmentation(branch, segment_ids, seed):
     assert_close(ours(segment_ids, *args), reference(segment_ids, *args), 1e-5)
 
 
+@pytest.mark.fast_cases("compressed-2", "window-7")
 @pytest.mark.parametrize("splits", [1, 2, 7])
 @pytest.mark.parametrize("branch", ["compressed", "window"])
 def test_splits_change_no_result(branch, splits, monkeypatch):
@@ -235,6 +239,7 @@ def operator(implementation, segment_ids, query, key, value, gates):
     )  # fmt: skip
 
 
+@pytest.mark.fast_cases("6-False")
 @pytest.mark.parametrize(("gate_heads", "packed"), [(1, True), (6, False)])
 def test_the_operator_and_its_gradients(gate_heads, packed):
     """Through gates, compression, selection and all three branches."""
@@ -253,6 +258,7 @@ def test_the_operator_and_its_gradients(gate_heads, packed):
     assert_close(got, wanted, 1e-5)
 
 
+@pytest.mark.slow
 def test_vmap_of_the_operator_under_checkpoint():
     args = [normal(i, 3, 90, *shape) for i, shape in enumerate(((2, 16), (1, 16), (1, 16), (2, 3)))]
     policy = jax.checkpoint_policies.save_only_these_names(*fsa_jax.CHECKPOINT_NAMES)

@@ -58,6 +58,7 @@ def whole_operator() -> list[str]:
 ARRAYS = (QUERY, KEY, VALUE, GATES, WEIGHTS, IDS)
 
 
+@pytest.mark.slow
 def test_names_are_the_same_in_another_process():
     found = whole_operator()
     assert len(found) > 20

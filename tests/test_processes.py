@@ -14,7 +14,7 @@ import pytest
 from fsa_jax.training import read_metrics
 
 # One run at a time: they share the machine's cores.
-pytestmark = pytest.mark.xdist_group("processes")
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("processes")]
 STEPS = 5
 COMMON = {
     "steps": STEPS, "eval-every": STEPS, "eval-rows": 2, "checkpoint-every": 1, "batch-size": 4,

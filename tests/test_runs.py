@@ -183,6 +183,7 @@ def signals_at(monkeypatch, step: int, *numbers: int):
     monkeypatch.setattr(loop.TrainingBatches, "__next__", batch)
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_bitwise_and_can_be_made_longer(
     texts, dense, tmp_path, monkeypatch, capfd
 ):
@@ -294,6 +295,7 @@ def test_code_that_python_cannot_interrupt_is_not_waited_for(stepping, count, mo
     assert seen == [(signal.SIGTERM, False)]
 
 
+@pytest.mark.slow
 @pytest.mark.xdist_group("processes")
 def test_all_processes_stop_at_the_same_step(texts, tmp_path):
     """Though only one of them is told to; also by Ctrl-C, which jax's service does not catch."""

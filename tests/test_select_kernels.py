@@ -151,6 +151,7 @@ CASES = {
 }
 
 
+@pytest.mark.fast_cases("g2", "g4", "g128", "one_token")
 @pytest.mark.parametrize("case", CASES)
 def test_the_best_blocks(case):
     config, length, group, width, kinds = CASES[case]
@@ -168,6 +169,7 @@ TIES = {
 }
 
 
+@pytest.mark.fast_cases("long_window", "no_init")
 @pytest.mark.parametrize("name", TIES)
 def test_equal_scores_go_to_the_lower_numbers(name):
     config = TIES[name]

@@ -79,6 +79,7 @@ def compiled(run, mesh, spec, arrays):
         return program(*placed), {name: found.count(name) for name in set(found)}
 
 
+@pytest.mark.fast_cases("xla-auto")
 @pytest.mark.parametrize(
     ("implementation", "kind"),
     [("xla", "auto"), ("xla", "explicit"), ("triton_interpret", "auto")],
@@ -94,6 +95,7 @@ def test_rows_and_heads_are_split_without_a_word_between_devices(implementation,
         assert x.sharding.is_equivalent_to(NamedSharding(mesh, P("data", None, "tensor")), x.ndim)
 
 
+@pytest.mark.fast_cases("xla-auto-False")
 @pytest.mark.parametrize(
     ("implementation", "kind", "packed"),
     [("xla", "auto", False), ("xla", "explicit", True), ("triton_interpret", "auto", True)],

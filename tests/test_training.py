@@ -134,6 +134,7 @@ def assert_same_bits(one, two):
         assert np.asarray(left).tobytes() == np.asarray(right).tobytes(), path
 
 
+@pytest.mark.slow
 def test_resume_goes_on_bitwise(texts, straight, tmp_path):
     config = tiny(texts, tmp_path / "stopped")
     train(dataclasses.replace(config, steps=3))

@@ -21,6 +21,7 @@ def losses(config):
     return {row["step"]: row["loss"] for row in rows if "loss" in row}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "meshes"),
     [(FULL, ("data=4,tensor=2", "data=2")), (NSA, ("", "data=2,sequence=2"))],

@@ -71,6 +71,16 @@ def window(segment_ids, implementation, window_size=7):
     )
 
 
+@pytest.mark.fast_cases(
+    "compressed-g2_batch-True",
+    "compressed-g3_odd-False",
+    "selected-g2_batch-False",
+    "selected-g5-True",
+    "selected-many_slots-True",
+    "selected-one_token-False",
+    "window-many_tiles-True",
+    "window-g3_odd-False",
+)
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("name", SMALL)
@@ -206,6 +216,7 @@ def test_gradients_of_the_operator(gate_heads):
     assert_close(got, wanted)
 
 
+@pytest.mark.fast_cases("compressed-xla", "selected-xla", "window-xla")
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("branch", ["compressed", "selected", "window"])
@@ -227,6 +238,14 @@ def test_finite_differences(branch, implementation):
     check_grads(finite, (query, key, value), order=1, modes=["rev"], atol=1e-6, rtol=1e-6)
 
 
+@pytest.mark.fast_cases(
+    "compressed-xla-bfloat16",
+    "compressed-triton_interpret-float16",
+    "selected-xla-float32",
+    "selected-triton_interpret-bfloat16",
+    "window-xla-bfloat16",
+    "window-triton_interpret-bfloat16",
+)
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32])
 @pytest.mark.parametrize("implementation", ["xla", "triton_interpret"])
 @pytest.mark.parametrize("branch", ["compressed", "window", "selected"])
