@@ -1,6 +1,7 @@
 """Test set-up: 8 CPU devices, strict dtypes and ranks, shape checks of the internal functions."""
 
 import os
+from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Runs of the tests keep no programs among the user's.
@@ -36,6 +37,18 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # On a GPU, the projections of the layers would otherwise be cut to tf32: right, but not comparable.
 jax.config.update("jax_default_matmul_precision", "highest")
+
+
+#: Linux lets a process have 65,530 maps of memory. Every compiled program takes some; without, XLA
+#: crashes.
+MAPS = Path("/proc/self/maps")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def room_for_programs():
+    """Lets go of the compiled programs of former files, once there are many."""
+    if MAPS.exists() and MAPS.read_bytes().count(b"\n") > 30_000:
+        jax.clear_caches()
 
 
 @pytest.fixture

@@ -24,7 +24,7 @@ def rows_of(path):
     return results["rows"]
 
 
-@pytest.mark.fast_cases("prefill", "decode")
+@pytest.mark.fast_cases("decode")
 @pytest.mark.parametrize("suite", run.SUITES)
 def test_every_suite_runs_without_a_gpu_and_says_that_it_measures_nothing(suite, tmp_path):
     (path,) = bench(BenchConfig(suite=suite, out=tmp_path, rounds=1, minutes=0, threads=2))

@@ -87,6 +87,7 @@ def rows_of(methods):
     return {(row["method"], row["pass"]): row for row in rows if row["method"] in methods}
 
 
+@pytest.mark.slow
 def test_a_peer_is_timed_and_compared(packages):
     packages(forward)
     rows = rows_of(("peer_fsa",))
@@ -98,7 +99,6 @@ def test_a_peer_is_timed_and_compared(packages):
         assert row["flops"] > 0
 
 
-@pytest.mark.slow
 def test_a_peer_that_is_wrong_stays_and_says_so(packages, tmp_path):
     def wrong(*args):
         out, *rest = forward(*args)

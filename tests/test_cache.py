@@ -123,7 +123,7 @@ RAGGED = [
 ]  # fmt: skip
 
 
-@pytest.mark.fast_cases("weighted", "full")
+@pytest.mark.fast_cases("full", "full_group_of_8")
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_any_chunks_give_the_training_forward(options):
     layer, x = make(**options), inputs()

@@ -68,6 +68,7 @@ def argmax_chain(model, prompt, count):
     return tokens[len(prompt) :]
 
 
+@pytest.mark.fast_cases("full")
 @pytest.mark.parametrize("name", CONFIGS)
 def test_greedy_text_is_the_argmax_chain_of_the_training_forward(name):
     model = make(name)

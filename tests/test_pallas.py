@@ -261,6 +261,7 @@ def test_any_segmentation_and_any_lists(method, segment_ids, seed):
     assert_close(ours(*args), compiled("reference")(*args), 1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["hot", "own", "none"])
 def test_skewed_lists(name):
     """All queries on one block, each on its own, none on any."""

@@ -239,7 +239,17 @@ def operator(implementation, segment_ids, query, key, value, gates):
     )  # fmt: skip
 
 
-@pytest.mark.fast_cases("6-False")
+def test_values_of_the_operator():
+    """The forward pass alone, which compiles fast: branches, selection and gates on kernels."""
+    args = [normal(i, 1, 90, *x) for i, x in enumerate(((4, 16), (2, 16), (2, 16), (4, 3)))]
+    got, wanted = (
+        jax.jit(functools.partial(operator, name, documents(1, 90)))(*args)
+        for name in (KERNELS, "reference")
+    )
+    assert_close(got, wanted, 1e-5)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("gate_heads", "packed"), [(1, True), (6, False)])
 def test_the_operator_and_its_gradients(gate_heads, packed):
     """Through gates, compression, selection and all three branches."""
@@ -276,6 +286,7 @@ def test_vmap_of_the_operator_under_checkpoint():
     assert_close(together(*args), wanted, 1e-6)
 
 
+@pytest.mark.slow
 def test_on_a_cpu_the_choice_for_either_device_is_the_portable_implementation(monkeypatch):
     """What None does in a process that has a GPU, lowered for a CPU: values and gradients."""
     args = [normal(i, 1, 90, *shape) for i, shape in enumerate(((4, 8), (2, 8), (2, 8), (4, 3)))]

@@ -95,7 +95,7 @@ def test_rows_and_heads_are_split_without_a_word_between_devices(implementation,
         assert x.sharding.is_equivalent_to(NamedSharding(mesh, P("data", None, "tensor")), x.ndim)
 
 
-@pytest.mark.fast_cases("xla-auto-False")
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("implementation", "kind", "packed"),
     [("xla", "auto", False), ("xla", "explicit", True), ("triton_interpret", "auto", True)],
@@ -131,6 +131,7 @@ def test_inside_shard_map_the_axis_is_used_as_it_is():
     assert_close((back(out), (*map(back, gradients), weights)), alone(), 1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "axis"), [("explicit", None), ("auto", "data")])
 def test_the_layer(kind, axis):
     """Rows over the axis, or the tokens of a row; each branch with keys of its own."""
@@ -272,6 +273,7 @@ def twice_alone():
     return jax.jit(twice)(QUERY, KEY, VALUE, GATES, WEIGHTS)
 
 
+@pytest.mark.fast_cases("jit-auto-on_mesh2")
 @pytest.mark.parametrize(
     ("how", "kind", "on_mesh"),
     [
@@ -364,6 +366,7 @@ def test_axes_are_cut_into_prime_factors():
     assert sharding._factored({"a": 4, "b": 6}, "a", -1) == {"a": 4, "b[0]": 3, "b[1]": 2}
 
 
+@pytest.mark.slow
 def test_a_model_with_tokens_over_explicit_axes():
     config = TransformerConfig(
         vocab_size=32, num_layers=1, embed_dim=16, num_heads=2, num_kv_heads=1, head_dim=8,

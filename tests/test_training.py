@@ -163,6 +163,7 @@ def test_resuming_a_finished_run_changes_nothing(texts, run):
     assert read_metrics(run / "metrics.jsonl") == before
 
 
+@pytest.mark.slow
 def test_what_a_run_writes(straight):
     rows = read_metrics(straight / "metrics.jsonl")
     steps, losses = curve(rows, "loss")
