@@ -139,7 +139,7 @@ def test_any_chunks_give_the_training_forward(options):
     settings(max_examples=10, deadline=None, database=None)(given(chunkings(widths))(check))()
 
 
-@pytest.mark.fast_cases("default", "full")
+@pytest.mark.fast_cases("full")
 @pytest.mark.parametrize("name", ["default", "per_branch", "full"])
 def test_fresh_sequences_run_the_training_forward_and_forget_what_was_there(name):
     layer, x = make(**OPTIONS[name]), inputs()

@@ -79,7 +79,7 @@ def compiled(run, mesh, spec, arrays):
         return program(*placed), {name: found.count(name) for name in set(found)}
 
 
-@pytest.mark.fast_cases("xla-auto")
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("implementation", "kind"),
     [("xla", "auto"), ("xla", "explicit"), ("triton_interpret", "auto")],
@@ -112,6 +112,7 @@ def test_a_row_over_several_devices(implementation, kind, packed):
     assert_close(got, alone(packed), 1e-5)
 
 
+@pytest.mark.slow
 def test_inside_shard_map_the_axis_is_used_as_it_is():
     mesh = mesh_of("auto", ("sequence", 4))
     tokens = P(None, "sequence")

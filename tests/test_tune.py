@@ -132,6 +132,7 @@ def test_plans_of_all_kernels_take_their_tiles():
     assert make_plan(SelectedTuning(), query, key, value, 16, 64, 90).forward != PLAIN
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kernel", ["range_forward", "range_key_gradient"])
 def test_a_tile_changes_the_program_and_not_the_result(kernel):
     """Nothing stays traced with the tile of the candidate before."""
@@ -214,6 +215,7 @@ def test_wrong_results_are_told():
     assert "0.0% of the lists" in (difference(lists + 1, lists) or "")
 
 
+@pytest.mark.slow
 def test_the_command_without_a_gpu_measures_nothing_and_says_so(tmp_path, monkeypatch):
     """The whole path with interpreted kernels; a wrong candidate is dropped."""
     some = [

@@ -33,6 +33,12 @@ def names(prefix):
     return sorted(path.stem for path in VECTORS.glob(f"{prefix}_*.npz"))
 
 
+@pytest.mark.fast_cases(
+    "sel_future_g4_d32_b16_t8-xla",
+    "sel_g1_d64_b32_t4-reference",
+    "sel_g16_d64_b16_t4-xla",
+    "sel_noblock0_g4_d64_b16_t4-xla",
+)
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("name", names("sel"))
@@ -53,6 +59,12 @@ def test_selected_attention(name, implementation):
     assert_close((out, lse, gradients), wanted, STORED)
 
 
+@pytest.mark.fast_cases(
+    "cmp_avg_l32_d16_s32_g2_varlen-reference",
+    "cmp_avg_l32_d16_s32_g2_varlen-xla",
+    "cmp_lin_l32_d16_s32_g2-xla",
+    "cmp_wpool_l32_d8_s64_g4-xla",
+)
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("name", names("cmp"))

@@ -202,6 +202,7 @@ def test_a_kernel_takes_weakly_typed_numbers(x64):
     np.testing.assert_array_equal(run(), np.arange(16) > 3)
 
 
+@pytest.mark.slow
 def test_tokens_over_devices(x64):
     """float64 gives what one device gives; programs of float32 have no arrays of 64 bits."""
     sizes = {"num_kv_heads": 1, "head_dim": 16, "config": CONFIG, "implementation": "xla"}
