@@ -24,10 +24,10 @@ import jax
 import numpy as np
 from matplotlib.figure import Figure
 
-from fsa_jax.environment import versions
 from fsa_jax.training import PRESETS, TrainConfig, read_metrics, train
 from fsa_jax.training.config import config_to_json
 from fsa_jax.training.metrics import curve
+from fsa_jax.versions import versions
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"

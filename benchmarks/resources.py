@@ -5,9 +5,9 @@
 
 Needs jax's plugin for CUDA 12 (`jax-cuda12-plugin`, `jax-cuda12-pjrt`) and NVIDIA's assembler
 (`nvidia-cuda-nvcc-cu12`), but no GPU. Compiles selected attention, and compressed attention and
-the selection, with their gradients, at the `main` shape of tests/shapes.py with other numbers of
-query heads, and a step of decoding at 131,072 tokens with those heads; asks ptxas about each
-kernel, writes JSON and prints it as a table.
+the selection, with their gradients, at the `main` shape of fsa_jax/bench/shapes.py with other
+numbers of query heads, and a step of decoding at 131,072 tokens with those heads; asks ptxas about
+each kernel, writes JSON and prints it as a table.
 """
 
 import argparse
@@ -17,27 +17,24 @@ import importlib.util
 import json
 import re
 import subprocess
-import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 import jax
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from fsa_jax.pallas import SelectedTuning  # noqa: E402
-from fsa_jax.pallas.tuning import METHODS as SELECTED_METHODS  # noqa: E402
-from tests.ahead_of_time import (  # noqa: E402
+from fsa_jax.bench.ahead_of_time import (
     TARGETS,
     compile_for,
     compressed_gradients,
     decode_step,
     selected_gradients,
 )
-from tests.shapes import KERNELS  # noqa: E402
+from fsa_jax.bench.shapes import KERNELS
+from fsa_jax.pallas import SelectedTuning
+from fsa_jax.pallas.tuning import METHODS as SELECTED_METHODS
 
+ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "benchmarks" / "results" / "resources.json"
 #: An H100 gets the code of an H200, but for measured tiles.
 DEVICES = ("A100", "L40", "H200", "B200")

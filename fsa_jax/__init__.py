@@ -14,13 +14,13 @@ if TYPE_CHECKING:
         selected_attention,
         sliding_window_attention,
     )
-    from fsa_jax.cache import KVCache, NSACache
+    from fsa_jax.arguments.types import CompressionMethod, Implementation
     from fsa_jax.causal import causal_attention
     from fsa_jax.config import NSAConfig
     from fsa_jax.dispatch import explain
     from fsa_jax.generation import generate
-    from fsa_jax.options import CompressionMethod, Implementation
-    from fsa_jax.pages import OutOfPages, PageAllocator
+    from fsa_jax.inference.nsa_cache import KVCache, NSACache
+    from fsa_jax.inference.page_allocator import OutOfPages, PageAllocator
     from fsa_jax.positions import token_positions, window_positions
     from fsa_jax.rope import Llama3Scaling, RoPE
     from fsa_jax.stripes import from_stripes, to_stripes
@@ -65,13 +65,14 @@ __getattr__, __dir__ = lazy.exports(
             "selected_attention",
             "sliding_window_attention",
         ],
-        "cache": ["KVCache", "NSACache"],
+        "inference.kv_cache": ["KVCache"],
+        "inference.nsa_cache": ["NSACache"],
         "causal": ["causal_attention"],
         "config": ["NSAConfig"],
         "dispatch": ["explain"],
         "generation": ["generate"],
-        "options": ["CompressionMethod", "Implementation"],
-        "pages": ["OutOfPages", "PageAllocator"],
+        "arguments.types": ["CompressionMethod", "Implementation"],
+        "inference.page_allocator": ["OutOfPages", "PageAllocator"],
         "positions": ["token_positions", "window_positions"],
         "rope": ["Llama3Scaling", "RoPE"],
         "stripes": ["from_stripes", "to_stripes"],

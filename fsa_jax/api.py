@@ -8,13 +8,9 @@ the batch axis B may be left out, of all arrays of a call together.
 
 from jaxtyping import Array, Float, Int, Integer
 
-from fsa_jax import branches, checks, compression, gating, triton
-from fsa_jax.config import NSAConfig, check_window
-from fsa_jax.dispatch import check_name, resolve
-from fsa_jax.one_branch import compressed_attention as compressed_attention
-from fsa_jax.one_branch import selected_attention as selected_attention
-from fsa_jax.one_branch import sliding_window_attention as sliding_window_attention
-from fsa_jax.options import (
+from fsa_jax import branches, compression, gating, triton
+from fsa_jax.arguments import checks
+from fsa_jax.arguments.types import (
     AnyArray,
     CompressionMethod,
     FloatLike,
@@ -22,7 +18,12 @@ from fsa_jax.options import (
     IntegerList,
     IntLike,
 )
-from fsa_jax.segments import describe_rows
+from fsa_jax.config import NSAConfig, check_window
+from fsa_jax.dispatch import check_name, resolve
+from fsa_jax.one_branch import compressed_attention as compressed_attention
+from fsa_jax.one_branch import selected_attention as selected_attention
+from fsa_jax.one_branch import sliding_window_attention as sliding_window_attention
+from fsa_jax.semantics.segments import describe_rows
 from fsa_jax.sharding import partitions_itself
 
 #: Names that outputs carry for remat policies such as

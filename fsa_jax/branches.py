@@ -11,11 +11,12 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from fsa_jax import checks, context, gating, operators, reference, triton
+from fsa_jax import context, gating, operators, reference, triton
+from fsa_jax.arguments import checks
 from fsa_jax.dispatch import choose, mode_of, mode_over_tokens
 from fsa_jax.operators import Call
-from fsa_jax.precision import wide_dtype
-from fsa_jax.segments import describe_rows
+from fsa_jax.semantics.precision import wide_dtype
+from fsa_jax.semantics.segments import describe_rows
 
 
 def gated_attention(

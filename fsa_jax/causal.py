@@ -12,12 +12,13 @@ from typing import Any, Literal, overload
 import jax
 from jaxtyping import Array, Float, Integer
 
-from fsa_jax import causal_context, checks, operators, reference, triton
+from fsa_jax import causal_context, operators, reference, triton
+from fsa_jax.arguments import checks
+from fsa_jax.arguments.types import AnyArray, DenseImplementation, FloatLike, IntegerList, IntLike
 from fsa_jax.dispatch import CUDNN, check_name, mode_of, mode_over_tokens
 from fsa_jax.one_branch import as_asked
-from fsa_jax.options import AnyArray, DenseImplementation, FloatLike, IntegerList, IntLike
-from fsa_jax.precision import narrow
-from fsa_jax.segments import Rows, describe_rows
+from fsa_jax.semantics.precision import narrow
+from fsa_jax.semantics.segments import Rows, describe_rows
 from fsa_jax.sharding import partitions_itself
 
 

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from fsa_jax import operators, stripes
 from fsa_jax.context import Share, in_turn
 from fsa_jax.operators import Call
-from fsa_jax.precision import wide_dtype
+from fsa_jax.semantics.precision import wide_dtype
 
 
 @dataclasses.dataclass(frozen=True)

@@ -269,7 +269,7 @@ def _how_to_go_on(stop: "RunStopped", arguments: Sequence[str]) -> str:
 def _sample(arguments: Sequence[str]) -> None:
     flags = _parse(SampleConfig, "sample", arguments)
     import fsa_jax
-    from fsa_jax import checks
+    from fsa_jax.arguments import checks
     from fsa_jax.training import load_model
     from fsa_jax.training.config import DOCUMENT_START
 
@@ -322,7 +322,7 @@ class _Shown:
 
 
 def _bench(arguments: Sequence[str]) -> None:
-    from fsa_jax.bench.report import report
+    from fsa_jax.bench.report.markdown import report
     from fsa_jax.bench.run import BenchConfig, bench
 
     config = _parse(BenchConfig, "bench", arguments, BenchConfig())
@@ -348,7 +348,7 @@ def _info(arguments: Sequence[str]) -> None:
     import jax
 
     import fsa_jax
-    from fsa_jax.environment import versions
+    from fsa_jax.versions import versions
 
     print("versions:")
     for name, version in versions().items():

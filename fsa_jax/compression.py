@@ -16,9 +16,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from fsa_jax import stripes
-from fsa_jax.options import CompressionMethod
-from fsa_jax.precision import einsum
-from fsa_jax.segments import Rows, Windows, describe_windows
+from fsa_jax.arguments.types import CompressionMethod
+from fsa_jax.semantics.precision import einsum
+from fsa_jax.semantics.segments import Rows, Windows, describe_windows
 
 METHODS = get_args(CompressionMethod)
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from fsa_jax import scalars
+from fsa_jax.arguments import scalars
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

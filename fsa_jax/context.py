@@ -19,12 +19,14 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from fsa_jax import gating, operators, segments, stripes
+from fsa_jax import gating, operators, stripes
 from fsa_jax.config import NSAConfig
 from fsa_jax.operators import Call
-from fsa_jax.pallas import SelectedTuning, tuned
-from fsa_jax.precision import wide_dtype
-from fsa_jax.segments import Rows, Windows
+from fsa_jax.pallas import SelectedTuning
+from fsa_jax.pallas import tile_tables as tuned
+from fsa_jax.semantics import segments
+from fsa_jax.semantics.precision import wide_dtype
+from fsa_jax.semantics.segments import Rows, Windows
 
 #: Most bytes of partial results of the selected branch: a device has a share of a row's tokens.
 SCRATCH_BYTES = 2**28

@@ -5,8 +5,9 @@ import logging
 from collections.abc import Callable
 from typing import get_args
 
-from fsa_jax import checks, operators, reference, triton
-from fsa_jax.options import DenseImplementation, Implementation
+from fsa_jax import operators, reference, triton
+from fsa_jax.arguments import checks
+from fsa_jax.arguments.types import DenseImplementation, Implementation
 
 _LOG = logging.getLogger("fsa_jax")
 _PORTABLE = ("xla", "reference")

@@ -18,7 +18,7 @@ from einops import rearrange
 from jaxtyping import Array, Float
 
 from fsa_jax.operators import Call
-from fsa_jax.precision import wide_dtype
+from fsa_jax.semantics.precision import wide_dtype
 from fsa_jax.sharding import partitioned
 
 
@@ -76,7 +76,7 @@ def gates_gradient(gates, dgates):
 @functools.cache
 def _gradients_on(call, one_gate):
     def kernels(gate, dout, out):
-        from fsa_jax.pallas import gates as kernel
+        from fsa_jax.pallas import gate_gradient as kernel
 
         return kernel.gradients(gate, dout, out, interpret=call.static["interpret"])
 

@@ -23,7 +23,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from fsa_jax import checks
+from fsa_jax.arguments import checks
 from fsa_jax.transformer import Transformer
 
 #: Prompts and room are multiples of so many tokens.

@@ -21,14 +21,16 @@ from flax.nnx.nn import initializers
 from flax.typing import Dtype, Initializer, PrecisionLike
 from jaxtyping import Array, Float, Int, Integer
 
-from fsa_jax import api, branches, checks, decode, dispatch
-from fsa_jax.attention_layer import AttentionLayer, linear
-from fsa_jax.cache import Chunk, NSACache
+from fsa_jax import api, branches, dispatch
+from fsa_jax.arguments import checks
+from fsa_jax.arguments.types import AnyArray, CompressionMethod, Implementation, IntegerList
 from fsa_jax.compression import METHODS
-from fsa_jax.compressor import Compressor
 from fsa_jax.config import NSAConfig
-from fsa_jax.full_attention import FullAttention as FullAttention
-from fsa_jax.options import AnyArray, CompressionMethod, Implementation, IntegerList
+from fsa_jax.inference import cached_attention as decode
+from fsa_jax.inference.nsa_cache import Chunk, NSACache
+from fsa_jax.nn.base import AttentionLayer, linear
+from fsa_jax.nn.compressor import Compressor
+from fsa_jax.nn.full_attention import FullAttention as FullAttention
 from fsa_jax.positions import window_positions
 from fsa_jax.rope import RoPE
 

@@ -7,10 +7,11 @@ from typing import Any, Literal, overload
 
 from jaxtyping import Array, Float, Integer
 
-from fsa_jax import checks, triton
+from fsa_jax import triton
+from fsa_jax.arguments import checks
+from fsa_jax.arguments.types import AnyArray, FloatLike, Implementation, IntegerList, IntLike
 from fsa_jax.config import check_window
 from fsa_jax.dispatch import check_name, choose
-from fsa_jax.options import AnyArray, FloatLike, Implementation, IntegerList, IntLike
 from fsa_jax.pallas import SelectedTuning
 from fsa_jax.sharding import partitions_itself
 

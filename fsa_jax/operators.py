@@ -28,12 +28,13 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from fsa_jax import segments, xla
+from fsa_jax import xla
 from fsa_jax.config import NSAConfig
-from fsa_jax.pallas import tuned
+from fsa_jax.pallas import tile_tables as tuned
 from fsa_jax.pallas.tuning import SelectedTuning, make_plan
-from fsa_jax.precision import narrow, wide_dtype
-from fsa_jax.segments import Rows, Windows
+from fsa_jax.semantics import segments
+from fsa_jax.semantics.precision import narrow, wide_dtype
+from fsa_jax.semantics.segments import Rows, Windows
 from fsa_jax.sharding import partitioned
 from fsa_jax.triton import planned_capability
 
@@ -91,14 +92,14 @@ class Call:
         """Whether the kernels in Mosaic GPU take this call of `range_attention`."""
         if self.mode != "either":
             return self.mode == "mosaic"
-        from fsa_jax.pallas import hopper
+        from fsa_jax.pallas.range_attention import hopper_pipeline as hopper
 
         pays = hopper.pays(query, key, value, window=self.name == "window")
         return self.capability == hopper.CAPABILITY and pays
 
     def range_plan(self, query, key, value) -> Any:
         """The tiles of the kernels in Triton for `range_attention`, a `ranges.Plan`."""
-        from fsa_jax.pallas import ranges
+        from fsa_jax.pallas.range_attention import passes as ranges
 
         causal = self.name == "causal"
         plan = ranges.make_plan(query, key, value, self.capability, self.table, causal=causal)
@@ -208,7 +209,8 @@ _RANGES = _ATTENTION | {"low": "b t", "high": "b t", "first": "b m", "last": "b 
 @functools.cache
 def _range_forward_on(call):
     def kernels(query, key, value, low, high, first, last):
-        from fsa_jax.pallas import hopper_groups, ranges
+        from fsa_jax.pallas.range_attention import hopper_groups
+        from fsa_jax.pallas.range_attention import passes as ranges
 
         arrays = (query, key, value, (low, high), (first, last))
         if call.takes_hopper(query, key, value):
@@ -225,7 +227,7 @@ def _range_forward_on(call):
 @functools.cache
 def _range_backward_on(call):
     def kernels(query, key, value, low, high, first, last, lse, delta, dout, dlse):
-        from fsa_jax.pallas import ranges
+        from fsa_jax.pallas.range_attention import passes as ranges
 
         del dlse
         arrays = (query, key, value, (low, high), (first, last), lse, delta, dout)
@@ -377,7 +379,7 @@ def _plan_of(call, query, key, value, starts):
 
 
 def _build_lists(call, query, key, value, starts, documents, offset):
-    from fsa_jax.pallas import selected
+    from fsa_jax.pallas.block_attention import passes as selected
 
     plan = _plan_of(call, query, key, value, starts)
     interpret = call.static["interpret"]
@@ -422,7 +424,7 @@ def _unpack(call, packed, *arrays):
 @functools.cache
 def _block_forward_on(call, room):
     def kernels(query, key, value, starts, start, end, valid, offset):
-        from fsa_jax.pallas import selected
+        from fsa_jax.pallas.block_attention import passes as selected
 
         documents = (start, end, valid)
         lists = _build_lists(call, query, key, value, starts, documents, offset)
@@ -457,7 +459,7 @@ def _block_backward_on(call, room, summed=False):
     def kernels(
         query, key, value, starts, start, end, valid, offset, lse, delta, dout, dlse, *more
     ):
-        from fsa_jax.pallas import selected
+        from fsa_jax.pallas.block_attention import passes as selected
 
         del dlse
         packed, sums = ((), more) if summed else (more, None)

@@ -6,9 +6,11 @@ Shapes as in `api.py`. The batch axis B may be left out.
 import numpy as np
 from jaxtyping import Array, Int, Integer
 
-from fsa_jax import checks, segments, stripes
+from fsa_jax import stripes
+from fsa_jax.arguments import checks
+from fsa_jax.arguments.types import AnyArray, IntegerList, IntLike
 from fsa_jax.config import check_window
-from fsa_jax.options import AnyArray, IntegerList, IntLike
+from fsa_jax.semantics import segments
 from fsa_jax.sharding import partitions_itself
 
 

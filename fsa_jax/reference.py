@@ -15,8 +15,8 @@ from einops import rearrange
 from jaxtyping import Array, Bool, Float, Int
 
 from fsa_jax.config import NSAConfig
-from fsa_jax.precision import einsum, narrow, wide_dtype
-from fsa_jax.segments import Rows, describe_windows
+from fsa_jax.semantics.precision import einsum, narrow, wide_dtype
+from fsa_jax.semantics.segments import Rows, describe_windows
 
 
 def compress(

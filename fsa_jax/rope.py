@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Integer
 
-from fsa_jax import checks, scalars
-from fsa_jax.options import AnyArray, IntegerList
+from fsa_jax.arguments import checks, scalars
+from fsa_jax.arguments.types import AnyArray, IntegerList
 
 
 def _check_positive(owner: object, *names: str) -> None:

@@ -17,9 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 
-from fsa_jax import scalars, segments
-from fsa_jax.precision import narrow
-from fsa_jax.segments import Rows
+from fsa_jax.arguments import scalars
+from fsa_jax.semantics import segments
+from fsa_jax.semantics.precision import narrow
+from fsa_jax.semantics.segments import Rows
 from fsa_jax.sharding import partitioned
 
 

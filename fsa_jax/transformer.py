@@ -16,15 +16,16 @@ from flax.nnx.nn import initializers
 from flax.typing import Dtype, Initializer
 from jaxtyping import Array, Float, Int, Integer
 
-from fsa_jax import api, checks, sharding
-from fsa_jax.attention_layer import without_padding
-from fsa_jax.cache import Chunk, KVCache
+from fsa_jax import api, sharding
+from fsa_jax.arguments import checks
+from fsa_jax.arguments.types import AnyArray, IntegerList
+from fsa_jax.inference.nsa_cache import Chunk, KVCache
 from fsa_jax.layers import FullAttention, NativeSparseAttention
-from fsa_jax.options import AnyArray, IntegerList
+from fsa_jax.nn.base import without_padding
 from fsa_jax.partitioning import partitioned
-from fsa_jax.precision import narrow
 from fsa_jax.rope import RoPE
-from fsa_jax.segments import cut
+from fsa_jax.semantics.precision import narrow
+from fsa_jax.semantics.segments import cut
 from fsa_jax.transformer_config import TransformerConfig as TransformerConfig
 
 #: Name of the operation by which jax runs the forward pass of cuDNN.

@@ -5,12 +5,13 @@ import math
 from collections.abc import Callable
 from typing import Any, Literal
 
-from fsa_jax import checks, dispatch
-from fsa_jax.attention_layer import check_heads
+from fsa_jax import dispatch
+from fsa_jax.arguments import checks
+from fsa_jax.arguments.types import CompressionMethod, DenseImplementation
 from fsa_jax.compression import METHODS
 from fsa_jax.config import NSAConfig
 from fsa_jax.layers import GATES
-from fsa_jax.options import CompressionMethod, DenseImplementation
+from fsa_jax.nn.base import check_heads
 from fsa_jax.rope import RoPE
 
 ATTENTIONS = ("nsa", "full")

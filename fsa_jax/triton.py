@@ -39,7 +39,7 @@ def device_reason() -> str | None:
 
 def hopper_reason() -> str | None:
     """Why the kernels in Mosaic GPU cannot run on the device to compile for; None if they can."""
-    from fsa_jax.pallas import hopper
+    from fsa_jax.pallas.range_attention import hopper_pipeline as hopper
 
     found = capability()
     if found in (None, hopper.CAPABILITY):
@@ -66,7 +66,8 @@ def range_reason(query, key, value, implementation: str | None = None) -> str | 
 
     Those of Mosaic GPU take fewer shapes; where they are not asked for by name, the others serve.
     """
-    from fsa_jax.pallas import hopper, ranges
+    from fsa_jax.pallas.range_attention import hopper_pipeline as hopper
+    from fsa_jax.pallas.range_attention import passes as ranges
 
     reason = ranges.plan_reason(query, key, value, planned_capability())
     if reason is None and implementation == "mosaic_gpu":

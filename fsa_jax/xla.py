@@ -24,9 +24,9 @@ from einops import rearrange, repeat
 from jaxtyping import Array, Bool, Float, Int
 
 from fsa_jax.config import NSAConfig
-from fsa_jax.precision import einsum, wide_dtype
-from fsa_jax.segments import Rows, Windows
-from fsa_jax.tiles import empty_state, finish, merge, merge_delta, row_numbers, tile_gradients
+from fsa_jax.semantics.precision import einsum, wide_dtype
+from fsa_jax.semantics.segments import Rows, Windows
+from fsa_jax.xla_tiles import empty_state, finish, merge, merge_delta, row_numbers, tile_gradients
 
 # Tiles: large enough that the matmuls outweigh the loop, small enough to stay in cache and to skip
 # most of what is masked. The fastest of a few powers of two on two CPU cores, 512 to 8192 tokens.

@@ -21,10 +21,12 @@ os.environ["XLA_FLAGS"] = (
 from jaxtyping import install_import_hook
 
 # The public functions have their own checks, which must meet bad input first.
-INTERNAL = [f"fsa_jax.{name}" for name in ("segments", "reference", "compression", "xla", "tiles")]
+INTERNAL = [
+    f"fsa_jax.{name}"
+    for name in ("semantics.segments", "reference", "compression", "xla", "xla_tiles")
+]
 install_import_hook(INTERNAL, "beartype.beartype")
 
-import ahead_of_time  # noqa: E402
 import jax  # noqa: E402
 import pytest  # noqa: E402
 from tiers import (  # noqa: E402, F401
@@ -32,6 +34,8 @@ from tiers import (  # noqa: E402, F401
     pytest_collection_modifyitems,
     pytest_pycollect_makeitem,
 )
+
+from fsa_jax.bench import ahead_of_time  # noqa: E402
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")

@@ -16,9 +16,10 @@ from util import both_ways, lists, normal, selected
 
 import fsa_jax
 from fsa_jax import NSAConfig, triton
-from fsa_jax.cache import Chunk, NSACache
-from fsa_jax.pallas import SelectedTuning, decode_step
-from fsa_jax.pallas import hopper as hopper_kernels
+from fsa_jax.inference import decode_step
+from fsa_jax.inference.nsa_cache import Chunk, NSACache
+from fsa_jax.pallas import SelectedTuning
+from fsa_jax.pallas.range_attention import hopper_pipeline as hopper_kernels
 from fsa_jax.pallas.tuning import METHODS
 
 #: Neither whole tiles nor whole blocks.

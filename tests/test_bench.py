@@ -8,9 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fsa_jax.bench import cases, ceilings, check, decode, models, run, timing
+from fsa_jax.bench import cases, run
 from fsa_jax.bench.cases import Case
+from fsa_jax.bench.measure import correctness as check
+from fsa_jax.bench.measure import roofline as ceilings
+from fsa_jax.bench.measure import timing
 from fsa_jax.bench.run import BenchConfig, bench
+from fsa_jax.bench.suites import decode, models
 from fsa_jax.pallas import paged
 
 CASE = Case(length=120, heads=6, kv_heads=2, width=16, config=cases.TINY)

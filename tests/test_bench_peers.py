@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 import fsa_jax
-from fsa_jax.bench import peers, run
+from fsa_jax.bench import run
 from fsa_jax.bench.cases import Case
-from fsa_jax.bench.report import report
+from fsa_jax.bench.measure import peers
+from fsa_jax.bench.report.markdown import report
 from fsa_jax.bench.run import BenchConfig, bench
 
 CASE = Case(length=120, heads=6, kv_heads=2, width=16, config=run.TINY)

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from fsa_jax.bench.plots import PLOTS
-from fsa_jax.bench.report import MARK, report
-from fsa_jax.bench.results import BRANCHES, Run, load
+from fsa_jax.bench.report.markdown import MARK, report
+from fsa_jax.bench.report.plots import PLOTS
+from fsa_jax.bench.report.results import BRANCHES, Run, load
 
 H200 = {"flops": 790e12, "bytes": 4.3e12, "source": "measured: products and a copy"}
 LENGTHS = (8192, 32768)

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from test_layers import CONFIG, perturbed
 from util import assert_errors_are_at_most_twice_those_of_dense
 
-from fsa_jax import NSACache, NSAConfig, decode
+from fsa_jax import NSACache, NSAConfig
+from fsa_jax.inference import cached_attention as decode
 from fsa_jax.layers import FullAttention, NativeSparseAttention
 from fsa_jax.rope import Llama3Scaling, RoPE
 

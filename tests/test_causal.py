@@ -22,9 +22,13 @@ from util import (
 )
 
 import fsa_jax
-from fsa_jax import from_stripes, segments, to_stripes
+from fsa_jax import from_stripes, to_stripes
 from fsa_jax.layers import FullAttention
-from fsa_jax.pallas import hopper, hopper_groups, hopper_keys, hopper_rows
+from fsa_jax.pallas.range_attention import hopper_groups
+from fsa_jax.pallas.range_attention import hopper_key_kernel as hopper_keys
+from fsa_jax.pallas.range_attention import hopper_pipeline as hopper
+from fsa_jax.pallas.range_attention import hopper_query_kernels as hopper_rows
+from fsa_jax.semantics import segments
 from fsa_jax.transformer import Transformer, TransformerConfig
 
 #: Documents, some of one token, and padding before, between and after them.

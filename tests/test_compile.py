@@ -11,7 +11,8 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
-from ahead_of_time import (
+
+from fsa_jax.bench.ahead_of_time import (
     compile_for,
     custom_calls,
     empty_kernels,
@@ -19,8 +20,7 @@ from ahead_of_time import (
     operator_gradients,
     selected_gradients,
 )
-from shapes import KERNELS, Shape
-
+from fsa_jax.bench.shapes import KERNELS, Shape
 from fsa_jax.pallas import SelectedTuning
 
 pytestmark = pytest.mark.compile

@@ -5,9 +5,9 @@ import re
 import jax
 import jax.numpy as jnp
 import pytest
-from ahead_of_time import compile_for
 from flax import nnx
 
+from fsa_jax.bench.ahead_of_time import compile_for
 from fsa_jax.transformer import Transformer, TransformerConfig
 
 pytestmark = [pytest.mark.compile, pytest.mark.usefixtures("empty_kernels")]

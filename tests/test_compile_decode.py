@@ -8,8 +8,8 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
-from ahead_of_time import compile_for, custom_calls, decode_step
 
+from fsa_jax.bench.ahead_of_time import compile_for, custom_calls, decode_step
 from fsa_jax.pallas import paged
 
 pytestmark = pytest.mark.compile

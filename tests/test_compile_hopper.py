@@ -10,10 +10,10 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
-from ahead_of_time import compile_for, custom_calls, operator_gradients
-from shapes import KERNELS
 
 import fsa_jax
+from fsa_jax.bench.ahead_of_time import compile_for, custom_calls, operator_gradients
+from fsa_jax.bench.shapes import KERNELS
 
 pytestmark = pytest.mark.compile
 TRITON, MOSAIC = "__gpu$xla.gpu.triton", "mosaic_gpu_v2"

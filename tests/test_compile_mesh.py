@@ -12,13 +12,13 @@ import warnings
 import jax
 import jax.numpy as jnp
 import pytest
-from ahead_of_time import OPTIONS, compile_for, config_of, mesh_of, operator_gradients
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from shapes import Shape
 from test_compile_models import LLAMA_LAYER
 
 import fsa_jax
+from fsa_jax.bench.ahead_of_time import OPTIONS, compile_for, config_of, mesh_of, operator_gradients
+from fsa_jax.bench.shapes import Shape
 from fsa_jax.training.mesh import AXES, Placement
 from fsa_jax.training.step import abstract_model, init_state, make_train_step, state_shardings
 

@@ -8,9 +8,9 @@ import re
 import jax
 import jax.numpy as jnp
 import pytest
-from ahead_of_time import compile_for
 from flax import nnx
 
+from fsa_jax.bench.ahead_of_time import compile_for
 from fsa_jax.layers import FullAttention, NativeSparseAttention
 from fsa_jax.training.config import PRESETS
 from fsa_jax.training.step import abstract_model, init_state, make_train_step

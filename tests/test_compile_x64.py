@@ -6,9 +6,16 @@ from collections import Counter
 import jax
 import jax.numpy as jnp
 import pytest
-from ahead_of_time import compile_for, custom_calls, decode_step, lower_for, operator_gradients
-from shapes import KERNELS
 from test_compile_hopper import MOSAIC, compile_branch
+
+from fsa_jax.bench.ahead_of_time import (
+    compile_for,
+    custom_calls,
+    decode_step,
+    lower_for,
+    operator_gradients,
+)
+from fsa_jax.bench.shapes import KERNELS
 
 pytestmark = pytest.mark.compile
 TRITON = "__gpu$xla.gpu.triton"

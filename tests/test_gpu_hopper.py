@@ -21,7 +21,7 @@ from util import (
 
 import fsa_jax
 from fsa_jax import triton
-from fsa_jax.pallas import hopper
+from fsa_jax.pallas.range_attention import hopper_pipeline as hopper
 
 __all__ = ["dirty_memory", "pytestmark"]  # used by pytest
 #: Tokens: several tiles of keys for most rows, the last ones in part.

@@ -7,14 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from ahead_of_time import config_of, operator_gradients
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from shapes import Shape
 from util import normal
 
 import fsa_jax
 from fsa_jax import from_stripes, to_stripes
+from fsa_jax.bench.ahead_of_time import config_of, operator_gradients
+from fsa_jax.bench.shapes import Shape
 
 pytestmark = [
     pytest.mark.gpu,

@@ -12,8 +12,10 @@ from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
 from util import assert_close, normal
 
 import fsa_jax
-from fsa_jax import segments
-from fsa_jax.pallas import hopper, hopper_keys, hopper_rows
+from fsa_jax.pallas.range_attention import hopper_key_kernel as hopper_keys
+from fsa_jax.pallas.range_attention import hopper_pipeline as hopper
+from fsa_jax.pallas.range_attention import hopper_query_kernels as hopper_rows
+from fsa_jax.semantics import segments
 
 WINDOWS = {"kernel_size": 8, "kernel_stride": 4}
 TOLERANCE = {"float16": 4e-3, "bfloat16": 3e-2}

@@ -15,8 +15,8 @@ from flax import nnx
 from util import assert_same_bits, normal
 
 import fsa_jax
-from fsa_jax import segments
 from fsa_jax.layers import FullAttention, NativeSparseAttention
+from fsa_jax.semantics import segments
 from fsa_jax.training import next_byte_loss
 from fsa_jax.transformer import Transformer, TransformerConfig
 

@@ -22,10 +22,10 @@ from util import (
 
 import fsa_jax
 from fsa_jax import NSACache, NSAConfig, PageAllocator, reference, xla
-from fsa_jax.cache import Chunk
+from fsa_jax.inference.decode_step import attend
+from fsa_jax.inference.nsa_cache import Chunk
 from fsa_jax.pallas import paged
-from fsa_jax.pallas.decode_step import attend
-from fsa_jax.segments import describe_rows, describe_windows
+from fsa_jax.semantics.segments import describe_rows, describe_windows
 
 SCALE = 0.3
 #: test_gpu_paged.py runs these tests on a GPU.

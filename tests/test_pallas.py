@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from shapes import Shape
 from util import (
     assert_close,
     assert_same_bits,
@@ -27,16 +26,18 @@ from util import (
 
 import fsa_jax
 from fsa_jax import dispatch, operators, triton
-from fsa_jax.pallas import SelectedTuning, Tile, query_tile
-from fsa_jax.pallas.index import build_index, num_pieces, search
-from fsa_jax.pallas.selected import (
+from fsa_jax.bench.shapes import Shape
+from fsa_jax.pallas import SelectedTuning, Tile
+from fsa_jax.pallas.block_attention import query_tile
+from fsa_jax.pallas.block_attention.passes import (
     KV_OUTER_DQ_ROWS,
     KV_OUTER_ROWS,
     QUERY_OUTER_DQ_PAIRS,
     QUERY_OUTER_PAIRS,
 )
+from fsa_jax.pallas.block_attention.query_index import build_index, num_pieces, search
 from fsa_jax.pallas.tuning import METHODS, make_plan
-from fsa_jax.segments import describe_rows
+from fsa_jax.semantics.segments import describe_rows
 
 kernel_attention = functools.partial(selected, implementation="triton_interpret")
 

@@ -24,7 +24,7 @@ from util import (
 
 import fsa_jax
 from fsa_jax import triton
-from fsa_jax.pallas import ranges
+from fsa_jax.pallas.range_attention import passes as ranges
 
 KERNELS = "triton_interpret"
 TOLERANCE = {"float32": 2e-6, "float16": 4e-3, "bfloat16": 3e-2}

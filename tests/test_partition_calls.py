@@ -20,7 +20,8 @@ from test_sharding import GATES, IDS, KEY, QUERY, VALUE, WEIGHTS, mesh_of, opera
 
 import fsa_jax
 from fsa_jax import operators, partition_calls
-from fsa_jax.pallas import ranges, tuned
+from fsa_jax.pallas import tile_tables as tuned
+from fsa_jax.pallas.range_attention import passes as ranges
 from fsa_jax.pallas.tuning import Tile
 from fsa_jax.sharding import partitioned
 from fsa_jax.training.compilation_cache import keep_compiled_programs

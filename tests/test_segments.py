@@ -7,7 +7,7 @@ from by_hand import documents, windows_seen
 from hypothesis import given, settings
 from util import lists, segmentations
 
-from fsa_jax import segments
+from fsa_jax.semantics import segments
 
 LENGTH = 40
 

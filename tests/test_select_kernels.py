@@ -12,14 +12,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from ahead_of_time import compile_for
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from util import normal, segmentations
 
 from fsa_jax import NSAConfig, xla
+from fsa_jax.bench.ahead_of_time import compile_for
 from fsa_jax.pallas import select
-from fsa_jax.segments import describe_rows, describe_windows
+from fsa_jax.semantics.segments import describe_rows, describe_windows
 
 SCALE = 0.3
 

@@ -9,7 +9,8 @@ import pytest
 from util import assert_close, both_ways, normal
 
 import fsa_jax
-from fsa_jax import reference, segments
+from fsa_jax import reference
+from fsa_jax.semantics import segments
 
 WINDOWS = {"kernel_size": 4, "kernel_stride": 2}
 CONFIG = fsa_jax.NSAConfig(

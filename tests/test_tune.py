@@ -14,8 +14,10 @@ from fsa_jax import operators
 from fsa_jax.bench import tune as tuner
 from fsa_jax.bench.tune import TuneConfig, difference, fastest, tune
 from fsa_jax.cli import main
-from fsa_jax.pallas import SelectedTuning, Tile, ranges, select, tuned
-from fsa_jax.pallas.ranges import RangeTile
+from fsa_jax.pallas import SelectedTuning, Tile, select
+from fsa_jax.pallas import tile_tables as tuned
+from fsa_jax.pallas.range_attention import passes as ranges
+from fsa_jax.pallas.range_attention.passes import RangeTile
 from fsa_jax.pallas.tuning import make_plan
 
 

@@ -27,18 +27,16 @@ from test_training import DENSE, MODEL, tiny
 from util import assert_close, assert_same_bits, both_ways, lists, normal
 
 import fsa_jax
-from fsa_jax import NSAConfig, precision
-from fsa_jax.cache import Chunk, NSACache
+from fsa_jax import NSAConfig
+from fsa_jax.inference import decode_step
+from fsa_jax.inference.nsa_cache import Chunk, NSACache
 from fsa_jax.layers import NativeSparseAttention
-from fsa_jax.pallas import (
-    SelectedTuning,
-    common,
-    decode_step,
-    hopper,
-    hopper_keys,
-    hopper_rows,
-)
+from fsa_jax.pallas import SelectedTuning, common
+from fsa_jax.pallas.range_attention import hopper_key_kernel as hopper_keys
+from fsa_jax.pallas.range_attention import hopper_pipeline as hopper
+from fsa_jax.pallas.range_attention import hopper_query_kernels as hopper_rows
 from fsa_jax.pallas.tuning import METHODS
+from fsa_jax.semantics import precision
 from fsa_jax.stripes import from_stripes, to_stripes
 from fsa_jax.training.step import init_model, init_state, make_eval_step, make_train_step
 

@@ -9,7 +9,6 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from jax.test_util import check_grads
-from shapes import SMALL, Shape
 from util import (
     IMPLEMENTATIONS,
     assert_close,
@@ -24,6 +23,7 @@ from util import (
 )
 
 import fsa_jax
+from fsa_jax.bench.shapes import SMALL, Shape
 
 WINDOWS = {"kernel_size": 8, "kernel_stride": 4}
 

@@ -17,10 +17,10 @@ import numpy as np
 
 import fsa_jax
 from fsa_jax import NSAConfig, triton
+from fsa_jax.arguments.types import Implementation
 from fsa_jax.dispatch import mode_of
 from fsa_jax.gating import gated_sum
 from fsa_jax.operators import Call
-from fsa_jax.options import Implementation
 from fsa_jax.pallas import SelectedTuning
 from fsa_jax.pallas.tuning import METHODS
 

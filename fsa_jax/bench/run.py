@@ -17,12 +17,17 @@ from typing import Any, Literal
 import jax.numpy as jnp
 import numpy as np
 
-from fsa_jax import NSAConfig, checks, triton
-from fsa_jax.bench import cases, ceilings, check, decode, models, peers, timing
+from fsa_jax import NSAConfig, triton
+from fsa_jax.arguments import checks
+from fsa_jax.arguments.types import Implementation
+from fsa_jax.bench import cases
 from fsa_jax.bench.cases import TINY, Case, Subject
-from fsa_jax.bench.check import WrongResult
+from fsa_jax.bench.measure import correctness as check
+from fsa_jax.bench.measure import peers, timing
+from fsa_jax.bench.measure import roofline as ceilings
+from fsa_jax.bench.measure.correctness import WrongResult
+from fsa_jax.bench.suites import decode, models
 from fsa_jax.messages import naming
-from fsa_jax.options import Implementation
 
 KERNELS = (
     "selected_attention",

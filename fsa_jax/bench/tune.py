@@ -19,14 +19,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fsa_jax import NSAConfig, checks, triton
-from fsa_jax.bench import cases, check, timing
+from fsa_jax import NSAConfig, triton
+from fsa_jax.arguments import checks
+from fsa_jax.bench import cases
 from fsa_jax.bench.cases import Case, Subject
-from fsa_jax.bench.check import RIGHT_CHOICES
+from fsa_jax.bench.measure import correctness as check
+from fsa_jax.bench.measure import timing
+from fsa_jax.bench.measure.correctness import RIGHT_CHOICES
 from fsa_jax.messages import naming
-from fsa_jax.pallas import ranges, select, tuned
-from fsa_jax.pallas.ranges import RangeTile
-from fsa_jax.pallas.tuned import Key
+from fsa_jax.pallas import select
+from fsa_jax.pallas import tile_tables as tuned
+from fsa_jax.pallas.range_attention import passes as ranges
+from fsa_jax.pallas.range_attention.passes import RangeTile
+from fsa_jax.pallas.tile_tables import Key
 from fsa_jax.pallas.tuning import SelectedTuning, Tile, make_plan, shared_memory
 
 #: Sizes of candidates.

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from fsa_jax.pallas.sizes import cut_width
-from fsa_jax.pallas.sizes import next_power_of_two as next_power_of_two
-from fsa_jax.pallas.sizes import tile_width as tile_width
+from fsa_jax.pallas.tile_sizes import cut_width
+from fsa_jax.pallas.tile_sizes import next_power_of_two as next_power_of_two
+from fsa_jax.pallas.tile_sizes import tile_width as tile_width
 
 LOG2_E = math.log2(math.e)
 #: Whether the kernel that is being traced is for interpret mode, which knows no instructions of a

@@ -35,7 +35,7 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int
 
 from fsa_jax.config import NSAConfig
-from fsa_jax.pallas import tuned
+from fsa_jax.pallas import tile_tables as tuned
 from fsa_jax.pallas.common import (
     barrier,
     call,
@@ -52,7 +52,7 @@ from fsa_jax.pallas.common import (
     store,
 )
 from fsa_jax.pallas.tuning import Tile, padded_width, shared_memory
-from fsa_jax.segments import Rows, Windows
+from fsa_jax.semantics.segments import Rows, Windows
 
 #: Blocks of a tile.
 BLOCKS = 64

@@ -9,8 +9,8 @@ from typing import Literal, get_args
 
 import jax.numpy as jnp
 
-from fsa_jax import scalars
-from fsa_jax.pallas.sizes import cut_width, next_power_of_two
+from fsa_jax.arguments import scalars
+from fsa_jax.pallas.tile_sizes import cut_width, next_power_of_two
 
 #: Shared memory that one program may use, bytes, by compute capability; the least of a family.
 SHARED_MEMORY = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from fsa_jax import scalars
+from fsa_jax.arguments import scalars
 from fsa_jax.config import NSAConfig
 from fsa_jax.transformer import TransformerConfig
 

@@ -13,7 +13,6 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from fsa_jax.environment import versions
 from fsa_jax.messages import say
 from fsa_jax.training import folder as files
 from fsa_jax.training.checkpoint import Checkpoints, RunPosition
@@ -50,6 +49,7 @@ from fsa_jax.training.step import (
 )
 from fsa_jax.training.stopping import Stop, catching_signals
 from fsa_jax.transformer import Transformer
+from fsa_jax.versions import versions
 
 # Losses are fetched from the device once in so many steps, so that it never waits for the host; or
 # earlier where they take longer than this together: progress shows, and a run can be stopped.

@@ -10,9 +10,9 @@ from jax import Array
 from jax.stages import Wrapped
 from jaxtyping import Float32, Int32, UInt32
 
-from fsa_jax import checks
-from fsa_jax.precision import narrow
-from fsa_jax.segments import cut
+from fsa_jax.arguments import checks
+from fsa_jax.semantics.precision import narrow
+from fsa_jax.semantics.segments import cut
 from fsa_jax.stripes import to_stripes
 from fsa_jax.training.config import TrainConfig
 from fsa_jax.training.mesh import Placement

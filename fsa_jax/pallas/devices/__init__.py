@@ -1,1 +1,1 @@
-"""Tables of `fsa-jax tune`, a JSON file a device, that the kernels take; see `tuned.py`."""
+"""Tables of `fsa-jax tune`, a JSON file a device, that the kernels take; see `tile_tables.py`."""

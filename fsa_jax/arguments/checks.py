@@ -1,0 +1,333 @@
+"""Argument checks of the public functions. Each message names the argument, its value, the rule."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+
+from fsa_jax.arguments.scalars import choice as choice
+from fsa_jax.arguments.scalars import flag as flag
+from fsa_jax.arguments.scalars import number as number
+from fsa_jax.arguments.scalars import short as short
+from fsa_jax.arguments.scalars import size as size
+from fsa_jax.config import NSAConfig
+from fsa_jax.pallas import SelectedTuning
+from fsa_jax.semantics.segments import Rows, describe_rows
+
+FLOATS = ("float16", "bfloat16", "float32", "float64")
+
+
+def array(name: str, x, axes: str, empty: str = "") -> jax.Array:
+    """`x` as an array with one axis for each letter of `axes`; only the axis `empty` may be 0."""
+    if not isinstance(x, jax.Array | np.ndarray):
+        raise ValueError(f"{name} must be an array of shape [{axes}], got {type(x).__name__}")
+    _check_shape(name, x, axes, empty)
+    return jnp.asarray(x)
+
+
+def _check_shape(name: str, x, axes: str, empty: str = "") -> None:
+    if x.ndim != len(axes.split()):
+        raise ValueError(f"{name} must have shape [{axes}], got shape {x.shape}")
+    if any(n == 0 and axis != empty for n, axis in zip(x.shape, axes.split(), strict=True)):
+        raise ValueError(f"{name} must have no empty axis, got shape {x.shape}")
+
+
+def floating(name: str, x, axes: str, empty: str = "") -> jax.Array:
+    """Like `array`, of a dtype that the attention functions compute with."""
+    dtype = getattr(x, "dtype", None)
+    if isinstance(x, jax.Array | np.ndarray):
+        _check_shape(name, x, axes, empty)
+        if str(dtype) not in FLOATS:
+            raise ValueError(f"{name} must have one of the dtypes {', '.join(FLOATS)}, got {dtype}")
+    return array(name, x, axes, empty)
+
+
+def same_dtype(**arrays) -> None:
+    """All the arrays have the dtype of the first."""
+    (first, x), *others = arrays.items()
+    for name, other in others:
+        if other.dtype != x.dtype:
+            raise ValueError(
+                f"{name} must have the dtype of {first}, got {other.dtype} and {x.dtype}"
+            )
+
+
+def same_axes(axes: str, **arrays) -> None:
+    """All the arrays agree on their leading axes, as many as `axes` names."""
+    count = len(axes.split())
+    (first, x), *others = arrays.items()
+    for name, other in others:
+        if other.shape[:count] != x.shape[:count]:
+            raise ValueError(
+                f"{name} must have the leading axes [{axes}] of {first}, got shapes "
+                f"{other.shape} and {x.shape}"
+            )
+
+
+def grouped(query, key, value, prefix: str = "") -> None:
+    """Key and value belong together, and their heads divide the query heads."""
+    if query.shape[3] != key.shape[3]:
+        raise ValueError(
+            f"query and {prefix}key must have one head width, got {query.shape[3]} and "
+            f"{key.shape[3]}"
+        )
+    if query.shape[2] % key.shape[2]:
+        raise ValueError(
+            f"the heads of query must be a multiple of the heads of {prefix}key, got "
+            f"{query.shape[2]} and {key.shape[2]}"
+        )
+    same_axes("B T K", **{f"{prefix}key": key, f"{prefix}value": value})
+
+
+def same_widths(**arrays) -> None:
+    """All the arrays have the last axis of the first."""
+    (first, x), *others = arrays.items()
+    for name, other in others:
+        if other.shape[-1] != x.shape[-1]:
+            raise ValueError(
+                f"{name} must have the head width of {first}, got {other.shape[-1]} and "
+                f"{x.shape[-1]}"
+            )
+
+
+def window_count(name: str, x, length: int, kernel_stride: int) -> None:
+    """One slot for every kernel_stride tokens, as `compress` lays them out."""
+    if x.shape[1] != length // kernel_stride:
+        raise ValueError(
+            f"{name} must have T // kernel_stride = {length} // {kernel_stride} = "
+            f"{length // kernel_stride} windows, got {x.shape[1]}"
+        )
+
+
+def rank(x) -> int | None:
+    """Number of axes of an array or of lists in lists; None of what is neither."""
+    if isinstance(x, list | tuple):
+        inner = rank(x[0]) if x else 0
+        return 1 + (inner or 0)
+    return getattr(x, "ndim", None)
+
+
+def integers(name: str, x, axes: str, *, empty: str = "", saturate: bool = False) -> jax.Array:
+    """`x`, integers of any dtype in an array or in lists, as int32; only the axis `empty` may be 0.
+
+    Numbers that int32 does not hold are refused where the values are known, that is outside jit.
+    Where they are not, or with `saturate`, the nearest number of int32 stands for them: the same
+    to whoever asks only whether a number is in some range.
+    """
+    x = _integers(name, x, axes, empty)
+    if not _is_wide(x):
+        return jnp.asarray(x, jnp.int32)
+    if x.size and is_known(x) and not saturate:
+        _check_fits(name, x)
+    limits = np.iinfo(np.int32)
+    clip = jnp.clip if isinstance(x, jax.Array) else np.clip  # jnp may cut 64 bits off before
+    x = clip(x, max(limits.min, int(jnp.iinfo(x.dtype).min)), limits.max)
+    return jnp.asarray(x.astype(np.int32))
+
+
+def _integers(name: str, x, axes: str, empty: str = "") -> jax.Array | np.ndarray:
+    """`x` as an array of integers, in its own dtype."""
+    wanted = f"{name} must be an integer array of shape [{axes}]"
+    if isinstance(x, list | tuple):
+        try:
+            x = np.asarray(x)
+        except (TypeError, ValueError) as error:  # rows of different lengths; arrays inside jit
+            raise ValueError(f"{wanted}, or lists of Python integers, got {short(x)}") from error
+    elif not isinstance(x, jax.Array | np.ndarray):
+        raise ValueError(f"{wanted}, got {type(x).__name__}")
+    _check_shape(name, x, axes, empty)
+    if x.dtype == bool:
+        raise ValueError(
+            f"{name} must have an integer dtype, got bool: convert with .astype(jnp.int32) if True "
+            "means 1"
+        )
+    if not jnp.issubdtype(x.dtype, jnp.integer):
+        raise ValueError(f"{name} must have an integer dtype such as int32, got {x.dtype}")
+    return x
+
+
+def _is_wide(x) -> bool:
+    """Whether the dtype of integers has numbers that int32 has not."""
+    return jnp.iinfo(x.dtype).max > jnp.iinfo(jnp.int32).max
+
+
+def is_known(*arrays) -> bool:
+    """Whether the values of arrays can be read here: not inside jit, nor on other hosts alone."""
+    return not any(isinstance(x, Tracer) for x in arrays) and all(
+        isinstance(x, np.ndarray) or x.is_fully_addressable for x in arrays
+    )
+
+
+def _check_fits(name: str, x) -> None:
+    limits, values = np.iinfo(np.int32), np.asarray(x)
+    for value in (values.min(), values.max()):
+        if not limits.min <= value <= limits.max:
+            raise ValueError(
+                f"{name} must hold integers that int32 holds, {limits.min} to {limits.max}, got "
+                f"{value}"
+            )
+
+
+def axis_name(axis) -> str:
+    """The name of a mesh axis that splits the tokens, where one is given."""
+    if not isinstance(axis, str):
+        raise ValueError(
+            f"sequence_axis must be None or the name of a mesh axis, got {short(axis)}"
+        )
+    return axis
+
+
+def sequence(axis, has_batch: bool, length: int, stride: int) -> None:
+    """The name of a mesh axis that splits rows of `length` tokens; rows come in a batch."""
+    axis_name(axis)
+    if not has_batch:
+        raise ValueError(f"arrays must have a batch axis with sequence_axis={axis!r}, got none")
+    if length % (2 * stride):
+        raise ValueError(
+            f"tokens must be a multiple of 2 * devices * kernel_stride with sequence_axis={axis!r} "
+            f"(kernel_stride={stride}), got {length}"
+        )
+
+
+def absent(when: str, **arguments) -> None:
+    """All the arguments are None, as they must be in such a call."""
+    for name, value in arguments.items():
+        if value is not None:
+            got = getattr(value, "shape", value)
+            raise ValueError(f"{name} must not be given {when}, got {got}")
+
+
+def float_dtype(name: str, value) -> jnp.dtype:
+    """A dtype that the attention functions compute with, and that arrays can have now."""
+    try:
+        dtype = None if value is None else jnp.dtype(value)
+    except TypeError:  # not a dtype
+        dtype = None
+    if str(dtype) not in FLOATS:
+        got = value if dtype is None else dtype
+        raise ValueError(f"{name} must be one of the dtypes {', '.join(FLOATS)}, got {got!s}")
+    if jax.dtypes.canonicalize_dtype(dtype) != dtype:
+        raise ValueError(f"{name} must not be {dtype} unless jax_enable_x64 is on, got {dtype}")
+    return jnp.dtype(dtype)
+
+
+def scale(value, width: int) -> float:
+    """The factor of the logits: by default one over the square root of the head width."""
+    if value is None:
+        return width**-0.5
+    most = float(np.finfo(np.float32).max)  # larger ones are infinite where they are used
+    rule = "None or a finite number, not an array"
+    return number("scale", value, rule, lambda x: -most <= x <= most)
+
+
+def config(value, name: str = "config") -> NSAConfig:
+    if not isinstance(value, NSAConfig):
+        raise ValueError(f"{name} must be an NSAConfig, got {short(value)}")
+    return value
+
+
+def batched(x, axes: str) -> bool:
+    """Whether `x` comes with a batch axis before `axes`; a wrong rank counts as batched."""
+    return rank(x) != len(axes.split())
+
+
+def with_batch(name: str, x, axes: str, has_batch: bool, empty: str = "") -> jax.Array:
+    """`x` checked, with a batch axis added if the arrays of this call come without."""
+    x = floating(name, x, f"B {axes}" if has_batch else axes, empty)
+    return x if has_batch else x[None]
+
+
+def attention_arrays(query, key, value, kernel_stride: int | None = None):
+    """Canonical, checked arrays of an attention; keys are compressed if a stride is given.
+
+    Returns:
+      query, key and value with a batch axis, and whether there was a batch.
+    """
+    prefix = "" if kernel_stride is None else "compressed_"
+    tokens = "T" if kernel_stride is None else "M"
+    has_batch = batched(query, "T N D")
+    query = with_batch("query", query, "T N D", has_batch)
+    key = with_batch(f"{prefix}key", key, f"{tokens} K D", has_batch, empty="M")
+    value = with_batch(f"{prefix}value", value, f"{tokens} K E", has_batch, empty="M")
+    arrays = {"query": query, f"{prefix}key": key, f"{prefix}value": value}
+    same_dtype(**arrays)
+    same_axes("B" if prefix else "B T", **arrays)
+    grouped(query, key, value, prefix)
+    if kernel_stride is not None:
+        window_count(f"{prefix}key", key, query.shape[1], kernel_stride)
+    return query, key, value, has_batch
+
+
+def gates(gates, query: jax.Array, has_batch: bool) -> jax.Array:
+    """Gates with a batch axis: one triple for each query head, or one for each token."""
+    gates = with_batch("gates", gates, "T N 3", has_batch)
+    batch, length, heads, _ = query.shape
+    if gates.shape not in ((batch, length, heads, 3), (batch, length, 1, 3)):
+        first = 0 if has_batch else 1
+        wanted = tuple((batch, length, n, 3)[first:] for n in (heads, 1))
+        got = gates.shape[first:]
+        raise ValueError(f"gates must have shape {wanted[0]} or {wanted[1]}, got {got}")
+    return gates
+
+
+def ids(segment_ids, shape: tuple[int, ...] | None, has_batch: bool) -> jax.Array | None:
+    """Segment ids [B, T], of rows [B, T] if given: int32, or as they are where that may not do.
+
+    Their sign and size are checked where their values are known, that is outside jit. Inside jit a
+    negative id is padding, and a dtype wider than int32 stays, so that no two ids become one.
+    """
+    if segment_ids is None:
+        return None
+    found = _integers("segment_ids", segment_ids, "B T" if has_batch else "T")
+    if shape is not None and found.shape != (wanted := shape if has_batch else shape[1:]):
+        raise ValueError(f"segment_ids must have shape {wanted}, got {found.shape}")
+    if is_known(found):
+        least = np.asarray(found).min()  # numpy: inside jit a jnp.min would be traced
+        if least < 0:
+            raise ValueError(f"segment_ids must be 0 (padding) or positive, got {least}")
+        _check_fits("segment_ids", found)
+    if is_known(found) or not _is_wide(found):
+        found = jnp.asarray(found, jnp.int32)
+    return jnp.asarray(found if has_batch else found[None])
+
+
+def rows(x: jax.Array, segment_ids, has_batch: bool) -> Rows:
+    """The documents of the rows of `x` [B, T, ...]; see `ids`."""
+    return describe_rows(ids(segment_ids, x.shape[:2], has_batch), *x.shape[:2])
+
+
+def tokens(name: str, ids: jax.Array, vocab_size: int, valid: jax.Array) -> jax.Array:
+    """Token ids where `valid`, in 0 .. vocab_size - 1; anything may stand elsewhere.
+
+    Values are checked where they are known, that is outside jit. The ids that come back are never
+    negative, which would count from the end of the vocabulary: whoever looks up a wrong one in jit
+    gets NaN.
+    """
+    if is_known(ids, valid):
+        here, there = np.asarray(ids), np.asarray(valid)
+        if (wrong := here[there & ((here < 0) | (here >= vocab_size))]).size:
+            raise ValueError(
+                f"{name} must be in 0 .. {vocab_size - 1} wherever they are not padding, got "
+                f"{wrong[0]}"
+            )
+    return jnp.where(ids < 0, vocab_size, ids)
+
+
+def parameter(name: str, value, x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    if getattr(value, "shape", None) != shape or value.dtype != x.dtype:
+        got = f"{getattr(value, 'dtype', type(value).__name__)} {getattr(value, 'shape', '')}"
+        raise ValueError(f"{name} must be a {x.dtype} array of shape {shape}, got {got}")
+    return jnp.asarray(value)
+
+
+def tuning(tuning, implementation: str | None) -> SelectedTuning | None:
+    """None or a SelectedTuning, for an implementation that has kernels to tune."""
+    if tuning is None:
+        return None
+    if not isinstance(tuning, SelectedTuning):
+        raise ValueError(f"tuning must be None or a SelectedTuning, got {tuning!r}")
+    if implementation in ("xla", "reference"):
+        raise ValueError(
+            f"tuning must be None for implementation={implementation!r}, which has no kernels"
+        )
+    return tuning

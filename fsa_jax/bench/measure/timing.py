@@ -1,0 +1,262 @@
+"""Compiling in threads, timing, and naming the machine: what every number of a benchmark needs."""
+
+import concurrent.futures
+import datetime
+import itertools
+import math
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from fsa_jax.versions import versions
+
+#: Calls before the first measured one.
+WARM_UP = 2
+#: Length of a round that is long against the clock and against one synchronisation, seconds.
+ROUND = 0.1
+#: Fewest and most calls of a round.
+REPS = (3, 10)
+#: Calls of which the profiler takes the time on the device.
+PROFILED = 3
+
+_BEGAN = time.perf_counter()
+
+
+def say(message: str) -> None:
+    """Progress with the seconds since the start, on stderr: stdout is for the result alone."""
+    print(f"[{time.perf_counter() - _BEGAN:6.1f} s] {message}", file=sys.stderr, flush=True)
+
+
+def seconds() -> float:
+    """Seconds since the start."""
+    return round(time.perf_counter() - _BEGAN, 1)
+
+
+class Clock:
+    """Milliseconds a call of a program, over rounds of calls issued together and waited for once.
+
+    Rivals are timed in turn, a round of one after a round of the other: a card that warms up slows
+    down, which would favour whatever is timed first.
+    """
+
+    def __init__(self, function: Callable):
+        self.function, self.calls, self.used = function, 0, 0
+        self.times: list[float] = []
+        self.issues: list[float] = []
+        self.profiled: dict[str, Any] = {}
+
+    def _next(self, argument_sets: Sequence[tuple]) -> tuple:
+        """The sets in turn: no call finds its inputs in a cache that the one before it filled."""
+        self.used += 1
+        return argument_sets[self.used % len(argument_sets)]
+
+    def warm_up(self, argument_sets: Sequence[tuple]) -> None:
+        """Calls before a round; the first time, it finds how many calls a round has."""
+        for _ in range(WARM_UP if not self.calls else 1):
+            jax.block_until_ready(self.function(*self._next(argument_sets)))
+        if not self.calls:
+            began = time.perf_counter()
+            jax.block_until_ready(self.function(*self._next(argument_sets)))
+            once = time.perf_counter() - began
+            self.calls = min(max(round(ROUND / once), REPS[0]), REPS[1])
+
+    def round(self, argument_sets: Sequence[tuple]) -> None:
+        """Times a round; the sets may be made anew for it, in their order."""
+        result = None
+        began = time.perf_counter()
+        for _ in range(self.calls):
+            result = self.function(*self._next(argument_sets))
+        issued = time.perf_counter()
+        jax.block_until_ready(result)
+        self.times.append(1e3 * (time.perf_counter() - began) / self.calls)
+        self.issues.append(1e3 * (issued - began) / self.calls)
+
+    def profile(self, argument_sets: Sequence[tuple]) -> None:
+        """Asks jax's profiler about some calls."""
+        arguments = [self._next(argument_sets) for _ in range(PROFILED)]
+        self.profiled = profile(self.function, arguments)
+
+    def row(self) -> dict[str, Any]:
+        """What was measured.
+
+        Returns:
+          `samples_ms` (a call, for each round), `ms` (their median), `spread` ((slowest - fastest)
+          / median), `dispatch_ms` (how long the host took to issue a call: where it comes near
+          `ms`, the device may have waited for the host), `device_ms` (how long the device was busy,
+          by jax's profiler; None where it tells nothing), `kernels_ms` (the same by kernel, longest
+          first), `calls` (of a round).
+        """
+        middle = statistics.median(self.times)
+        return {
+            "samples_ms": self.times,
+            "ms": middle,
+            "spread": (max(self.times) - min(self.times)) / middle,
+            "dispatch_ms": statistics.median(self.issues),
+            **self.profiled,
+            "calls": self.calls,
+        }
+
+
+def measure(function: Callable, argument_sets: Sequence[tuple], rounds: int) -> dict[str, Any]:
+    """`Clock.row` of a function that has no rivals, or such as do not fit beside it."""
+    clock = Clock(function)
+    clock.warm_up(argument_sets)
+    for _ in range(rounds):
+        clock.round(argument_sets)
+    clock.profile(argument_sets)
+    return clock.row()
+
+
+def profile(function: Callable, argument_sets: Sequence[tuple]) -> dict[str, Any]:
+    """Milliseconds a call that a GPU is busy, in all and by kernel; None where there is no GPU."""
+    spans = {}
+    if jax.devices()[0].platform == "gpu":
+        with tempfile.TemporaryDirectory() as folder:
+            with jax.profiler.trace(folder):
+                for args in argument_sets:
+                    jax.block_until_ready(function(*args))
+            for trace in Path(folder).rglob("*.xplane.pb"):
+                for name, span in _spans(trace):
+                    spans.setdefault(name, []).append(span)
+    if not spans:
+        return {"device_ms": None, "kernels_ms": None}
+    each = 1e6 * len(argument_sets)
+    by_kernel = {name: busy_ns(found) / each for name, found in spans.items()}
+    return {
+        "device_ms": busy_ns(itertools.chain.from_iterable(spans.values())) / each,
+        "kernels_ms": dict(sorted(by_kernel.items(), key=lambda item: -item[1])),
+    }
+
+
+def _spans(trace: Path) -> Iterator[tuple[str, tuple[float, float]]]:
+    """Name and (start, end) in ns of everything that a GPU did in a trace of jax's profiler."""
+    for plane in jax.profiler.ProfileData.from_file(str(trace)).planes:
+        if plane.name.startswith("/device:GPU"):
+            for line in plane.lines:
+                if line.name.startswith("Stream"):
+                    for event in line.events:
+                        yield event.name, (event.start_ns, event.start_ns + event.duration_ns)
+
+
+def busy_ns(spans: Iterable[tuple[float, float]]) -> float:
+    """Length of the union of intervals (start, end)."""
+    total, reached = 0.0, -math.inf
+    for start, end in sorted(spans):
+        total += max(0.0, end - max(start, reached))
+        reached = max(reached, end)
+    return total
+
+
+def compile_all[Name: Hashable, Result](
+    jobs: Mapping[Name, Callable[[], Result]], threads: int
+) -> dict[Name, Result | Exception]:
+    """Runs the jobs, each of which compiles something, side by side; a failed one gives its error.
+
+    XLA compiles without the interpreter's lock, so threads are enough.
+    """
+    done = {}
+    with concurrent.futures.ThreadPoolExecutor(threads) as pool:
+        names = {pool.submit(job): name for name, job in jobs.items()}
+        for future in concurrent.futures.as_completed(names):
+            name, error = names[future], future.exception()
+            if error is not None and not isinstance(error, Exception):
+                raise error
+            done[name] = error if error is not None else future.result()
+            outcome = "compiled" if error is None else f"failed, {error!r:.200}:"
+            say(f"{outcome} {name} ({len(done)} of {len(jobs)})")
+    return done
+
+
+def compile_passes(
+    function: Callable,
+    differentiated: Sequence,
+    others: Sequence = (),
+    names: Sequence[str] = ("forward", "residuals", "backward"),
+) -> dict:
+    """Compiles both passes of a function of arrays, each as a function of its own.
+
+    Args:
+      function: of all arrays, those that it is differentiated by first.
+      differentiated: their shapes and dtypes.
+      others: shapes and dtypes of the other arguments.
+      names: which of the results are wanted.
+
+    Returns:
+      `forward`; `residuals`, which gives (out, pullback); `backward`, of a pullback and the
+      cotangent of out.
+    """
+
+    def residuals(*args):
+        first, rest = args[: len(differentiated)], args[len(differentiated) :]
+        return jax.vjp(lambda *first: function(*first, *rest), *first)
+
+    def backward(pullback, cotangent):
+        return pullback(cotangent)
+
+    with jax.numpy_dtype_promotion("standard"):  # of which jax's own attention has need
+        found = {}
+        if "forward" in names:
+            found["forward"] = jax.jit(function).lower(*differentiated, *others).compile()
+        if "backward" not in names:
+            return found
+        lowered = jax.jit(residuals).lower(*differentiated, *others)
+        # the tree of this very lowering: that of another one holds other function objects
+        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), lowered.out_info)
+        out, pullback = shapes
+        return found | {
+            "residuals": lowered.compile(),
+            "backward": jax.jit(backward).lower(pullback, out).compile(),
+        }
+
+
+def peak_bytes(compiled) -> int | None:
+    """Most memory that a compiled program holds, by the compiler's account."""
+    found = compiled.memory_analysis()
+    if found is None:
+        return None
+    held = found.argument_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
+    return held + found.temp_size_in_bytes
+
+
+def describe_error(error: Exception) -> str:
+    """An error in one line of at most 300 characters."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
+
+
+def describe_machine() -> dict:
+    """Date, commit, device, driver and versions: what a number is worth nothing without."""
+    folder = Path(__file__).resolve().parent
+    # the hash alone, with -dirty where tracked files differ from it
+    commit = ("git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
+    query = ("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    driver = _output(*query).splitlines()
+    clocks = "clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem,power.limit"
+    clocks = _output("nvidia-smi", f"--query-gpu={clocks}", "--format=csv").splitlines()
+    device = jax.devices()[0]
+    return {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        # a copy of the tree on another machine may know no commit, or an older one
+        "commit": os.environ.get("BENCHMARK_COMMIT") or _output(*commit, cwd=folder) or "unknown",
+        "device": device.device_kind,
+        "platform": device.client.platform_version,
+        "driver": driver[0] if driver else "unknown",
+        "clocks": "; ".join(clocks) or "unknown",
+        "versions": versions(),
+    }
+
+
+def _output(*command: str, cwd: Path | None = None) -> str:
+    """What a command prints; nothing where it is missing or fails."""
+    try:
+        run = subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    return run.stdout.strip()

@@ -1,0 +1,326 @@
+"""Attention of new tokens to a cache.
+
+A query at position t of its sequence sees the windows, blocks and tokens that the definition gives
+it, whatever the call is that brings it. There are two ways to compute that, by the number of
+tokens that a sequence gets in the call:
+
+* few (decoding, and drafts to verify): a query reads the blocks in its list, the window and the
+  compressed keys, page by page. That is topk * block_size + window_size + T / kernel_stride
+  entries a token, and never the whole cache. On a GPU that is `pallas/decode_step.py`; elsewhere
+  dense products over what was gathered, since a loop over tiles would be more steps than work.
+* many (a chunk of a long prompt): neighbours choose the same blocks, and a copy of them for each
+  query would be topk * block_size times the chunk. So the keys of each sequence are copied once
+  into a row, and the computations of training (`operators.py`, with their kernels) serve it. The
+  rows are laid out so that the chunks of all sequences start at the same token, however many
+  tokens came before: then a batch of sequences of different lengths is a packed row each.
+
+Shapes: B sequences, n tokens of a chunk, N query heads, K key/value heads, G = N/K, D and E head
+widths, m keys, S selected blocks, p tokens of a page, which is a block.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from jaxtyping import Array, Bool, Float, Int
+
+from fsa_jax import dispatch, operators, triton, xla
+from fsa_jax.inference.nsa_cache import Chunk, KVCache, NSACache
+from fsa_jax.operators import Call
+from fsa_jax.semantics import segments
+from fsa_jax.semantics.precision import einsum, wide_dtype
+from fsa_jax.semantics.segments import Rows, Windows
+
+#: The most tokens of a sequence in a call that are few: drafts are fewer, chunks of a prompt are
+#: hundreds.
+FEW = 16
+
+#: Queries whose blocks are gathered at a time: 64 of the default config, 8 heads of width 128 in
+#: bfloat16, take 268 MB.
+_GATHERED = 64
+
+
+_range_attention: Any = operators.range_attention
+_block_attention: Any = operators.block_attention
+
+
+class Branches(NamedTuple):
+    """Results of the three branches, [B, n, N, E] each."""
+
+    compressed: Float[Array, "B n N E"]
+    selected: Float[Array, "B n N E"]
+    window: Float[Array, "B n N E"]
+
+
+def mode_of(implementation: str | None, query: Float[Array, "B n N D"], cache: KVCache) -> str:
+    """The mode of `operators.Call` that serves queries of this shape.
+
+    Raises:
+      NotImplementedError: the named implementation cannot serve them.
+    """
+    if implementation in ("reference", *dispatch.CUDNN):
+        raise NotImplementedError(
+            f"implementation={implementation!r} cannot serve a cache; use 'xla', 'triton' or None"
+        )
+
+    def keys(length: int) -> jax.ShapeDtypeStruct:
+        shape = (query.shape[0], length, *cache.key.shape[2:])
+        return jax.ShapeDtypeStruct(shape, cache.key.dtype)
+
+    if isinstance(cache, NSACache):
+        name, row = "native_sparse_attention", keys(cache.capacity + query.shape[1])
+        windows = keys(cache.windows)
+        reason = triton.select_reason(query, windows, cache.config)
+        reason = reason or triton.range_reason(query, windows, windows, implementation)
+        reason = reason or triton.selected_reason(
+            query, row, row, block_size=cache.config.block_size
+        )
+    else:
+        name, row = "causal_attention", keys(cache.capacity)
+        reason = triton.range_reason(query, row, row, implementation)
+    return dispatch.mode_of(name, implementation, reason)
+
+
+def attend(
+    query: Float[Array, "B n N D"],
+    cache: NSACache,
+    chunk: Chunk,
+    layer: int | Array,
+    *,
+    scale: float,
+    mode: str,
+) -> Branches:
+    """The branches of queries whose keys are in the cache.
+
+    Args:
+      query: after RoPE.
+      cache: with the keys and values of the chunk.
+      chunk: where the queries stand.
+      layer: number of the layer.
+      scale: factor of the logits.
+      mode: of `mode_of`.
+    """
+    if query.shape[1] > FEW:
+        return _many(query, cache, chunk, layer, scale, mode)
+
+    def kernels(*args):
+        from fsa_jax.inference import decode_step
+
+        interpret = mode == "interpret"
+        return Branches(*decode_step.attend(*args, scale=scale, interpret=interpret)[0])
+
+    few = Call(mode, scale).choose(kernels, functools.partial(_few, scale=scale))
+    return few(query, cache, chunk, jnp.asarray(layer, jnp.int32))
+
+
+def attend_full(
+    query: Float[Array, "B n N D"],
+    cache: KVCache,
+    chunk: Chunk,
+    layer: int | Array,
+    *,
+    scale: float,
+    mode: str,
+) -> Float[Array, "B n N E"]:
+    """Causal attention to all tokens of the sequences; arguments as in `attend`."""
+    length, capacity = query.shape[1], cache.capacity
+    first = jnp.zeros_like(chunk.first)
+    key, value = (
+        cache.read(pool, layer, first, capacity, chunk.stop) for pool in (cache.key, cache.value)
+    )
+    stop = jnp.where(chunk.valid, chunk.position + 1, 0)
+    if length <= FEW:
+        return _dense(query, key, value, _until(stop, capacity), scale)[0]
+    seers = _seers(jnp.arange(capacity, dtype=jnp.int32)[None] - chunk.first[:, None], chunk)
+    call = Call(mode, scale, name="full")
+    return _range_attention(call, query, key, value, (jnp.zeros_like(stop), stop), seers)[0]
+
+
+# Compressed attention and the selection
+
+
+class _Seen(NamedTuple):
+    """The compressed keys and values of each sequence, and what its queries see of them."""
+
+    key: Float[Array, "B M K D"]
+    value: Float[Array, "B M K E"]
+    rows: Rows
+    windows: Windows
+
+
+def _compressed(cache: NSACache, chunk: Chunk, layer) -> _Seen:
+    stride = cache.config.kernel_stride
+    key, value = cache.read_compressed(layer, chunk, cache.windows)
+    # the documents as the chunk's first token sees them: they began that many tokens before it
+    start = jnp.broadcast_to(-chunk.first[:, None], chunk.position.shape)
+    end = jnp.broadcast_to((chunk.stop - chunk.first)[:, None], start.shape)
+    visible = jnp.where(chunk.valid, cache.windows_before(chunk.position + 1), 0)
+    place = jnp.arange(cache.windows, dtype=jnp.int32)[None] * stride - chunk.first[:, None]
+    return _Seen(
+        key,
+        value,
+        Rows(start, end, chunk.valid, packed=False),
+        Windows(start=place, first=jnp.zeros_like(visible), visible=visible),
+    )
+
+
+# Few tokens
+
+
+def _few(query, cache: NSACache, chunk: Chunk, layer, *, scale: float) -> Branches:
+    config = cache.config
+    seen = _compressed(cache, chunk, layer)
+    visible = _until(seen.windows.visible, cache.windows)
+    compressed, lse = _dense(query, seen.key, seen.value, visible, scale)
+    blocks = xla.select_blocks(
+        query, seen.key, lse, seen.rows, seen.windows, config=config, scale=scale
+    )
+    selected = _listed(query, cache, chunk, layer, blocks, scale)
+    reach = min(config.window_size - 1, cache.capacity)
+    key, value = _nearby(cache, chunk, layer, reach)
+    column = jnp.arange(key.shape[1], dtype=jnp.int32)[None, None]
+    low, high = _window(cache, chunk, reach)
+    visible = (column >= low[..., None]) & (column < high[..., None])
+    return Branches(compressed, selected, _dense(query, key, value, visible, scale)[0])
+
+
+def _until(stop: Int[Array, "B n"], count: int) -> Bool[Array, "B n m"]:
+    """Which of `count` keys are before each query's `stop`."""
+    return jnp.arange(count, dtype=jnp.int32)[None, None] < stop[..., None]
+
+
+def _dense(query, key, value, visible: Bool[Array, "B n m"], scale):
+    """Attention of a few queries to keys [B, m, K, D]: out [B, n, N, E] and lse [B, n, N]."""
+    query = rearrange(query, "b n (k g) d -> b k n g d", k=key.shape[2])
+    key, value = (rearrange(x, "b m k d -> b k m d") for x in (key, value))
+    out, lse = _softmax(query, key, value, visible[:, None], scale)
+    return rearrange(out, "b k n g e -> b n (k g) e"), rearrange(lse, "b k n g -> b n (k g)")
+
+
+def _softmax(
+    query: Float[Array, "B K n G D"],
+    key: Float[Array, "B K m D"],
+    value: Float[Array, "B K m E"],
+    visible: Bool[Array, "B #K n m"],
+    scale: float,
+) -> tuple[Float[Array, "B K n G E"], Float[Array, "B K n G"]]:
+    """Softmax attention; 0 and -inf for a query that sees nothing."""
+    logits = scale * einsum("bkngd,bkmd->bkngm", query, key)
+    logits = jnp.where(visible[:, :, :, None], logits, -jnp.inf)
+    top = logits.max(axis=-1)
+    safe = jnp.where(jnp.isneginf(top), 0, top)
+    weight = jnp.exp(logits - safe[..., None])
+    total = weight.sum(axis=-1)
+    out = einsum("bkngm,bkme->bknge", weight.astype(value.dtype), value)
+    empty = total == 0
+    total = jnp.where(empty, 1, total)
+    lse = jnp.where(empty, -jnp.inf, safe + jnp.log(total)).astype(wide_dtype(query))
+    return (out / total[..., None]).astype(query.dtype), lse
+
+
+def _listed(query, cache: NSACache, chunk: Chunk, layer, blocks: Int[Array, "B n K S"], scale):
+    """Attention of a few queries to the blocks of their lists, each gathered from its page."""
+    kv_heads, size = cache.key.shape[2], cache.page_size
+    pages, head = cache.pages(layer), jnp.arange(kv_heads, dtype=jnp.int32)[None, :, None, None]
+    place = jnp.arange(size, dtype=jnp.int32)[None, None, None]
+
+    def one(arrays):
+        """A token of every sequence: query [B, K, G, D], blocks [B, K, S], position [B]."""
+        query, blocks, position = arrays
+        batch = blocks.shape[0]
+        listed = jnp.maximum(blocks, 0).reshape(batch, -1)
+        page = jnp.take_along_axis(pages, listed, axis=1).reshape(*blocks.shape, 1)
+        token = blocks[..., None] * size + place
+        visible = (blocks[..., None] >= 0) & (token <= position[:, None, None, None])
+
+        def gather(pool):
+            # what the query cannot see may be what another sequence left, NaN say
+            x = jnp.where(visible[..., None], pool[page, place, head], 0)
+            return rearrange(x, "b k s p d -> b k (s p) d")
+
+        key, value = gather(cache.key), gather(cache.value)
+        sees = rearrange(visible, "b k s p -> b k 1 (s p)")
+        return _softmax(query[:, :, None], key, value, sees, scale)[0][:, :, 0]
+
+    query = rearrange(query, "b n (k g) d -> n b k g d", k=kv_heads)
+    position = jnp.where(chunk.valid, chunk.position, -1).T
+    arrays = (query, rearrange(blocks, "b n k s -> n b k s"), position)
+    together = max(1, _GATHERED // query.shape[1])
+    out = jax.lax.map(one, arrays, batch_size=together)
+    return rearrange(out, "n b k g e -> b n (k g) e")
+
+
+def _nearby(cache: NSACache, chunk: Chunk, layer, reach: int):
+    """Keys and values from `reach` tokens before the chunk to its end, [B, reach + n, K, ...]."""
+    pools = (cache.key, cache.value)
+    if cache.window_key is not None and cache.window_value is not None:
+        pools = (cache.window_key, cache.window_value)
+    count = reach + chunk.position.shape[1]
+    return tuple(cache.read(x, layer, chunk.first - reach, count, chunk.stop) for x in pools)
+
+
+def _window(cache: NSACache, chunk: Chunk, reach: int):
+    """The range of `_nearby` tokens that each query's window shows."""
+    oldest = jnp.maximum(chunk.position - (cache.config.window_size - 1), 0)
+    low = oldest - chunk.first[:, None] + reach
+    high = chunk.position + 1 - chunk.first[:, None] + reach
+    return low, jnp.where(chunk.valid, high, low)
+
+
+# Many tokens
+
+
+def _many(query, cache: NSACache, chunk: Chunk, layer, scale: float, mode: str) -> Branches:
+    config = cache.config
+    seen = _compressed(cache, chunk, layer)
+    visible = segments.visible_windows(seen.windows)
+    # a window is seen from its last token on
+    seers = _seers(seen.windows.start + (config.kernel_size - 1), chunk)
+    call = Call(mode, scale, name="compressed")
+    compressed, lse = _range_attention(call, query, seen.key, seen.value, visible, seers)
+    call = Call(mode, scale, config=config)
+    blocks = operators.choose_blocks(call, query, seen.key, lse, seen.rows, seen.windows)
+    selected = _listed_in_row(query, cache, chunk, layer, blocks, scale, mode)
+    reach = min(config.window_size - 1, cache.capacity)
+    key, value = _nearby(cache, chunk, layer, reach)
+    place = jnp.arange(key.shape[1], dtype=jnp.int32)[None] - reach
+    seers = _seers(jnp.broadcast_to(place, (query.shape[0], place.shape[1])), chunk)
+    seers = seers[0], jnp.clip(place + min(config.window_size, key.shape[1]), *seers)
+    call = Call(mode, scale, name="window")
+    window, _ = _range_attention(call, query, key, value, _window(cache, chunk, reach), seers)
+    return Branches(compressed, selected, window)
+
+
+def _seers(place: Int[Array, "B m"], chunk: Chunk) -> tuple[Array, Array]:
+    """The range of queries at or after each place; places count from the chunk's first token.
+
+    Empty where the place is before the sequence.
+    """
+    added = (chunk.stop - chunk.first)[:, None]
+    there = place >= -chunk.first[:, None]
+    return jnp.where(there, jnp.clip(place, 0, added), 0), jnp.where(there, added, 0)
+
+
+def _listed_in_row(query, cache: NSACache, chunk: Chunk, layer, blocks, scale, mode):
+    """Attention of many queries to listed blocks, in a copy of each sequence's tokens.
+
+    The copy is a row in which the chunk starts at token `capacity` for every sequence, and the
+    sequence as many tokens before it as it has.
+    """
+    size, begin = cache.page_size, cache.capacity
+    length = begin + query.shape[1]
+    first = chunk.first - begin
+    key, value = (
+        cache.read(pool, layer, first, length, chunk.stop) for pool in (cache.key, cache.value)
+    )
+    token = first[:, None] + jnp.arange(length, dtype=jnp.int32)[None]
+    there = (token >= 0) & (token < chunk.stop[:, None])
+    documents = segments.describe_rows(there.astype(jnp.int32), *there.shape)
+    first = first[:, None, None, None]
+    starts = jnp.where(blocks >= 0, blocks * size - first, length)
+    call = Call(mode, scale, block_size=size, packed=True)
+    arrays = (documents.start, documents.end, documents.valid)
+    offset = jnp.full((query.shape[0], 1), begin, jnp.int32)
+    return _block_attention(call, query, key, value, starts, arrays, offset)[0]

@@ -1,0 +1,297 @@
+"""What the attention layers share: projections, RoPE, positions, padding, and calls with a cache.
+
+Shapes: B batch, T tokens in a row, C features of the residual stream, N query heads, K key/value
+heads, D head width, n tokens of a call with a cache.
+"""
+
+from typing import Any, overload
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from flax.typing import Initializer
+from jaxtyping import Array, Float, Integer
+
+from fsa_jax import sharding, stripes
+from fsa_jax.arguments import checks
+from fsa_jax.arguments.types import AnyArray, IntegerList
+from fsa_jax.inference.nsa_cache import Chunk, KVCache
+from fsa_jax.partitioning import partitioned
+from fsa_jax.rope import RoPE
+from fsa_jax.semantics.segments import Rows, cut, describe_rows
+
+
+def check_heads(num_heads: int, num_kv_heads: int) -> None:
+    """Raises ValueError unless the query heads divide into groups."""
+    checks.size("num_heads", num_heads)
+    if checks.size("num_kv_heads", num_kv_heads, least=0) < 1 or num_heads % num_kv_heads:
+        raise ValueError(
+            "num_heads must be a positive multiple of num_kv_heads, got "
+            f"num_heads={num_heads} and num_kv_heads={num_kv_heads}"
+        )
+
+
+def without_padding(x: jax.Array, segment_ids: Any) -> jax.Array:
+    """The array [B, T, ...] with 0 at padding, also where it is split over Explicit axes."""
+    if segment_ids is None:
+        return x
+
+    def call(given):
+        x, segment_ids = given
+        return checks.rows(x, segment_ids, True).without_padding(x)
+
+    given = (x, segment_ids)
+    mesh = sharding.explicit_mesh(given)
+    if mesh is None:
+        return call(given)
+    return sharding.on_auto_axes(call, mesh, sharding.explicit_spec(x), given)
+
+
+def linear(
+    inputs: tuple[int, ...],
+    outputs: tuple[int, ...],
+    names: tuple[tuple[str | None, ...], tuple[str | None, ...]],
+    **options: Any,
+) -> nnx.LinearGeneral:
+    """A projection of the last axes, with the logical names of its input and output axes."""
+    return nnx.LinearGeneral(
+        inputs,
+        outputs,
+        axis=tuple(range(-len(inputs), 0)),
+        kernel_metadata=partitioned(*names[0], *names[1]),
+        bias_metadata=partitioned(*names[1]),
+        **options,
+    )
+
+
+class AttentionLayer(nnx.Module):
+    """Base of the layers.
+
+    A layer defines `attend_rows`, the attention of a call without a cache; `init_cache`; and
+    `extend`, the call with one.
+    """
+
+    @property
+    def stride(self) -> int:
+        """What the tokens of a stripe must be a multiple of, with a `sequence_axis`."""
+        return 1
+
+    def __init__(
+        self,
+        num_heads: int,
+        in_features: int,
+        *,
+        num_kv_heads: int | None,
+        head_dim: int | None,
+        out_features: int | None,
+        kv_branches: tuple[int, ...],
+        rope: RoPE | None,
+        scale: float | None,
+        implementation: Any,
+        sequence_axis: str | None,
+        out_kernel_init: Initializer | None,
+        options: dict[str, Any],
+    ):
+        num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        check_heads(num_heads, num_kv_heads)
+        checks.size("in_features", in_features)
+        if head_dim is None:
+            if in_features % num_heads:
+                raise ValueError(
+                    "in_features must be a multiple of num_heads where head_dim is not given, got "
+                    f"in_features={in_features} and num_heads={num_heads}"
+                )
+            head_dim = in_features // num_heads
+        checks.size("head_dim", head_dim)
+        if out_features is not None:
+            checks.size("out_features", out_features)
+        checks.scale(scale, head_dim)
+        if sequence_axis is not None:
+            checks.axis_name(sequence_axis)
+        if not isinstance(rope, RoPE | None):
+            raise ValueError(f"rope must be a RoPE or None, got {checks.short(rope)}")
+        if rope is not None:
+            rope.inverse_frequencies(head_dim)  # raises for an odd head_dim
+        self.num_heads = num_heads
+        self.num_kv_heads = num_kv_heads
+        self.head_dim = head_dim
+        self.in_features = in_features
+        self.out_features = in_features if out_features is None else out_features
+        self.rope = rope
+        self.scale = scale
+        self.implementation = implementation
+        self.sequence_axis = sequence_axis
+
+        features, heads = (in_features,), (num_heads, head_dim)
+        kv_heads = (*kv_branches, num_kv_heads, head_dim)
+        head_names = ("heads", "head_dim")
+        kv_names = (*(None for _ in kv_branches), "kv_heads", "head_dim")
+        self.query = linear(features, heads, (("embed",), head_names), **options)
+        self.key = linear(features, kv_heads, (("embed",), kv_names), **options)
+        self.value = linear(features, kv_heads, (("embed",), kv_names), **options)
+        out_options = options | {"kernel_init": out_kernel_init or options["kernel_init"]}
+        self.out = linear(heads, (self.out_features,), (head_names, ("embed",)), **out_options)
+
+    @overload
+    def __call__(
+        self,
+        x: Float[AnyArray, "B T C"],
+        segment_ids: Integer[AnyArray, "B T"] | IntegerList | None = None,
+        positions: Integer[AnyArray, "B T"] | IntegerList | None = None,
+    ) -> Float[Array, "B T O"]: ...
+
+    @overload
+    def __call__[Cache: KVCache](
+        self,
+        x: Float[AnyArray, "B n C"],
+        *,
+        cache: Cache,
+        num_tokens: Integer[AnyArray, " B"] | IntegerList | None = None,
+        fresh: bool = False,
+    ) -> tuple[Float[Array, "B n O"], Cache]: ...
+
+    def __call__(
+        self, x, segment_ids=None, positions=None, *, cache=None, num_tokens=None, fresh=False
+    ) -> Any:
+        """Applies the layer to rows, or to the next tokens of sequences that stand in a cache.
+
+        Args:
+          x: [B, T, C], floating.
+          segment_ids: integers [B, T], equal ids in a run are one document, 0 is padding; None:
+            every row is one document.
+          positions: integers [B, T], for RoPE; None: counted from each document's start.
+          cache: what `init_cache` or an earlier call gave. Row b of `x` then continues sequence b,
+            from which positions follow; any number of tokens may come at once.
+          num_tokens: with a cache, integers [B], how many tokens of each row are there; None: all.
+          fresh: with a cache, whether the tokens are the first of their sequences. What the cache
+            held of them is forgotten, and the call runs what training runs, its kernels included:
+            the fast way for a long prompt.
+
+        Returns:
+          [B, T, out_features] in the dtype of the computation; 0 at padding. With a cache, that and
+          the cache with the new tokens. Jit donates the old one: ``jax.jit(..., donate_argnums=)``.
+
+        Raises:
+          ValueError: a shape or dtype does not fit; the cache is of another layer; outside jit, a
+            sequence has no room, or is lost. Inside jit tokens without room are not stored, and
+            give 0; sequences that are lost (see ``KVCache``) give NaN.
+          NotImplementedError: the layer's implementation or sequence_axis cannot serve a cache.
+        """
+        fresh = checks.flag("fresh", fresh)
+        if cache is None:
+            checks.absent("without a cache", num_tokens=num_tokens, fresh=fresh or None)
+            arrays = self._arrays(x, segment_ids, positions)
+            return sharding.layer_call(self, self.sequence_axis, *arrays)
+        checks.absent("with a cache", segment_ids=segment_ids, positions=positions)
+        x = self._check_features(checks.floating("x", x, "B T C"))
+        self.check_cache(cache, x.shape[0])
+        cache = cache.emptied() if fresh else cache
+        chunk = cache.place(x.shape[1], num_tokens)
+        y, cache = self.extend(cut(x, chunk.valid), cache, chunk, 0, fresh)
+        return cache.marked(y), cache.advance(chunk)
+
+    def call_part(self, x, segment_ids, positions) -> jax.Array:
+        """The call without a cache, on axes of a mesh that are not Explicit."""
+        rows, positions = self._describe(x, segment_ids, positions)
+        heads = self.attend_rows(rows.without_padding(x), segment_ids, positions)
+        return self._project_out(heads, rows)
+
+    def attend_rows(self, x, segment_ids, positions) -> jax.Array:
+        """The heads [B, T, N, D] of a call without a cache; `x` is 0 at padding."""
+        raise NotImplementedError
+
+    def init_cache(
+        self,
+        batch: int,
+        capacity: int,
+        *,
+        dtype: Any = None,
+        num_pages: int | None = None,
+        layers: int = 1,
+    ) -> KVCache:
+        """An empty cache of this layer; see `KVCache.init`."""
+        raise NotImplementedError
+
+    def extend(
+        self, x: jax.Array, cache: Any, chunk: Chunk, layer: int | jax.Array, fresh: bool
+    ) -> tuple[jax.Array, Any]:
+        """The outputs [B, n, C] of a chunk, and the cache with it in that layer.
+
+        Args:
+          x: [B, n, C], 0 where no token is.
+          cache: of this layer and others like it; its lengths are those before the chunk.
+          chunk: where the tokens stand.
+          layer: number of the layer.
+          fresh: whether the sequences are empty.
+        """
+        raise NotImplementedError
+
+    def check_cache(self, cache: KVCache, batch: int, layers: int = 1) -> None:
+        """Raises ValueError unless the cache is this layer's, for `batch` sequences."""
+        if self.sequence_axis is not None:
+            raise NotImplementedError(
+                f"sequence_axis={self.sequence_axis!r} cannot serve a cache: it is for training; a "
+                "layer without it takes the same parameters"
+            )
+        if not isinstance(cache, KVCache):
+            raise ValueError(f"cache must be what init_cache gives, got {type(cache).__name__}")
+        # the dtype is compared with that of the keys, which x and parameters decide
+        own = jax.eval_shape(lambda: self.init_cache(batch, 1, layers=layers))
+        wanted, got = own.traits(), cache.traits()
+        for name, value in wanted.items():
+            if got.get(name) != value:
+                raise ValueError(f"cache must have {name}={value}, got {name}={got.get(name)}")
+
+    def _dtype_of_cache(self, dtype: Any) -> Any:
+        """The dtype asked for, if the layer's keys can have it, or that of the computation."""
+        own = jax.dtypes.canonicalize_dtype(self.query.dtype or self.query.param_dtype)
+        if dtype is None:
+            return own
+        dtype = checks.float_dtype("dtype", dtype)
+        # where the computation has no dtype, an x of a wider one than the parameters decides
+        with jax.numpy_dtype_promotion("standard"):
+            wider = self.query.dtype is None and jnp.promote_types(own, dtype) == dtype
+        if dtype != own and not wider:
+            rule = "" if self.query.dtype else " or a wider one"
+            raise ValueError(f"dtype must be that of the layer's keys, {own}{rule}, got {dtype}")
+        return dtype
+
+    def _check_same_dtype(self, key: jax.Array, cache: KVCache) -> None:
+        if key.dtype != cache.key.dtype:
+            raise ValueError(
+                f"cache must have the dtype of the layer's keys, got {cache.key.dtype} and "
+                f"{key.dtype}"
+            )
+
+    def _check_features(self, x: jax.Array) -> jax.Array:
+        if x.shape[-1] != self.in_features:
+            raise ValueError(f"x must have in_features={self.in_features} features, got {x.shape}")
+        return x
+
+    def _arrays(self, x, segment_ids, positions) -> Any:
+        """The arguments of a call without a cache, checked, as arrays or None."""
+        x = self._check_features(checks.floating("x", x, "B T C"))
+        segment_ids = checks.ids(segment_ids, x.shape[:2], True)
+        if positions is not None:
+            positions = checks.integers("positions", positions, "B T")
+            checks.same_axes("B T", x=x, positions=positions)
+        return x, segment_ids, positions
+
+    def _describe(
+        self, x: jax.Array, segment_ids: jax.Array | None, positions: jax.Array | None
+    ) -> tuple[Rows, jax.Array]:
+        """The documents of each row and every token's position; arguments as of `_arrays`."""
+        rows = describe_rows(segment_ids, *x.shape[:2])
+        if positions is not None:
+            return rows, positions
+        if self.sequence_axis is None:
+            return rows, rows.position
+        checks.sequence(self.sequence_axis, True, x.shape[1], self.stride)
+        return rows, stripes.positions(segment_ids, x.shape[:2], self.sequence_axis)
+
+    def _turn(self, x: jax.Array, positions: jax.Array) -> jax.Array:
+        return x if self.rope is None else self.rope.apply(x, positions)
+
+    def _project_out(self, heads: jax.Array, rows: Rows | Chunk) -> jax.Array:
+        """The output projection; padding gets 0 even where there is a bias."""
+        return cut(self.out(heads), rows.valid)

@@ -1,0 +1,112 @@
+"""phi of native sparse attention as a Flax module: the weights of a compression."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from flax.nnx.nn import initializers
+from flax.typing import Dtype, Initializer
+from jaxtyping import Array, Float, Int
+
+from fsa_jax import api
+from fsa_jax.arguments.types import CompressionMethod
+from fsa_jax.config import NSAConfig
+from fsa_jax.partitioning import partitioned
+
+
+class Compressor(nnx.Module):
+    """phi with its parameters: one key (or value) for every window of tokens.
+
+    Args:
+      num_kv_heads: heads K.
+      head_dim: width D of a head.
+      config: gives the windows' size l and stride.
+      method: ``"linear"``, ``"weighted"``, ``"mean"`` or ``"mlp"``.
+      param_dtype: dtype in which the parameters are stored.
+      weights_init: initialiser of the weights; None: see ``NativeSparseAttention``.
+      positions_init: initialiser of the positional table [K, l, D]; None: there is no table.
+      rngs: random keys.
+
+    Example:
+      >>> phi = Compressor(2, 8, config=NSAConfig(), method="mean", rngs=nnx.Rngs(0))
+      >>> phi(jnp.ones((1, 64, 2, 8))).shape
+      (1, 4, 2, 8)
+    """
+
+    def __init__(
+        self,
+        num_kv_heads: int,
+        head_dim: int,
+        *,
+        config: NSAConfig,
+        method: CompressionMethod,
+        param_dtype: Dtype = jnp.float32,
+        weights_init: Initializer | None = None,
+        positions_init: Initializer | None = None,
+        rngs: nnx.Rngs,
+    ):
+        self.config = config
+        self.method: CompressionMethod = method
+        heads, window, hidden = num_kv_heads, config.kernel_size, 2 * head_dim
+        flat = window * head_dim
+        shapes = {
+            "linear": ((heads, flat, head_dim),),
+            "weighted": ((heads, window),),
+            "mean": (),
+            "mlp": ((heads, flat, hidden), (heads, hidden, head_dim)),
+        }[method]
+        names = ("kv_heads", None, "head_dim")
+        default_init = _lecun_per_head if method == "mlp" else _mean_of_window
+        init = default_init if weights_init is None else weights_init
+
+        def parameter(init: Initializer, shape: tuple[int, ...]) -> nnx.Param:
+            metadata = partitioned(*names[: len(shape)])
+            return nnx.Param(init(rngs.params(), shape, param_dtype), **metadata)
+
+        self.weights: nnx.Param | None = nnx.data(None)
+        self.weights_out: nnx.Param | None = nnx.data(None)  # second matrix of "mlp"
+        self.positions: nnx.Param | None = nnx.data(None)
+        if shapes:
+            self.weights = parameter(init, shapes[0])
+        if len(shapes) == 2:
+            self.weights_out = parameter(init, shapes[1])
+        if positions_init is not None:
+            self.positions = parameter(positions_init, (heads, window, head_dim))
+
+    def __call__(
+        self,
+        x: Float[Array, "B T K D"],
+        segment_ids: Int[Array, "B T"] | None = None,
+        sequence_axis: str | None = None,
+    ) -> Float[Array, "B M K D"]:
+        """Compresses x, in the dtype of x; M = T // kernel_stride. See ``fsa_jax.compress``."""
+        weights, weights_out = _cast(self.weights, x), _cast(self.weights_out, x)
+        return api.compress(
+            x,
+            kernel_size=self.config.kernel_size,
+            kernel_stride=self.config.kernel_stride,
+            method=self.method,
+            weights=(weights, weights_out) if self.method == "mlp" else weights,
+            positions=_cast(self.positions, x),
+            segment_ids=segment_ids,
+            sequence_axis=sequence_axis,
+        )
+
+
+def _cast(parameter: nnx.Param | None, x: jax.Array) -> Any:
+    return None if parameter is None else parameter[...].astype(x.dtype)
+
+
+def _mean_of_window(key: jax.Array, shape: tuple[int, ...], dtype: Dtype) -> jax.Array:
+    """Weights [K, l*D, D] or [K, l] that make phi the mean of the window's tokens."""
+    del key
+    width = shape[2] if len(shape) == 3 else 1
+    window = shape[1] // width
+    mean = jnp.tile(jnp.eye(width, dtype=dtype), (window, 1)) / jnp.asarray(window, dtype)
+    return jnp.broadcast_to(mean[None], (shape[0], *mean.shape)).reshape(shape)
+
+
+def _lecun_per_head(key: jax.Array, shape: tuple[int, ...], dtype: Dtype) -> jax.Array:
+    """LeCun normal weights [K, in, out] of K maps side by side."""
+    return initializers.lecun_normal(batch_axis=0)(key, shape, dtype)

@@ -1,0 +1,333 @@
+"""KV-outer backward: one pass, five matmuls, dK and dV on chip.
+
+Tiling is that of `forward.py`. The rows of a step are the longer side of every product: scores are
+[rows, b], and dK and dV accumulate as [D, b] and [E, b] in float32 registers over the steps of an
+item. So every product is wide enough for the matrix unit, and p and ds go through shared memory
+once, as they are.
+
+Dataflow of a step: gather q, dout, lse, delta of the pairs; p = 2^(q k^T - lse); dV^T += dout^T p;
+ds = p * (dout v^T - delta); dK^T += q^T ds; ds k, the partial dq, goes to the slot of the pair and
+`merge.sum_gradients` adds the S slots of each token. Partial dq are stored in a unit of their query
+(`inverse_units`), so that float16 holds them with 11 bits: bfloat16 would round each of the S terms
+of a sum to 8, and double the error of dq.
+
+The one item of a block adds its dK and dV to the result. The items of a hot block, which is cut
+into several, write to rows of their own, and `sum_blocks` adds those in their order. So a sum has
+one order, and there are no atomics.
+
+Flops: 5 * 2 * P * G * b * D (D = E). Device memory: q and dout gathered once a pair, P*G*(D+E)
+elements; dq partials written, P*G*D; dK and dV written, b*(D+E) an item, and read if they are sums.
+
+Shapes: H heads of a chunk, C tokens of it, P = C*S pairs of a head, G query heads of a key head,
+b keys of a block, D and E head widths, I items, X of them of blocks that are cut.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+
+from fsa_jax.pallas.block_attention.work_item import Item, each_item
+from fsa_jax.pallas.block_attention.work_item import arrays as item_arrays
+from fsa_jax.pallas.common import (
+    call,
+    columns_of,
+    dot,
+    iota,
+    load,
+    product,
+    rows_mask,
+    softmax_weights,
+    split,
+    store,
+    tile_width,
+)
+
+#: Widest tile of columns.
+COLUMNS = 64
+#: Rows of the products of Hopper, which leave fewer registers than those of older matrix units.
+WIDE = 64
+#: Tokens whose gradients one program of `sum_blocks` writes.
+SUM_ROWS = 16
+#: Items of a block whose loads are in flight together: a hot block has many, one after another.
+IN_FLIGHT = 4
+
+
+def inverse_units(key, value, dout, delta, key_valid, valid):
+    """Factor of each query's partial dq / scale that keeps all of them within float16.
+
+    |sum over j of p_j (dout . v_j - delta) k_j| <= (|dout|_1 max|v| + |delta|) max|k|, since the
+    p_j add up to at most 1. The factor makes that bound 2^14 to 2^15. Typical partial results are
+    some 2^12 times smaller; float16 keeps its 11 bits for what is up to 2^29 times smaller. It is a
+    power of two, which changes no bit of the rounded numbers: keys that nobody sees may set it.
+
+    Args:
+      key: [B, T, K, D].
+      value: [B, T, K, E].
+      dout: [B, T, N, E].
+      delta: float32 [B, T, N].
+      key_valid: bool [B, T], False at padding, which may hold anything.
+      valid: that of the queries, which may be part of the row.
+
+    Returns:
+      float32 [B, T, N]; 0 where the bound is 0, as then dq is; NaN where it is not finite.
+    """
+
+    def largest(x):
+        size = jnp.abs(x.astype(jnp.float32))
+        size = jnp.where(jnp.isfinite(size) & key_valid[:, :, None, None], size, 0)
+        return jnp.repeat(size.max(axis=(1, 3)), dout.shape[2] // x.shape[2], axis=1)[:, None]
+
+    size = jnp.sum(jnp.abs(dout.astype(jnp.float32)), axis=-1)
+    bound = (size * largest(value) + jnp.abs(delta)) * largest(key)
+    # a float32 without its fraction is the power of two below it
+    exponent = jax.lax.bitcast_convert_type(bound, jnp.int32) & 0x7F800000
+    power = jax.lax.bitcast_convert_type(exponent, jnp.float32)
+    inverse = jnp.where(power > 0, 2.0**14 / jnp.where(power > 0, power, 1), 0)
+    inverse = jnp.where(jnp.isfinite(bound), inverse, jnp.nan)
+    return jnp.where(valid[:, :, None], inverse, 0)
+
+
+def partial_gradients(
+    where, lists, query, key, value, dout, lse, delta, inverse, sums, *,
+    heads, tokens, slots, block, pairs, scale, tile, pieces, partial_dtype, interpret,
+):  # fmt: skip
+    """Gradients of the pairs of a chunk.
+
+    Args:
+      where: int32 [3], as in `forward.partial_attention`.
+      lists: `index.Index` of the chunk.
+      query: [B, T, N, D].
+      key: [B, T, K, D].
+      value: [B, T, K, E].
+      dout: cotangent of the output, [B, T, N, E].
+      lse: float32 [B, T, N].
+      delta: sum(out * dout) - dlse, float32 [B, T, N].
+      inverse: `inverse_units`, float32 [B, T, N].
+      sums: dkey [B, T, K, D] and dvalue [B, T, K, E], updated in place at the blocks that have one
+        item. float32 sums are added to: then a head may come in several chunks. Others are set.
+      heads: H.
+      tokens: C.
+      slots: S.
+      block: b, a power of two.
+      pairs: the most pairs of an item.
+      scale: factor of the logits.
+      tile: `tuning.Tile`.
+      pieces: X.
+      partial_dtype: dtype of the partial dq.
+      interpret: run the kernel in interpret mode.
+
+    Returns:
+      dkey and dvalue; dK [X*b, D] and dV [X*b, E] of blocks that are cut, float32, unwritten where
+      there is no such item; and dq / scale * inverse, [H, P*G, D], unwritten where a pair does not
+      count.
+    """
+    _, length, kv_heads, width = key.shape
+    group = query.shape[2] // kv_heads
+    sizes = {"length": length, "group": group, "kv_heads": kv_heads, "slots": slots}
+    sizes |= {"block": block, "pairs": pairs, "tokens": tokens}
+    sizes |= {"partial": query.shape[1] != length}
+    items, inputs = item_arrays(where, lists), (query, key, value, dout, lse, delta, inverse)
+
+    def backward_kernel(*refs):
+        item_refs, refs = refs[: len(items)], refs[len(items) :]
+        query_ref, key_ref, value_ref, dout_ref, lse_ref, delta_ref, inverse_ref, *refs = refs
+        _dkey, _dvalue, *refs, part_ref = refs
+
+        def work(number):
+            item = Item(item_refs, number, rows=tile.rows, **sizes)
+            columns, value_columns = (columns_of(x, COLUMNS) for x in (key, value))
+            keys = item.load_block(key_ref, columns)
+            values = item.load_block(value_ref, value_columns)
+
+            def step(at, sums):
+                dkeys, dvalues = sums
+                rows = item.step(at)
+                live, token, query_head, slot = rows
+                queries = item.load_rows(query_ref, rows, columns)
+                douts = item.load_rows(dout_ref, rows, value_columns)
+                lses = load(lse_ref.at[item.batch, token, query_head], mask=live)
+                deltas = load(delta_ref.at[item.batch, token, query_head], mask=live)
+                # This order of the products is the fastest of those that spill no registers.
+                dp = product(douts, values)
+                p = softmax_weights(product(queries, keys), lses[:, None], scale, key_ref.dtype)
+                # idle rows see all keys; their dout and delta are 0, and so is what they add
+                # (a loop of its own for the steps that need no mask spills registers)
+                p = jnp.where(item.sees(token), p, 0.0)
+                p_cut = p.astype(dout_ref.dtype)
+                dvalues = [x + dot(do, p_cut, (0, 0)) for x, do in zip(dvalues, douts, strict=True)]
+                ds = (p * (dp - deltas[:, None])).astype(key_ref.dtype)
+                if tile.rows % group and tile.rows >= WIDE:
+                    # found again: kept from the loads on, they would cost registers
+                    live, token, query_head, slot = item.step(at + item.zero())
+                inverses = load(inverse_ref.at[item.batch, token, query_head], mask=live)
+                for d, tile_keys in zip(columns, keys, strict=True):
+                    part = dot(ds, tile_keys, (1, 0)) * inverses[:, None]
+                    store(
+                        part_ref.at[slot[:, None], d[None, :]],
+                        part.astype(part_ref.dtype),
+                        mask=rows_mask(live, d, width),
+                    )
+                dkeys = [x + dot(q, ds, (0, 0)) for x, q in zip(dkeys, queries, strict=True)]
+                return dkeys, dvalues
+
+            zeros = tuple(
+                [jnp.zeros((d.size, block), jnp.float32) for d in cut]
+                for cut in (columns, value_columns)
+            )
+            dkeys, dvalues = jax.lax.fori_loop(0, item.steps(), step, zeros)
+            # read again: kept over the loop, what the item tells would cost registers
+            item = Item(item_refs, number + item.zero(), rows=tile.rows, **sizes)
+            for (sum_ref, piece_ref), d, parts, factor in (
+                (refs[::2], columns, dkeys, scale),
+                (refs[1::2], value_columns, dvalues, 1.0),
+            ):
+                store_block(item, sum_ref, piece_ref, d, [x * factor for x in parts], axis=1)
+
+        each_item(item_refs, lists, work)
+
+    part = jax.ShapeDtypeStruct((heads * tokens * slots * group, width), partial_dtype)
+    rows = max(1, pieces) * block
+    *sums, part = call_on_items(
+        backward_kernel, lists, items, inputs, sums, rows, tile, interpret, part
+    )
+    return *sums, part.reshape(heads, -1, width)
+
+
+def call_on_items(kernel, lists, items, inputs, sums, rows, tile, interpret, *more):
+    """Calls a kernel whose programs own an item each.
+
+    Args:
+      kernel: of the arrays of the items, the inputs, the sums, and the results.
+      lists: `index.Index` of the chunk.
+      items: what `item.arrays` gives.
+      inputs: other arrays.
+      sums: dkey and dvalue, updated in place.
+      rows: of the pieces.
+      tile: `tuning.Tile`.
+      interpret: run the kernel in interpret mode.
+      *more: shapes of other results.
+
+    Returns:
+      The sums, their pieces float32 [rows, width], and the other results.
+    """
+    shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in sums]
+    shapes += [jax.ShapeDtypeStruct((rows, x.shape[3]), jnp.float32) for x in sums]
+    before = len(items) + len(inputs)
+    return call(
+        kernel,
+        *items,
+        *inputs,
+        *sums,
+        grid=(lists.programs,),
+        out_shape=(*shapes, *more),
+        aliases={before: 0, before + 1: 1},
+        interpret=interpret,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+    )
+
+
+def store_block(item, sum_ref, piece_ref, columns, sums, axis):
+    """Stores tiles of an item's sums where they belong; the block may be its alone.
+
+    Keys are axis `axis` of the tiles, columns the other one.
+    """
+
+    def keys(x):
+        return jnp.expand_dims(x, 1 - axis)
+
+    def place(head, d):
+        cells = rows_mask(head, d, sum_ref.shape[3])
+        return jnp.expand_dims(d, axis), cells if axis == 0 else cells.T
+
+    row = item.piece * item.block + iota(item.block)
+    for d, part in zip(columns, sums, strict=True):
+        d, cut = place(jnp.full(row.shape, item.piece >= 0), d)
+        store(piece_ref.at[keys(row), d], part, mask=cut)
+    for d, part in zip(columns, sums, strict=True):
+        d, alone = place(item.inside & (item.piece < 0), d)
+        target = sum_ref.at[item.batch, keys(item.column), item.kv_head, d]
+        total = part
+        if sum_ref.dtype == jnp.float32:
+            total += load(target, mask=alone)
+        store(target, total.astype(sum_ref.dtype), mask=alone)
+
+
+def sum_blocks(
+    where, lists, block_start, dkey_parts, dvalue_parts, sums, *, block, spacing, interpret
+):
+    """Adds up the dK and dV of the items of blocks that are cut, in their order.
+
+    Args:
+      where: int32 [2], first (row, KV head) and first token of the chunk.
+      lists: `index.Index` of the chunk.
+      block_start: int32 [B, T], first token of the block that each token is in; T at padding.
+      dkey_parts: as `partial_gradients` gives it.
+      dvalue_parts: likewise.
+      sums: as in `partial_gradients`, which has done the other blocks.
+      block: b.
+      spacing: as in `index.build_index`.
+      interpret: run the kernel in interpret mode.
+
+    Bytes: reads the parts once, reads float32 sums, writes the sums: of hot blocks only.
+    """
+    _, length, kv_heads, _ = sums[0].shape
+    blocks = -(-length // spacing)
+    heads = lists.block_items.size // blocks
+
+    def sum_blocks_kernel(
+        where_ref, items_ref, piece_ref, start_ref, dkey_parts_ref, dvalue_parts_ref,
+        _dkey, _dvalue, *sum_refs,
+    ):  # fmt: skip
+        head = pl.program_id(1)
+        batch, kv_head = split(where_ref[0] + head, kv_heads)
+        token = pl.program_id(0) * SUM_ROWS + iota(SUM_ROWS)
+        there = token < length
+        start = load(start_ref.at[batch, token], mask=there)
+        inside = there & (start < length)
+        at = head * blocks + split(start, spacing)[0]
+        items = load(items_ref.at[at], mask=inside)
+        hot = items > 1
+        first_row = load(piece_ref.at[at], mask=inside) * block + token - start
+        widths = [ref.shape[3] for ref in sum_refs]
+        columns = [iota(tile_width(width)) for width in widths]
+
+        def parts(row, live):
+            return [
+                load(ref.at[row[:, None], d[None, :]], mask=rows_mask(live, d, width))
+                for ref, d, width in zip(
+                    (dkey_parts_ref, dvalue_parts_ref), columns, widths, strict=True
+                )
+            ]
+
+        def add(i, totals):
+            several = [i * IN_FLIGHT + j for j in range(IN_FLIGHT)]
+            for more in [parts(first_row + j * block, hot & (j < items)) for j in several]:
+                totals = [total + part for total, part in zip(totals, more, strict=True)]
+            return totals
+
+        totals = [jnp.zeros((SUM_ROWS, d.size), jnp.float32) for d in columns]
+        most = jnp.max(jnp.where(hot, items, 0))
+        totals = jax.lax.fori_loop(0, pl.cdiv(most, IN_FLIGHT), add, totals)
+        for ref, d, width, total in zip(sum_refs, columns, widths, totals, strict=True):
+            target = ref.at[batch, token[:, None], kv_head, d[None, :]]
+            mask = rows_mask(hot, d, width)
+            if ref.dtype == jnp.float32:
+                total += load(target, mask=mask)
+            store(target, total.astype(ref.dtype), mask=mask)
+
+    return call(
+        sum_blocks_kernel,
+        where,
+        lists.block_items,
+        lists.block_piece,
+        block_start,
+        dkey_parts,
+        dvalue_parts,
+        *sums,
+        grid=(-(-length // SUM_ROWS), heads),
+        out_shape=tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in sums),
+        aliases={6: 0, 7: 1},
+        interpret=interpret,
+        num_stages=1,
+    )

@@ -1,0 +1,124 @@
+"""KV-outer forward: a program owns a block of keys and walks the queries that chose it.
+
+Tiling. A step takes `rows // G` pairs; the G heads of a pair are neighbouring rows of one
+[rows, D] tile, so that every row but the last rows % G works whatever G is. K and V of the block
+stay on chip for all steps of an item. Widths are cut into tiles of powers of two.
+
+Dataflow of a step: order -> token -> gather q [rows, D] -> q K^T -> softmax within the block ->
+p V -> the normalised partial output and its logsumexp, to the slot of the pair. No two
+programs write the same slot. `merge.py` reads the slots once.
+
+Flops: 2 * P * G * b * (D + E). Device memory, besides K and V once an item: q is gathered once a
+pair, P*G*D elements (from L2 where a chunk's queries fit), and partials are written, P*G*E.
+
+Shapes: H heads of a chunk, C tokens of it, P = C*S pairs of a head, G query heads of a key head,
+b keys of a block, D and E head widths, I items.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from fsa_jax.pallas.block_attention.work_item import Item, each_item
+from fsa_jax.pallas.block_attention.work_item import arrays as item_arrays
+from fsa_jax.pallas.common import (
+    Softmax,
+    call,
+    columns_of,
+    dot,
+    fold_tiles,
+    product,
+    rows_mask,
+    store,
+)
+
+#: Widest tile of columns.
+COLUMNS = 128
+
+
+def partial_attention(
+    where, lists, query, key, value, *, heads, tokens, slots, block, pairs, scale, tile,
+    partial_dtype, interpret,
+):  # fmt: skip
+    """Attention of each pair of a chunk to its block alone.
+
+    Args:
+      where: int32 [3], first (row, KV head) and first token of the chunk, and the token of the
+        keys' row that query token 0 is.
+      lists: `index.Index` of the chunk.
+      query: [B, T, N, D].
+      key: [B, T, K, D].
+      value: [B, T, K, E].
+      heads: H.
+      tokens: C.
+      slots: S.
+      block: b, a power of two.
+      pairs: the most pairs of an item.
+      scale: factor of the logits.
+      tile: `tuning.Tile`.
+      partial_dtype: dtype of the partial outputs.
+      interpret: run the kernel in interpret mode.
+
+    Returns:
+      out [H, P*G, E] and lse float32 [H, P*G]; row pair*G + g. Unwritten where a pair does
+      not count.
+    """
+    _, length, kv_heads, _ = key.shape
+    value_width = value.shape[3]
+    group = query.shape[2] // kv_heads
+    sizes = {"length": length, "group": group, "kv_heads": kv_heads, "slots": slots}
+    sizes |= {"block": block, "pairs": pairs, "tokens": tokens}
+    sizes |= {"partial": query.shape[1] != length}
+    softmax = Softmax(scale, exact=key.dtype == jnp.float32)
+
+    def forward_kernel(*refs):
+        *item_refs, query_ref, key_ref, value_ref, out_ref, lse_ref = refs
+
+        def work(number):
+            item = Item(item_refs, number, rows=tile.rows, **sizes)
+            columns, value_columns = (columns_of(x, COLUMNS) for x in (key, value))
+            keys = item.load_block(key_ref, columns)
+            values = item.load_block(value_ref, value_columns)
+
+            def step(at, _, masked):
+                rows = item.step(at)
+                live, token, _, slot = rows
+                queries = item.load_rows(query_ref, rows, columns)
+                logits = softmax.signed(product(queries, keys))
+                if masked:
+                    logits = jnp.where(item.sees(token), logits, -jnp.inf)
+                top = softmax.top(logits)
+                p = softmax.weights(logits, top[:, None])
+                total = jnp.sum(p, axis=1)
+                p = p.astype(value_ref.dtype)
+                for e, tile_values in zip(value_columns, values, strict=True):
+                    out = softmax.mean(dot(p, tile_values, (1, 0)), total)
+                    store(
+                        out_ref.at[slot[:, None], e[None, :]],
+                        out.astype(out_ref.dtype),
+                        mask=rows_mask(live, e, value_width),
+                    )
+                store(lse_ref.at[slot], softmax.lse(top, total), mask=live)
+                return ()
+
+            steps = item.steps()
+            fold_tiles(step, (), 0, item.steps_at_edge(), steps, steps)
+
+        each_item(item_refs, lists, work)
+
+    slots_of_all = heads * tokens * slots * group
+    out, lse = call(
+        forward_kernel,
+        *item_arrays(where, lists),
+        query,
+        key,
+        value,
+        grid=(lists.programs,),
+        out_shape=(
+            jax.ShapeDtypeStruct((slots_of_all, value_width), partial_dtype),
+            jax.ShapeDtypeStruct((slots_of_all,), jnp.float32),
+        ),
+        interpret=interpret,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+    )
+    return out.reshape(heads, -1, value_width), lse.reshape(heads, -1)

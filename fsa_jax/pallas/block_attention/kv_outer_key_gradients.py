@@ -1,0 +1,103 @@
+"""The KV-outer kernel of dK and dV alone, for groups so large that dq comes from other kernels.
+
+Items and the order of sums are those of `backward.py`. But scores are [b, rows], as in
+`range_keys.py`: p and ds stay in registers for the products that add to dV [b, E] and dK [b, D],
+and what is read is q and dout alone, as the copies to shared memory leave them.
+
+Flops: 4 * 2 * P * G * b * D (D = E). Device memory: q and dout gathered once a pair, P*G*(D+E)
+elements; dK and dV written, b*(D+E) an item, and read if they are sums.
+
+Shapes: P pairs of a head, G query heads of a key head, b keys of a block, D and E head widths, R
+rows of a step, X items of blocks that are cut.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from fsa_jax.pallas.block_attention.kv_outer_backward import call_on_items, store_block
+from fsa_jax.pallas.block_attention.work_item import Item, each_item
+from fsa_jax.pallas.block_attention.work_item import arrays as item_arrays
+from fsa_jax.pallas.common import (
+    Sum,
+    columns_of,
+    dot,
+    load,
+    product,
+    softmax_weights,
+)
+
+#: Widest tile of columns.
+COLUMNS = 128
+
+
+def key_gradients(
+    where, lists, query, key, value, dout, lse, delta, sums, *,
+    slots, block, pairs, scale, tile, pieces, interpret,
+):  # fmt: skip
+    """Gradients of the keys and values of a chunk's pairs.
+
+    Arguments and results are those of `backward.partial_gradients`, but for dq.
+    """
+    _, length, kv_heads, _ = key.shape
+    group = query.shape[2] // kv_heads
+    sizes = {"length": length, "group": group, "kv_heads": kv_heads, "slots": slots}
+    sizes |= {"block": block, "pairs": pairs, "partial": query.shape[1] != length}
+    items, inputs = item_arrays(where, lists), (query, key, value, dout, lse, delta)
+
+    def block_key_gradient_kernel(*refs):
+        item_refs, refs = refs[: len(items)], refs[len(items) :]
+        query_ref, key_ref, value_ref, dout_ref, lse_ref, delta_ref, _dkey, _dvalue, *refs = refs
+
+        def work(number):
+            item = Item(item_refs, number, rows=tile.rows, **sizes)
+            columns, value_columns = (columns_of(x, COLUMNS) for x in (key, value))
+            keys = item.load_block(key_ref, columns)
+            values = item.load_block(value_ref, value_columns)
+
+            def step(at, sums, masked):
+                dkeys, dvalues = sums
+                rows = item.step(at)
+                live, token, query_head, _ = rows
+                queries = item.load_rows(query_ref, rows, columns)
+                douts = item.load_rows(dout_ref, rows, value_columns)
+                lses = load(lse_ref.at[item.batch, token, query_head], mask=live)
+                p = softmax_weights(product(keys, queries), lses[None, :], scale, key_ref.dtype)
+                # idle rows see all keys; their dout and delta are 0, and so is what they add
+                if masked:
+                    p = jnp.where(item.seen_by(token), p, 0.0)
+                p_cut = p.astype(dout_ref.dtype)
+                dvalues = [
+                    x.add(dot(p_cut, y, (1, 0))).settled()
+                    for x, y in zip(dvalues, douts, strict=True)
+                ]
+                deltas = load(delta_ref.at[item.batch, token, query_head], mask=live)
+                ds = (p * (product(values, douts) - deltas[None, :])).astype(key_ref.dtype)
+                dkeys = [
+                    x.add(dot(ds, y, (1, 0))).settled() for x, y in zip(dkeys, queries, strict=True)
+                ]
+                return dkeys, dvalues
+
+            sums = tuple(
+                [Sum.zeros((block, d.size), exact=False) for d in cut]
+                for cut in (columns, value_columns)
+            )
+            steps = item.steps()
+            # a loop for the steps that need no mask, where there are registers for two loops
+            edge = steps if group < 8 or tile.rows % group else item.steps_at_edge()
+            sums = jax.lax.fori_loop(0, edge, lambda i, x: step(i, x, True), sums)
+            if edge is not steps:
+                sums = jax.lax.fori_loop(edge, steps, lambda i, x: step(i, x, False), sums)
+            # read again: kept over the loop, what the item tells would cost registers
+            item = Item(item_refs, number + item.zero(), rows=tile.rows, **sizes)
+            for (sum_ref, piece_ref), d, parts, factor in (
+                (refs[::2], columns, sums[0], scale),
+                (refs[1::2], value_columns, sums[1], 1.0),
+            ):
+                store_block(item, sum_ref, piece_ref, d, [x.total * factor for x in parts], axis=0)
+
+        each_item(item_refs, lists, work)
+
+    rows = max(1, pieces) * block
+    return call_on_items(
+        block_key_gradient_kernel, lists, items, inputs, sums, rows, tile, interpret
+    )

@@ -1,0 +1,324 @@
+"""Selected attention from kernels: chunks, the order of the kernels, and the two passes.
+
+Forward: build_index, then per chunk partial_attention -> merge_outputs, or query_outer where the
+group is large; or, where neighbouring queries share enough of their blocks, query_tile. Which of
+them is decided on the device, by the lists themselves: the other one finds no work and ends.
+Backward, decided likewise: per chunk partial_gradients -> sum_gradients (dQ) and sum_blocks (dK,
+dV); or dQ by query_tile or query_outer, and per chunk key_gradients -> sum_blocks.
+A chunk is some (row, KV head) pairs and some tokens of all queries; its partial results fit the
+scratch budget. Chunks run one after another in a scan, and update the results in place.
+
+Shapes: B rows, T tokens, N query heads, K key/value heads, S listed blocks; H heads and C tokens
+of a chunk, c chunks.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from jaxtyping import Array, Float, Int
+
+from fsa_jax.pallas.block_attention import kv_outer_backward as backward
+from fsa_jax.pallas.block_attention import kv_outer_forward as forward
+from fsa_jax.pallas.block_attention import kv_outer_key_gradients as block_keys
+from fsa_jax.pallas.block_attention import merge_partials as merge
+from fsa_jax.pallas.block_attention import query_index as index
+from fsa_jax.pallas.block_attention import query_outer, query_tile
+from fsa_jax.pallas.tuning import Plan
+from fsa_jax.semantics.segments import Rows
+
+#: What a block of a tile of 64 rows costs the query-tile kernels: as much as so many rows of pairs
+#: cost the KV-outer kernels, forward and for dq, and as so many pairs cost the query-outer kernels,
+#: likewise. Measured at 65,536 tokens, 4 key heads of width 128 (benchmarks/NOTES.md).
+KV_OUTER_ROWS, KV_OUTER_DQ_ROWS = 13, 24
+QUERY_OUTER_PAIRS, QUERY_OUTER_DQ_PAIRS = 1.4, 1.5
+
+
+def build_lists(
+    plan: Plan, starts: Int[Array, "B T K S"], offset, rows: Rows, *, block_size, interpret
+) -> index.Index:
+    """The query index of all chunks; arguments as in `attention`."""
+    kv_heads, length = starts.shape[2], rows.start.shape[1]
+    starts = _split_blocks(starts, offset, length, block_size, plan.block)
+    where, starts = _chunk_lists(plan, starts, offset, length)
+    build = functools.partial(
+        index.build_index,
+        rows=rows,
+        kv_heads=kv_heads,
+        spacing=_spacing(plan, rows),
+        block=plan.block,
+        pairs=plan.pairs,
+        interpret=interpret,
+    )
+    if starts.size <= plan.sort_pairs:
+        return build(where, starts)
+    lists = jax.lax.map(lambda x: build(x[0][None], x[1][None]), (where, starts))
+    return jax.tree.map(lambda x: x[:, 0], lists)
+
+
+def attention(
+    plan: Plan,
+    query: Float[Array, "B T N D"],
+    key: Float[Array, "B T K D"],
+    value: Float[Array, "B T K E"],
+    starts: Int[Array, "B T K S"],
+    lists: index.Index,
+    offset: Int[Array, "1"],
+    *,
+    block_size: int,
+    scale: float,
+    interpret: bool,
+):
+    """Forward pass.
+
+    Args:
+      plan: static sizes.
+      query: [B, T, N, D], floating.
+      key: [B, T, K, D].
+      value: [B, T, K, E].
+      starts: first token of each listed block, T where the entry does not count.
+      lists: what `build_lists` gives.
+      offset: the token of the keys' row that query token 0 is; queries may be part of the row.
+      block_size: tokens of a block.
+      scale: factor of the logits.
+      interpret: run the kernels in interpret mode.
+
+    Returns:
+      out [B, T, N, E] in the dtype of `query`, and lse float32 [B, T, N].
+    """
+    starts = _split_blocks(starts, offset, key.shape[1], block_size, plan.block)
+    static = {"block": plan.block, "scale": scale, "interpret": interpret}
+    arrays = (query, key, value)
+    outer = functools.partial(
+        query_outer.attention, starts, *arrays, offset, tile=plan.query_outer, **static
+    )
+    methods, done = plan.forward_methods, jnp.zeros((1,), jnp.int32)
+    if methods == ("query_outer",):
+        return outer()
+    if "query_tile" in methods:
+        tile, costs = plan.query_tile, (KV_OUTER_ROWS, QUERY_OUTER_PAIRS)
+        tiles, done = _tiles(starts, arrays, tile, methods, costs, interpret)
+        results = query_tile.attention(tiles, *arrays, offset, done, tile=tile, **static)
+        if "query_outer" in methods:
+            return outer(done=done, into=results)
+        if "kv_outer" not in methods:
+            return results
+        # items without pairs: no kernel below does anything where the results are there already
+        lists = index.only_if(done == 0, lists)
+    else:
+        # the chunks write all of it
+        results = (
+            jax.lax.empty((*query.shape[:3], value.shape[3]), query.dtype),
+            jax.lax.empty(query.shape[:3], jnp.float32),
+        )
+    where, starts = _chunk_lists(plan, starts, offset, key.shape[1])
+
+    def step(results, chunk):
+        out, lse = results
+        where, starts, lists = chunk
+        part, part_lse = forward.partial_attention(
+            where,
+            lists,
+            query,
+            key,
+            value,
+            heads=plan.heads,
+            tokens=plan.tokens,
+            slots=starts.shape[-1],
+            pairs=plan.pairs,
+            tile=plan.forward,
+            partial_dtype=plan.partial_dtype,
+            **static,
+        )
+        return merge.merge_outputs(
+            where,
+            _counted(starts, query, key),
+            part,
+            part_lse,
+            out,
+            lse,
+            done,
+            kv_heads=key.shape[2],
+            elements=plan.merge_elements,
+            interpret=interpret,
+        )
+
+    return _fold(step, results, (where, starts, lists))
+
+
+def gradients(
+    plan: Plan, query, key, value, starts, lists, offset, rows, lse, delta, dout, sums=None, *,
+    block_size, scale, interpret,
+):  # fmt: skip
+    """Backward pass: (dq, dk, dv) in the dtypes of query, key and value.
+
+    Args are those of `attention`, the documents, what `attention` returned, and
+    delta = sum(out * dout) - dlse, float32 [B, T, N]. If float32 `sums` of dk and dv are given,
+    they are added to, and returned.
+    """
+    starts = _split_blocks(starts, offset, key.shape[1], block_size, plan.block)
+    static = {"block": plan.block, "scale": scale, "interpret": interpret}
+    kv_heads, spacing = key.shape[2], _spacing(plan, rows)
+    methods = plan.backward_methods
+    kv_outer, either = "kv_outer" in methods, len(methods) > 1
+    if methods == ("kv_outer",):
+        # the chunks write all of dq
+        dquery, done = jax.lax.empty(query.shape, query.dtype), jnp.zeros((1,), jnp.int32)
+    else:
+        arrays = (query, key, value, dout, lse, delta, offset)
+        dquery, done = _query_gradient(plan, starts, arrays, static)
+    where, starts = _chunk_lists(plan, starts, offset, key.shape[1])
+    inverse = None
+    if kv_outer:
+        valid = jax.lax.dynamic_slice_in_dim(rows.valid, offset[0], query.shape[1], axis=1)
+        inverse = backward.inverse_units(key, value, dout, delta, rows.valid, valid)
+    first = rows.token - rows.position % plan.block
+    block_start = jnp.where(rows.valid, first, rows.start.shape[1])
+
+    def step(sums, chunk):
+        where, starts, lists = chunk
+        dquery, *sums = sums
+        pieces = index.num_pieces(starts.size, plan.pairs)
+        sizes = {"slots": starts.shape[-1], "pairs": plan.pairs, "pieces": pieces} | static
+        arrays = (query, key, value, dout, lse, delta)
+
+        def add(lists, sums, dkey_pieces, dvalue_pieces):
+            return backward.sum_blocks(
+                where,
+                lists,
+                block_start,
+                dkey_pieces,
+                dvalue_pieces,
+                sums,
+                block=plan.block,
+                spacing=spacing,
+                interpret=interpret,
+            )
+
+        if kv_outer:
+            own = index.only_if(done == 0, lists) if either else lists
+            *sums, dkey_pieces, dvalue_pieces, part = backward.partial_gradients(
+                where,
+                own,
+                *arrays,
+                inverse,
+                sums,
+                heads=plan.heads,
+                tokens=plan.tokens,
+                tile=plan.backward,
+                partial_dtype=plan.gradient_dtype,
+                **sizes,
+            )
+            dquery = merge.sum_gradients(
+                where,
+                _counted(starts, query, key),
+                part,
+                inverse,
+                dquery,
+                done,
+                scale=scale,
+                kv_heads=kv_heads,
+                elements=plan.merge_elements,
+                interpret=interpret,
+            )
+            sums = add(own, sums, dkey_pieces, dvalue_pieces)
+        if methods != ("kv_outer",):
+            own = index.only_if(done > 0, lists) if kv_outer else lists
+            tile = plan.key_gradient
+            *sums, dkey_pieces, dvalue_pieces = block_keys.key_gradients(
+                where, own, *arrays, sums, tile=tile, **sizes
+            )
+            sums = add(own, sums, dkey_pieces, dvalue_pieces)
+        return dquery, *sums
+
+    if sums is not None:
+        return _fold(step, (dquery, *sums), (where, starts, lists))
+    # with all tokens in one chunk, sums are final when they are written: no float32 copy
+    whole = plan.tokens >= query.shape[1]
+    sums = [jnp.zeros(x.shape, x.dtype if whole else jnp.float32) for x in (key, value)]
+    dquery, dkey, dvalue = _fold(step, (dquery, *sums), (where, starts, lists))
+    return dquery, dkey.astype(key.dtype), dvalue.astype(value.dtype)
+
+
+def _query_gradient(plan, starts, arrays, static):
+    """Dq by kernels whose programs own queries; `arrays` are those of `query_outer`.
+
+    Returns:
+      dq, and int32 [1]: 0 where the lists leave it to the KV-outer kernels; then it is unwritten.
+    """
+    outer = functools.partial(
+        query_outer.query_gradient, starts, *arrays, tile=plan.query_outer_backward, **static
+    )
+    methods, tile = plan.backward_methods, plan.query_tile_backward
+    if methods == ("query_outer",):
+        return outer(), jnp.ones((1,), jnp.int32)
+    costs = (KV_OUTER_DQ_ROWS, QUERY_OUTER_DQ_PAIRS)
+    tiles, done = _tiles(starts, arrays, tile, methods, costs, static["interpret"])
+    dquery = query_tile.query_gradient(tiles, *arrays, enabled=done, tile=tile, **static)
+    return outer(done=done, into=dquery) if "query_outer" in methods else dquery, done
+
+
+def _tiles(starts, arrays, tile, methods, costs, interpret):
+    """The lists of tiles, and whether those pay; where there is no other method, they do.
+
+    `costs` are what a block of a tile costs, in rows of KV-outer and in pairs of query-outer
+    kernels.
+    """
+    query, key, *_ = arrays
+    end, group = key.shape[1], query.shape[2] // key.shape[2]
+    pairs = {"kv_outer": costs[0] / group, "query_outer": costs[1], "query_tile": None}[methods[-1]]
+    if pairs is None:
+        done = jnp.ones((1,), jnp.int32)
+    else:
+        done = query_tile.pays(starts, end, pairs, tile, group)
+    return query_tile.merge_lists(starts, end, tile, group, done, interpret=interpret), done
+
+
+def _counted(starts, query, key):
+    """The lists as `merge.py` takes them: the entries that do not count are T of the queries."""
+    if query.shape[1] == key.shape[1]:
+        return starts
+    return jnp.where(starts < key.shape[1], 0, query.shape[1])
+
+
+def _split_blocks(starts, offset, length, block_size, block):
+    """Lists of smaller blocks: those of `block` tokens that make up the listed ones."""
+    if block == block_size:
+        return starts
+    part = jnp.arange(0, block_size, block, dtype=jnp.int32)[None, None, None, None]
+    token = offset + jnp.arange(starts.shape[1], dtype=jnp.int32)
+    token = token[None, :, None, None, None]
+    parts = starts[..., None] + part
+    return rearrange(jnp.where(parts <= token, parts, length), "b t k s p -> b t k (s p)")
+
+
+def _chunk_lists(plan, starts, offset, length):
+    """Cuts the lists of rows of `length` keys.
+
+    Returns:
+      where [c, 3]: first (row, KV head) and token, and the offset; starts [c, H, C, S].
+    """
+    tokens = starts.shape[1]
+    missing = -tokens % plan.tokens
+    padding = ((0, 0), (0, missing), (0, 0), (0, 0))
+    starts = jnp.pad(starts, padding, constant_values=length)
+    starts = rearrange(starts, "b (m c) k s -> (b k) m c s", c=plan.tokens)
+    heads = starts.shape[0]
+    starts = rearrange(starts, "(n h) m c s -> (n m) h c s", h=plan.heads)
+    where = jnp.mgrid[0 : heads : plan.heads, 0 : tokens : plan.tokens]
+    where = where.astype(jnp.int32).reshape(2, -1).T
+    where = jnp.concatenate([where, jnp.broadcast_to(offset[None], (where.shape[0], 1))], axis=1)
+    return where, starts
+
+
+def _spacing(plan, rows):
+    """Every block starts at a multiple of this."""
+    return 1 if rows.packed else plan.block
+
+
+def _fold(step, results, chunks):
+    """Runs `step(results, chunk)` over the chunks in their order."""
+    if jax.tree.leaves(chunks)[0].shape[0] == 1:
+        return step(results, jax.tree.map(lambda x: x[0], chunks))
+    return jax.lax.scan(lambda carry, chunk: (step(carry, chunk), None), results, chunks)[0]

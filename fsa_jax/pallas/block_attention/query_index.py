@@ -1,0 +1,201 @@
+"""The query index: which queries chose each block of keys, as gather lists cut into items.
+
+Dataflow, for c chunks of H heads and C tokens with P = C*S (token, slot) pairs a head:
+
+1. Sort the pairs by (chunk, head, block): one stable radix sort of c*H*P small numbers.
+2. Find the first pair of each block: a binary search for each.
+3. Cut the pairs of each block into items of at most `pairs` pairs. An item is the work of one
+   program of a KV-outer kernel; a hot block is many items, never one long one.
+
+Everything depends on the lists alone, so that forward and backward share one index. Sizes are
+static: the sum over blocks of ceil(n / pairs) is at most P // pairs plus the number of blocks.
+Memory is linear in the pairs; nothing is a table of tokens by blocks.
+
+Blocks are numbered by where they may start: every `spacing` tokens. In rows that are one document
+that is the block size; in packed rows a block may start at any token, so `spacing` is 1.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jaxtyping import Array, Bool, Int
+
+from fsa_jax.pallas.common import call, iota, load, store
+from fsa_jax.semantics.segments import Rows
+
+#: Numbers that one program of the binary search looks up.
+SEARCH_TILE = 256
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Index:
+    """Gather lists of the chunks, and the items that they are cut into; all int32.
+
+    Attributes:
+      order: pairs (token * S + slot) by head, then by block, then ascending; pairs
+        that do not count stand at the end of their head.
+      start: first token of the item's block.
+      stop: one past the last token of the block's document.
+      head: head of the chunk.
+      first: where the item's pairs begin in `order`.
+      count: number of pairs, 0 for the items that are left over, the last ones.
+      begins: 1 for the first item of a block, 0 for the others.
+      piece: -1 for an item that is its block's only one; those of blocks that are cut are numbered
+        0, 1, ... in each chunk.
+      block_items: number of items of each block.
+      block_piece: the number `piece` of its first item, if it is cut.
+      items: how many items there are.
+      programs: of the kernels that work on the items of a chunk, each on a share of them.
+    """
+
+    order: Int[Array, "c HP"]
+    start: Int[Array, "c I"]
+    stop: Int[Array, "c I"]
+    head: Int[Array, "c I"]
+    first: Int[Array, "c I"]
+    count: Int[Array, "c I"]
+    begins: Int[Array, "c I"]
+    piece: Int[Array, "c I"]
+    block_items: Int[Array, "c HJ"]
+    block_piece: Int[Array, "c HJ"]
+    items: Int[Array, "c 1"]
+    programs: int = dataclasses.field(metadata={"static": True})
+
+    @property
+    def shared(self) -> bool:
+        """Whether a program may have several items."""
+        return self.programs < self.start.shape[-1]
+
+
+def num_pieces(pairs_of_chunk: int, pairs: int) -> int:
+    """How many items of a chunk can be of blocks that are cut.
+
+    A block of n > pairs pairs has ceil(n / pairs) items: at most twice n // pairs.
+    """
+    return 2 * (pairs_of_chunk // pairs)
+
+
+def build_index(
+    where: Int[Array, "c 2"],
+    starts: Int[Array, "c H C S"],
+    rows: Rows,
+    *,
+    kv_heads: int,
+    spacing: int,
+    block: int,
+    pairs: int,
+    interpret: bool,
+) -> Index:
+    """Sorts the pairs of each chunk by block and cuts them into items.
+
+    Args:
+      where: first (row, KV head) and first token of each chunk.
+      starts: first token of each listed block in the row, T where the entry does not count.
+      rows: the documents.
+      kv_heads: K.
+      spacing: every block starts at a multiple of it.
+      block: tokens of a block.
+      pairs: the most pairs of an item.
+      interpret: run the kernel in interpret mode.
+    """
+    chunks, heads, tokens, slots = starts.shape
+    length = rows.start.shape[1]
+    blocks = -(-length // spacing)
+    of_head = tokens * slots
+    # 1. sort
+    number = jnp.where(starts < length, starts // spacing, blocks).reshape(-1, of_head)
+    group = jnp.arange(chunks * heads, dtype=jnp.int32)[:, None]
+    key = (number + group * (blocks + 1)).reshape(-1)
+    if chunks * heads * (blocks + 1) <= 2**16:
+        key = key.astype(jnp.uint16)  # half the passes of the radix sort
+    pair = iota(of_head)[None] + jnp.repeat(where[:, 1] * slots, heads)[:, None]
+    key, order = jax.lax.sort((key, pair.reshape(-1)), num_keys=1, is_stable=True)
+    # 2. the pairs of each block
+    limits = search(key, iota(chunks * heads * (blocks + 1)), interpret=interpret)
+    limits = limits.reshape(chunks, heads, blocks + 1)
+    limits -= jnp.arange(chunks, dtype=jnp.int32)[:, None, None] * (heads * of_head)
+    begin, end = (x.reshape(chunks, heads * blocks) for x in (limits[..., :-1], limits[..., 1:]))
+    # 3. cut
+    needed = (end - begin + pairs - 1) // pairs
+    both = jnp.stack([needed, jnp.where(needed > 1, needed, 0)])
+    ends = jnp.cumsum(both.reshape(2, -1), axis=1, dtype=jnp.int32).reshape(both.shape)
+    before = jnp.concatenate([jnp.zeros((2, 1), jnp.int32), ends[:, :-1, -1]], axis=1)
+    cut = heads * of_head // pairs
+    bound = heads * min(blocks, of_head) + cut
+    number = before[0][:, None] + iota(bound)[None]  # of the item, among those of all chunks
+    found = search(ends[0].reshape(-1), number.reshape(-1) + 1, interpret=interpret)
+    found = found.reshape(number.shape) - iota(chunks)[:, None] * (heads * blocks)
+    live = found < heads * blocks
+    found = jnp.where(live, found, 0)
+    block_piece = ends[1] - both[1] - before[1][:, None]
+    of_item = lambda x: jnp.take_along_axis(x, found, axis=1)  # noqa: E731
+    ordinal = number - of_item(ends[0] - needed)
+    first = of_item(begin) + ordinal * pairs
+    start, head = found % blocks * spacing, found // blocks
+    return Index(
+        order=order.reshape(chunks, heads * of_head),
+        start=start,
+        stop=rows.end[(where[:, :1] + head) // kv_heads, start],
+        head=head,
+        first=jnp.where(live, first, 0),
+        count=jnp.where(live, jnp.minimum(of_item(end) - first, pairs), 0),
+        begins=(ordinal == 0).astype(jnp.int32),
+        piece=jnp.where(live & (of_item(needed) > 1), of_item(block_piece) + ordinal, -1),
+        block_items=needed,
+        block_piece=block_piece,
+        items=ends[0][:, -1:] - before[0][:, None],
+        # In packed rows each token may open a block, but few do: documents of one block on average
+        # have two blocks for each `block` tokens. An idle program costs 13 ns.
+        programs=min(bound, 2 * heads * -(-length // block) + cut),
+    )
+
+
+def only_if(wanted: Bool[Array, "1"], lists: Index) -> Index:
+    """The items as they are where `wanted`, bool [1], is true, else items without pairs."""
+    return dataclasses.replace(
+        lists,
+        items=jnp.where(wanted, lists.items, 0),
+        count=jnp.where(wanted, lists.count, 0),
+        piece=jnp.where(wanted, lists.piece, -1),
+        block_items=jnp.where(wanted, lists.block_items, 0),
+    )
+
+
+def search(
+    ascending: Int[Array, " n"], wanted: Int[Array, " m"], *, interpret: bool
+) -> Int[Array, " m"]:
+    """For each wanted number, how many of the ascending ones are smaller.
+
+    Reads m * log2(n) numbers; writes m.
+    """
+    (size,), (count,) = ascending.shape, wanted.shape
+
+    def search_kernel(ascending_ref, wanted_ref, result_ref):
+        at = pl.program_id(0) * SEARCH_TILE + iota(SEARCH_TILE)
+        inside = at < count
+        number = load(wanted_ref.at[at], mask=inside)
+
+        def halve(_, bounds):
+            low, high = bounds  # the answer is in low .. high
+            middle = (low + high) // 2
+            there = load(ascending_ref.at[middle], mask=middle < high).astype(jnp.int32)
+            smaller = (low < high) & (there < number)
+            return jnp.where(smaller, middle + 1, low), jnp.where(smaller, high, middle)
+
+        low = jnp.zeros((SEARCH_TILE,), jnp.int32)
+        low, _ = jax.lax.fori_loop(0, size.bit_length(), halve, (low, low + size))
+        store(result_ref.at[at], low, mask=inside)
+
+    return call(
+        search_kernel,
+        ascending,
+        wanted,
+        grid=(-(-count // SEARCH_TILE),),
+        out_shape=jax.ShapeDtypeStruct((count,), jnp.int32),
+        interpret=interpret,
+        num_warps=SEARCH_TILE // 32,
+        num_stages=1,
+    )

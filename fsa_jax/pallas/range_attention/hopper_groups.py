@@ -1,0 +1,89 @@
+"""The kernels for Hopper at any group: one that is no power of two goes as powers of two in turn.
+
+A program of these kernels has 64 rows of one key head, which only a power of two of query heads
+divides. So the 5 query heads of a group, say, are 4 and 1: two calls with the same keys. The parts
+of dK and dV are added in float32. That reads K and V once more for each call, from L2, and copies
+q, dout and the results once: little where a query sees many keys.
+
+Shapes: B rows of the batch, T tokens, N query heads, K key/value heads, G = N/K, D head width.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+
+from fsa_jax.pallas.range_attention import hopper_key_kernel as hopper_keys
+from fsa_jax.pallas.range_attention import hopper_query_kernels as hopper_rows
+from fsa_jax.pallas.range_attention.hopper_pipeline import ROWS
+
+
+def parts(group: int) -> tuple[int, ...]:
+    """The powers of two up to `ROWS` that sum to a group, the largest first.
+
+    Example:
+      >>> parts(16), parts(7), parts(128)
+      ((16,), (4, 2, 1), (64, 64))
+    """
+    found = []
+    while group:
+        found.append(min(ROWS, 1 << (group.bit_length() - 1)))
+        group -= found[-1]
+    return tuple(found)
+
+
+def _cut(x: jax.Array, kv_heads: int) -> list[jax.Array]:
+    """[B, T, N, ...] to an array [B, T, K * g, ...] for each part g of a group."""
+    grouped = x.reshape(*x.shape[:2], kv_heads, -1, *x.shape[3:])
+    sizes = parts(grouped.shape[3])
+    ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
+    some = [grouped[:, :, :, end - size : end] for end, size in zip(ends, sizes, strict=True)]
+    return [y.reshape(*x.shape[:2], -1, *x.shape[3:]) for y in some]
+
+
+def _join(found: Sequence[jax.Array], kv_heads: int) -> jax.Array:
+    """Undoes `_cut`."""
+    grouped = [x.reshape(*x.shape[:2], kv_heads, -1, *x.shape[3:]) for x in found]
+    x = jnp.concatenate(grouped, axis=3)
+    return x.reshape(*x.shape[:2], -1, *x.shape[4:])
+
+
+def attention(query, key, value, visible, seers, *, scale, interpret=None):
+    """`hopper_rows.attention` at any group."""
+    kv_heads = key.shape[2]
+    run = functools.partial(hopper_rows.attention, scale=scale, interpret=interpret)
+    if len(parts(query.shape[2] // kv_heads)) == 1:
+        return run(query, key, value, visible, seers)
+    found = [run(q, key, value, visible, seers) for q in _cut(query, kv_heads)]
+    return tuple(_join(x, kv_heads) for x in zip(*found, strict=True))
+
+
+def query_gradient(
+    query, key, value, visible, seers, lse, delta, dout, *, scale, interpret=None
+):  # fmt: skip
+    """`hopper_rows.query_gradient` at any group."""
+    kv_heads = key.shape[2]
+    run = functools.partial(hopper_rows.query_gradient, scale=scale, interpret=interpret)
+    if len(parts(query.shape[2] // kv_heads)) == 1:
+        return run(query, key, value, visible, seers, lse, delta, dout)
+    cut = _cut_all(kv_heads, query, lse, delta, dout)
+    found = [run(q, key, value, visible, seers, *rest) for q, *rest in cut]
+    return _join(found, kv_heads)
+
+
+def key_gradients(query, key, value, seers, lse, delta, dout, *, scale, interpret=None):
+    """`hopper_keys.key_gradients` at any group."""
+    kv_heads = key.shape[2]
+    run: Callable = functools.partial(hopper_keys.key_gradients, scale=scale, interpret=interpret)
+    if len(parts(query.shape[2] // kv_heads)) == 1:
+        return run(query, key, value, seers, lse, delta, dout)
+    cut = _cut_all(kv_heads, query, lse, delta, dout)
+    found = [run(q, key, value, seers, *rest, dtype=jnp.float32) for q, *rest in cut]
+    # in the order of the parts, whatever the shapes: the same bits on every run
+    sums = [functools.reduce(jnp.add, some) for some in zip(*found, strict=True)]
+    return tuple(x.astype(like.dtype) for x, like in zip(sums, (key, value), strict=True))
+
+
+def _cut_all(kv_heads: int, *arrays):
+    return zip(*(_cut(x, kv_heads) for x in arrays), strict=True)

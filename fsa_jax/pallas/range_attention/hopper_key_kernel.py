@@ -1,0 +1,382 @@
+"""dK and dV of attention to contiguous ranges of keys on Hopper: what `range_keys.py` computes.
+
+A program owns 128 keys of one key head, 64 a compute warpgroup; their keys and values stay in
+shared memory, their dK and dV in registers. The memory warpgroup copies tiles of 64 rows of the
+tokens that see any of the keys (q, dout, and two numbers a row) into a ring that both warpgroups
+read. The order of rows is that of `hopper.py`. Tiles at the edges of the ranges come first, masked;
+then those whose rows all see all keys.
+
+Scores are [64 keys, 64 rows], so that p and ds are operands in registers of the products that add
+to dV and dK. The sums of q.k start from -lse / scale, those of dout.v from -delta: then p is a
+power of a multiple, ds the product of the two, and neither lse nor delta takes registers. The
+exponents are taken while dout.v is multiplied.
+
+Rows that see nothing get weights of 0 by what their sums start from. But their q and dout may hold
+anything, and 0 times NaN is NaN: in tiles with such rows, always masked, the warpgroups clear them
+in shared memory, one q and one dout. Keys that nobody sees reach no rows of dK and dV but their
+own, which are cleared at the end. dK and dV of one part leave by way of the keys and values.
+
+Early keys may be seen by many more rows than late ones. So the rows are cut into `splits` parts, at
+the same tokens for all keys: programs that run side by side read the same rows from L2. Each leaves
+float32 parts that are added in their order. The longest programs come first.
+
+Flops, with V the visible (row, key) pairs: 8*V*D. Bytes: q, dout and 12 bytes a row once for each
+128 keys, from L2; with more than one split, 8*splits*M*D bytes of parts, written and read.
+
+Shapes: B rows of the batch, T tokens, N query heads, K key/value heads, G = N/K, M keys, D = 128
+head width, tiles of 64 rows: 64/G tokens.
+"""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from fsa_jax.pallas.range_attention.hopper_pipeline import (
+    ACC,
+    FEW_REGISTERS,
+    LAYOUT,
+    LOG2_E,
+    REGISTERS,
+    ROWS,
+    WARPGROUPS,
+    WIDTH,
+    Steps,
+    call,
+    dot,
+    num_strips,
+    number_of_rows,
+    pad,
+    rows_of_heads,
+    strips,
+    zeros,
+)
+from fsa_jax.pallas.tile_tables import branch_of
+
+#: Keys of a warpgroup; tiles of rows in shared memory.
+KEYS, STAGES = 64, 4
+#: Programs that keep a GPU busy, fewest tiles of rows of one, and most bytes of all parts.
+ENOUGH_PROGRAMS, SHORTEST, PARTS_BYTES = 1024, 32, 2**28
+
+
+def key_gradients(
+    query, key, value, seers, lse, delta, dout, *, scale, splits=None, dtype=None, interpret=None
+):  # fmt: skip
+    """Gradients dK and dV [B, M, K, D].
+
+    Args:
+      query: [B, T, N, D].
+      key: [B, M, K, D].
+      value: [B, M, K, D].
+      seers: the range of tokens that see each key, int32 [B, M] each; empty where nobody does.
+      lse: float32 [B, T, N], natural logarithm; -inf where a query sees nothing.
+      delta: sum(out * dout) - dlse, float32 [B, T, N].
+      dout: [B, T, N, D].
+      scale: factor of the logits, not 0.
+      splits: parts of the tokens; None: as many as keep a GPU busy.
+      dtype: of the results, that of key and value or float32; None: that of key and value.
+      interpret: `InterpretGPUParams` of Pallas Mosaic GPU, to run on a CPU.
+    """
+    batch, _, heads, _ = query.shape
+    slots, kv_heads = key.shape[1:3]
+    tokens, keys = ROWS // (heads // kv_heads), WARPGROUPS * KEYS
+    starts, branch = _starts(lse, delta, scale, kv_heads), branch_of(query, key)
+    query, dout = (pad(x, tokens) for x in (query, dout))
+    key, value, first, end = (pad(x, keys) for x in (key, value, *seers))
+    if splits is None:
+        splits = _num_splits(branch, key, starts.shape[2])
+    items = _items(first, end, starts.shape[2], kv_heads, tokens, splits)
+    first, end = (x.reshape(batch, -1, WARPGROUPS, KEYS) for x in (first, end))
+    arrays = (query, key, value, dout, items, first, end, starts)
+    dtype = dtype or key.dtype
+    static = {"scale": scale, "splits": splits, "interpret": interpret}
+    parts = _call(*arrays, out_dtype=dtype if splits == 1 else jnp.float32, **static)
+    return tuple(jnp.sum(x[:, :, :slots], axis=0).astype(dtype) for x in parts)
+
+
+def _num_splits(branch, key, tiles):
+    """Parts of the tokens, an even number: then long and short ones fill the GPU evenly.
+
+    One for a window: the rows that see a key are neighbours, most of them in the same part.
+    """
+    if branch == "window":
+        return 1
+    batch, slots, kv_heads, _ = key.shape
+    programs = batch * kv_heads * slots // (WARPGROUPS * KEYS)
+    wanted = min(ENOUGH_PROGRAMS // programs, PARTS_BYTES // (8 * key.size), tiles // SHORTEST)
+    return max(1, wanted // 2 * 2)
+
+
+def _call(
+    query, key, value, dout, items, first, end, starts, *, scale, splits, out_dtype, interpret
+):  # fmt: skip
+    """Parts of dK and dV, [splits, B, M, K, D]."""
+    group = query.shape[2] // key.shape[2]
+    dtype = key.dtype
+
+    def hopper_key_gradient_kernel(
+        query_ref, key_ref, value_ref, dout_ref, items_ref, first_ref, end_ref, starts_ref,
+        dkey_ref, dvalue_ref,
+    ):  # fmt: skip
+        def run(*scoped):
+            warpgroup = lax.axis_index("warpgroup")
+            buffers, barriers = scoped[:7], scoped[7:]
+            item = [items_ref[lax.axis_index("item"), i] for i in range(12)]
+
+            @pl.when(warpgroup < WARPGROUPS)
+            def _():
+                plgpu.set_max_registers(REGISTERS, action="increase")
+                refs = (first_ref, end_ref, dkey_ref, dvalue_ref)
+                static = {"scale": scale, "group": group, "exact": interpret is not None}
+                _Compute(item, refs, buffers, barriers, warpgroup, **static).run()
+
+            @pl.when(warpgroup == WARPGROUPS)
+            def _():
+                plgpu.set_max_registers(FEW_REGISTERS, action="decrease")
+                refs = (query_ref, key_ref, value_ref, dout_ref, starts_ref)
+                _load(item, refs, buffers, barriers, group)
+
+        def shared(number, rows):
+            return plgpu.SMEM((number, rows, WIDTH), dtype, transforms=LAYOUT)
+
+        pl.run_scoped(
+            run,
+            shared(WARPGROUPS, KEYS),
+            shared(WARPGROUPS, KEYS),
+            shared(STAGES, ROWS),
+            shared(STAGES, ROWS),
+            plgpu.SMEM((STAGES, 3, ROWS), jnp.float32),
+            plgpu.SMEM((WARPGROUPS, KEYS), jnp.int32),
+            plgpu.SMEM((WARPGROUPS, KEYS), jnp.int32),
+            plgpu.Barrier(num_arrivals=2, num_barriers=WARPGROUPS),
+            plgpu.Barrier(num_arrivals=2 * num_strips(group) + 1, num_barriers=STAGES),
+            plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=STAGES),
+            plgpu.Barrier(num_arrivals=WARPGROUPS),
+            collective_axes="warpgroup",
+        )
+
+    shapes = [jax.ShapeDtypeStruct((splits, *x.shape), out_dtype) for x in (key, value)]
+    arrays = (query, key, value, dout, items, first, end, starts)
+    return call(
+        hopper_key_gradient_kernel,
+        *arrays,
+        grid={"item": items.shape[0]},
+        out_shape=shapes,
+        interpret=interpret,
+    )
+
+
+def _load(item, refs, buffers, barriers, group):
+    """Copies what a program needs; the memory warpgroup."""
+    query_ref, key_ref, value_ref, dout_ref, starts_ref = refs
+    keys, values, queries, douts, starts, *_ = buffers
+    own, full, free, _ = barriers
+    row, kv_head, number, _, *bounds = item
+    tiles = Steps(*bounds[:4])
+    for warpgroup in range(WARPGROUPS):
+        some = pl.ds((number * WARPGROUPS + warpgroup) * KEYS, KEYS)
+        for ref, target in ((key_ref, keys), (value_ref, values)):
+            part = ref.at[row, some, kv_head]
+            plgpu.copy_gmem_to_smem(part, target.at[warpgroup], own.at[warpgroup])
+
+    def step(step, _):
+        slot = lax.rem(step, STAGES)
+        plgpu.barrier_wait(free.at[slot])
+        tile = tiles.tile(step)
+        plgpu.copy_gmem_to_smem(starts_ref.at[row, kv_head, tile], starts.at[slot], full.at[slot])
+        for ref, target in ((query_ref, queries), (dout_ref, douts)):
+            for part, rows in strips(ref, target.at[slot], row, kv_head, tile, group):
+                plgpu.copy_gmem_to_smem(part, rows, full.at[slot])
+
+    lax.fori_loop(0, tiles.count, step, None)
+    for slot in range(STAGES):  # nothing may be under way when the program ends
+        plgpu.barrier_wait(free.at[slot])
+
+
+class _Compute:
+    """A compute warpgroup: dK and dV of 64 keys. `exact` is for interpret mode, see `hopper.py`."""
+
+    def __init__(self, item, refs, buffers, barriers, warpgroup, *, scale, group, exact):
+        keys, values, self.queries, self.douts, self.starts, *limits = buffers
+        self.keys, self.values, *self.limits = (x.at[warpgroup] for x in (keys, values, *limits))
+        self.own, self.full, self.free, self.clean = barriers
+        self.row, self.kv_head, self.number, self.part, *bounds = item
+        self.tiles = Steps(*bounds[:4])
+        # tiles of rows that see any of the keys of this warpgroup
+        self.begin, self.end = (
+            jnp.where(warpgroup == 0, bounds[4 + i], bounds[6 + i]) for i in range(2)
+        )
+        *self.ranges_refs, self.dkey_ref, self.dvalue_ref = refs
+        self.warpgroup, self.scale, self.group, self.exact = warpgroup, scale, group, exact
+
+    def run(self):
+        tiles = self.tiles
+        for slot in range(STAGES):
+            plgpu.barrier_arrive(self.free.at[slot])
+        for ref, limit in zip(self.ranges_refs, self.limits, strict=True):
+            limit[...] = number_of_rows(ref.at[self.row, self.number, self.warpgroup])
+        plgpu.commit_smem()
+        plgpu.barrier_wait(self.own.at[self.warpgroup])
+        # of the masked tiles, those in which this warpgroup has something to do
+        before = tiles.inner_begin - tiles.begin
+        begin = lax.clamp(jnp.int32(0), self.begin - tiles.begin, before)
+        end = before + lax.clamp(jnp.int32(0), self.end - tiles.inner_end, tiles.masked - before)
+        lax.fori_loop(0, begin, self.skip, None)
+        sums = (zeros(WIDTH), zeros(WIDTH))
+        sums = lax.fori_loop(begin, end, lambda i, x: self.step(i, x, True), sums)
+        lax.fori_loop(end, tiles.masked, self.skip, None)
+        sums = lax.fori_loop(tiles.masked, tiles.count, lambda i, x: self.step(i, x, False), sums)
+        first, last = self.ranges()
+        seen = lax.broadcast_in_dim(last > first, (KEYS, WIDTH), [0])
+        some = pl.ds((self.number * WARPGROUPS + self.warpgroup) * KEYS, KEYS)
+        own = ((self.dkey_ref, self.keys, self.scale), (self.dvalue_ref, self.values, 1.0))
+        for (ref, buffer, factor), x in zip(own, sums, strict=True):
+            x = jnp.where(seen, x * factor, 0.0).astype(ref.dtype)
+            part = ref.at[self.part, self.row, some, self.kv_head]
+            if ref.dtype == buffer.dtype:  # numbers of 16 bits do not fill the sectors of a store
+                buffer[...] = x
+                plgpu.commit_smem()
+                plgpu.copy_smem_to_gmem(buffer, part)
+            else:
+                part[...] = x
+        plgpu.wait_smem_to_gmem(0)
+
+    def ranges(self):
+        """The first token that sees each key, and the one after the last."""
+        return [number_of_rows(x) for x in self.limits]
+
+    def ready(self, step, masked):
+        """Waits for the tile of rows of a step; its slot."""
+        slot = lax.rem(step, STAGES)
+        plgpu.barrier_wait(self.full.at[slot])
+        if masked:
+            pl.when(self.starts[slot, 2, 0] != 0)(lambda: self.clear_blind(slot))
+        return slot
+
+    def clear_blind(self, slot):
+        """Clears rows that see nothing, q by one warpgroup and dout by the other."""
+
+        def clear(rows):
+            blind = jnp.abs(number_of_rows(self.starts.at[slot, 0])) == jnp.inf
+            x = plgpu.load(rows.at[slot], layout=plgpu.Layout.WGMMA, optimized=False)
+            blind = lax.broadcast_in_dim(blind, x.shape, [0])
+            rows[slot] = jnp.where(blind, jnp.zeros((), x.dtype), x)
+
+        pl.when(self.warpgroup == 0)(lambda: clear(self.queries))
+        pl.when(self.warpgroup == 1)(lambda: clear(self.douts))
+        plgpu.commit_smem()
+        plgpu.barrier_arrive(self.clean)
+        plgpu.barrier_wait(self.clean)
+
+    def skip(self, step, _):
+        """A tile of rows that see none of this warpgroup's keys."""
+        slot = self.ready(step, True)
+        plgpu.commit_smem()
+        plgpu.barrier_arrive(self.free.at[slot])
+
+    def start(self, slot, number):
+        """What the sums of the scores of a tile start from."""
+        x = plgpu.load(self.starts.at[slot, number], layout=plgpu.Layout.WGMMA.reduce(0))
+        return lax.broadcast_in_dim(x, (KEYS, ROWS), [1])
+
+    def weights(self, scores, step, masked):
+        p = jnp.exp2(scores * (self.scale * LOG2_E))
+        if not masked:
+            return p
+        tokens = ROWS // self.group
+        token = plgpu.broadcasted_iota(jnp.int32, p.shape, 1, layout=plgpu.Layout.WGMMA)
+        token = lax.rem(token, tokens) if self.group <= 8 else lax.div(token, self.group)
+        token += self.tiles.tile(step) * tokens
+        first, end = (lax.broadcast_in_dim(x, p.shape, [0]) for x in self.ranges())
+        return jnp.where((token >= first) & (token < end), p, 0.0)
+
+    def step(self, step, sums, masked):
+        """The sums dK and dV with those of a tile of rows added."""
+        dkey, dvalue = sums
+        slot = self.ready(step, masked)
+        queries, douts = self.queries.at[slot], self.douts.at[slot]
+        dtype = self.keys.dtype
+
+        def multiply(scores_ref, dp_ref, dkey_ref, dvalue_ref):
+            scores_ref[...] = self.start(slot, 0)
+            dp_ref[...] = self.start(slot, 1)
+            dkey_ref[...] = dkey
+            dvalue_ref[...] = dvalue
+            plgpu.wgmma(scores_ref, self.keys, queries.transpose((1, 0)))
+            plgpu.wgmma(dp_ref, self.values, douts.transpose((1, 0)))
+            p = self.weights(plgpu.wgmma_accumulator_load(scores_ref, wait_n=1), step, masked)
+            plgpu.wgmma(dvalue_ref, p.astype(dtype), douts)
+            ds = (p * plgpu.wgmma_accumulator_load(dp_ref, wait_n=1)).astype(dtype)
+            plgpu.wgmma(dkey_ref, ds, queries)
+            return dkey_ref[...], dvalue_ref[...]
+
+        if self.exact:
+            scores = self.start(slot, 0) + dot(self.keys[...], queries[...].T)
+            p = self.weights(scores, step, masked)
+            dp = self.start(slot, 1) + dot(self.values[...], douts[...].T)
+            dvalue += dot(p.astype(dtype), douts[...])
+            dkey += dot((p * dp).astype(dtype), queries[...])
+            plgpu.commit_smem()
+        else:
+            square, wide = ACC((KEYS, ROWS)), ACC((KEYS, WIDTH))
+            dkey, dvalue = pl.run_scoped(multiply, square, square, wide, wide)
+        plgpu.barrier_arrive(self.free.at[slot])
+        return dkey, dvalue
+
+
+def _items(first, end, tiles, kv_heads, tokens, splits):
+    """int32 [items, 12] of programs, the longest first.
+
+    Row of the batch, key head, tile of keys and part; `Steps`; and for each of the warpgroups the
+    first tile of rows that sees its keys and the one after the last.
+    """
+    batch = first.shape[0]
+
+    def bounds(keys):
+        """First and last tiles of rows that see any of some keys, and all of them; [B, 1, ...]."""
+        low, high = (x.reshape(batch, 1, -1, keys) for x in (first, end))
+        seen = high > low
+        return (
+            jnp.min(jnp.where(seen, low, 2**30), axis=3) // tokens,
+            -(-jnp.max(jnp.where(seen, low, 0), axis=3) // tokens),
+            jnp.min(jnp.where(seen, high, 2**30), axis=3) // tokens,
+            -(-jnp.max(jnp.where(seen, high, 0), axis=3) // tokens),
+        )
+
+    begin, inner_begin, inner_end, finish = bounds(WARPGROUPS * KEYS)
+    share = -(-tiles // splits)
+    part = jnp.arange(splits, dtype=jnp.int32)[None, :, None]
+    begin, finish = (jnp.clip(x, part * share, (part + 1) * share) for x in (begin, finish))
+    finish = jnp.maximum(finish, begin)
+    inner_begin = jnp.clip(inner_begin, begin, finish)
+    inner_end = jnp.clip(inner_end, inner_begin, finish)
+    own = [x.reshape(batch, 1, -1, WARPGROUPS) for x in bounds(KEYS)[::3]]
+    own = jnp.broadcast_to(jnp.stack(own, axis=4), (*begin.shape, WARPGROUPS, 2))
+    steps = jnp.stack((begin, inner_begin, inner_end, finish), axis=3)  # [B, splits, tiles, 4]
+    steps = jnp.concatenate((steps, own.reshape(*begin.shape, 2 * WARPGROUPS)), axis=3)
+    shape = (splits, batch, kv_heads, begin.shape[2])
+    part, row, kv_head, tile = (lax.broadcasted_iota(jnp.int32, shape, i) for i in range(4))
+    steps = jnp.broadcast_to(steps.swapaxes(0, 1)[:, :, None], (*shape, steps.shape[3]))
+    places = jnp.stack((row, kv_head, tile, part), axis=4)
+    items = jnp.concatenate((places, steps), axis=4).reshape(part.size, -1).astype(jnp.int32)
+    return items[jnp.argsort(items[:, 4] - items[:, 7], stable=True)]
+
+
+def _starts(lse, delta, scale, kv_heads):
+    """float32 [B, K, tiles, 3, 64]: what the sums of q.k and of dout.v of rows start from.
+
+    The third number is 1 in tiles of which some rows see nothing, 0 in others.
+    """
+    blind = jnp.isneginf(lse)
+    never = -math.copysign(math.inf, scale)
+    tokens = ROWS * kv_heads // lse.shape[2]
+    score, dp = (
+        rows_of_heads(pad(jnp.where(blind, missing, x), tokens, missing), kv_heads)
+        for x, missing in ((lse * (-1 / scale), never), (-delta, 0.0))
+    )
+    some: Any = jnp.isinf(score).any(axis=3, keepdims=True)
+    return jnp.stack((score, dp, jnp.broadcast_to(some, dp.shape).astype(dp.dtype)), axis=3)

@@ -1,0 +1,275 @@
+"""Attention to one contiguous range of keys on Hopper, and its dq: what `range_rows.py` computes.
+
+`hopper.py` says how rows, tiles of keys and warpgroups go. A compute warpgroup issues the products
+of a tile together with the sum that the tile before adds to, and takes exponents while the matrix
+unit works on that sum.
+
+Flops, with V the visible (row, key) pairs: forward 4*V*D, dq 6*V*D. Bytes: q, dout and the result
+once; K and V once for each 128 rows, from L2; 8 to 16 bytes a row of ranges, logsumexp and delta.
+
+Shapes: B rows of the batch, T tokens, N query heads, K key/value heads, G = N/K, M keys, D = 128
+head width of keys and values.
+"""
+
+from typing import Any
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from fsa_jax.pallas.range_attention.hopper_pipeline import (
+    ACC,
+    LOG2_E,
+    ROWS,
+    WIDTH,
+    Compute,
+    Ring,
+    call_on_rows,
+    dot,
+    number_of_rows,
+    over_columns,
+    zeros,
+)
+
+#: With the rows and the results both take 192 KB of shared memory. A tile of keys is in use for two
+#: steps of the gradient, one of values for one.
+FORWARD, GRADIENT = Ring(128, 2, 2), Ring(64, 3, 3)
+
+
+def attention(query, key, value, visible, seers, *, scale, interpret=None):
+    """Attention of each query to keys low .. high-1.
+
+    Args:
+      query: [B, T, N, D].
+      key: [B, M, K, D].
+      value: [B, M, K, D].
+      visible: (low, high), int32 [B, T]; empty where the query sees nothing.
+      seers: the range of tokens that see each key, int32 [B, M] each; empty where nobody does.
+      scale: factor of the logits.
+      interpret: `InterpretGPUParams` of Pallas Mosaic GPU, to run on a CPU.
+
+    Returns:
+      out [B, T, N, D] in the dtype of `query` and lse float32 [B, T, N], natural logarithm; 0 and
+      -inf where a query sees nothing.
+    """
+    return tuple(
+        call_on_rows(
+            "hopper_forward", _Forward, [query], key, value, visible, seers,
+            tables=[], results=[query.dtype, None], ring=FORWARD, scale=scale, interpret=interpret,
+        )
+    )  # fmt: skip
+
+
+def query_gradient(
+    query, key, value, visible, seers, lse, delta, dout, *, scale, interpret=None
+):  # fmt: skip
+    """Gradient [B, T, N, D] of the queries.
+
+    `lse` is float32 [B, T, N], `delta` = sum(out * dout) - dlse likewise, `dout` [B, T, N, D]; the
+    other arguments are those of `attention`.
+    """
+    tables = [lse * LOG2_E, delta]
+    return call_on_rows(
+        "hopper_query_gradient", _QueryGradient, [query, dout], key, value, visible, seers,
+        tables=tables, results=[query.dtype], ring=GRADIENT, scale=scale, interpret=interpret,
+    )[0]  # fmt: skip
+
+
+class _Forward(Compute):
+    """Logits of a tile together with the weighted sum of the tile before."""
+
+    def visit(self, item, before):
+        out_ref, lse_ref = self.refs
+        ranges = self.ranges(item)
+        low, high = ranges
+
+        def slots(step):
+            return self.ring.slots(before + step)
+
+        def mask(logits, step):
+            return jnp.where(self.seen(item, step, ranges, logits.shape), logits, -jnp.inf)
+
+        def step(number, state, masked):
+            top, total, p, out = state
+
+            def fold(logits):
+                return self.softmax(top, total, mask(logits, number) if masked else logits, masked)
+
+            folded, new = self.multiply(p, out, slots(number)[0], slots(number - 1)[1], fold)
+            top, total, new_p, decay = folded
+            # the products read p until here: the new one must not take its registers before
+            _, new_p, new = lax.optimization_barrier((p, new_p, new))
+            return top, total, new_p, new * over_columns(decay, new)
+
+        state = self.first(lambda x: self.softmax(None, None, mask(x, 0), True), slots(0)[0])
+        top, total, p, out = self.fold(item, step, state)
+        self.free_rows()
+        out = self.last(p, out, slots(item.tiles.count - 1)[1])
+        sighted = high > low
+        total = jnp.where(sighted, total, 1.0)
+        out = jnp.where(over_columns(sighted, out), out * over_columns(1.0 / total, out), 0.0)
+        lse = jnp.where(sighted, (top + jnp.log2(total)) * (1 / LOG2_E), -jnp.inf)
+        self.at(lse_ref, item)[...] = lse
+        self.store(item, out_ref, out)
+
+    def softmax(self, top, total, logits, masked):
+        """A step of an online softmax: see `common.Softmax.fold`; exponents are of 2."""
+        factor = (abs(self.scale) or 1.0) * LOG2_E
+        new_top = jnp.max(logits, axis=1) * factor
+        new_top = new_top if top is None else jnp.maximum(top, new_top)
+        safe = jnp.where(new_top == -jnp.inf, 0.0, new_top) if masked else new_top
+        p = jnp.exp2(logits * factor - over_columns(safe, logits))
+        added = jnp.sum(p, axis=1)
+        p = p.astype(self.rows[0].dtype)
+        if top is None:
+            return new_top, added, p, None
+        decay = jnp.exp2(top - safe)
+        return new_top, total * decay + added, p, decay
+
+    def signed(self, logits):
+        """The logits, so that larger ones get larger weights."""
+        if self.scale == 0:
+            return logits * 0.0
+        return logits if self.scale > 0 else -logits
+
+    def first(self, fold, slot):
+        """The state after the first tile of keys."""
+        (queries,), keys = self.rows, self.shared.keys
+        plgpu.barrier_wait(self.shared.full[0].at[self.warpgroup])
+        plgpu.barrier_wait(self.shared.full[1].at[slot])
+        self.begin_turn()
+
+        def multiply(logits_ref):
+            plgpu.wgmma(logits_ref, queries, keys.at[slot].transpose((1, 0)))
+            self.end_turn()
+            return logits_ref[...]
+
+        if self.exact:
+            logits = dot(queries[...], keys[slot].T)
+            plgpu.commit_smem()
+            self.end_turn()
+        else:
+            logits = pl.run_scoped(multiply, ACC((ROWS, self.ring.keys)))
+        plgpu.barrier_arrive(self.shared.free[1].at[slot])
+        top, total, p, _ = fold(self.signed(logits))
+        return top, total, p, zeros(WIDTH)
+
+    def multiply(self, p, out, slot, last, fold):
+        """(fold(logits of the keys in `slot`), out + p V of the values in `last`), overlapped."""
+        (queries,), keys, values = self.rows, self.shared.keys, self.shared.values
+        plgpu.barrier_wait(self.shared.full[1].at[slot])
+        plgpu.barrier_wait(self.shared.full[2].at[last])
+        self.begin_turn()
+
+        def after_logits(logits):
+            plgpu.barrier_arrive(self.shared.free[1].at[slot])
+            return fold(self.signed(logits))
+
+        def both(logits_ref, out_ref):
+            out_ref[...] = out
+            plgpu.wgmma(logits_ref, queries, keys.at[slot].transpose((1, 0)))
+            plgpu.wgmma(out_ref, p, values.at[last])
+            self.end_turn()
+            folded = after_logits(plgpu.wgmma_accumulator_load(logits_ref, wait_n=1))
+            return folded, out_ref[...]
+
+        if self.exact:
+            logits = dot(queries[...], keys[slot].T)
+            new = out + dot(p, values[last])
+            plgpu.commit_smem()
+            self.end_turn()
+            folded = after_logits(logits)
+        else:
+            folded, new = pl.run_scoped(both, ACC((ROWS, self.ring.keys)), ACC((ROWS, WIDTH)))
+        plgpu.barrier_arrive(self.shared.free[2].at[last])
+        return folded, new
+
+    def last(self, p, out, slot):
+        """The weighted sum of the last tile, added to `out`."""
+        plgpu.barrier_wait(self.shared.full[2].at[slot])
+        out = self.added(out, p, self.shared.values, slot)
+        plgpu.barrier_arrive(self.shared.free[2].at[slot])
+        return out
+
+
+class _QueryGradient(Compute):
+    """Logits and dp of a tile together with the sum ds K of the tile before."""
+
+    def visit(self, item, before):
+        lse_ref, delta_ref, dquery_ref = self.refs
+        ranges = self.ranges(item)
+        lses, deltas = (number_of_rows(self.at(x, item)) for x in (lse_ref, delta_ref))
+
+        def slots(step):
+            return self.ring.slots(before + step)
+
+        def weights(logits):
+            return jnp.exp2(logits * (self.scale * LOG2_E) - over_columns(lses, logits))
+
+        def gradient(p, dp, number, masked):
+            """The gradient of the logits."""
+            ds = p * (dp - over_columns(deltas, dp))
+            if masked:
+                ds = jnp.where(self.seen(item, number, ranges, ds.shape), ds, 0.0)
+            return ds.astype(self.rows[0].dtype)
+
+        def step(number, state, masked):
+            ds, dquery = state
+            new = self.multiply(
+                slots(number), weights, lambda p, dp: gradient(p, dp, number, masked),
+                (ds, dquery, slots(number - 1)[0]),
+            )  # fmt: skip
+            # the products read ds until here: the new one must not take its registers before
+            return lax.optimization_barrier((ds, *new))[1:]
+
+        plgpu.barrier_wait(self.shared.full[0].at[self.warpgroup])
+        ds, _ = self.multiply(slots(0), weights, lambda p, dp: gradient(p, dp, 0, True))
+        ds, dquery = self.fold(item, step, (ds, zeros(WIDTH)))
+        self.free_rows()
+        slot = slots(item.tiles.count - 1)[0]
+        dquery = self.added(dquery, ds, self.shared.keys, slot)
+        plgpu.barrier_arrive(self.shared.free[1].at[slot])
+        sighted = over_columns(ranges[1] > ranges[0], dquery)
+        self.store(item, dquery_ref, jnp.where(sighted, dquery * self.scale, 0.0))
+
+    def multiply(self, slots, weights, gradient, before: Any = None):
+        """(gradient(weights(q k^T), dout v^T), dquery + ds K), overlapped.
+
+        `before` = (ds, dquery, slot of its keys); without it there is no sum.
+        """
+        (queries, douts), keys, values = self.rows, self.shared.keys, self.shared.values
+        key_slot, value_slot = slots
+        ds, dquery, last = before or (None, None, None)
+        plgpu.barrier_wait(self.shared.full[1].at[key_slot])
+        plgpu.barrier_wait(self.shared.full[2].at[value_slot])
+        self.begin_turn()
+
+        def three(logits_ref, dp_ref, dquery_ref: Any = None):
+            if before:
+                dquery_ref[...] = dquery
+            plgpu.wgmma(logits_ref, queries, keys.at[key_slot].transpose((1, 0)))
+            plgpu.wgmma(dp_ref, douts, values.at[value_slot].transpose((1, 0)))
+            if before:
+                plgpu.wgmma(dquery_ref, ds, keys.at[last])
+            self.end_turn()
+            later = 1 if before else 0
+            p = weights(plgpu.wgmma_accumulator_load(logits_ref, wait_n=1 + later))
+            dp = plgpu.wgmma_accumulator_load(dp_ref, wait_n=later)
+            plgpu.barrier_arrive(self.shared.free[2].at[value_slot])
+            return gradient(p, dp), dquery_ref[...] if before else None
+
+        if self.exact:
+            p = weights(dot(queries[...], keys[key_slot].T))
+            dp = dot(douts[...], values[value_slot].T)
+            new = dquery + dot(ds, keys[last]) if before else None  # pyright: ignore[reportOptionalOperand]
+            plgpu.commit_smem()
+            self.end_turn()
+            plgpu.barrier_arrive(self.shared.free[2].at[value_slot])
+            new_ds = gradient(p, dp)
+        else:
+            sums = [ACC((ROWS, self.ring.keys))] * 2 + [ACC((ROWS, WIDTH))] * bool(before)
+            new_ds, new = pl.run_scoped(three, *sums)
+        if before:
+            plgpu.barrier_arrive(self.shared.free[1].at[last])
+        return new_ds, new
