@@ -1,5 +1,6 @@
 """Test set-up: 8 CPU devices, strict dtypes and ranks, shape checks of the internal functions."""
 
+import importlib.util
 import os
 from pathlib import Path
 
@@ -25,6 +26,10 @@ INTERNAL = [
     f"fsa_jax.{name}"
     for name in ("semantics.segments", "reference", "compression", "xla", "xla_tiles")
 ]
+# The hook says nothing of a module that has gone elsewhere: its checks would be gone too.
+for name in INTERNAL:
+    if importlib.util.find_spec(name) is None:
+        raise ImportError(f"the shape checks of tests name a module that does not exist: {name}")
 install_import_hook(INTERNAL, "beartype.beartype")
 
 import jax  # noqa: E402

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from flax import nnx
-from test_runs import signals_at
+from training.test_runs import signals_at
 
 import fsa_jax
 import fsa_jax.training

@@ -23,7 +23,7 @@ from jax.sharding import (
     PartitionSpec,
     use_abstract_mesh,
 )
-from test_training import DENSE, MODEL, tiny
+from training.test_training import DENSE, MODEL, tiny
 from util import assert_close, assert_same_bits, both_ways, lists, normal
 
 import fsa_jax
@@ -41,7 +41,7 @@ from fsa_jax.stripes import from_stripes, to_stripes
 from fsa_jax.training.step import init_model, init_state, make_eval_step, make_train_step
 
 CONFIG = NSAConfig(kernel_size=16, kernel_stride=8, block_size=16, topk=3, window_size=20)
-#: test_gpu_x64.py runs some of these tests on a GPU.
+#: gpu/test_gpu_x64.py runs some of these tests on a GPU.
 INTERPRET = jax.default_backend() == "cpu"
 WINDOWS: Any = {"kernel_size": 16, "kernel_stride": 8}
 WIDE = {np.dtype(x) for x in ("float64", "int64", "uint64", "complex128")}

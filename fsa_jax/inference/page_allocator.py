@@ -37,10 +37,10 @@ class PageAllocator:
       >>> cache = allocator.reserve(cache, 0, 100)
       >>> allocator.free_pages, cache.room.tolist()
       (1, [128, 0])
-      >>> allocator.reserve(cache, 1, 100)
+      >>> allocator.reserve(cache, 1, 100)  # doctest: +ELLIPSIS
       Traceback (most recent call last):
       ...
-      fsa_jax.pages.OutOfPages: sequence 1 needs 2 more pages for 100 tokens, 1 of 3 are free
+      fsa_jax...OutOfPages: sequence 1 needs 2 more pages for 100 tokens, 1 of 3 are free
       >>> allocator.free_pages, allocator.release(cache, 0).room.tolist()
       (1, [0, 0])
     """

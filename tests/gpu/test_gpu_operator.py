@@ -14,7 +14,6 @@ from test_gating import (
     test_branches_get_what_their_gradients_subtract,
     test_error_is_at_most_twice_that_of_the_plain_sum,
 )
-from test_gpu import dirty_memory, pytestmark, segments
 from util import (
     assert_errors_are_at_most_twice_those_of_dense,
     assert_poison_changes_no_bit,
@@ -26,6 +25,7 @@ from util import (
 
 import fsa_jax
 from fsa_jax.layers import NativeSparseAttention
+from gpu.test_gpu import dirty_memory, pytestmark, segments
 
 __all__ = [  # used by pytest
     "dirty_memory",

@@ -24,7 +24,7 @@ from fsa_jax.bench.shapes import KERNELS, Shape
 from fsa_jax.pallas import SelectedTuning
 
 pytestmark = pytest.mark.compile
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 TRITON = "__gpu$xla.gpu.triton"
 QUERY_OUTER = {"tuning": SelectedTuning(method="query_outer")}
 # An H200 gets the code of an H100, but for measured tiles: they differ in memory alone.

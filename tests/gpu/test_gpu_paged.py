@@ -1,7 +1,6 @@
 """On an NVIDIA GPU: the kernels of decoding. See test_gpu.py and test_paged.py."""
 
-from test_gpu import dirty_memory, pytestmark
-from test_paged import (
+from pallas.test_decode import (
     test_a_bound_on_the_entries_changes_rounding_alone,
     test_a_query_sees_a_range,
     test_a_query_sees_its_blocks,
@@ -14,6 +13,8 @@ from test_paged import (
     test_selection_is_that_of_the_portable_path,
     test_splits_and_tiles_change_rounding_alone,
 )
+
+from gpu.test_gpu import dirty_memory, pytestmark
 
 __all__ = [  # used by pytest
     "dirty_memory",

@@ -28,7 +28,7 @@ from fsa_jax.pallas import paged
 from fsa_jax.semantics.segments import describe_rows, describe_windows
 
 SCALE = 0.3
-#: test_gpu_paged.py runs these tests on a GPU.
+#: gpu/test_gpu_paged.py runs these tests on a GPU.
 INTERPRET = jax.default_backend() == "cpu"
 DENSE = jax.jit(reference._attend, static_argnums=4)
 

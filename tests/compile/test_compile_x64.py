@@ -6,8 +6,8 @@ from collections import Counter
 import jax
 import jax.numpy as jnp
 import pytest
-from test_compile_hopper import MOSAIC, compile_branch
 
+from compile.test_compile_hopper import MOSAIC, compile_branch
 from fsa_jax.bench.ahead_of_time import (
     compile_for,
     custom_calls,

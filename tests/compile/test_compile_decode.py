@@ -13,7 +13,7 @@ from fsa_jax.bench.ahead_of_time import compile_for, custom_calls, decode_step
 from fsa_jax.pallas import paged
 
 pytestmark = pytest.mark.compile
-sys.path.append(str(Path(__file__).resolve().parent.parent))
+sys.path.append(str(Path(__file__).resolve().parents[2]))
 resources = importlib.import_module("benchmarks.resources")
 
 LENGTH, HEADS = 131072, {"heads": 32, "kv_heads": 8}

@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_gpu import dirty_memory, pytestmark, segments
 from util import (
     assert_errors_are_at_most_twice_those_of_dense,
     assert_poison_changes_no_bit,
@@ -22,6 +21,7 @@ from util import (
 import fsa_jax
 from fsa_jax import triton
 from fsa_jax.pallas.range_attention import hopper_pipeline as hopper
+from gpu.test_gpu import dirty_memory, pytestmark, segments
 
 __all__ = ["dirty_memory", "pytestmark"]  # used by pytest
 #: Tokens: several tiles of keys for most rows, the last ones in part.

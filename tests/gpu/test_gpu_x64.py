@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_gpu import dirty_memory, pytestmark, segments
 from test_x64 import (
     bits_without_and_with,
     test_a_step_of_decoding_is_bitwise_the_same,
@@ -19,6 +18,7 @@ from util import assert_same_bits, both_ways, normal
 
 import fsa_jax
 from fsa_jax import triton
+from gpu.test_gpu import dirty_memory, pytestmark, segments
 
 __all__ = [  # used by pytest
     "dirty_memory",

@@ -5,9 +5,9 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-from test_training import MODEL, saved_state, texts, tiny
 
 from fsa_jax.training import read_metrics, train
+from training.test_training import MODEL, saved_state, texts, tiny
 
 __all__ = ["texts"]  # used by pytest
 

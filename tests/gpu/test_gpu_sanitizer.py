@@ -30,7 +30,7 @@ def test_no_access_outside_an_array(name):
     assert tool is not None, "needs compute-sanitizer, a part of the CUDA toolkit, on the PATH"
     done = subprocess.run(
         [tool, "--tool", "memcheck", "--error-exitcode", str(FOUND), sys.executable,
-         str(Path(__file__).with_name("sanitized.py")), name],
+         str(Path(__file__).parents[1] / "sanitized.py"), name],
         # kernels one by one: recorded as a graph, they would be traced for minutes
         env=os.environ
         | {

@@ -14,8 +14,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_processes import finish, saved_steps, start
-from test_training import DENSE, assert_same_bits, dense, saved_state, texts, tiny, without_times
 
 from fsa_jax.messages import naming
 from fsa_jax.training import (
@@ -32,6 +30,16 @@ from fsa_jax.training import progress as shown
 from fsa_jax.training.metrics import MetricsLog
 from fsa_jax.training.step import learning_rate_schedule
 from fsa_jax.training.stopping import catching_signals
+from training.test_processes import finish, saved_steps, start
+from training.test_training import (
+    DENSE,
+    assert_same_bits,
+    dense,
+    saved_state,
+    texts,
+    tiny,
+    without_times,
+)
 
 __all__ = ["dense", "texts"]  # used by pytest
 

@@ -74,8 +74,8 @@ SPILLS = {1: 0, 2: 0, 4: 32, 8: 96, 16: 0, 32: 0}
 PROGRAM = """
 import sys
 sys.path[:0] = [{tests!r}]
-import test_compile_hopper
-test_compile_hopper.compile_branch({group})
+from compile.test_compile_hopper import compile_branch
+compile_branch({group})
 """
 
 
@@ -99,7 +99,7 @@ def compile_branch(group):
 @pytest.mark.parametrize("group", SPILLS)
 def test_products_run_side_by_side_and_registers_suffice(group, tmp_path):
     """As the assembler reports it, which is asked to before jax is imported."""
-    program = PROGRAM.format(tests=str(Path(__file__).parent), group=group)
+    program = PROGRAM.format(tests=str(Path(__file__).parents[1]), group=group)
     environment = os.environ | {"MOSAIC_GPU_DUMP_TO": str(tmp_path)}
     subprocess.run([sys.executable, "-c", program], check=True, env=environment)
     reports = {path.stem: path.read_text() for path in tmp_path.glob("*.ptxas")}

@@ -1,0 +1,1 @@
+"""`fsa-jax bench` and `fsa-jax tune`, and their reports."""

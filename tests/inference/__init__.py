@@ -1,0 +1,1 @@
+"""Caches, their pages, and attention to them."""
