@@ -32,7 +32,7 @@ from fsa_jax.bench.ahead_of_time import (
 )
 from fsa_jax.bench.shapes import KERNELS
 from fsa_jax.pallas import SelectedTuning
-from fsa_jax.pallas.tuning import METHODS as SELECTED_METHODS
+from fsa_jax.pallas.block_attention.plan import METHODS as SELECTED_METHODS
 
 ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "benchmarks" / "results" / "resources.json"

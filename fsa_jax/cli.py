@@ -322,8 +322,9 @@ class _Shown:
 
 
 def _bench(arguments: Sequence[str]) -> None:
+    from fsa_jax.bench.config import BenchConfig
     from fsa_jax.bench.report.markdown import report
-    from fsa_jax.bench.run import BenchConfig, bench
+    from fsa_jax.bench.run import bench
 
     config = _parse(BenchConfig, "bench", arguments, BenchConfig())
     if config.report is None:

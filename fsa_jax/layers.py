@@ -26,7 +26,7 @@ from fsa_jax.arguments import checks
 from fsa_jax.arguments.types import AnyArray, CompressionMethod, Implementation, IntegerList
 from fsa_jax.compression import METHODS
 from fsa_jax.config import NSAConfig
-from fsa_jax.inference import cached_attention as decode
+from fsa_jax.inference import cached_attention
 from fsa_jax.inference.nsa_cache import Chunk, NSACache
 from fsa_jax.nn.base import AttentionLayer, linear
 from fsa_jax.nn.compressor import Compressor
@@ -241,7 +241,7 @@ class NativeSparseAttention(AttentionLayer):
     def extend(self, x, cache: NSACache, chunk: Chunk, layer, fresh) -> tuple[jax.Array, NSACache]:
         query, key, value = self._turn(self.query(x), chunk.position), self.key(x), self.value(x)
         self._check_same_dtype(key, cache)
-        mode = decode.mode_of(self.implementation, query, cache)
+        mode = cached_attention.mode_of(self.implementation, query, cache)
         keys, values = self._by_branch(key, value)
         selected = window = (self._turn(keys[1], chunk.position), values[1])
         cache = cache.append(*selected, layer, chunk)
@@ -263,7 +263,7 @@ class NativeSparseAttention(AttentionLayer):
             heads = self._attend(x, inputs, chunk.valid.astype(jnp.int32))
         else:
             scale = checks.scale(self.scale, self.head_dim)
-            outs = decode.attend(query, cache, chunk, layer, scale=scale, mode=mode)
+            outs = cached_attention.attend(query, cache, chunk, layer, scale=scale, mode=mode)
             heads = api.combine_branches(jax.nn.sigmoid(self.gate(x)), *outs)
         return self._project_out(heads, chunk), cache
 

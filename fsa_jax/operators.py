@@ -31,7 +31,7 @@ from jaxtyping import Array, Float, Int
 from fsa_jax import xla
 from fsa_jax.config import NSAConfig
 from fsa_jax.pallas import tile_tables as tuned
-from fsa_jax.pallas.tuning import SelectedTuning, make_plan
+from fsa_jax.pallas.block_attention.plan import SelectedTuning, make_plan
 from fsa_jax.semantics import segments
 from fsa_jax.semantics.precision import narrow, wide_dtype
 from fsa_jax.semantics.segments import Rows, Windows
@@ -280,10 +280,11 @@ def _select_on(call):
         return Rows(start, end, valid, packed=call.packed), Windows(first, first, visible)
 
     def kernels(query, key, lse, *documents):
-        from fsa_jax.pallas import select
+        from fsa_jax.pallas.block_selection import passes as select
+        from fsa_jax.pallas.block_selection.plan import make_plan as make_select_plan
 
         rows, windows = described(*documents)
-        plan = select.make_plan(query, key, config, capability=call.capability, table=call.table)
+        plan = make_select_plan(query, key, config, capability=call.capability, table=call.table)
         assert plan is not None
         return (
             select.select_blocks(

@@ -6,7 +6,8 @@ they need it, so that `import fsa_jax` is not as long again as that of JAX.
 """
 
 from fsa_jax.config import NSAConfig
-from fsa_jax.pallas.tuning import SelectedTuning, arrays_reason, plan_reason
+from fsa_jax.pallas.block_attention.plan import SelectedTuning, plan_reason
+from fsa_jax.pallas.tile_config import arrays_reason
 
 #: The oldest compute capability whose matrix units and asynchronous copies the kernels use.
 OLDEST = 80
@@ -77,7 +78,7 @@ def range_reason(query, key, value, implementation: str | None = None) -> str | 
 
 def select_reason(query, key, config: NSAConfig) -> str | None:
     """Why the kernels cannot serve the selection, likewise; or None."""
-    from fsa_jax.pallas import select
+    from fsa_jax.pallas.block_selection import plan as select
 
     reason = arrays_reason(query, key, key)
     if reason is not None:

@@ -19,8 +19,8 @@ from fsa_jax import NSAConfig, triton
 from fsa_jax.inference import decode_step
 from fsa_jax.inference.nsa_cache import Chunk, NSACache
 from fsa_jax.pallas import SelectedTuning
+from fsa_jax.pallas.block_attention.plan import METHODS
 from fsa_jax.pallas.range_attention import hopper_pipeline as hopper_kernels
-from fsa_jax.pallas.tuning import METHODS
 
 #: Neither whole tiles nor whole blocks.
 LENGTH = 333

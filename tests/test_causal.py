@@ -24,10 +24,12 @@ from util import (
 import fsa_jax
 from fsa_jax import from_stripes, to_stripes
 from fsa_jax.layers import FullAttention
-from fsa_jax.pallas.range_attention import hopper_groups
-from fsa_jax.pallas.range_attention import hopper_key_kernel as hopper_keys
-from fsa_jax.pallas.range_attention import hopper_pipeline as hopper
-from fsa_jax.pallas.range_attention import hopper_query_kernels as hopper_rows
+from fsa_jax.pallas.range_attention import (
+    hopper_groups,
+    hopper_key_kernel,
+    hopper_pipeline,
+    hopper_query_kernels,
+)
 from fsa_jax.semantics import segments
 from fsa_jax.transformer import Transformer, TransformerConfig
 
@@ -192,7 +194,7 @@ def test_memory_of_a_layer_is_linear_on_cpus():
 @pytest.mark.slow
 def test_hopper_kernels_at_a_group_that_is_no_power_of_two(monkeypatch):
     """Three heads as two and one: what the reference gives, from one float32 sum of two parts."""
-    monkeypatch.setattr(hopper, "PROGRAMS", 2)  # each of them is interpreted
+    monkeypatch.setattr(hopper_pipeline, "PROGRAMS", 2)  # each of them is interpreted
     query, key, value = (
         normal(i, 1, 40, heads, 128, dtype=jnp.bfloat16) for i, heads in enumerate((3, 1, 1))
     )
@@ -225,8 +227,10 @@ def test_hopper_kernels_at_a_group_that_is_no_power_of_two(monkeypatch):
 
 def test_hopper_kernels_take_a_power_of_two_as_it_is(monkeypatch):
     seen = []
-    monkeypatch.setattr(hopper_rows, "attention", lambda query, *_, **__: seen.append(query.shape))
-    monkeypatch.setattr(hopper_keys, "key_gradients", lambda query, *_, **x: seen.append(x))
+    monkeypatch.setattr(
+        hopper_query_kernels, "attention", lambda query, *_, **__: seen.append(query.shape)
+    )
+    monkeypatch.setattr(hopper_key_kernel, "key_gradients", lambda query, *_, **x: seen.append(x))
     query, key = jnp.ones((1, 2, 8, 4)), jnp.ones((1, 2, 2, 4))
     hopper_groups.attention(query, key, key, None, None, scale=1.0)
     hopper_groups.key_gradients(query, key, key, None, None, None, None, scale=1.0)

@@ -20,9 +20,9 @@ from test_sharding import GATES, IDS, KEY, QUERY, VALUE, WEIGHTS, mesh_of, opera
 
 import fsa_jax
 from fsa_jax import operators, partition_calls
-from fsa_jax.pallas import tile_tables as tuned
+from fsa_jax.pallas import tile_tables
 from fsa_jax.pallas.range_attention import passes as ranges
-from fsa_jax.pallas.tuning import Tile
+from fsa_jax.pallas.tile_config import Tile
 from fsa_jax.sharding import partitioned
 from fsa_jax.training.compilation_cache import keep_compiled_programs
 
@@ -85,7 +85,7 @@ def test_whatever_a_call_depends_on_changes_its_name(monkeypatch):
     with jax.enable_x64(True):
         others.append(name())
     for rows in (16, 32, 32):
-        with tuned.using({RANGE: ranges.RangeTile(rows=rows)}):
+        with tile_tables.using({RANGE: ranges.RangeTile(rows=rows)}):
             others.append(name(implementation="triton_interpret"))
     assert others.pop() == others[-1]  # a table is what it holds
     assert len({before, *others}) == 1 + len(others)
@@ -95,7 +95,7 @@ def test_whatever_a_call_depends_on_changes_its_name(monkeypatch):
 
 
 OTHER_MESHES = ((("data", 4), ("tensor", 2)), (("tensor", 2), ("data", 2)))
-RANGE = tuned.Key(
+RANGE = tile_tables.Key(
     kernel="range_forward", branch="window", bits=32, width=16, value_width=16, group=2,
     block_size=None,
 )  # fmt: skip

@@ -31,11 +31,9 @@ from fsa_jax import NSAConfig
 from fsa_jax.inference import decode_step
 from fsa_jax.inference.nsa_cache import Chunk, NSACache
 from fsa_jax.layers import NativeSparseAttention
-from fsa_jax.pallas import SelectedTuning, common
-from fsa_jax.pallas.range_attention import hopper_key_kernel as hopper_keys
-from fsa_jax.pallas.range_attention import hopper_pipeline as hopper
-from fsa_jax.pallas.range_attention import hopper_query_kernels as hopper_rows
-from fsa_jax.pallas.tuning import METHODS
+from fsa_jax.pallas import SelectedTuning, intrinsics
+from fsa_jax.pallas.block_attention.plan import METHODS
+from fsa_jax.pallas.range_attention import hopper_key_kernel, hopper_pipeline, hopper_query_kernels
 from fsa_jax.semantics import precision
 from fsa_jax.stripes import from_stripes, to_stripes
 from fsa_jax.training.step import init_model, init_state, make_eval_step, make_train_step
@@ -163,14 +161,14 @@ def test_programs_of_each_method_have_no_arrays_of_64_bits(method):
 
 
 def test_kernels_for_hopper_can_be_called_by_themselves(x64):
-    query, key, *_ = inputs(jnp.bfloat16, width=hopper.WIDTH)
+    query, key, *_ = inputs(jnp.bfloat16, width=hopper_pipeline.WIDTH)
     ranges = [(jnp.zeros((1, 64), jnp.int32), jnp.full((1, 64), 64, jnp.int32))] * 2
     numbers = [jnp.zeros((1, 64, 2), jnp.float32)] * 2
-    attend = functools.partial(hopper_rows.attention, scale=0.1)
+    attend = functools.partial(hopper_query_kernels.attention, scale=0.1)
     assert wide_arrays(attend, query, key, key, *ranges) == []
-    gradient = functools.partial(hopper_rows.query_gradient, scale=0.1)
+    gradient = functools.partial(hopper_query_kernels.query_gradient, scale=0.1)
     assert wide_arrays(gradient, query, key, key, *ranges, *numbers, query) == []
-    gradients = functools.partial(hopper_keys.key_gradients, scale=0.1)
+    gradients = functools.partial(hopper_key_kernel.key_gradients, scale=0.1)
     dkey, _ = jax.eval_shape(gradients, query, key, key, ranges[0], *numbers, query)
     assert (dkey.shape, dkey.dtype) == (key.shape, key.dtype)
 
@@ -185,9 +183,9 @@ def test_a_kernel_takes_weakly_typed_numbers(x64):
     """What a kernel compares with them is evaluated anew, with x64 on, when it is lowered."""
 
     def count_kernel(x_ref, out_ref):
-        at = common.iota(16)
-        x = common.load(x_ref.at[at], mask=at < 8)
-        common.store(out_ref.at[at], (x < at).astype(jnp.int32))
+        at = intrinsics.iota(16)
+        x = intrinsics.load(x_ref.at[at], mask=at < 8)
+        intrinsics.store(out_ref.at[at], (x < at).astype(jnp.int32))
 
     @jax.jit
     def run():
@@ -195,7 +193,7 @@ def test_a_kernel_takes_weakly_typed_numbers(x64):
         assert weak.weak_type
         assert weak.dtype == jnp.int32
         shape = jax.ShapeDtypeStruct((16,), jnp.int32)
-        return common.call(count_kernel, weak, grid=(1,), out_shape=shape, interpret=True)
+        return intrinsics.call(count_kernel, weak, grid=(1,), out_shape=shape, interpret=True)
 
     np.testing.assert_array_equal(run(), np.arange(16) > 3)
 

@@ -22,7 +22,7 @@ from fsa_jax.dispatch import mode_of
 from fsa_jax.gating import gated_sum
 from fsa_jax.operators import Call
 from fsa_jax.pallas import SelectedTuning
-from fsa_jax.pallas.tuning import METHODS
+from fsa_jax.pallas.block_attention.plan import METHODS
 
 DTYPE = jnp.bfloat16
 SELECTIONS = ("nsa", "uniform", "skewed")

@@ -23,16 +23,16 @@ from fsa_jax import NSAConfig, triton
 from fsa_jax.arguments import checks
 from fsa_jax.bench import cases
 from fsa_jax.bench.cases import Case, Subject
-from fsa_jax.bench.measure import correctness as check
-from fsa_jax.bench.measure import timing
+from fsa_jax.bench.measure import correctness, timing
 from fsa_jax.bench.measure.correctness import RIGHT_CHOICES
 from fsa_jax.messages import naming
-from fsa_jax.pallas import select
-from fsa_jax.pallas import tile_tables as tuned
+from fsa_jax.pallas import tile_tables
+from fsa_jax.pallas.block_attention.plan import SelectedTuning, make_plan
+from fsa_jax.pallas.block_selection import plan as select_plan
 from fsa_jax.pallas.range_attention import passes as ranges
 from fsa_jax.pallas.range_attention.passes import RangeTile
+from fsa_jax.pallas.tile_config import Tile, shared_memory
 from fsa_jax.pallas.tile_tables import Key
-from fsa_jax.pallas.tuning import SelectedTuning, Tile, make_plan, shared_memory
 
 #: Sizes of candidates.
 ROWS, KEYS, WARPS, STAGES = (32, 64, 128), (32, 64, 128), (4, 8), (2, 3)
@@ -110,7 +110,7 @@ def tune(config: TuneConfig) -> Path:
     """Measures; gives the file written."""
     interpret = triton.device_reason() is not None
     began = time.perf_counter()
-    results: dict[str, Any] = {"what": tuned.WHAT} | timing.describe_machine()
+    results: dict[str, Any] = {"what": tile_tables.WHAT} | timing.describe_machine()
     results |= {
         "measurement": not interpret,
         "arguments": dataclasses.asdict(config) | {"out": config.out.name},
@@ -167,10 +167,10 @@ def _jobs_of(case: Case) -> list[_Job]:
     def add(function, method, name, kernel, arrays, heuristic, others, block=None):
         tiles = tuple(dict.fromkeys([heuristic, *others]))
         query, key, value = arrays
-        of = tuned.key_of(kernel, query, key, value, block)
+        of = tile_tables.key_of(kernel, query, key, value, block)
         found.append(_Job(case, function, method, name, of, tiles))
 
-    for kernel, (method, name, field) in tuned.SELECTED.items():
+    for kernel, (method, name, field) in tile_tables.SELECTED.items():
         heuristic, arrays = getattr(plan, field), (query, key, value)
         add("selected_attention", method, name, kernel, arrays, heuristic, plain, block_size)
     for branch, function in _FUNCTIONS.items():
@@ -190,7 +190,7 @@ def _jobs_of(case: Case) -> list[_Job]:
             tiles = [t for t in tiles if ranges.shared_bytes(short, t, *arrays) <= fits]
             add(function, "triton", name, kernel, arrays, getattr(heuristics, short), tiles)
     compressed = shapes["compressed_key"]
-    scores = select.make_plan(query, compressed, case.config, capability=capability)
+    scores = select_plan.make_plan(query, compressed, case.config, capability=capability)
     assert scores is not None
     heuristic = Tile(rows=scores.rows, num_warps=scores.num_warps, num_stages=scores.num_stages)
     arrays = (query, compressed, compressed)
@@ -200,7 +200,7 @@ def _jobs_of(case: Case) -> list[_Job]:
 
 def _inputs(interpret: bool, case: Case) -> list[dict[str, jax.Array]]:
     implementation = "triton_interpret" if interpret else "triton"
-    with tuned.using({}):
+    with tile_tables.using({}):
         seeds = range(1 if interpret else 2)
         return [cases.make_inputs(case, seed, implementation) for seed in seeds]
 
@@ -215,7 +215,7 @@ def subject_of(job: _Job, interpret: bool) -> Subject:
 def compile_with(job: _Job, subject: Subject, tile: Tile) -> dict[str, Any]:
     """The pass compiled with a tile."""
     shapes = job.case.shapes()
-    with tuned.using({job.key: tile}):
+    with tile_tables.using({job.key: tile}):
         return timing.compile_passes(
             # a function of its own: jax keeps what it has traced, with other tiles
             lambda *args: subject.call(*args),
@@ -259,7 +259,7 @@ def _measure(job: _Job, config: TuneConfig, sets, interpret: bool) -> dict[str, 
         }
     best = fastest(candidates)
     timing.say(f"{job.key}: {tiles[best]}, {candidates[best]['ms']:.3f} ms")
-    return tuned.entry(job.key, tiles[best]) | {"chosen": best, "candidates": candidates}
+    return tile_tables.entry(job.key, tiles[best]) | {"chosen": best, "candidates": candidates}
 
 
 def _call_of(job: _Job, program, sets):
@@ -286,9 +286,11 @@ def difference(got, wanted) -> str | None:
         a, b = (x.astype(np.float64) for x in (a, b))
         if not np.array_equal(np.isfinite(a), np.isfinite(b)):
             return "other numbers are finite"
-        error = check.relative_error(np.where(np.isfinite(a), a, 0), np.where(np.isfinite(b), b, 0))
-        if not error <= check.TOLERANCE:
-            return f"relative error {error:.2e}, at most {check.TOLERANCE} is right"
+        error = correctness.relative_error(
+            np.where(np.isfinite(a), a, 0), np.where(np.isfinite(b), b, 0)
+        )
+        if not error <= correctness.TOLERANCE:
+            return f"relative error {error:.2e}, at most {correctness.TOLERANCE} is right"
     return None
 
 

@@ -1,10 +1,10 @@
 """A step of decoding: the three branches of queries whose keys and values are already in the cache.
 
-Three passes over memory, each split over the whole card (`paged.py`): the compressed keys of all
-windows with their values, whose logits choose the blocks; the chosen blocks; the tokens of the
-window. Bytes a query: K*(D + E) elements for each of T/d windows, S*p tokens of blocks and
-window_size tokens, instead of those of T tokens. The logits of the compressed keys, 8*N*T/d bytes
-written and read, stay in L2.
+Three passes over memory, each split over the whole card by the kernels of `fsa_jax.pallas.decode`:
+the compressed keys of all windows with their values, whose logits choose the blocks; the chosen
+blocks; the tokens of the window. Bytes a query: K*(D + E) elements for each of T/d windows, S*p
+tokens of blocks and window_size tokens, instead of those of T tokens. The logits of the compressed
+keys, 8*N*T/d bytes written and read, stay in L2.
 
 Shapes: B sequences, n queries of each, N query heads, K key/value heads, E head width of values, T
 tokens of a sequence, d kernel_stride, p block_size, S selected blocks.
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from fsa_jax.inference.nsa_cache import Chunk, NSACache
-from fsa_jax.pallas import paged
+from fsa_jax.pallas.decode import attention, selection
 
 type Branches = tuple[Float[Array, "B n N E"], Float[Array, "B n N E"], Float[Array, "B n N E"]]
 
@@ -46,23 +46,23 @@ def attend(
     options = {"scale": scale, "interpret": interpret}
     last = jnp.where(chunk.valid, chunk.position, -1)
     zeros, visible = jnp.zeros_like(last), cache.windows_before(last + 1)
-    compressed, lse, logits = paged.range_attention(
+    compressed, lse, logits = attention.range_attention(
         query, cache.compressed_key, cache.compressed_value, pages, zeros, visible,
         logits=True, **options,
     )  # fmt: skip
     assert logits is not None
     own = last // config.block_size  # -1 of a query that is not there
-    blocks = paged.select_blocks(
+    blocks = selection.select_blocks(
         logits, lse, visible, own, config=config, kv_heads=kv_heads, interpret=interpret
     )
-    selected, _ = paged.block_attention(
+    selected, _ = attention.block_attention(
         query, cache.key, cache.value, pages, blocks, last, **options
     )
     key = cache.key if cache.window_key is None else cache.window_key
     value = cache.value if cache.window_value is None else cache.window_value
     low = jnp.maximum(last - (config.window_size - 1), 0)
     most = config.window_size + query.shape[1] - 1  # the queries of a sequence follow one another
-    window, _, _ = paged.range_attention(
+    window, _, _ = attention.range_attention(
         query, key, value, pages, low, last + 1, most=most, **options
     )
     return (compressed, selected, window), blocks

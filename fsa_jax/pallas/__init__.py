@@ -1,5 +1,6 @@
 """GPU kernels in Pallas-Triton: pure functions of arrays, static sizes and a tuning object."""
 
-from fsa_jax.pallas.tuning import SelectedTuning, Tile
+from fsa_jax.pallas.block_attention.plan import SelectedTuning
+from fsa_jax.pallas.tile_config import Tile
 
 __all__ = ["SelectedTuning", "Tile"]

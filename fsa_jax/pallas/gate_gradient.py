@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from fsa_jax.pallas.common import call, columns_of, iota, load, rows_mask, split, store
+from fsa_jax.pallas.intrinsics import call, iota, load, split, store
+from fsa_jax.pallas.tiles import columns_of, rows_mask
 
 #: Rows of a program.
 ROWS = 32

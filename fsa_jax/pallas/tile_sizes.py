@@ -1,5 +1,8 @@
 """How tiles are cut: plain integers, for plans that are made where no kernel is loaded."""
 
+#: Above every rank and every number of a block or an entry: all of them are int32.
+LARGEST = 2**31 - 1
+
 
 def next_power_of_two(size: int) -> int:
     """The smallest power of two that is at least `size`; Triton's tiles have no other sizes."""

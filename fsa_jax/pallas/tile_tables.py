@@ -25,7 +25,8 @@ from typing import Any
 
 import jax
 
-from fsa_jax.pallas.tuning import Plan, SelectedTuning, Tile, padded_width
+from fsa_jax.pallas.block_attention.plan import Plan, SelectedTuning
+from fsa_jax.pallas.tile_config import Tile, padded_width
 
 WHAT = "fsa-jax tune"
 VARIABLE = "FSA_JAX_TUNING"

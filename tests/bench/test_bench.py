@@ -10,12 +10,12 @@ import pytest
 
 from fsa_jax.bench import cases, run
 from fsa_jax.bench.cases import Case
-from fsa_jax.bench.measure import correctness as check
-from fsa_jax.bench.measure import roofline as ceilings
-from fsa_jax.bench.measure import timing
-from fsa_jax.bench.run import BenchConfig, bench
-from fsa_jax.bench.suites import decode, models
-from fsa_jax.pallas import paged
+from fsa_jax.bench.config import BenchConfig, Run
+from fsa_jax.bench.measure import correctness, roofline, timing
+from fsa_jax.bench.run import bench
+from fsa_jax.bench.suites import attention, decode, models
+from fsa_jax.pallas.decode import attention as decode_attention
+from fsa_jax.pallas.decode import selection
 
 CASE = Case(length=120, heads=6, kv_heads=2, width=16, config=cases.TINY)
 
@@ -44,7 +44,7 @@ def test_every_suite_runs_without_a_gpu_and_says_that_it_measures_nothing(suite,
         assert (row.get("relative_error") is not None) == checked
     functions = {row["function"] for row in rows}
     if suite == "operator":
-        assert functions == set(run.OPERATOR)
+        assert functions == set(attention.OPERATOR)
     elif suite == "kernels":
         methods = {r["method"] for r in rows if r["function"] == "selected_attention"}
         assert methods == {*cases.METHODS, "triton"}
@@ -61,8 +61,8 @@ def test_every_suite_runs_without_a_gpu_and_says_that_it_measures_nothing(suite,
 
 def test_a_failing_method_is_recorded_and_the_others_go_on(monkeypatch):
     """CuDNN on a CPU: the error stands in its rows."""
-    state = run._Run(BenchConfig(rounds=1, threads=2), interpret=False)
-    rows = list(run.measure_cases(state, [(CASE, ("full_attention",))], "xla", None))
+    state = Run(BenchConfig(rounds=1, threads=2), interpret=False)
+    rows = list(attention.measure_cases(state, [(CASE, ("full_attention",))], "xla", None))
     outcomes = {(row["method"], row["pass"]): "error" in row for row in rows}
     assert outcomes == {
         (method, name): method == "cudnn"
@@ -74,7 +74,7 @@ def test_a_failing_method_is_recorded_and_the_others_go_on(monkeypatch):
 @pytest.mark.fast_cases("sliding_window_attention")
 @pytest.mark.parametrize("function", ["sliding_window_attention", "native_sparse_attention"])
 def test_a_wrong_result_ends_the_run(function, monkeypatch):
-    state = run._Run(BenchConfig(rounds=1, threads=2), interpret=True)
+    state = Run(BenchConfig(rounds=1, threads=2), interpret=True)
     right = cases.subjects
 
     def wrong(*args):
@@ -84,8 +84,8 @@ def test_a_wrong_result_ends_the_run(function, monkeypatch):
         return [dataclasses.replace(subject, call=off)]
 
     monkeypatch.setattr(cases, "subjects", wrong)
-    with pytest.raises(run.WrongResult, match=f"{function} by xla.*relative error"):
-        list(run.measure_cases(state, [(CASE, (function,))], "xla", None))
+    with pytest.raises(correctness.WrongResult, match=f"{function} by xla.*relative error"):
+        list(attention.measure_cases(state, [(CASE, (function,))], "xla", None))
 
 
 @pytest.mark.slow
@@ -98,8 +98,10 @@ def test_rivals_take_turns(monkeypatch):
         timed(clock, arguments)
 
     monkeypatch.setattr(timing.Clock, "round", watched)
-    state = run._Run(BenchConfig(rounds=3, threads=2), interpret=True)
-    rows = list(run.measure_cases(state, [(CASE, run.KERNELS[:1])], "triton_interpret", None))
+    state = Run(BenchConfig(rounds=3, threads=2), interpret=True)
+    rows = list(
+        attention.measure_cases(state, [(CASE, attention.KERNELS[:1])], "triton_interpret", None)
+    )
     assert len(rows) == len(set(order)) == 2 * len({row["method"] for row in rows}) > 2
     assert order == order[: len(rows)] * 3
     assert all(len(row["samples_ms"]) == 3 for row in rows)
@@ -131,8 +133,9 @@ def test_what_the_time_budget_leaves_out_is_recorded(tmp_path):
 )
 def test_a_wrong_step_of_decoding_ends_the_run(function, message, monkeypatch):
     """Wrong numbers, or the right ones of blocks that do not have the best scores."""
-    state = run._Run(BenchConfig(suite="decode", rounds=1, threads=2), interpret=True)
-    right = getattr(paged, function)
+    state = Run(BenchConfig(suite="decode", rounds=1, threads=2), interpret=True)
+    module = decode_attention if function == "block_attention" else selection
+    right = getattr(module, function)
 
     def wrong(*args, **options):
         found = right(*args, **options)
@@ -140,8 +143,8 @@ def test_a_wrong_step_of_decoding_ends_the_run(function, message, monkeypatch):
             return 1.1 * found[0], found[1]
         return jnp.broadcast_to(jnp.arange(6, dtype=jnp.int32)[None, None, None], found.shape)
 
-    monkeypatch.setattr(paged, function, wrong)
-    with pytest.raises(run.WrongResult, match=rf"decode_step.*{message}"):
+    monkeypatch.setattr(module, function, wrong)
+    with pytest.raises(correctness.WrongResult, match=rf"decode_step.*{message}"):
         list(decode.rows(state, None))
 
 
@@ -168,7 +171,7 @@ def test_work_counts_what_is_visible(packed, selection):
     for function in ("compressed_attention", "sliding_window_attention", "selected_attention"):
         if function == "selected_attention" and selection == "skewed":
             continue  # repeated blocks count once, so that there is less to do
-        seen = check.visible(case, function, arrays, tokens, keys.get(function, tokens))
+        seen = correctness.visible(case, function, arrays, tokens, keys.get(function, tokens))
         pairs = np.broadcast_to(seen, (case.kv_heads, *seen.shape[1:])).sum() * case.group
         flops, _ = cases.work(case, function, False)
         assert flops is not None
@@ -182,10 +185,12 @@ def test_the_check_tells_right_from_wrong_blocks(packed):
     case = dataclasses.replace(CASE, packed=packed, length=900)
     arrays = cases.make_inputs(case, 0, "xla")
     lists = arrays["block_indices"]
-    assert check.check_blocks(case, arrays, lists) == 1
+    assert correctness.check_blocks(case, arrays, lists) == 1
     worse = dataclasses.replace(case, selection="uniform")
     wrong = cases.choose_blocks(worse, arrays, jax.random.key(0), "xla")
-    assert check.check_blocks(case, arrays, jnp.sort(wrong, axis=-1)) < check.RIGHT_CHOICES
+    assert (
+        correctness.check_blocks(case, arrays, jnp.sort(wrong, axis=-1)) < correctness.RIGHT_CHOICES
+    )
 
 
 def test_busy_time_is_the_union_of_the_spans():
@@ -194,7 +199,7 @@ def test_busy_time_is_the_union_of_the_spans():
 
 
 def test_ceilings_are_measured():
-    found = ceilings.measure(2, side=64, size=2**16)
+    found = roofline.measure(2, side=64, size=2**16)
     assert found["flops"] == 1e3 * 2 * 64**3 / min(found["matmul_ms"])
     assert found["bytes"] == 1e3 * 2**17 / min(found["copy_ms"])
     assert found["source"] == "measured in this run"
@@ -202,8 +207,8 @@ def test_ceilings_are_measured():
 
 def test_what_tells_most_is_measured_first():
     """Every group at both block sizes, all lengths up to 256K; nothing twice."""
-    kernels = run._kernel_cases(run.LENGTHS, run.KERNEL_HEADS)
-    operators = run._operator_cases(run.LENGTHS, run.HEADS)
+    kernels = attention._kernel_cases(attention.LENGTHS, attention.KERNEL_HEADS)
+    operators = attention._operator_cases(attention.LENGTHS, attention.HEADS)
     selected = [case for case, functions in kernels if "selected_attention" in functions]
     of = {(x.length, x.group, x.config.block_size, x.config.topk) for x in selected}
     assert of == {
@@ -220,10 +225,10 @@ def test_what_tells_most_is_measured_first():
 
 
 def test_a_floor_takes_the_larger_of_both():
-    ceilings = {"flops": 1e12, "bytes": 1e9}
-    assert cases.floor_ms(1e12, 1e6, ceilings) == 1000
-    assert cases.floor_ms(None, 1e9, ceilings) == 1000
-    assert cases.floor_ms(None, None, ceilings) is None
+    roofline = {"flops": 1e12, "bytes": 1e9}
+    assert cases.floor_ms(1e12, 1e6, roofline) == 1000
+    assert cases.floor_ms(None, 1e9, roofline) == 1000
+    assert cases.floor_ms(None, None, roofline) is None
     assert cases.floor_ms(1e12, 1e6, None) is None
 
 
@@ -237,7 +242,7 @@ def test_heads_and_lengths_are_those_asked_for(suite, interpret, monkeypatch):
     monkeypatch.setattr(
         run, "measure_cases", lambda run, found, *_: iter([case for case, _ in found])
     )
-    state = run._Run(BenchConfig(**ASKED), interpret=interpret)
+    state = Run(BenchConfig(**ASKED), interpret=interpret)
     asked = decode._steps(state) if suite == "decode" else getattr(run, f"_{suite}")(state, None)
     shapes = {(case.length, case.heads, case.kv_heads) for case in asked}
     assert shapes == {(t, *heads) for t in (512, 1024) for heads in ((12, 4), (40, 8))}
@@ -245,7 +250,7 @@ def test_heads_and_lengths_are_those_asked_for(suite, interpret, monkeypatch):
 
 @pytest.mark.parametrize("interpret", [False, True])
 def test_lengths_of_models_are_those_asked_for(interpret):
-    state = run._Run(BenchConfig(lengths=(96, 160), minutes=1e-9), interpret=interpret)
+    state = Run(BenchConfig(lengths=(96, 160), minutes=1e-9), interpret=interpret)
     assert {row["length"] for row in models.rows("training", state, None)} == {96, 160}
 
 

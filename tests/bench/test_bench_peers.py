@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 
 import fsa_jax
-from fsa_jax.bench import run
-from fsa_jax.bench.cases import Case
+from fsa_jax.bench.cases import TINY, Case
+from fsa_jax.bench.config import BenchConfig, Run
 from fsa_jax.bench.measure import peers
 from fsa_jax.bench.report.markdown import report
-from fsa_jax.bench.run import BenchConfig, bench
+from fsa_jax.bench.run import bench
+from fsa_jax.bench.suites import attention
 
-CASE = Case(length=120, heads=6, kv_heads=2, width=16, config=run.TINY)
+CASE = Case(length=120, heads=6, kv_heads=2, width=16, config=TINY)
 
 
 class Event:
@@ -50,7 +51,7 @@ def attend(lists, block_size, scale):
 
 def forward(q, k, v, lists, block_size, starts, ends, most_q, most_k, scale):
     np.testing.assert_array_equal(starts, [0, q.shape[0]])
-    assert lists.shape == (k.shape[1], q.shape[0], run.TINY.topk)
+    assert lists.shape == (k.shape[1], q.shape[0], TINY.topk)
     assert most_q == most_k == q.shape[0]
     assert scale == q.shape[2] ** -0.5
     out, lse = attend(lists, block_size, scale)(q, k, v)
@@ -83,8 +84,8 @@ def packages(monkeypatch):
 
 
 def rows_of(methods):
-    state = run._Run(BenchConfig(rounds=2, threads=2), interpret=True, peers=methods)
-    rows = list(run.measure_cases(state, [(CASE, ("selected_attention",))], "xla", None))
+    state = Run(BenchConfig(rounds=2, threads=2), interpret=True, peers=methods)
+    rows = list(attention.measure_cases(state, [(CASE, ("selected_attention",))], "xla", None))
     return {(row["method"], row["pass"]): row for row in rows if row["method"] in methods}
 
 

@@ -14,11 +14,11 @@ from fsa_jax import operators
 from fsa_jax.bench import tune as tuner
 from fsa_jax.bench.tune import TuneConfig, difference, fastest, tune
 from fsa_jax.cli import main
-from fsa_jax.pallas import SelectedTuning, Tile, select
-from fsa_jax.pallas import tile_tables as tuned
+from fsa_jax.pallas import SelectedTuning, Tile, tile_tables
+from fsa_jax.pallas.block_attention.plan import make_plan
+from fsa_jax.pallas.block_selection import plan as select_plan
 from fsa_jax.pallas.range_attention import passes as ranges
 from fsa_jax.pallas.range_attention.passes import RangeTile
-from fsa_jax.pallas.tuning import make_plan
 
 
 def arrays(group=4, width=128, keys=1024, dtype=jnp.bfloat16):
@@ -44,29 +44,29 @@ def user_table(tmp_path, monkeypatch):
     def write(*tiles, **changes):
         path = tmp_path / "mine.json"
         path.write_text(json.dumps(a_table(*tiles, **changes)))
-        monkeypatch.setenv(tuned.VARIABLE, str(path))
-        tuned._load.cache_clear()
+        monkeypatch.setenv(tile_tables.VARIABLE, str(path))
+        tile_tables._load.cache_clear()
         return str(path)
 
     return write
 
 
 def test_without_a_table_the_heuristics_stay():
-    assert tuned.table() is None
+    assert tile_tables.table() is None
     args = arrays()
-    assert tuned.choose("range_forward", None, WIDE, *args) is WIDE
+    assert tile_tables.choose("range_forward", None, WIDE, *args) is WIDE
 
 
 def test_the_users_table_is_taken_for_its_device_alone(user_table):
-    key = tuned.key_of("range_forward", *arrays())
-    name = user_table(tuned.entry(key, WIDE))
-    assert tuned.table() == name
+    key = tile_tables.key_of("range_forward", *arrays())
+    name = user_table(tile_tables.entry(key, WIDE))
+    assert tile_tables.table() == name
     heuristic = ranges.make_plan(*arrays(), 90)
     assert heuristic is not None
     plan = ranges.make_plan(*arrays(), 90, name)
     assert plan == dataclasses.replace(heuristic, forward=WIDE)
-    user_table(tuned.entry(key, WIDE), device="NVIDIA H100 80GB HBM3")
-    assert tuned.table() is None
+    user_table(tile_tables.entry(key, WIDE), device="NVIDIA H100 80GB HBM3")
+    assert tile_tables.table() is None
 
 
 @pytest.mark.parametrize(
@@ -85,47 +85,49 @@ def test_the_users_table_is_taken_for_its_device_alone(user_table):
     ],
 )
 def test_which_calls_an_entry_serves(call, served):
-    with tuned.using({tuned.key_of("range_forward", *arrays()): WIDE}):
-        got = tuned.choose("range_forward", tuned.table(), RangeTile(), *arrays(**call))
+    with tile_tables.using({tile_tables.key_of("range_forward", *arrays()): WIDE}):
+        got = tile_tables.choose("range_forward", tile_tables.table(), RangeTile(), *arrays(**call))
     assert (got == WIDE) == served
     assert served or got == RangeTile()
 
 
 def test_the_nearest_group_serves_and_its_tile_holds_the_group():
     tiles = {
-        tuned.key_of("score", *arrays(group)): dataclasses.replace(PLAIN, rows=rows)
+        tile_tables.key_of("score", *arrays(group)): dataclasses.replace(PLAIN, rows=rows)
         for group, rows in ((2, 16), (8, 32), (32, 64))
     }
-    with tuned.using(tiles):
+    with tile_tables.using(tiles):
         chosen = {
-            group: tuned.choose("score", tuned.table(), Tile(rows=256), *arrays(group)).rows
+            group: tile_tables.choose(
+                "score", tile_tables.table(), Tile(rows=256), *arrays(group)
+            ).rows
             for group in (1, 2, 3, 4, 6, 12, 33, 64)
         }
     assert chosen == {1: 16, 2: 16, 3: 16, 4: 16, 6: 32, 12: 32, 33: 64, 64: 64}
 
 
 def test_where_the_heuristic_tile_won_the_heuristics_stay(user_table):
-    entry = tuned.entry(tuned.key_of("range_forward", *arrays()), WIDE)
+    entry = tile_tables.entry(tile_tables.key_of("range_forward", *arrays()), WIDE)
     for chosen, wanted in ((0, RangeTile()), (1, WIDE)):
         name = user_table(entry | {"chosen": chosen})
-        assert tuned.choose("range_forward", name, RangeTile(), *arrays(8)) == wanted
+        assert tile_tables.choose("range_forward", name, RangeTile(), *arrays(8)) == wanted
 
 
 def test_plans_of_all_kernels_take_their_tiles():
     query, key, value = arrays()
     call = operators.Call("gpu", 1.0, block_size=64)
     starts = jnp.zeros((1, 1024, 2, 16), jnp.int32)
-    tiles = {tuned.key_of(kernel, *arrays(), 64): PLAIN for kernel in tuned.SELECTED}
-    tiles[tuned.key_of("score", query, key, key)] = PLAIN
-    with tuned.using(tiles):
-        call = dataclasses.replace(call, table=tuned.table())
+    tiles = {tile_tables.key_of(kernel, *arrays(), 64): PLAIN for kernel in tile_tables.SELECTED}
+    tiles[tile_tables.key_of("score", query, key, key)] = PLAIN
+    with tile_tables.using(tiles):
+        call = dataclasses.replace(call, table=tile_tables.table())
         plan = operators._plan_of(call, query, key, value, starts)
-        scores = select.make_plan(query, key, fsa_jax.NSAConfig(), table=tuned.table())
+        scores = select_plan.make_plan(query, key, fsa_jax.NSAConfig(), table=tile_tables.table())
         asked = SelectedTuning(forward=Tile(rows=128))
         mine = operators._plan_of(
             dataclasses.replace(call, tuning=asked), query, key, value, starts
         )
-    for _, _, field in tuned.SELECTED.values():
+    for _, _, field in tile_tables.SELECTED.values():
         assert getattr(plan, field) == PLAIN
     assert scores is not None
     assert (scores.rows, scores.num_warps, scores.num_stages) == (32, 2, 4)
@@ -159,7 +161,7 @@ def test_a_tile_changes_the_program_and_not_the_result(kernel):
     assert difference(got, wanted) is None
 
 
-GOOD = tuned.entry(tuned.key_of("range_forward", *arrays()), WIDE)
+GOOD = tile_tables.entry(tile_tables.key_of("range_forward", *arrays()), WIDE)
 
 
 @pytest.mark.parametrize(
@@ -176,26 +178,26 @@ GOOD = tuned.entry(tuned.key_of("range_forward", *arrays()), WIDE)
 def test_a_bad_entry_is_named(user_table, changes, message):
     user_table(GOOD | changes)
     with pytest.raises(ValueError, match=f"mine.json, tile 0.*{message}"):
-        tuned.table()
+        tile_tables.table()
 
 
 def test_a_bad_file_is_named(user_table, tmp_path, monkeypatch):
     user_table({name: size for name, size in GOOD.items() if name != "bits"})
     with pytest.raises(ValueError, match="key 'bits' is missing"):
-        tuned.table()
+        tile_tables.table()
     user_table(measurement=False)
     with pytest.raises(ValueError, match="measures nothing"):
-        tuned.table()
+        tile_tables.table()
     user_table(what="other")
     with pytest.raises(ValueError, match="'what' must be 'fsa-jax tune'"):
-        tuned.table()
-    monkeypatch.setenv(tuned.VARIABLE, str(tmp_path / "missing.json"))
+        tile_tables.table()
+    monkeypatch.setenv(tile_tables.VARIABLE, str(tmp_path / "missing.json"))
     with pytest.raises(ValueError, match=r"FSA_JAX_TUNING must name a file.*missing\.json"):
-        tuned.table()
+        tile_tables.table()
 
 
 def test_the_tables_of_the_package_are_whole():
-    assert all(isinstance(tiles, tuple) for tiles in tuned._shipped().values())
+    assert all(isinstance(tiles, tuple) for tiles in tile_tables._shipped().values())
 
 
 def test_a_candidate_must_win_every_round():
@@ -225,7 +227,7 @@ def test_the_command_without_a_gpu_measures_nothing_and_says_so(tmp_path, monkey
         for job in tuner.jobs(TuneConfig(), True)
         if job.key.kernel in ("range_key_gradient", "score")
     ][1:]
-    assert len(tuner.jobs(TuneConfig(), True)) == len(tuned.SELECTED) + 2 * 3 + 1
+    assert len(tuner.jobs(TuneConfig(), True)) == len(tile_tables.SELECTED) + 2 * 3 + 1
     monkeypatch.setattr(tuner, "jobs", lambda *args: some)
     right, calls = difference, []
 
@@ -244,7 +246,7 @@ def test_the_command_without_a_gpu_measures_nothing_and_says_so(tmp_path, monkey
     assert first["chosen"] == 0
     assert all(x["ms"] > 0 for x in second["candidates"])
     with pytest.raises(ValueError, match="measures nothing"):
-        tuned.read(out.read_text(), "tiles.json")
+        tile_tables.read(out.read_text(), "tiles.json")
 
 
 @pytest.mark.parametrize(("interpret", "key_heads"), [(False, 4), (True, 2)])

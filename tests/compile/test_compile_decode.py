@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import pytest
 
 from fsa_jax.bench.ahead_of_time import compile_for, custom_calls, decode_step
-from fsa_jax.pallas import paged
+from fsa_jax.pallas.decode import attention
 
 pytestmark = pytest.mark.compile
 sys.path.append(str(Path(__file__).resolve().parents[2]))
@@ -69,11 +69,11 @@ def test_kernels_of_all_sizes_stay_in_registers(sizes):
 
     def run(query, key, value, pages, places, lists):
         low, high = places, places + 1
-        entries = paged.range_attention(
+        entries = attention.range_attention(
             query, key[:, :4], value[:, :4], pages, low, high, scale=0.1, logits=True
         )
-        window = paged.range_attention(query, key, value, pages, low, high, scale=0.1, most=512)
-        return entries, window, paged.block_attention(
+        window = attention.range_attention(query, key, value, pages, low, high, scale=0.1, most=512)
+        return entries, window, attention.block_attention(
             query, key, value, pages, lists, high, scale=0.1
         )  # fmt: skip
 

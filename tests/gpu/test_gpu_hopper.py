@@ -20,7 +20,7 @@ from util import (
 
 import fsa_jax
 from fsa_jax import triton
-from fsa_jax.pallas.range_attention import hopper_pipeline as hopper
+from fsa_jax.pallas.range_attention import hopper_pipeline
 from gpu.test_gpu import dirty_memory, pytestmark, segments
 
 __all__ = ["dirty_memory", "pytestmark"]  # used by pytest
@@ -51,7 +51,7 @@ def inputs(branch, shape, dtype):
     (group, kv_heads), length = (SHAPES | ODD_SHAPES)[shape], LENGTH[branch]
     keys = length // 16 if branch == "compressed" else length
     shapes = [(length, group * kv_heads)] + [(keys, kv_heads)] * 2
-    return [normal(i, 1, *x, hopper.WIDTH, dtype=dtype) for i, x in enumerate(shapes)]
+    return [normal(i, 1, *x, hopper_pipeline.WIDTH, dtype=dtype) for i, x in enumerate(shapes)]
 
 
 @pytest.fixture(autouse=True)

@@ -14,14 +14,14 @@ from test_layers import CONFIG, perturbed
 from util import assert_errors_are_at_most_twice_those_of_dense
 
 from fsa_jax import NSACache, NSAConfig
-from fsa_jax.inference import cached_attention as decode
+from fsa_jax.inference import cached_attention
 from fsa_jax.layers import FullAttention, NativeSparseAttention
 from fsa_jax.rope import Llama3Scaling, RoPE
 
 LENGTH, BATCH, FEATURES = 72, 2, 16
 #: Tokens of a row of a call: one, a few, and more than are served by gathering blocks.
 WIDTHS = (1, 5, 24)
-assert WIDTHS[1] <= decode.FEW < WIDTHS[2]
+assert WIDTHS[1] <= cached_attention.FEW < WIDTHS[2]
 
 SCALED = RoPE(theta=5e5, scaling=Llama3Scaling(original_max_position=64))
 #: Windows longer than blocks, no forced first block, a window that reaches over all tokens.

@@ -35,8 +35,8 @@ from fsa_jax.pallas.block_attention.passes import (
     QUERY_OUTER_DQ_PAIRS,
     QUERY_OUTER_PAIRS,
 )
+from fsa_jax.pallas.block_attention.plan import METHODS, make_plan
 from fsa_jax.pallas.block_attention.query_index import build_index, num_pieces, search
-from fsa_jax.pallas.tuning import METHODS, make_plan
 from fsa_jax.semantics.segments import describe_rows
 
 kernel_attention = functools.partial(selected, implementation="triton_interpret")

@@ -24,11 +24,11 @@ import fsa_jax
 from fsa_jax import NSACache, NSAConfig, PageAllocator, reference, xla
 from fsa_jax.inference.decode_step import attend
 from fsa_jax.inference.nsa_cache import Chunk
-from fsa_jax.pallas import paged
+from fsa_jax.pallas.decode import attention, selection
 from fsa_jax.semantics.segments import describe_rows, describe_windows
 
 SCALE = 0.3
-#: gpu/test_gpu_paged.py runs these tests on a GPU.
+#: gpu/test_gpu_attention.py runs these tests on a GPU.
 INTERPRET = jax.default_backend() == "cpu"
 DENSE = jax.jit(reference._attend, static_argnums=4)
 
@@ -141,12 +141,14 @@ def sees_range(case, low, high):
 
 @functools.partial(jax.jit, static_argnames=("logits", "most", "scale"))
 def attend_range(*args, logits=True, most=None, scale=SCALE):
-    return paged.range_attention(*args, scale=scale, logits=logits, most=most, interpret=INTERPRET)
+    return attention.range_attention(
+        *args, scale=scale, logits=logits, most=most, interpret=INTERPRET
+    )
 
 
 @functools.partial(jax.jit, static_argnames="scale")
 def attend_blocks(*args, scale=SCALE):
-    return paged.block_attention(*args, scale=scale, interpret=INTERPRET)
+    return attention.block_attention(*args, scale=scale, interpret=INTERPRET)
 
 
 @pytest.mark.fast_cases("g4", "g3_three_queries", "one_page")
@@ -223,10 +225,10 @@ def test_a_query_sees_its_blocks(name):
 )
 def test_splits_and_tiles_change_rounding_alone(sizes, monkeypatch):
     args, _, case = split_arguments()
-    wanted, before = by_both_kernels(), paged._make_plan(*args[:3], case.entries, False)
+    wanted, before = by_both_kernels(), attention._make_plan(*args[:3], case.entries, False)
     for name, size in sizes.items():
-        monkeypatch.setattr(paged, name, size)
-    assert paged._make_plan(*args[:3], case.entries, False) != before
+        monkeypatch.setattr(attention, name, size)
+    assert attention._make_plan(*args[:3], case.entries, False) != before
     assert_close(by_both_kernels.__wrapped__(), wanted, 2e-6)
 
 
@@ -245,8 +247,8 @@ def by_both_kernels():
 
     def run(query, key, value, pages):
         args, options = (query, key, value, pages), {"scale": SCALE, "interpret": INTERPRET}
-        ranges = paged.range_attention(*args, low, high, **options)[:2]
-        return ranges, paged.block_attention(*args, blocks, last, **options)
+        ranges = attention.range_attention(*args, low, high, **options)[:2]
+        return ranges, attention.block_attention(*args, blocks, last, **options)
 
     return jax.jit(run)(*arrays)
 
@@ -373,7 +375,9 @@ def test_selection_is_that_of_the_portable_path(config, ties, monkeypatch):
 
     def select():
         arrays = (logits, lse, jnp.asarray(visible, jnp.int32), own)
-        return paged.select_blocks(*arrays, config=config, kv_heads=kv_heads, interpret=INTERPRET)
+        return selection.select_blocks(
+            *arrays, config=config, kv_heads=kv_heads, interpret=INTERPRET
+        )
 
     got = jax.jit(select)()
     real = length // config.kernel_stride
@@ -381,7 +385,7 @@ def test_selection_is_that_of_the_portable_path(config, ties, monkeypatch):
     wanted = np.where(there[:, :, None, None], np.asarray(wanted), -1)
     np.testing.assert_array_equal(got, wanted)
     assert (np.asarray(got) == -1).any()
-    monkeypatch.setattr(paged, "MOST_BLOCKS", 1)  # the way of very long sequences
+    monkeypatch.setattr(selection, "MOST_BLOCKS", 1)  # the way of very long sequences
     np.testing.assert_array_equal(jax.jit(lambda: select())(), wanted)
 
 

@@ -12,9 +12,7 @@ from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
 from util import assert_close, normal
 
 import fsa_jax
-from fsa_jax.pallas.range_attention import hopper_key_kernel as hopper_keys
-from fsa_jax.pallas.range_attention import hopper_pipeline as hopper
-from fsa_jax.pallas.range_attention import hopper_query_kernels as hopper_rows
+from fsa_jax.pallas.range_attention import hopper_key_kernel, hopper_pipeline, hopper_query_kernels
 from fsa_jax.semantics import segments
 
 WINDOWS = {"kernel_size": 8, "kernel_stride": 4}
@@ -83,13 +81,14 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_numbers_are_those_of_the_reference(name, monkeypatch):
     """Two programs, so that one has several items; what nobody sees is NaN."""
-    monkeypatch.setattr(hopper, "PROGRAMS", 2)
+    monkeypatch.setattr(hopper_pipeline, "PROGRAMS", 2)
     case = CASES[name]
     visible, seers = case.ranges()
     shapes = [(case.length, case.group * case.kv_heads), (seers[0].shape[1], case.kv_heads)]
     dtype = jnp.dtype(case.dtype)
     query, key, value = (
-        normal(i, case.batch, *shapes[min(i, 1)], hopper.WIDTH, dtype=dtype) for i in range(3)
+        normal(i, case.batch, *shapes[min(i, 1)], hopper_pipeline.WIDTH, dtype=dtype)
+        for i in range(3)
     )
     dout = normal(3, *query.shape, dtype=dtype)
     dlse = normal(4, *query.shape[:3])
@@ -106,18 +105,18 @@ def test_numbers_are_those_of_the_reference(name, monkeypatch):
     delta = jnp.where(blind, jnp.nan, jnp.asarray(delta, jnp.float32))
     static = {"scale": case.scale, "interpret": InterpretGPUParams(detect_races=True)}
     arrays = (query, key, value, visible, seers)
-    got = jax.jit(functools.partial(hopper_rows.attention, **static))(*arrays)
+    got = jax.jit(functools.partial(hopper_query_kernels.attention, **static))(*arrays)
     assert_close(got, wanted, TOLERANCE[case.dtype])
     assert not gpu_callbacks.get_races().races_found
     rest = (jnp.asarray(lse, jnp.float32), delta, dout)
-    got = jax.jit(functools.partial(hopper_rows.query_gradient, **static))(*arrays, *rest)
+    got = jax.jit(functools.partial(hopper_query_kernels.query_gradient, **static))(*arrays, *rest)
     assert_close(got, np.asarray(wanted_gradients[0]), TOLERANCE[case.dtype])
     assert not gpu_callbacks.get_races().races_found
     if not case.scale:
         return
     arrays = (query, key, value, seers, *rest)
     for splits in (1, 2):
-        run = functools.partial(hopper_keys.key_gradients, splits=splits, **static)
+        run = functools.partial(hopper_key_kernel.key_gradients, splits=splits, **static)
         got = jax.jit(run)(*arrays)
         assert_close(got, jax.tree.map(np.asarray, wanted_gradients[1:]), TOLERANCE[case.dtype])
         assert not gpu_callbacks.get_races().races_found
@@ -126,13 +125,13 @@ def test_numbers_are_those_of_the_reference(name, monkeypatch):
 def test_what_it_serves(monkeypatch):
     array = lambda *shape, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(shape, dtype)  # noqa: E731
     key = array(1, 64, 2, 128)
-    assert hopper.reason(array(1, 64, 8, 128), key, key) is None
+    assert hopper_pipeline.reason(array(1, 64, 8, 128), key, key) is None
     for query, keys, why in (
         (array(1, 64, 8, 64), array(1, 64, 2, 64), "head widths must be 128, got 64"),
         (array(1, 64, 8, 128, dtype=jnp.float32), key, "dtype must be .* float32"),
     ):
         with pytest.raises(AssertionError, match=why):
-            raise AssertionError(hopper.reason(query, keys, keys))
+            raise AssertionError(hopper_pipeline.reason(query, keys, keys))
 
 
 def test_what_pays():
@@ -141,7 +140,7 @@ def test_what_pays():
 
     def pays(tokens, heads, keys, window=False):
         key = array(keys, 8)
-        return hopper.pays(array(tokens, heads), key, key, window=window)
+        return hopper_pipeline.pays(array(tokens, heads), key, key, window=window)
 
     assert pays(32768, 32, 2048)
     assert pays(32768, 40, 2048)

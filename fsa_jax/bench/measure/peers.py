@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from fsa_jax.bench.cases import Case
-from fsa_jax.bench.measure import correctness as check
+from fsa_jax.bench.measure import correctness
 from fsa_jax.bench.measure.timing import REPS, WARM_UP
 
 #: Module, forward and backward function by method.
@@ -93,12 +93,12 @@ def measure(
     results = [kept[0][0], *backward(*backward_calls[0])]
     torch.cuda.synchronize()
     errors = [
-        check.relative_error(jax.dlpack.from_dlpack(got), mine[0])
+        correctness.relative_error(jax.dlpack.from_dlpack(got), mine[0])
         for got, mine in zip(results, ours, strict=True)
     ]
     return {
         name: _time(torch, function, arguments, rounds)
-        | {"relative_error": max(error), "agrees": bool(max(error) <= check.TOLERANCE)}
+        | {"relative_error": max(error), "agrees": bool(max(error) <= correctness.TOLERANCE)}
         for name, function, arguments, error in (
             ("forward", forward, calls, errors[:1]),
             ("backward", backward, backward_calls, errors[1:]),

@@ -22,8 +22,7 @@ import fsa_jax
 from fsa_jax import NSAConfig
 from fsa_jax.bench import cases
 from fsa_jax.bench.cases import TINY
-from fsa_jax.bench.measure import correctness as check
-from fsa_jax.bench.measure import timing
+from fsa_jax.bench.measure import correctness, timing
 from fsa_jax.bench.report.results import FULL, STEP
 from fsa_jax.inference import decode_step
 from fsa_jax.inference.nsa_cache import Chunk, NSACache
@@ -107,8 +106,8 @@ def rows(run, ceilings) -> Iterator[dict]:
             row = step.row() | names | {"flops": flops, "bytes": moved, "floor_ms": floor}
             try:
                 row |= _measure(call, wanted, sets, run.config.rounds)
-            except check.WrongResult as error:
-                raise check.WrongResult(f"{names} at {step}: {error}") from error
+            except correctness.WrongResult as error:
+                raise correctness.WrongResult(f"{names} at {step}: {error}") from error
             except Exception as error:
                 row |= {"error": timing.describe_error(error)}
             timing.say(f"{names}: {row.get('ms', row.get('error'))}")
@@ -220,10 +219,12 @@ def _measure(call, wanted, sets, rounds: int) -> dict[str, Any]:
     with jax.numpy_dtype_promotion("standard"):  # of which jax's own attention has need
         program = jax.jit(run).lower(sets).compile()
     found = wanted(sets[0], program(sets)[0])
-    if not (error := found["relative_error"]) <= check.TOLERANCE:
-        raise check.WrongResult(f"relative error {error:.2e}, at most {check.TOLERANCE} is right")
-    if found.get("right_lists", 1) < check.RIGHT_CHOICES:
-        raise check.WrongResult(f"{found['right_lists']:.1%} of the lists are right")
+    if not (error := found["relative_error"]) <= correctness.TOLERANCE:
+        raise correctness.WrongResult(
+            f"relative error {error:.2e}, at most {correctness.TOLERANCE} is right"
+        )
+    if found.get("right_lists", 1) < correctness.RIGHT_CHOICES:
+        raise correctness.WrongResult(f"{found['right_lists']:.1%} of the lists are right")
     measured = timing.measure(program, [(sets,)], rounds)
     for name in ("ms", "dispatch_ms", "device_ms"):
         if measured[name] is not None:
@@ -242,7 +243,7 @@ def check_full(step: Step, inputs, out) -> dict[str, Any]:
     """Compares full attention with a dense computation."""
     seen = jnp.ones((step.batch, 1, step.length), bool)
     wanted = _dense(inputs["query"], inputs["key"], inputs["value"], seen, step.scale)[0]
-    return {"relative_error": check.relative_error(out[:, 0], wanted)}
+    return {"relative_error": correctness.relative_error(out[:, 0], wanted)}
 
 
 def check_sparse(step: Step, inputs, result) -> dict[str, Any]:
@@ -270,11 +271,11 @@ def check_sparse(step: Step, inputs, result) -> dict[str, Any]:
     ):  # fmt: skip
         seen = jnp.broadcast_to(seen, (step.batch, *seen.shape[1:]))
         wanted, p = _dense(inputs["query"], *keys, seen, step.scale)
-        errors.append(check.relative_error(branch[:, 0], wanted))
+        errors.append(correctness.relative_error(branch[:, 0], wanted))
         if not errors[1:]:
             weights = np.asarray(p, np.float64)
     right = [
-        check.right_list(score, blocks, (step.length - 1) // config.block_size, config)
+        correctness.right_list(score, blocks, (step.length - 1) // config.block_size, config)
         for score, blocks in zip(
             _scores(weights, step).reshape(-1, step.pages),
             lists.reshape(-1, config.topk),

@@ -28,19 +28,10 @@ from jax.experimental import pallas as pl
 
 from fsa_jax.pallas.block_attention.work_item import Item, each_item
 from fsa_jax.pallas.block_attention.work_item import arrays as item_arrays
-from fsa_jax.pallas.common import (
-    call,
-    columns_of,
-    dot,
-    iota,
-    load,
-    product,
-    rows_mask,
-    softmax_weights,
-    split,
-    store,
-    tile_width,
-)
+from fsa_jax.pallas.intrinsics import call, dot, iota, load, split, store
+from fsa_jax.pallas.online_softmax import softmax_weights
+from fsa_jax.pallas.tile_sizes import tile_width
+from fsa_jax.pallas.tiles import columns_of, product, rows_mask
 
 #: Widest tile of columns.
 COLUMNS = 64

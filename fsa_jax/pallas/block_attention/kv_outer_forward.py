@@ -20,16 +20,9 @@ import jax.numpy as jnp
 
 from fsa_jax.pallas.block_attention.work_item import Item, each_item
 from fsa_jax.pallas.block_attention.work_item import arrays as item_arrays
-from fsa_jax.pallas.common import (
-    Softmax,
-    call,
-    columns_of,
-    dot,
-    fold_tiles,
-    product,
-    rows_mask,
-    store,
-)
+from fsa_jax.pallas.intrinsics import call, dot, store
+from fsa_jax.pallas.online_softmax import Softmax
+from fsa_jax.pallas.tiles import columns_of, fold_tiles, product, rows_mask
 
 #: Widest tile of columns.
 COLUMNS = 128

@@ -17,14 +17,9 @@ import jax.numpy as jnp
 from fsa_jax.pallas.block_attention.kv_outer_backward import call_on_items, store_block
 from fsa_jax.pallas.block_attention.work_item import Item, each_item
 from fsa_jax.pallas.block_attention.work_item import arrays as item_arrays
-from fsa_jax.pallas.common import (
-    Sum,
-    columns_of,
-    dot,
-    load,
-    product,
-    softmax_weights,
-)
+from fsa_jax.pallas.intrinsics import dot, load
+from fsa_jax.pallas.online_softmax import Sum, softmax_weights
+from fsa_jax.pallas.tiles import columns_of, product
 
 #: Widest tile of columns.
 COLUMNS = 128

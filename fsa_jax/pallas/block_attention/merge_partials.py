@@ -14,19 +14,9 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from fsa_jax.pallas.common import (
-    LOG2_E,
-    call,
-    each,
-    exp2,
-    iota,
-    load,
-    next_power_of_two,
-    programs_of,
-    rows_mask,
-    split,
-    store,
-)
+from fsa_jax.pallas.intrinsics import LOG2_E, call, exp2, iota, load, split, store
+from fsa_jax.pallas.tile_sizes import next_power_of_two
+from fsa_jax.pallas.tiles import each, programs_of, rows_mask
 
 #: Slots whose loads are in flight together.
 SLOTS = 16

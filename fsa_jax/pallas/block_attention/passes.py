@@ -19,13 +19,16 @@ import jax.numpy as jnp
 from einops import rearrange
 from jaxtyping import Array, Float, Int
 
-from fsa_jax.pallas.block_attention import kv_outer_backward as backward
-from fsa_jax.pallas.block_attention import kv_outer_forward as forward
-from fsa_jax.pallas.block_attention import kv_outer_key_gradients as block_keys
-from fsa_jax.pallas.block_attention import merge_partials as merge
-from fsa_jax.pallas.block_attention import query_index as index
-from fsa_jax.pallas.block_attention import query_outer, query_tile
-from fsa_jax.pallas.tuning import Plan
+from fsa_jax.pallas.block_attention import (
+    kv_outer_backward,
+    kv_outer_forward,
+    kv_outer_key_gradients,
+    merge_partials,
+    query_index,
+    query_outer,
+    query_tile,
+)
+from fsa_jax.pallas.block_attention.plan import Plan
 from fsa_jax.semantics.segments import Rows
 
 #: What a block of a tile of 64 rows costs the query-tile kernels: as much as so many rows of pairs
@@ -37,13 +40,13 @@ QUERY_OUTER_PAIRS, QUERY_OUTER_DQ_PAIRS = 1.4, 1.5
 
 def build_lists(
     plan: Plan, starts: Int[Array, "B T K S"], offset, rows: Rows, *, block_size, interpret
-) -> index.Index:
+) -> query_index.Index:
     """The query index of all chunks; arguments as in `attention`."""
     kv_heads, length = starts.shape[2], rows.start.shape[1]
     starts = _split_blocks(starts, offset, length, block_size, plan.block)
     where, starts = _chunk_lists(plan, starts, offset, length)
     build = functools.partial(
-        index.build_index,
+        query_index.build_index,
         rows=rows,
         kv_heads=kv_heads,
         spacing=_spacing(plan, rows),
@@ -63,7 +66,7 @@ def attention(
     key: Float[Array, "B T K D"],
     value: Float[Array, "B T K E"],
     starts: Int[Array, "B T K S"],
-    lists: index.Index,
+    lists: query_index.Index,
     offset: Int[Array, "1"],
     *,
     block_size: int,
@@ -105,7 +108,7 @@ def attention(
         if "kv_outer" not in methods:
             return results
         # items without pairs: no kernel below does anything where the results are there already
-        lists = index.only_if(done == 0, lists)
+        lists = query_index.only_if(done == 0, lists)
     else:
         # the chunks write all of it
         results = (
@@ -117,7 +120,7 @@ def attention(
     def step(results, chunk):
         out, lse = results
         where, starts, lists = chunk
-        part, part_lse = forward.partial_attention(
+        part, part_lse = kv_outer_forward.partial_attention(
             where,
             lists,
             query,
@@ -131,7 +134,7 @@ def attention(
             partial_dtype=plan.partial_dtype,
             **static,
         )
-        return merge.merge_outputs(
+        return merge_partials.merge_outputs(
             where,
             _counted(starts, query, key),
             part,
@@ -172,19 +175,19 @@ def gradients(
     inverse = None
     if kv_outer:
         valid = jax.lax.dynamic_slice_in_dim(rows.valid, offset[0], query.shape[1], axis=1)
-        inverse = backward.inverse_units(key, value, dout, delta, rows.valid, valid)
+        inverse = kv_outer_backward.inverse_units(key, value, dout, delta, rows.valid, valid)
     first = rows.token - rows.position % plan.block
     block_start = jnp.where(rows.valid, first, rows.start.shape[1])
 
     def step(sums, chunk):
         where, starts, lists = chunk
         dquery, *sums = sums
-        pieces = index.num_pieces(starts.size, plan.pairs)
+        pieces = query_index.num_pieces(starts.size, plan.pairs)
         sizes = {"slots": starts.shape[-1], "pairs": plan.pairs, "pieces": pieces} | static
         arrays = (query, key, value, dout, lse, delta)
 
         def add(lists, sums, dkey_pieces, dvalue_pieces):
-            return backward.sum_blocks(
+            return kv_outer_backward.sum_blocks(
                 where,
                 lists,
                 block_start,
@@ -197,8 +200,8 @@ def gradients(
             )
 
         if kv_outer:
-            own = index.only_if(done == 0, lists) if either else lists
-            *sums, dkey_pieces, dvalue_pieces, part = backward.partial_gradients(
+            own = query_index.only_if(done == 0, lists) if either else lists
+            *sums, dkey_pieces, dvalue_pieces, part = kv_outer_backward.partial_gradients(
                 where,
                 own,
                 *arrays,
@@ -210,7 +213,7 @@ def gradients(
                 partial_dtype=plan.gradient_dtype,
                 **sizes,
             )
-            dquery = merge.sum_gradients(
+            dquery = merge_partials.sum_gradients(
                 where,
                 _counted(starts, query, key),
                 part,
@@ -224,9 +227,9 @@ def gradients(
             )
             sums = add(own, sums, dkey_pieces, dvalue_pieces)
         if methods != ("kv_outer",):
-            own = index.only_if(done > 0, lists) if kv_outer else lists
+            own = query_index.only_if(done > 0, lists) if kv_outer else lists
             tile = plan.key_gradient
-            *sums, dkey_pieces, dvalue_pieces = block_keys.key_gradients(
+            *sums, dkey_pieces, dvalue_pieces = kv_outer_key_gradients.key_gradients(
                 where, own, *arrays, sums, tile=tile, **sizes
             )
             sums = add(own, sums, dkey_pieces, dvalue_pieces)

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Bool, Int
 
-from fsa_jax.pallas.common import call, iota, load, store
+from fsa_jax.pallas.intrinsics import call, iota, load, store
 from fsa_jax.semantics.segments import Rows
 
 #: Numbers that one program of the binary search looks up.

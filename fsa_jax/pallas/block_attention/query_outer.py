@@ -14,24 +14,11 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from fsa_jax.pallas.common import (
-    Softmax,
-    call,
-    columns_of,
-    dot,
-    each,
-    iota,
-    load,
-    load_tiles,
-    product,
-    programs_of,
-    rows_mask,
-    softmax_weights,
-    split,
-    store,
-    tile_width,
-)
-from fsa_jax.pallas.tuning import WIDEST
+from fsa_jax.pallas.intrinsics import call, dot, iota, load, split, store
+from fsa_jax.pallas.online_softmax import Softmax, softmax_weights
+from fsa_jax.pallas.tile_config import WIDEST
+from fsa_jax.pallas.tile_sizes import tile_width
+from fsa_jax.pallas.tiles import columns_of, each, load_tiles, product, programs_of, rows_mask
 
 
 def attention(

@@ -26,24 +26,11 @@ from einops import rearrange
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Int
 
-from fsa_jax.pallas.common import (
-    Softmax,
-    call,
-    columns_of,
-    dot,
-    each,
-    iota,
-    load,
-    load_tiles,
-    next_power_of_two,
-    product,
-    programs_of,
-    rows_mask,
-    softmax_weights,
-    split,
-    store,
-)
-from fsa_jax.pallas.tuning import Tile
+from fsa_jax.pallas.intrinsics import call, dot, iota, load, split, store
+from fsa_jax.pallas.online_softmax import Softmax, softmax_weights
+from fsa_jax.pallas.tile_config import Tile
+from fsa_jax.pallas.tile_sizes import next_power_of_two
+from fsa_jax.pallas.tiles import columns_of, each, load_tiles, product, programs_of, rows_mask
 
 #: Most tokens of a tile: a set of them is 16 bits, which a float32 holds exactly.
 MOST_TOKENS = 16

@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from fsa_jax.pallas.common import iota, load, load_tiles, split
+from fsa_jax.pallas.intrinsics import iota, load, split
+from fsa_jax.pallas.tiles import load_tiles
 
 
 def arrays(where, lists):

@@ -14,8 +14,7 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 
-from fsa_jax.pallas.range_attention import hopper_key_kernel as hopper_keys
-from fsa_jax.pallas.range_attention import hopper_query_kernels as hopper_rows
+from fsa_jax.pallas.range_attention import hopper_key_kernel, hopper_query_kernels
 from fsa_jax.pallas.range_attention.hopper_pipeline import ROWS
 
 
@@ -52,7 +51,7 @@ def _join(found: Sequence[jax.Array], kv_heads: int) -> jax.Array:
 def attention(query, key, value, visible, seers, *, scale, interpret=None):
     """`hopper_rows.attention` at any group."""
     kv_heads = key.shape[2]
-    run = functools.partial(hopper_rows.attention, scale=scale, interpret=interpret)
+    run = functools.partial(hopper_query_kernels.attention, scale=scale, interpret=interpret)
     if len(parts(query.shape[2] // kv_heads)) == 1:
         return run(query, key, value, visible, seers)
     found = [run(q, key, value, visible, seers) for q in _cut(query, kv_heads)]
@@ -64,7 +63,7 @@ def query_gradient(
 ):  # fmt: skip
     """`hopper_rows.query_gradient` at any group."""
     kv_heads = key.shape[2]
-    run = functools.partial(hopper_rows.query_gradient, scale=scale, interpret=interpret)
+    run = functools.partial(hopper_query_kernels.query_gradient, scale=scale, interpret=interpret)
     if len(parts(query.shape[2] // kv_heads)) == 1:
         return run(query, key, value, visible, seers, lse, delta, dout)
     cut = _cut_all(kv_heads, query, lse, delta, dout)
@@ -75,7 +74,9 @@ def query_gradient(
 def key_gradients(query, key, value, seers, lse, delta, dout, *, scale, interpret=None):
     """`hopper_keys.key_gradients` at any group."""
     kv_heads = key.shape[2]
-    run: Callable = functools.partial(hopper_keys.key_gradients, scale=scale, interpret=interpret)
+    run: Callable = functools.partial(
+        hopper_key_kernel.key_gradients, scale=scale, interpret=interpret
+    )
     if len(parts(query.shape[2] // kv_heads)) == 1:
         return run(query, key, value, seers, lse, delta, dout)
     cut = _cut_all(kv_heads, query, lse, delta, dout)

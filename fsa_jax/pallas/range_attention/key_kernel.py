@@ -19,21 +19,9 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from fsa_jax.pallas.common import (
-    Sum,
-    call,
-    columns_of,
-    dot,
-    fold_tiles,
-    iota,
-    load,
-    load_tiles,
-    product,
-    rows_mask,
-    softmax_weights,
-    split,
-    store,
-)
+from fsa_jax.pallas.intrinsics import call, dot, iota, load, split, store
+from fsa_jax.pallas.online_softmax import Sum, softmax_weights
+from fsa_jax.pallas.tiles import columns_of, fold_tiles, load_tiles, product, rows_mask
 
 
 def key_gradients(

@@ -7,11 +7,9 @@ of the splits, so the order of every sum is fixed.
 
 import dataclasses
 
-from fsa_jax.pallas import tile_tables as tuned
-from fsa_jax.pallas.range_attention import hopper_groups
-from fsa_jax.pallas.range_attention import key_kernel as range_keys
-from fsa_jax.pallas.range_attention import query_kernels as range_rows
-from fsa_jax.pallas.tuning import Tile, arrays_reason, padded_width, shared_memory
+from fsa_jax.pallas import tile_tables
+from fsa_jax.pallas.range_attention import hopper_groups, key_kernel, query_kernels
+from fsa_jax.pallas.tile_config import Tile, arrays_reason, padded_width, shared_memory
 
 #: Programs of the kernel of dK and dV that keep a GPU busy, whatever the number of keys.
 PROGRAMS = 1024
@@ -103,7 +101,7 @@ def make_plan(
     """
     both = sum(padded_width(x.shape[3]) for x in (key, value))
     kind = "float32" if query.dtype.itemsize == 4 else "wide" if both > 256 else "narrow"
-    window = kind == "narrow" and tuned.branch_of(query, key) == "window" and not causal
+    window = kind == "narrow" and tile_tables.branch_of(query, key) == "window" and not causal
 
     def fitting(kernel):
         """The first tile that fits in shared memory, unless a faster one is known."""
@@ -116,7 +114,7 @@ def make_plan(
                 if shared_bytes(kernel, tile, query, key, value) <= shared_memory(capability):
                     # tables are measured with the ranges of sparse attention
                     measured = None if causal else table
-                    return tuned.choose(f"range_{kernel}", measured, tile, query, key, value)
+                    return tile_tables.choose(f"range_{kernel}", measured, tile, query, key, value)
         return None
 
     forward, dquery, dkeys = map(fitting, ("forward", "query_gradient", "key_gradient"))
@@ -136,7 +134,7 @@ def _splits(query, key, value, tile: RangeTile) -> int:
 
 def attention(plan, query, key, value, visible, seers, *, scale, interpret):
     """Out [B, T, N, E] and lse float32 [B, T, N]; arguments as in `range_rows.attention`."""
-    return range_rows.attention(
+    return query_kernels.attention(
         query, key, value, visible, seers, plan=plan, scale=scale, interpret=interpret
     )
 
@@ -149,7 +147,7 @@ def gradients(
     `mosaic`: by the kernels in Mosaic GPU.
     """
     static: dict = {"plan": plan, "scale": scale, "interpret": interpret}
-    query_gradient, key_gradients = range_rows.query_gradient, range_keys.key_gradients
+    query_gradient, key_gradients = query_kernels.query_gradient, key_kernel.key_gradients
     if mosaic and scale:  # `hopper_keys.py` divides by it
         static = {"scale": scale}
         query_gradient, key_gradients = hopper_groups.query_gradient, hopper_groups.key_gradients

@@ -1,7 +1,7 @@
-"""Sizes of the kernels' tiles and buffers. They change time and memory, never the result's meaning.
+"""Sizes of the kernels of selected attention: tiles, buffers, and the method of each pass.
 
-`SelectedTuning()` leaves everything to the measured heuristics of this file; a field that is set
-is used as it stands.
+They change time and memory, never the meaning of a result. `SelectedTuning()` leaves everything to
+the measured heuristics of this file; a field that is set is used as it stands.
 """
 
 import dataclasses
@@ -10,42 +10,23 @@ from typing import Literal, get_args
 import jax.numpy as jnp
 
 from fsa_jax.arguments import scalars
-from fsa_jax.pallas.tile_sizes import cut_width, next_power_of_two
+from fsa_jax.pallas.tile_config import (
+    Tile,
+    arrays_reason,
+    padded_width,
+    set_integer,
+    shared_memory,
+)
+from fsa_jax.pallas.tile_sizes import next_power_of_two
 
-#: Shared memory that one program may use, bytes, by compute capability; the least of a family.
-SHARED_MEMORY = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
 SelectedMethod = Literal["kv_outer", "query_outer", "query_tile"]
 METHODS: tuple[SelectedMethod, ...] = get_args(SelectedMethod)
-#: Widest head, and most query heads of a key head.
-WIDEST, MOST_ROWS = 256, 128
 #: Elements of K and V of a tile, so that dK and dV stay in registers.
 ON_CHIP = 20480
 #: Largest group for which the KV-outer kernels of a pass are always taken, and the largest for
 #: which the lists decide between them and the query-tile kernels; for larger ones they decide
 #: between query-tile and query-outer kernels. Measured, see benchmarks/NOTES.md.
 KV_OUTER_FORWARD, KV_OUTER_BACKWARD = (2, 10), (7, 15)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Tile:
-    """How a program of a KV-outer kernel is cut.
-
-    Attributes:
-      rows: rows (query token, head of the group) of a step's matrices, a power of two from 16 on.
-      num_warps: warps of a program, a power of two up to 16.
-      num_stages: depth of the software pipeline, 1 to 8.
-    """
-
-    rows: int = 64
-    num_warps: int = 4
-    num_stages: int = 3
-
-    def __post_init__(self):
-        for name, least, most in (("rows", 16, 512), ("num_warps", 1, 16)):
-            size = _set_integer(self, name, least, most)
-            if size != next_power_of_two(size):
-                raise ValueError(f"{name} must be a power of two, got {size}")
-        _set_integer(self, "num_stages", 1, 8)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -86,21 +67,14 @@ class SelectedTuning:
             if tile is not None and not isinstance(tile, Tile):
                 raise ValueError(f"{name} must be None or a Tile, got {tile!r}")
         if self.pairs is not None:
-            _set_integer(self, "pairs", 1, 2**20)
+            set_integer(self, "pairs", 1, 2**20)
         if self.block_k is not None:
-            size = _set_integer(self, "block_k", 16, 128)
+            size = set_integer(self, "block_k", 16, 128)
             if size != next_power_of_two(size):
                 raise ValueError(f"block_k must be a power of two, got {size}")
-        _set_integer(self, "merge_elements", 256, 2**16)
+        set_integer(self, "merge_elements", 256, 2**16)
         scalars.choice("partial_dtype", self.partial_dtype, (None, "float32"))
-        _set_integer(self, "scratch_bytes", 2**20, 2**40)
-
-
-def _set_integer(owner, name, least, most) -> int:
-    """Checks a field, and makes an integer of NumPy one of Python."""
-    size = scalars.size(name, getattr(owner, name), least, most)
-    object.__setattr__(owner, name, size)
-    return size
+        set_integer(self, "scratch_bytes", 2**20, 2**40)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,19 +136,6 @@ def plan_reason(
             f"{value.shape[3]} need more than the {shared_memory(capability)} bytes of shared "
             "memory of the GPU"
         )
-    return None
-
-
-def arrays_reason(query, key, value) -> str | None:
-    """Why no kernel takes arrays of these shapes and dtypes; None if they do."""
-    if query.dtype not in (jnp.float16, jnp.bfloat16, jnp.float32):
-        return f"the dtype must be float16, bfloat16 or float32, got {query.dtype}"
-    for name, x in (("key", key), ("value", value)):
-        if x.shape[3] > WIDEST:
-            return f"the head width of {name} must be at most {WIDEST}, got {x.shape[3]}"
-    group = query.shape[2] // key.shape[2]
-    if group > MOST_ROWS:
-        return f"at most {MOST_ROWS} query heads may share a key head, got {group}"
     return None
 
 
@@ -241,11 +202,6 @@ def _methods(group: int, narrow: bool, alone: int, most: int) -> tuple[str, ...]
     return ("query_tile", outer) if narrow and group > alone else (outer,)
 
 
-def shared_memory(capability: int) -> int:
-    """Bytes of shared memory that one program may use on a GPU of that capability."""
-    return SHARED_MEMORY[max(c for c in SHARED_MEMORY if c <= capability)]
-
-
 def _tile_sizes(query, key, value, block_size: int, capability: int) -> tuple[int, int] | None:
     """Keys and rows of a tile: the largest whose backward kernel fits on chip; None if none does.
 
@@ -264,11 +220,6 @@ def _tile_sizes(query, key, value, block_size: int, capability: int) -> tuple[in
             if itemsize * (widths * (block + 2 * rows) + 2 * rows * block) + 2048 <= shared:
                 return block, rows
     return None
-
-
-def padded_width(width: int) -> int:
-    """Columns that `sizes.cut_width` makes of `width`."""
-    return sum(size for _, size in cut_width(width, 64))
 
 
 def _chunk(budget: int, heads: int, length: int, slots: int, pair_bytes: int) -> tuple[int, int]:

@@ -1,0 +1,105 @@
+"""The kernel of the choice: the best blocks of each query and KV head, by their ranks.
+
+A program has some tokens, and keeps the largest ranks of their tiles on chip. It takes the best
+block `free` times: the best tile, then the best block in it, by loading just that tile again.
+Blocks go in the order of (rank descending, number ascending).
+
+Shapes: B rows of the batch, T tokens, K key/value heads; see `score_kernel`.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+
+from fsa_jax.pallas.block_selection.plan import BLOCKS
+from fsa_jax.pallas.intrinsics import call, iota, load, split, store
+from fsa_jax.pallas.tile_sizes import LARGEST, next_power_of_two
+
+
+def choose_blocks(where, own, ranks, tops, lists, *, config, plan, interpret):
+    """Writes the lists of a chunk into `lists` [B, T, K, topk], in place.
+
+    The other arguments are those of `score_kernel.rank_blocks`, and what it returns.
+    """
+    _, length, kv_heads, topk = lists.shape
+    tokens = plan.choose_tokens
+    free = topk - config.init_blocks - config.local_blocks
+
+    def choose_kernel(where_ref, own_ref, ranks_ref, tops_ref, _lists, lists_ref):
+        head = pl.program_id(1)
+        batch, kv_head = split(where_ref[0] + head, kv_heads)
+        of_chunk = pl.program_id(0) * tokens + iota(tokens)
+        token = where_ref[1] + of_chunk
+        there = (of_chunk < plan.tokens) & (token < length)
+        owns = load(own_ref.at[batch, token], mask=there, other=-1)
+        live = owns >= topk
+        # all blocks of an easy token, the forced ones of the others
+        s = iota(next_power_of_two(topk))[None, :]
+        forced = (s < config.init_blocks) | (s >= topk - config.local_blocks)
+        last = jnp.where(s < config.init_blocks, s, owns[:, None] - (topk - 1 - s))
+        number = jnp.where(live[:, None], last, jnp.where(s <= owns[:, None], s, -1))
+        mask = there[:, None] & (s < topk) & (forced | ~live[:, None])
+        store(lists_ref.at[batch, token[:, None], kv_head, s], number, mask=mask)
+        if not free:
+            return
+
+        tile = iota(next_power_of_two(tops.shape[2]))[None, :]
+        # the last free block is in tile `ends`; easy tokens have no tiles
+        ends = jnp.where(live, jax.lax.div(owns - config.local_blocks, BLOCKS), -1)
+        state = (
+            load(tops_ref.at[head, of_chunk[:, None], tile], mask=tile <= ends[:, None], other=-1),
+            jnp.full((tokens,), -1, jnp.int32),
+            jnp.full((tokens,), -1, jnp.int32),
+        )
+        s = iota(next_power_of_two(free))[None, :]
+        chosen = jnp.full((tokens, s.size), LARGEST, jnp.int32)
+        position = jnp.broadcast_to(s, chosen.shape)
+
+        def take(i, state):
+            tops, last_rank, last, chosen, position = state
+            # the lowest tile that holds the best rank that is left, its lowest such block
+            best = jnp.max(tops, axis=1)
+            at = jnp.min(jnp.where(tops == best[:, None], tile, LARGEST), axis=1)
+            block = (at * BLOCKS)[:, None] + iota(BLOCKS)[None, :]
+            rank = load(
+                ranks_ref.at[head, of_chunk[:, None], block],
+                mask=live[:, None] & (block >= 0),
+                other=-1,
+            )
+            # What is above `best` is taken. Of what equals it, all up to the last block taken.
+            left = (block > last[:, None]) | (last_rank != best)[:, None]
+            equal = (rank == best[:, None]) & left
+            new = jnp.min(jnp.where(equal, block, LARGEST), axis=1)
+            left = (rank < best[:, None]) | (equal & (block > new[:, None]))
+            rest = jnp.max(jnp.where(left, rank, -1), axis=1)
+            tops = jnp.where(tile == at[:, None], rest[:, None], tops)
+            # insert: those chosen before that are larger move up by one
+            below = jnp.sum((chosen < new[:, None]).astype(jnp.int32), axis=1)
+            position += (chosen > new[:, None]).astype(jnp.int32)
+            position = jnp.where(s == i, below[:, None], position)
+            chosen = jnp.where(s == i, new[:, None], chosen)
+            return tops, best, new, chosen, position
+
+        rounds = free * (jnp.max(owns) >= topk).astype(jnp.int32)
+        *_, chosen, position = jax.lax.fori_loop(0, rounds, take, (*state, chosen, position))
+        position += config.init_blocks
+        store(
+            lists_ref.at[batch, token[:, None], kv_head, position],
+            chosen,
+            mask=live[:, None] & (s < free),
+        )
+
+    return call(
+        choose_kernel,
+        where,
+        own,
+        ranks,
+        tops,
+        lists,
+        grid=(-(-plan.tokens // tokens), plan.heads),
+        out_shape=jax.ShapeDtypeStruct(lists.shape, lists.dtype),
+        aliases={4: 0},
+        interpret=interpret,
+        num_warps=plan.choose_warps,
+        num_stages=1,
+    )

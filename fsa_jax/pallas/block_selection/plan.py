@@ -1,0 +1,146 @@
+"""Sizes of the kernels of block selection.
+
+Shapes: R rows (token, head of the group) of a tile, G heads of a group, H heads and C tokens of a
+chunk.
+"""
+
+import dataclasses
+
+from fsa_jax.config import NSAConfig
+from fsa_jax.pallas import tile_tables
+from fsa_jax.pallas.tile_config import Tile, padded_width, shared_memory
+from fsa_jax.pallas.tile_sizes import next_power_of_two
+
+#: Blocks of a tile.
+BLOCKS = 64
+#: Most programs of the second axis of a grid.
+MOST_HEADS = 65535
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SelectPlan:
+    """Everything static about a call of the kernels.
+
+    Attributes:
+      rows: R, a power of two from 16 on, at least G.
+      num_warps, num_stages: of the score kernel.
+      hands_over: whether a window that two blocks share is computed once, see `score_kernel`.
+      heads, tokens: H and C of a chunk.
+      choose_tokens: tokens of a program of the second kernel, a power of two.
+      choose_warps: its warps.
+    """
+
+    rows: int
+    num_warps: int
+    num_stages: int
+    hands_over: bool
+    heads: int
+    tokens: int
+    choose_tokens: int
+    choose_warps: int
+
+
+def make_plan(
+    query,
+    key,
+    config: NSAConfig,
+    scratch_bytes: int = 2**29,
+    capability: int = 90,
+    table: str | None = None,
+) -> SelectPlan | None:
+    """Sizes from shapes, dtypes, the most bytes of ranks at a time, and the device's capability.
+
+    None if heads are too wide, in groups too large, for the device's shared memory.
+
+    Raises:
+      ValueError: `scratch_bytes` does not hold the ranks of one tile of rows.
+    """
+    batch, length, query_heads, _ = query.shape
+    kv_heads = key.shape[2]
+    sizes = _tile_sizes(query, key, config, capability)
+    if sizes is None:
+        return None
+    tile = Tile(
+        rows=sizes[0],
+        num_warps=8 if sizes[0] >= (32 if query.dtype.itemsize == 4 else 128) else 4,
+        num_stages=sizes[1],
+    )
+    tile = tile_tables.choose("score", table, tile, query, key, key)
+    rows = tile.rows
+    step = tile_tokens(rows, query_heads // kv_heads, config)[0]
+    tiles = num_tiles(query, key, config)
+    heads, tokens = _chunk(
+        min(scratch_bytes, 2**32),  # offsets of ranks have 32 bits
+        batch * kv_heads,
+        length,
+        step,
+        4 * tiles * (BLOCKS + 1),
+    )
+    # on chip: the largest ranks of all tiles, and a tile of ranks
+    choose_tokens = min(16, max(1, 2048 // max(next_power_of_two(tiles), BLOCKS)))
+    return SelectPlan(
+        rows=rows,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+        hands_over=config.kernel_size == 2 * config.kernel_stride,
+        heads=heads,
+        tokens=tokens,
+        choose_tokens=choose_tokens,
+        choose_warps=4,
+    )
+
+
+def num_tiles(query, key, config: NSAConfig) -> int:
+    """Tiles of BLOCKS blocks of a row."""
+    length, stride = query.shape[1], config.kernel_stride
+    if length // stride != key.shape[1]:
+        # The queries are part of the row: that of M windows has less than M + 1 strides.
+        length = (key.shape[1] + 1) * stride - 1
+    return -(-config.num_blocks(length) // BLOCKS)
+
+
+def tile_tokens(rows: int, group: int, config: NSAConfig) -> tuple[int, int]:
+    """Tokens of a tile of rows, and rows of a token.
+
+    No more than topk * block_size tokens: then those that need scores are of one document.
+    """
+    padded_group = next_power_of_two(group)
+    tokens = max(1, rows // padded_group)
+    while tokens > config.topk * config.block_size:
+        tokens //= 2
+    return tokens, max(padded_group, 16 // tokens)  # matrix units take at least 16 rows
+
+
+def _tile_sizes(query, key, config, capability) -> tuple[int, int] | None:
+    """Rows of a tile and stages of its pipeline: the most that fit on chip; None if none do."""
+    group, itemsize = query.shape[2] // key.shape[2], query.dtype.itemsize
+    width = padded_width(key.shape[3])
+    least = max(16, next_power_of_two(group))
+    # float32 is multiplied without the matrix unit, and holds more registers a row
+    most = max(least, 64 if itemsize == 4 else 128)
+    # Hopper keeps a buffer more; with 2 stages it has registers for two programs at a time
+    for stages in (2, 1) if capability >= 90 else (3, 2, 1):
+        for rows in (r for r in (128, 64, 32, 16) if least <= r <= most):
+            # q, keys, and ranks on their way from the layout of the matrix unit to device memory
+            used = itemsize * width * (rows + stages * BLOCKS)
+            used += 4 * BLOCKS * tile_tokens(rows, group, config)[0] + 1024
+            if used <= shared_memory(capability):
+                return rows, stages
+    return None
+
+
+def _chunk(budget: int, heads: int, length: int, step: int, token_bytes: int) -> tuple[int, int]:
+    """Heads and tokens of a chunk: whole heads where they fit, else part of one head's tokens."""
+    whole = -(-length // step) * step
+    fit = min(MOST_HEADS, budget // (whole * token_bytes))
+    if fit:
+        # the largest divisor of the number of heads that fits
+        return max(h for h in range(1, fit + 1) if heads % h == 0), whole
+    most = budget // (step * token_bytes)  # steps of a chunk
+    if not most:
+        raise ValueError(
+            f"scratch_bytes must hold the ranks of {step} tokens, {step * token_bytes}, "
+            f"got {budget}"
+        )
+    chunks = -(-(whole // step) // most)
+    return 1, -(-(whole // step) // chunks) * step

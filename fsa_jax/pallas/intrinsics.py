@@ -1,0 +1,138 @@
+"""What kernels in Triton are made of: the call, instructions, products, loads and stores."""
+
+import contextlib
+import contextvars
+import math
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+from fsa_jax.pallas.tile_sizes import next_power_of_two as next_power_of_two
+from fsa_jax.pallas.tile_sizes import tile_width as tile_width
+
+LOG2_E = math.log2(math.e)
+#: Whether the kernel that is being traced is for interpret mode, which knows no instructions of a
+#: GPU.
+_interpreted = contextvars.ContextVar("interpreted", default=False)
+
+
+def call(kernel, *arrays, grid, out_shape, interpret, num_warps=4, num_stages=2, aliases=None):
+    """`pallas_call` through Triton: whole arrays in device memory, one program a grid point.
+
+    Kernels count in 32 bits, whatever `jax_enable_x64` says.
+    """
+    # interpret mode evaluates a kernel anew when it is lowered, where x64 may be on: there weakly
+    # typed numbers would become int64
+    arrays = [jax.lax.convert_element_type(x, x.dtype) for x in arrays]
+    with _tracing(interpret), jax.enable_x64(False):
+        return pl.pallas_call(
+            kernel,
+            grid=grid,
+            out_shape=out_shape,
+            interpret=interpret,
+            name=kernel.__name__,
+            input_output_aliases=aliases or {},
+            compiler_params=plgpu.CompilerParams(num_warps=num_warps, num_stages=num_stages),
+        )(*arrays)
+
+
+@contextlib.contextmanager
+def _tracing(interpret: bool):
+    token = _interpreted.set(interpret)
+    try:
+        yield
+    finally:
+        _interpreted.reset(token)
+
+
+def exp2(x: jax.Array) -> jax.Array:
+    """2^x of float32 as one instruction; 0 where the result is below 2^-126.
+
+    jnp.exp2 takes care of smaller results, which a softmax adds to nothing: four instructions.
+    """
+    return _instruction("ex2.approx.ftz.f32 $0, $1;", jnp.exp2, x)
+
+
+def reciprocal(x: jax.Array) -> jax.Array:
+    """1 / x of float32 as one instruction, right to the last bit but one."""
+    return _instruction("rcp.approx.ftz.f32 $0, $1;", lambda x: 1 / x, x)
+
+
+def log2(x: jax.Array) -> jax.Array:
+    """Binary logarithm of float32 as one instruction, right to 2^-22."""
+    return _instruction("lg2.approx.ftz.f32 $0, $1;", jnp.log2, x)
+
+
+def multiply_add(a, b, c) -> jax.Array:
+    """The sum a * b + c of float32, broadcast, rounded once: one instruction instead of two.
+
+    The compiler may not fuse the two by itself, since that changes the rounding.
+    """
+    return _instruction("fma.rn.f32 $0, $1, $2, $3;", lambda a, b, c: a * b + c, a, b, c)
+
+
+def settled(x: jax.Array) -> jax.Array:
+    """The float32 `x` itself: products that were added to it have ended when it is used.
+
+    A sum of products over a loop may be left running on the matrix unit into the next step. Where
+    the assembler then finds other instructions on its registers, it makes every product wait for
+    the one before it. The instruction costs nothing: the assembler drops it.
+    """
+    return _instruction("mov.b32 $0, $1;", lambda x: x, x)
+
+
+def _instruction(assembly: str, interpreted, *args) -> jax.Array:
+    """An elementwise PTX instruction; what `interpreted` computes in interpret mode."""
+    args = [jnp.asarray(x, jnp.float32) for x in args]
+    shape = jnp.broadcast_shapes(*(x.shape for x in args))
+    args = [jnp.broadcast_to(x, shape) for x in args]
+    if _interpreted.get():
+        return interpreted(*args)
+    return plgpu.elementwise_inline_asm(
+        assembly,
+        args=args,
+        constraints=",".join(["=f", *("f" for _ in args)]),
+        pack=1,
+        result_shape_dtypes=[jax.ShapeDtypeStruct(shape, jnp.float32)],
+    )[0]
+
+
+def iota(size: int) -> jax.Array:
+    """int32 numbers 0 .. size-1."""
+    return jax.lax.iota(jnp.int32, size)
+
+
+def split(x: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
+    """Quotient and remainder of numbers >= 0, without the sign rules of // and %."""
+    quotient = jax.lax.div(x, jnp.full_like(x, size))
+    return quotient, x - quotient * size
+
+
+def dot(a: jax.Array, b: jax.Array, contract: tuple[int, int]) -> jax.Array:
+    """Product over axis `contract[0]` of `a` and `contract[1]` of `b`, summed in float32.
+
+    float32 operands are multiplied as they are: tf32 would lose 13 bits of them.
+    """
+    return jax.lax.dot_general(
+        a,
+        b,
+        (((contract[0],), (contract[1],)), ((), ())),
+        precision=jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None,
+        preferred_element_type=jnp.float32,
+    )
+
+
+def load(ref, *, mask=None, other: float = 0) -> jax.Array:
+    """Loads what `mask` allows, all without a mask, and `other` elsewhere."""
+    return plgpu.load(ref, mask=mask, other=None if mask is None else other)
+
+
+store = plgpu.store
+
+
+def barrier() -> None:
+    """Every thread of the program gets here before any goes on, and sees what others stored."""
+    if not _interpreted.get():
+        plgpu.debug_barrier()

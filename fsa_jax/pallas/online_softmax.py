@@ -1,0 +1,113 @@
+"""The softmax of kernels in Triton, over tiles of logits, and float32 sums of many tiles."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from fsa_jax.pallas.intrinsics import LOG2_E, dot, exp2, log2, multiply_add, reciprocal, settled
+from fsa_jax.pallas.tile_sizes import next_power_of_two as next_power_of_two
+from fsa_jax.pallas.tile_sizes import tile_width as tile_width
+
+
+@dataclasses.dataclass(frozen=True)
+class Softmax:
+    """A softmax over scale * logits, in the fewest instructions a logit.
+
+    float32 inputs get a few more: the largest weight of a row is exactly 1, so that a query that
+    sees one key gives back its value, and numbers are rounded in the unit in which they are kept.
+    """
+
+    scale: float
+    exact: bool
+
+    @property
+    def factor(self) -> float:
+        """Of the logits that `signed` gives, to the unit of the exponents."""
+        return (abs(self.scale) or 1.0) * (1 if self.exact else LOG2_E)
+
+    def signed(self, logits: jax.Array) -> jax.Array:
+        """The logits, so that larger ones get larger weights."""
+        if self.scale == 0:
+            return logits * 0.0
+        return logits if self.scale > 0 else -logits
+
+    def top(self, logits: jax.Array) -> jax.Array:
+        """The largest exponent of each row."""
+        return jnp.max(logits, axis=1) * self.factor
+
+    def weights(self, logits: jax.Array, top: jax.Array) -> jax.Array:
+        """exp(scale * logits) in units of that of an exponent `top`."""
+        if self.exact:
+            return exp2((logits * self.factor - top) * LOG2_E)
+        return exp2(multiply_add(logits, self.factor, -top))
+
+    def decay(self, top: jax.Array, new_top: jax.Array) -> jax.Array:
+        """What the unit of `top` is in that of `new_top`."""
+        return exp2((top - new_top) * (LOG2_E if self.exact else 1.0))
+
+    def fold(self, top: jax.Array, logits: jax.Array, whole: bool = False):
+        """A step of an online softmax: the new largest exponents, the weights, and the decay.
+
+        A row that has seen nothing yet, -inf alone, gets weights and decay 2^-inf = 0; where there
+        is no such row, `whole` spares the care for it.
+        """
+        new_top = jnp.maximum(top, self.top(logits))
+        safe = new_top if whole else jnp.where(new_top == -jnp.inf, 0.0, new_top)
+        return new_top, self.weights(logits, safe[:, None]), self.decay(top, safe)
+
+    def attend(self, state, logits: jax.Array, values):
+        """The next state (largest exponents, sums of weights, sums of weighted values in tiles)."""
+        top, total, out = state
+        top, p, decay = self.fold(top, logits)
+        p_cut = p.astype(values[0].dtype)
+        out = [x * decay[:, None] + dot(p_cut, v, (1, 0)) for x, v in zip(out, values, strict=True)]
+        return top, total * decay + jnp.sum(p, axis=1), out
+
+    def mean(self, x: jax.Array, total: jax.Array) -> jax.Array:
+        """Sums x [R, D] of weighted values over the sums of the weights [R]."""
+        return x / total[:, None] if self.exact else x * reciprocal(total)[:, None]
+
+    def lse(self, top: jax.Array, total: jax.Array) -> jax.Array:
+        """Natural logarithm of a sum of weights, `total` in the unit of `top`."""
+        if self.exact:
+            return top + jnp.log(total)
+        return (top + log2(total)) * (1 / LOG2_E)
+
+
+def softmax_weights(logits: jax.Array, lse: jax.Array, scale: float, dtype) -> jax.Array:
+    """Weights exp(scale * logits - lse) of a softmax whose natural logsumexp is known."""
+    if dtype == jnp.float32:
+        return exp2((logits * scale - lse) * LOG2_E)
+    return exp2(multiply_add(logits, scale * LOG2_E, lse * -LOG2_E))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Sum:
+    """A float32 sum of many tiles; with `lost`, the rounding errors of its additions (Kahan).
+
+    Products of float32 are exact enough that the order of long sums shows: thousands of terms added
+    in a row err several times more than what dense attention adds in trees.
+    """
+
+    total: jax.Array
+    lost: jax.Array | None
+
+    @staticmethod
+    def zeros(shape: tuple[int, ...], exact: bool) -> "Sum":
+        zeros = jnp.zeros(shape, jnp.float32)
+        return Sum(zeros, zeros if exact else None)
+
+    def add(self, part: jax.Array, decay: jax.Array | None = None) -> "Sum":
+        """The sum times `decay`, plus `part`."""
+        total = self.total if decay is None else self.total * decay
+        if self.lost is None:
+            return Sum(total + part, None)
+        part = part - (self.lost if decay is None else self.lost * decay)
+        new = total + part
+        return Sum(new, (new - total) - part)
+
+    def settled(self) -> "Sum":
+        """The same sum; its products have ended here, see `settled`."""
+        return self if self.lost is not None else Sum(settled(self.total), None)
