@@ -1,4 +1,4 @@
-"""Which implementation serves a call, and why; their names stand in `options.py`."""
+"""Which implementation serves a call, and why; their names stand in `arguments/types.py`."""
 
 import functools
 import logging

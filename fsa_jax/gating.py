@@ -86,7 +86,7 @@ def _gradients_on(call, one_gate):
 
 
 def gate_gradient(gate, dout, out):
-    """What `pallas.gates.gradients` computes."""
+    """What `pallas.gate_gradient.gradients` computes."""
     wide = wide_dtype(dout)
     dbranch, out = branch_cotangent(gate, dout), out.astype(wide)
     delta = jnp.sum(out * dbranch.astype(wide), axis=-1)

@@ -98,7 +98,7 @@ class Call:
         return self.capability == hopper.CAPABILITY and pays
 
     def range_plan(self, query, key, value) -> Any:
-        """The tiles of the kernels in Triton for `range_attention`, a `ranges.Plan`."""
+        """The tiles of the kernels in Triton for `range_attention`, a `passes.Plan`."""
         from fsa_jax.pallas.range_attention import passes as ranges
 
         causal = self.name == "causal"

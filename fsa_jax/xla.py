@@ -10,7 +10,7 @@ each with its own backward that recomputes the softmax:
   running maxima, sums and outputs of those queries. No tile holds a query twice, and tiles run one
   after another, so sums have a fixed order and no partial result is ever stored.
 
-What a loop does with one tile stands in `tiles.py`.
+What a loop does with one tile stands in `xla_tiles.py`.
 
 Shapes: B batch, T tokens, N query heads, K key/value heads, G = N/K, H = B*K, D and E head widths,
 M keys, S listed blocks, P = T*S pairs, R pairs of a tile.
@@ -51,7 +51,7 @@ def range_attention(query, key, value, visible, *, scale):
 def range_gradients(query, key, value, visible, lse, delta, dout, dlse, *, scale):
     """(dq, dk, dv) of `range_attention`, given delta = sum(out * dout) - dlse.
 
-    In float32 and float64, delta is computed again from `dlse`; see `tiles.row_numbers`.
+    In float32 and float64, delta is computed again from `dlse`; see `xla_tiles.row_numbers`.
     """
     kv_heads = key.shape[2]
     flat = _flatten(kv_heads, query, key, value, *visible)

@@ -28,7 +28,8 @@ class BenchConfig:
         suites; 0: no limit. The cases left out are recorded.
       rounds: timed rounds of 3 to 10 calls each.
       threads: functions compiled at a time.
-      peer_path: a checkout of other projects' kernels to time beside ours; see `bench/peers.py`.
+      peer_path: a checkout of other projects' kernels to time beside ours; see
+        `bench/measure/peers.py`.
     """
 
     suite: Literal["quick", "kernels", "operator", "training", "prefill", "decode", "all"] = "quick"

@@ -3,8 +3,8 @@
 One kernel at a time, all others with the tiles of the heuristics: every candidate that fits in
 shared memory is compiled, its results are compared with those of the heuristic tile, and the pass
 that the kernel is part of is timed. A candidate is taken if its slowest round is faster than the
-fastest of the heuristic tile; else that stays. `fsa_jax/pallas/tuned.py` says which calls an entry
-serves.
+fastest of the heuristic tile; else that stays. `fsa_jax/pallas/tile_tables.py` says which calls an
+entry serves.
 """
 
 import dataclasses

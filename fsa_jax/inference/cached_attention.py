@@ -6,7 +6,7 @@ tokens that a sequence gets in the call:
 
 * few (decoding, and drafts to verify): a query reads the blocks in its list, the window and the
   compressed keys, page by page. That is topk * block_size + window_size + T / kernel_stride
-  entries a token, and never the whole cache. On a GPU that is `pallas/decode_step.py`; elsewhere
+  entries a token, and never the whole cache. On a GPU that is `decode_step.py`; elsewhere
   dense products over what was gathered, since a loop over tiles would be more steps than work.
 * many (a chunk of a long prompt): neighbours choose the same blocks, and a copy of them for each
   query would be topk * block_size times the chunk. So the keys of each sequence are copied once

@@ -61,5 +61,5 @@ def shared_memory(capability: int) -> int:
 
 
 def padded_width(width: int) -> int:
-    """Columns that `sizes.cut_width` makes of `width`."""
+    """Columns that `tile_sizes.cut_width` makes of `width`."""
     return sum(size for _, size in cut_width(width, 64))

@@ -211,7 +211,7 @@ def _subjects(step: Step, interpret: bool) -> list[tuple[dict[str, str], Callabl
 
 
 def _measure(call, wanted, sets, rounds: int) -> dict[str, Any]:
-    """Figures of a step, of a program that makes one on every set; raises check.WrongResult."""
+    """Figures of a step, of a program that makes one on every set; raises WrongResult."""
 
     def run(sets):
         return [call(inputs) for inputs in sets]

@@ -1,15 +1,15 @@
 """KV-outer backward: one pass, five matmuls, dK and dV on chip.
 
-Tiling is that of `forward.py`. The rows of a step are the longer side of every product: scores are
-[rows, b], and dK and dV accumulate as [D, b] and [E, b] in float32 registers over the steps of an
-item. So every product is wide enough for the matrix unit, and p and ds go through shared memory
-once, as they are.
+Tiling is that of `kv_outer_forward.py`. The rows of a step are the longer side of every product:
+scores are [rows, b], and dK and dV accumulate as [D, b] and [E, b] in float32 registers over the
+steps of an item. So every product is wide enough for the matrix unit, and p and ds go through
+shared memory once, as they are.
 
 Dataflow of a step: gather q, dout, lse, delta of the pairs; p = 2^(q k^T - lse); dV^T += dout^T p;
 ds = p * (dout v^T - delta); dK^T += q^T ds; ds k, the partial dq, goes to the slot of the pair and
-`merge.sum_gradients` adds the S slots of each token. Partial dq are stored in a unit of their query
-(`inverse_units`), so that float16 holds them with 11 bits: bfloat16 would round each of the S terms
-of a sum to 8, and double the error of dq.
+`merge_partials.sum_gradients` adds the S slots of each token. Partial dq are stored in a unit of
+their query (`inverse_units`), so that float16 holds them with 11 bits: bfloat16 would round each of
+the S terms of a sum to 8, and double the error of dq.
 
 The one item of a block adds its dK and dV to the result. The items of a hot block, which is cut
 into several, write to rows of their own, and `sum_blocks` adds those in their order. So a sum has
@@ -85,8 +85,8 @@ def partial_gradients(
     """Gradients of the pairs of a chunk.
 
     Args:
-      where: int32 [3], as in `forward.partial_attention`.
-      lists: `index.Index` of the chunk.
+      where: int32 [3], as in `kv_outer_forward.partial_attention`.
+      lists: `query_index.Index` of the chunk.
       query: [B, T, N, D].
       key: [B, T, K, D].
       value: [B, T, K, E].
@@ -102,7 +102,7 @@ def partial_gradients(
       block: b, a power of two.
       pairs: the most pairs of an item.
       scale: factor of the logits.
-      tile: `tuning.Tile`.
+      tile: `tile_config.Tile`.
       pieces: X.
       partial_dtype: dtype of the partial dq.
       interpret: run the kernel in interpret mode.
@@ -189,12 +189,12 @@ def call_on_items(kernel, lists, items, inputs, sums, rows, tile, interpret, *mo
 
     Args:
       kernel: of the arrays of the items, the inputs, the sums, and the results.
-      lists: `index.Index` of the chunk.
-      items: what `item.arrays` gives.
+      lists: `query_index.Index` of the chunk.
+      items: what `work_item.arrays` gives.
       inputs: other arrays.
       sums: dkey and dvalue, updated in place.
       rows: of the pieces.
-      tile: `tuning.Tile`.
+      tile: `tile_config.Tile`.
       interpret: run the kernel in interpret mode.
       *more: shapes of other results.
 
@@ -251,13 +251,13 @@ def sum_blocks(
 
     Args:
       where: int32 [2], first (row, KV head) and first token of the chunk.
-      lists: `index.Index` of the chunk.
+      lists: `query_index.Index` of the chunk.
       block_start: int32 [B, T], first token of the block that each token is in; T at padding.
       dkey_parts: as `partial_gradients` gives it.
       dvalue_parts: likewise.
       sums: as in `partial_gradients`, which has done the other blocks.
       block: b.
-      spacing: as in `index.build_index`.
+      spacing: as in `query_index.build_index`.
       interpret: run the kernel in interpret mode.
 
     Bytes: reads the parts once, reads float32 sums, writes the sums: of hot blocks only.

@@ -6,7 +6,7 @@ stay on chip for all steps of an item. Widths are cut into tiles of powers of tw
 
 Dataflow of a step: order -> token -> gather q [rows, D] -> q K^T -> softmax within the block ->
 p V -> the normalised partial output and its logsumexp, to the slot of the pair. No two
-programs write the same slot. `merge.py` reads the slots once.
+programs write the same slot. `merge_partials.py` reads the slots once.
 
 Flops: 2 * P * G * b * (D + E). Device memory, besides K and V once an item: q is gathered once a
 pair, P*G*D elements (from L2 where a chunk's queries fit), and partials are written, P*G*E.
@@ -37,7 +37,7 @@ def partial_attention(
     Args:
       where: int32 [3], first (row, KV head) and first token of the chunk, and the token of the
         keys' row that query token 0 is.
-      lists: `index.Index` of the chunk.
+      lists: `query_index.Index` of the chunk.
       query: [B, T, N, D].
       key: [B, T, K, D].
       value: [B, T, K, E].
@@ -47,7 +47,7 @@ def partial_attention(
       block: b, a power of two.
       pairs: the most pairs of an item.
       scale: factor of the logits.
-      tile: `tuning.Tile`.
+      tile: `tile_config.Tile`.
       partial_dtype: dtype of the partial outputs.
       interpret: run the kernel in interpret mode.
 

@@ -1,7 +1,7 @@
 """The KV-outer kernel of dK and dV alone, for groups so large that dq comes from other kernels.
 
-Items and the order of sums are those of `backward.py`. But scores are [b, rows], as in
-`range_keys.py`: p and ds stay in registers for the products that add to dV [b, E] and dK [b, D],
+Items and the order of sums are those of `kv_outer_backward.py`. But scores are [b, rows], as in
+`key_kernel.py`: p and ds stay in registers for the products that add to dV [b, E] and dK [b, D],
 and what is read is q and dout alone, as the copies to shared memory leave them.
 
 Flops: 4 * 2 * P * G * b * D (D = E). Device memory: q and dout gathered once a pair, P*G*(D+E)
@@ -31,7 +31,7 @@ def key_gradients(
 ):  # fmt: skip
     """Gradients of the keys and values of a chunk's pairs.
 
-    Arguments and results are those of `backward.partial_gradients`, but for dq.
+    Arguments and results are those of `kv_outer_backward.partial_gradients`, but for dq.
     """
     _, length, kv_heads, _ = key.shape
     group = query.shape[2] // kv_heads

@@ -32,7 +32,7 @@ def merge_outputs(
     Args:
       where: int32 [2], first (row, KV head) and first token of the chunk.
       starts: int32 [H, C, S], the lists; entries of T and more do not count.
-      part: [H, P*G, E], as `forward.partial_attention` gives it.
+      part: [H, P*G, E], as `kv_outer_forward.partial_attention` gives it.
       part_lse: [H, P*G], likewise.
       out: [B, T, N, E], updated in place at the chunk's tokens and heads; 0 where nothing counts.
       lse: float32 [B, T, N], likewise, natural logarithm; -inf where nothing counts.
@@ -105,8 +105,8 @@ def sum_gradients(
 ):  # fmt: skip
     """Sums the partial gradients of the queries of a chunk into dquery [B, T, N, D], in place.
 
-    `part` [H, P*G, D] is what `backward.partial_gradients` gives, in the unit that `inverse`
-    [B, T, N] says; the other arguments are those of `merge_outputs`.
+    `part` [H, P*G, D] is what `kv_outer_backward.partial_gradients` gives, in the unit that
+    `inverse` [B, T, N] says; the other arguments are those of `merge_outputs`.
     """
     tiles, heads = _tiles(starts, dquery, kv_heads, elements)
 

@@ -279,7 +279,7 @@ def _tiles(starts, arrays, tile, methods, costs, interpret):
 
 
 def _counted(starts, query, key):
-    """The lists as `merge.py` takes them: the entries that do not count are T of the queries."""
+    """Lists as `merge_partials.py` takes them: entries that do not count are T of the queries."""
     if query.shape[1] == key.shape[1]:
         return starts
     return jnp.where(starts < key.shape[1], 0, query.shape[1])

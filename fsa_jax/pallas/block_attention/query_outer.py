@@ -1,7 +1,7 @@
 """Query-outer kernels, the vanilla NSA: a program owns the G heads of a token and walks its blocks.
 
 The baseline of the KV-outer kernels, and the faster one where G is large. No partial results: the
-output, its logsumexp and dq are accumulated on chip. dK and dV come from `backward.py`.
+output, its logsumexp and dq are accumulated on chip. dK and dV come from `kv_outer_backward.py`.
 
 Tiling: the G rows of a token are padded to at least 16, the least a matrix unit takes. Flops, with
 G' the padded G: forward 2 * T*K*S * G' * b * (D + E), dq 2 * T*K*S * G' * b * (2 D + E). Bytes
@@ -34,7 +34,7 @@ def attention(
       offset: int32 [1], the token of the keys' row that query token 0 is.
       block: b, a power of two.
       scale: factor of the logits.
-      tile: `tuning.Tile`; its rows are not used.
+      tile: `tile_config.Tile`; its rows are not used.
       interpret: run the kernel in interpret mode.
       done: int32 [1] or None; where it is not 0, the results are there already.
       into: those results, given back as they are.
@@ -102,7 +102,7 @@ def query_gradient(
     starts, query, key, value, dout, lse, delta, offset, *, block, scale, tile, interpret,
     done=None, into=None,
 ):  # fmt: skip
-    """Gradient [B, T, N, D] of the queries; arguments as in `attention` and `backward.py`.
+    """Gradient [B, T, N, D] of the queries; arguments as in `attention` and `kv_outer_backward.py`.
 
     Where `done`, int32 [1], is not 0, the gradient is there already: `into`, given back as it is.
     """

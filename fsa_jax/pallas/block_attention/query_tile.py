@@ -8,7 +8,7 @@ many bytes as query-outer kernels do, and multiplies `tokens` times as much.
 
 Dataflow: `merge_lists` holds the lists of a tile's tokens, takes the lowest block, then the lowest
 one behind it, and so on, and writes each with the set of tokens that chose it. The main kernels
-then are those of `range_rows.py`, but for the blocks they load and the mask.
+then are those of `query_kernels.py`, but for the blocks they load and the mask.
 
 Flops, with U the blocks of all tiles: forward 2*U*R*b*(D + E), dq 2*U*R*b*(2*D + E). Bytes: q, dout
 and the result once, U*b*(D + E) elements of K and V from L2; 8*T*K*S bytes of lists written, and
@@ -174,7 +174,7 @@ def attention(
       enabled: int32 [1]; where it is 0, nothing is computed, and the results are unwritten.
       block: b, a power of two.
       scale: factor of the logits.
-      tile: `tuning.Tile`.
+      tile: `tile_config.Tile`.
       interpret: run the kernel in interpret mode.
 
     Returns:
@@ -233,7 +233,7 @@ def query_gradient(
     lists: Lists, query, key, value, dout, lse, delta, offset, enabled, *,
     block, scale, tile, interpret,
 ):  # fmt: skip
-    """Gradient [B, T, N, D] of the queries; arguments as in `attention` and `backward.py`."""
+    """Gradient [B, T, N, D] of the queries; arguments as in `attention` and `query_outer.py`."""
     tiles, heads = _sizes(lists)
 
     def query_tile_gradient_kernel(query_ref, key_ref, value_ref, *refs):

@@ -1,7 +1,7 @@
 """What a program of a KV-outer kernel works on: an item of the query index.
 
-Shared by `forward.py`, `backward.py` and `block_keys.py`: which keys, which queries in which step,
-how to load them.
+Shared by `kv_outer_forward.py`, `kv_outer_backward.py` and `kv_outer_key_gradients.py`: which keys,
+which queries in which step, how to load them.
 
 Shapes: b keys of a block, R rows (query token, head of its group) of a step, S slots, G heads of a
 group. Row r of a step is head r % G of pair r // G; the last R % G rows of a step are idle.
@@ -16,7 +16,7 @@ from fsa_jax.pallas.tiles import load_tiles
 
 
 def arrays(where, lists):
-    """The arrays that `Item` reads, in its order: `where` int32 [3] and those of `index.Index`."""
+    """The arrays that `Item` reads, in order: `where` int32 [3], those of `query_index.Index`."""
     return (
         where,
         lists.start,

@@ -49,7 +49,7 @@ def _join(found: Sequence[jax.Array], kv_heads: int) -> jax.Array:
 
 
 def attention(query, key, value, visible, seers, *, scale, interpret=None):
-    """`hopper_rows.attention` at any group."""
+    """`hopper_query_kernels.attention` at any group."""
     kv_heads = key.shape[2]
     run = functools.partial(hopper_query_kernels.attention, scale=scale, interpret=interpret)
     if len(parts(query.shape[2] // kv_heads)) == 1:
@@ -61,7 +61,7 @@ def attention(query, key, value, visible, seers, *, scale, interpret=None):
 def query_gradient(
     query, key, value, visible, seers, lse, delta, dout, *, scale, interpret=None
 ):  # fmt: skip
-    """`hopper_rows.query_gradient` at any group."""
+    """`hopper_query_kernels.query_gradient` at any group."""
     kv_heads = key.shape[2]
     run = functools.partial(hopper_query_kernels.query_gradient, scale=scale, interpret=interpret)
     if len(parts(query.shape[2] // kv_heads)) == 1:
@@ -72,7 +72,7 @@ def query_gradient(
 
 
 def key_gradients(query, key, value, seers, lse, delta, dout, *, scale, interpret=None):
-    """`hopper_keys.key_gradients` at any group."""
+    """`hopper_key_kernel.key_gradients` at any group."""
     kv_heads = key.shape[2]
     run: Callable = functools.partial(
         hopper_key_kernel.key_gradients, scale=scale, interpret=interpret

@@ -1,10 +1,10 @@
-"""dK and dV of attention to contiguous ranges of keys on Hopper: what `range_keys.py` computes.
+"""dK and dV of attention to contiguous ranges of keys on Hopper: what `key_kernel.py` computes.
 
 A program owns 128 keys of one key head, 64 a compute warpgroup; their keys and values stay in
 shared memory, their dK and dV in registers. The memory warpgroup copies tiles of 64 rows of the
 tokens that see any of the keys (q, dout, and two numbers a row) into a ring that both warpgroups
-read. The order of rows is that of `hopper.py`. Tiles at the edges of the ranges come first, masked;
-then those whose rows all see all keys.
+read. The order of rows is that of `hopper_pipeline.py`. Tiles at the edges of the ranges come
+first, masked; then those whose rows all see all keys.
 
 Scores are [64 keys, 64 rows], so that p and ds are operands in registers of the products that add
 to dV and dK. The sums of q.k start from -lse / scale, those of dout.v from -delta: then p is a
@@ -198,7 +198,7 @@ def _load(item, refs, buffers, barriers, group):
 
 
 class _Compute:
-    """A compute warpgroup: dK and dV of 64 keys. `exact` is for interpret mode, see `hopper.py`."""
+    """A compute warpgroup: dK and dV of 64 keys. `exact`: see `hopper_pipeline.py`."""
 
     def __init__(self, item, refs, buffers, barriers, warpgroup, *, scale, group, exact):
         keys, values, self.queries, self.douts, self.starts, *limits = buffers

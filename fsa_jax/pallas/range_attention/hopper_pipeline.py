@@ -1,9 +1,9 @@
 """What the kernels for Hopper share: Pallas Mosaic GPU, attention to contiguous ranges of keys.
 
-They compute what `range_rows.py` and `range_keys.py` do, faster where their shapes fit:
+They compute what `query_kernels.py` and `key_kernel.py` do, faster where their shapes fit:
 asynchronous copies (TMA) feed products (wgmma) that run while exponents are taken, which Triton
-does not arrange. Those that own keys are in `hopper_keys.py`; of those that own rows,
-`hopper_rows.py`, this file has the dataflow.
+does not arrange. Those that own keys are in `hopper_key_kernel.py`; of those that own rows,
+`hopper_query_kernels.py`, this file has the dataflow.
 
 Programs, one a multiprocessor, walk over items: 128 rows of one key head, those with the longest
 ranges first. A row is a query token and a head of its group. A memory warpgroup copies the rows of

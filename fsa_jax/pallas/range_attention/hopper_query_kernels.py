@@ -1,8 +1,8 @@
-"""Attention to one contiguous range of keys on Hopper, and its dq: what `range_rows.py` computes.
+"""Attention to one range of keys on Hopper, and its dq: what `query_kernels.py` computes.
 
-`hopper.py` says how rows, tiles of keys and warpgroups go. A compute warpgroup issues the products
-of a tile together with the sum that the tile before adds to, and takes exponents while the matrix
-unit works on that sum.
+`hopper_pipeline.py` says how rows, tiles of keys and warpgroups go. A compute warpgroup issues the
+products of a tile together with the sum that the tile before adds to, and takes exponents while the
+matrix unit works on that sum.
 
 Flops, with V the visible (row, key) pairs: forward 4*V*D, dq 6*V*D. Bytes: q, dout and the result
 once; K and V once for each 128 rows, from L2; 8 to 16 bytes a row of ranges, logsumexp and delta.
@@ -114,7 +114,7 @@ class _Forward(Compute):
         self.store(item, out_ref, out)
 
     def softmax(self, top, total, logits, masked):
-        """A step of an online softmax: see `common.Softmax.fold`; exponents are of 2."""
+        """A step of an online softmax: see `online_softmax.Softmax.fold`; exponents are of 2."""
         factor = (abs(self.scale) or 1.0) * LOG2_E
         new_top = jnp.max(logits, axis=1) * factor
         new_top = new_top if top is None else jnp.maximum(top, new_top)

@@ -1,9 +1,9 @@
 """The kernel whose programs own keys: dK and dV of attention to contiguous ranges of keys.
 
 The tokens that see a key are a contiguous range, too, so a program walks the rows from the first to
-the last token that sees any of its keys. Rows of steps are as in `range_rows.py`: query head r % G
-of token r // G. Scores are [b, rows], so that p and ds stay in registers for the products that add
-to dK [b, D] and dV [b, E]; the G heads of a group are added up with them.
+the last token that sees any of its keys. Rows of steps are as in `query_kernels.py`: query head r %
+G of token r // G. Scores are [b, rows], so that p and ds stay in registers for the products that
+add to dK [b, D] and dV [b, E]; the G heads of a group are added up with them.
 
 Early keys are seen by many more rows than late ones. So the rows of each tile of keys are cut into
 `splits` even parts, a program each; the parts are added in their order afterwards.
@@ -29,7 +29,7 @@ def key_gradients(
 ):  # fmt: skip
     """Gradients dK [B, M, K, D] and dV [B, M, K, E] in the dtypes of key and value.
 
-    Args are those of `range_rows.query_gradient`.
+    Args are those of `query_kernels.query_gradient`.
     """
     _, keys, kv_heads, _ = key.shape
     batch, _, heads, _ = query.shape

@@ -133,7 +133,7 @@ def _splits(query, key, value, tile: RangeTile) -> int:
 
 
 def attention(plan, query, key, value, visible, seers, *, scale, interpret):
-    """Out [B, T, N, E] and lse float32 [B, T, N]; arguments as in `range_rows.attention`."""
+    """Out [B, T, N, E] and lse float32 [B, T, N]; arguments as in `query_kernels.attention`."""
     return query_kernels.attention(
         query, key, value, visible, seers, plan=plan, scale=scale, interpret=interpret
     )
@@ -148,7 +148,7 @@ def gradients(
     """
     static: dict = {"plan": plan, "scale": scale, "interpret": interpret}
     query_gradient, key_gradients = query_kernels.query_gradient, key_kernel.key_gradients
-    if mosaic and scale:  # `hopper_keys.py` divides by it
+    if mosaic and scale:  # `hopper_key_kernel.py` divides by it
         static = {"scale": scale}
         query_gradient, key_gradients = hopper_groups.query_gradient, hopper_groups.key_gradients
     rest = (lse, delta, dout)

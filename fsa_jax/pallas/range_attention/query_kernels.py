@@ -33,7 +33,7 @@ def attention(query, key, value, visible, seers, *, plan, scale, interpret):
       value: [B, M, K, E].
       visible: (low, high), int32 [B, T]; empty where the query sees nothing.
       seers: the range of tokens that see each key, int32 [B, M] each; empty where nobody does.
-      plan: `ranges.Plan`.
+      plan: `passes.Plan`.
       scale: factor of the logits.
       interpret: run the kernel in interpret mode.
 
