@@ -7,6 +7,7 @@ from fsa_jax import lazy
 if TYPE_CHECKING:
     from fsa_jax.api import (
         CHECKPOINT_NAMES,
+        causal_attention,
         compress,
         compressed_attention,
         native_sparse_attention,
@@ -15,15 +16,19 @@ if TYPE_CHECKING:
         sliding_window_attention,
     )
     from fsa_jax.arguments.types import CompressionMethod, Implementation
-    from fsa_jax.causal import causal_attention
     from fsa_jax.config import NSAConfig
-    from fsa_jax.dispatch import explain
     from fsa_jax.generation import generate
     from fsa_jax.inference.nsa_cache import KVCache, NSACache
     from fsa_jax.inference.page_allocator import OutOfPages, PageAllocator
+    from fsa_jax.ops.dispatch import explain
     from fsa_jax.positions import token_positions, window_positions
     from fsa_jax.rope import Llama3Scaling, RoPE
-    from fsa_jax.stripes import from_stripes, to_stripes
+    from fsa_jax.sequence_parallel.zigzag import (
+        from_stripes,
+        from_zigzag,
+        to_stripes,
+        to_zigzag,
+    )
 
 __version__ = "0.1.0"
 
@@ -43,12 +48,14 @@ __all__ = [
     "compressed_attention",
     "explain",
     "from_stripes",
+    "from_zigzag",
     "generate",
     "native_sparse_attention",
     "select_blocks",
     "selected_attention",
     "sliding_window_attention",
     "to_stripes",
+    "to_zigzag",
     "token_positions",
     "window_positions",
 ]
@@ -58,6 +65,7 @@ __getattr__, __dir__ = lazy.exports(
     {
         "api": [
             "CHECKPOINT_NAMES",
+            "causal_attention",
             "compress",
             "compressed_attention",
             "native_sparse_attention",
@@ -65,16 +73,19 @@ __getattr__, __dir__ = lazy.exports(
             "selected_attention",
             "sliding_window_attention",
         ],
-        "inference.kv_cache": ["KVCache"],
-        "inference.nsa_cache": ["NSACache"],
-        "causal": ["causal_attention"],
+        "cache": ["KVCache", "NSACache"],
         "config": ["NSAConfig"],
-        "dispatch": ["explain"],
         "generation": ["generate"],
-        "arguments.types": ["CompressionMethod", "Implementation"],
-        "inference.page_allocator": ["OutOfPages", "PageAllocator"],
+        "ops.dispatch": ["explain"],
+        "options": ["CompressionMethod", "Implementation"],
+        "pages": ["OutOfPages", "PageAllocator"],
         "positions": ["token_positions", "window_positions"],
         "rope": ["Llama3Scaling", "RoPE"],
-        "stripes": ["from_stripes", "to_stripes"],
+        "sequence_parallel.zigzag": [
+            "from_stripes",
+            "from_zigzag",
+            "to_stripes",
+            "to_zigzag",
+        ],
     },
 )

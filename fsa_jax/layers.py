@@ -21,16 +21,18 @@ from flax.nnx.nn import initializers
 from flax.typing import Dtype, Initializer, PrecisionLike
 from jaxtyping import Array, Float, Int, Integer
 
-from fsa_jax import api, branches, dispatch
+from fsa_jax import api
+from fsa_jax.api.operator import gated_attention
 from fsa_jax.arguments import checks
 from fsa_jax.arguments.types import AnyArray, CompressionMethod, Implementation, IntegerList
-from fsa_jax.compression import METHODS
 from fsa_jax.config import NSAConfig
 from fsa_jax.inference import cached_attention
 from fsa_jax.inference.nsa_cache import Chunk, NSACache
 from fsa_jax.nn.base import AttentionLayer, linear
 from fsa_jax.nn.compressor import Compressor
 from fsa_jax.nn.full_attention import FullAttention as FullAttention
+from fsa_jax.ops.compression import METHODS
+from fsa_jax.ops.dispatch import check_name
 from fsa_jax.positions import window_positions
 from fsa_jax.rope import RoPE
 
@@ -91,7 +93,7 @@ class NativeSparseAttention(AttentionLayer):
       positions_init: initialiser of the intra-block positional table [K, l, D].
       implementation: passed on to the functions of fsa_jax; None: the best that fits.
       sequence_axis: mesh axis that splits the tokens of each row, see
-        ``fsa_jax.native_sparse_attention``: all arrays of a call are then in stripe order.
+        ``fsa_jax.native_sparse_attention``: all arrays of a call are then in zigzag order.
       rngs: random keys.
 
     Raises:
@@ -136,7 +138,7 @@ class NativeSparseAttention(AttentionLayer):
     ):
         checks.choice("compression", compression, METHODS)
         checks.choice("gate", gate, GATES)
-        dispatch.check_name(implementation)
+        check_name(implementation)
         checks.config(config)
         kv_per_branch = checks.flag("kv_per_branch", kv_per_branch)
         options = dict(
@@ -199,7 +201,7 @@ class NativeSparseAttention(AttentionLayer):
         if not self.kv_per_branch:
             return api.native_sparse_attention(*arrays, **shared)
         sources = (inputs.selected, inputs.window)
-        return branches.gated_attention(inputs.query, inputs.compressed, sources, gates, **shared)
+        return gated_attention(inputs.query, inputs.compressed, sources, gates, **shared)
 
     def init_cache(
         self,
@@ -241,7 +243,7 @@ class NativeSparseAttention(AttentionLayer):
     def extend(self, x, cache: NSACache, chunk: Chunk, layer, fresh) -> tuple[jax.Array, NSACache]:
         query, key, value = self._turn(self.query(x), chunk.position), self.key(x), self.value(x)
         self._check_same_dtype(key, cache)
-        mode = cached_attention.mode_of(self.implementation, query, cache)
+        backend = cached_attention.backend_of(self.implementation, query, cache)
         keys, values = self._by_branch(key, value)
         selected = window = (self._turn(keys[1], chunk.position), values[1])
         cache = cache.append(*selected, layer, chunk)
@@ -263,7 +265,7 @@ class NativeSparseAttention(AttentionLayer):
             heads = self._attend(x, inputs, chunk.valid.astype(jnp.int32))
         else:
             scale = checks.scale(self.scale, self.head_dim)
-            outs = cached_attention.attend(query, cache, chunk, layer, scale=scale, mode=mode)
+            outs = cached_attention.attend(query, cache, chunk, layer, scale=scale, backend=backend)
             heads = api.combine_branches(jax.nn.sigmoid(self.gate(x)), *outs)
         return self._project_out(heads, chunk), cache
 

@@ -1,17 +1,17 @@
 """Positions for RoPE in packed rows: of tokens, and of the first tokens of compressed windows.
 
-Shapes as in `api.py`. The batch axis B may be left out.
+Shapes as in `fsa_jax.api`. The batch axis B may be left out.
 """
 
 import numpy as np
 from jaxtyping import Array, Int, Integer
 
-from fsa_jax import stripes
 from fsa_jax.arguments import checks
 from fsa_jax.arguments.types import AnyArray, IntegerList, IntLike
 from fsa_jax.config import check_window
+from fsa_jax.ops.partition import partitions_itself
 from fsa_jax.semantics import segments
-from fsa_jax.sharding import partitions_itself
+from fsa_jax.sequence_parallel import zigzag
 
 
 @partitions_itself(segment_ids="t")
@@ -49,7 +49,7 @@ def token_positions(
         found = segments.describe_rows(ids, *ids.shape).position
     else:
         checks.sequence(sequence_axis, has_batch, ids.shape[1], 1)
-        found = stripes.positions(ids, ids.shape, sequence_axis)
+        found = zigzag.positions(ids, ids.shape, sequence_axis)
     return found if has_batch else found[0]
 
 
@@ -115,8 +115,8 @@ def window_positions(
     shape = next(x.shape for x in (ids, given) if x is not None)
     if sequence_axis is not None:
         checks.sequence(sequence_axis, has_batch, shape[1], sizes[1])
-        given = stripes.positions(ids, shape, sequence_axis) if given is None else given
-        return stripes.window_positions(given, ids, *sizes, sequence_axis)
+        given = zigzag.positions(ids, shape, sequence_axis) if given is None else given
+        return zigzag.window_positions(given, ids, *sizes, sequence_axis)
     rows = segments.describe_rows(ids, *shape)
     found = segments.window_positions(rows, given, *sizes)
     return found if has_batch else found[0]

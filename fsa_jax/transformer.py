@@ -16,12 +16,13 @@ from flax.nnx.nn import initializers
 from flax.typing import Dtype, Initializer
 from jaxtyping import Array, Float, Int, Integer
 
-from fsa_jax import api, sharding
+from fsa_jax import api
 from fsa_jax.arguments import checks
 from fsa_jax.arguments.types import AnyArray, IntegerList
 from fsa_jax.inference.nsa_cache import Chunk, KVCache
 from fsa_jax.layers import FullAttention, NativeSparseAttention
 from fsa_jax.nn.base import without_padding
+from fsa_jax.ops import partition
 from fsa_jax.partitioning import partitioned
 from fsa_jax.rope import RoPE
 from fsa_jax.semantics.precision import narrow
@@ -271,7 +272,7 @@ class Transformer(nnx.Module):
         if positions is not None:
             positions = checks.integers("positions", positions, "B T")
         rest = (segment_ids, positions, dropout_key)
-        return sharding.layer_call(self, self.config.sequence_axis, tokens, *rest, name="tokens")
+        return partition.layer_call(self, self.config.sequence_axis, tokens, *rest, name="tokens")
 
     def call_part(self, tokens, segment_ids, positions, dropout_key) -> jax.Array:
         """The call without a cache, on axes of a mesh that are not Explicit."""

@@ -5,13 +5,13 @@ import math
 from collections.abc import Callable
 from typing import Any, Literal
 
-from fsa_jax import dispatch
 from fsa_jax.arguments import checks
 from fsa_jax.arguments.types import CompressionMethod, DenseImplementation
-from fsa_jax.compression import METHODS
 from fsa_jax.config import NSAConfig
 from fsa_jax.layers import GATES
 from fsa_jax.nn.base import check_heads
+from fsa_jax.ops.compression import METHODS
+from fsa_jax.ops.dispatch import CUDNN, check_name
 from fsa_jax.rope import RoPE
 
 ATTENTIONS = ("nsa", "full")
@@ -135,8 +135,8 @@ class TransformerConfig:
         if self.sequence_axis is not None:
             checks.axis_name(self.sequence_axis)
         # a config may be built where it cannot run, so only the name counts here
-        others = dispatch.CUDNN if self.attention == "full" else ()
-        dispatch.check_name(self.implementation, others)
+        others = CUDNN if self.attention == "full" else ()
+        check_name(self.implementation, others)
         for name in ("kv_per_branch", "tie_embeddings", "remat"):
             self._set(name, checks.flag(name, getattr(self, name)))
         rate = checks.number("dropout_rate", self.dropout_rate, "in [0, 1)", lambda x: 0 <= x < 1)

@@ -15,10 +15,10 @@ from jax.experimental.pallas import triton as plgpu
 from util import both_ways, lists, normal, selected
 
 import fsa_jax
-from fsa_jax import NSAConfig, triton
+from fsa_jax import NSAConfig
 from fsa_jax.inference import decode_step
 from fsa_jax.inference.nsa_cache import Chunk, NSACache
-from fsa_jax.pallas import SelectedTuning
+from fsa_jax.pallas import SelectedTuning, support
 from fsa_jax.pallas.block_attention.plan import METHODS
 from fsa_jax.pallas.range_attention import hopper_pipeline as hopper_kernels
 
@@ -64,7 +64,7 @@ def operator(implementation: fsa_jax.Implementation = IMPLEMENTATION, width=64):
 
 def hopper():
     """Where there are kernels in Mosaic GPU, the operator with those."""
-    there = not INTERPRET and triton.hopper_reason() is None
+    there = not INTERPRET and support.hopper_reason() is None
     return operator("mosaic_gpu" if there else IMPLEMENTATION, hopper_kernels.WIDTH)
 
 

@@ -16,8 +16,8 @@ from jax.sharding import Mesh, PartitionSpec
 from util import assert_close, normal
 
 import fsa_jax
-from fsa_jax import NSAConfig, dispatch
-from fsa_jax.pallas import SelectedTuning
+from fsa_jax import NSAConfig
+from fsa_jax.pallas import SelectedTuning, support
 
 SMALL = NSAConfig(kernel_size=8, kernel_stride=4, block_size=8, topk=4, window_size=9)
 WINDOWS: dict[str, Any] = {"kernel_size": 8, "kernel_stride": 4}
@@ -257,7 +257,7 @@ def test_scalars_of_numpy_are_numbers():
     assert SelectedTuning(pairs=np.int64(4)) == SelectedTuning(pairs=4)  # pyright: ignore
 
 
-@pytest.mark.parametrize("function", [fsa_jax.to_stripes, fsa_jax.from_stripes])
+@pytest.mark.parametrize("function", [fsa_jax.to_zigzag, fsa_jax.from_zigzag])
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -268,7 +268,7 @@ def test_scalars_of_numpy_are_numbers():
         ((jnp.ones(7), 2, 0), r"tokens must be a multiple of 2 \* devices = 4, got 7"),
     ],
 )
-def test_bad_stripes(function, arguments, message):
+def test_bad_zigzag(function, arguments, message):
     with pytest.raises(ValueError, match=message):
         function(*arguments)
 
@@ -340,17 +340,18 @@ def test_arrays_that_the_kernels_do_not_take_are_named(function):
     assert np.isfinite(getattr(fsa_jax, function)(**GOOD[function] | wide)).all()
 
 
-def test_the_default_choice_is_logged_once(caplog, monkeypatch):
-    monkeypatch.setattr(dispatch, "_logged", set())
+def test_the_default_choice_is_logged_once_for_each_reason(caplog, monkeypatch):
+    """The GPU is one of which no other test tells a function."""
+    monkeypatch.setattr(support, "capability", lambda: 61)
     with caplog.at_level(logging.INFO, logger="fsa_jax"):
         for _ in range(3):
             fsa_jax.selected_attention(**GOOD["selected_attention"])
             fsa_jax.selected_attention(**GOOD["selected_attention"], implementation="xla")
-    assert len(caplog.records) == 1
-    assert (
-        "selected_attention uses implementation 'xla': the kernels need an NVIDIA GPU"
-        in caplog.text
-    )
+            fsa_jax.explain()
+    assert [record.getMessage() for record in caplog.records] == [
+        "selected_attention uses implementation 'xla': "
+        "the kernels need compute capability 8.0, the GPU has 6.1"
+    ]
 
 
 def test_explain_names_every_function():

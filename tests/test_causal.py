@@ -22,7 +22,7 @@ from util import (
 )
 
 import fsa_jax
-from fsa_jax import from_stripes, to_stripes
+from fsa_jax import from_zigzag, to_zigzag
 from fsa_jax.layers import FullAttention
 from fsa_jax.pallas.range_attention import (
     hopper_groups,
@@ -140,20 +140,20 @@ def test_tokens_over_four_devices(packed, window):
     args = arrays()
     wanted = value_and_gradients(attend("xla", ids, window), 5, *args)
     mesh = jax.make_mesh((4,), ("tokens",), devices=jax.devices()[:4])
-    put = lambda x: jax.device_put(to_stripes(x, 4), NamedSharding(mesh, P(None, "tokens")))  # noqa: E731
+    put = lambda x: jax.device_put(to_zigzag(x, 4), NamedSharding(mesh, P(None, "tokens")))  # noqa: E731
     ids = None if ids is None else put(ids)
 
     def run(*args):
         def loss(*args):  # the cotangents of `value_and_gradients`, in the order of tokens
             return jax.tree.map(
-                lambda x: from_stripes(x, 4), attend("xla", ids, window, "tokens")(*args)
+                lambda x: from_zigzag(x, 4), attend("xla", ids, window, "tokens")(*args)
             )
 
         return value_and_gradients(loss, 5, *args)
 
     out, gradients = run(*map(put, args))
     assert_close(out, wanted[0], 1e-5)
-    assert_close(tuple(from_stripes(x, 4) for x in gradients), wanted[1], 1e-5)
+    assert_close(tuple(from_zigzag(x, 4) for x in gradients), wanted[1], 1e-5)
     text = jax.jit(attend("xla", ids, window, "tokens")).lower(*map(put, args)).compile().as_text()
     gathered = re.findall(r"= \S*f32\[([\d,]+)\]\S* all-gather", str(text))
     assert gathered
@@ -168,9 +168,9 @@ def test_a_layer_over_devices_is_the_layer():
 
     x = normal(1, 1, TOKENS, 16)
     mesh = jax.make_mesh((2,), ("tokens",), devices=jax.devices()[:2])
-    put = lambda x: jax.device_put(to_stripes(x, 2), NamedSharding(mesh, P(None, "tokens")))  # noqa: E731
+    put = lambda x: jax.device_put(to_zigzag(x, 2), NamedSharding(mesh, P(None, "tokens")))  # noqa: E731
     got = nnx.jit(lambda layer, x, ids: layer(x, ids))(build("tokens"), put(x), put(IDS))
-    assert_close(from_stripes(got, 2), build(None)(x, IDS), 1e-5)
+    assert_close(from_zigzag(got, 2), build(None)(x, IDS), 1e-5)
 
 
 def test_memory_of_a_layer_is_linear_on_cpus():

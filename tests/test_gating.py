@@ -1,6 +1,4 @@
-"""The gated sum: its gradient, and the agreement between it and the branches."""
-
-import dataclasses
+"""The gated sum: its gradient, and what it gives to the backward passes of the branches."""
 
 import jax
 import jax.numpy as jnp
@@ -8,12 +6,13 @@ import numpy as np
 import pytest
 from util import assert_close, assert_errors_are_at_most_twice_those_of_dense, both_ways, normal
 
-from fsa_jax import gating
 from fsa_jax.api import combine_branches
-from fsa_jax.operators import Call
+from fsa_jax.bench.cases import gated_sum_by
+from fsa_jax.ops import gated_sum
+from fsa_jax.ops.call import Backend
 
 INTERPRET = jax.default_backend() == "cpu"
-KERNELS = "interpret" if INTERPRET else "gpu"
+KERNELS = Backend.TRITON_INTERPRET if INTERPRET else Backend.TRITON
 
 
 def arrays(dtype, *, width=80, heads=6, gate_heads=6, length=37):
@@ -23,18 +22,12 @@ def arrays(dtype, *, width=80, heads=6, gate_heads=6, length=37):
     return gates.at[:, 3].set(0), *(normal(i, *shape, dtype=dtype) for i in range(3))
 
 
-def gated(mode, length=37, heads=6):
-    """The gated sum, as a function whose gradients are those of gates, outputs and lse."""
-    lse = jnp.zeros((2, length, heads))
-    return lambda gates, *outs: gating.gated_sum(Call(mode, 1.0), gates, outs, (lse,) * 3)
-
-
-@pytest.mark.parametrize("mode", [KERNELS, "portable", "either"])
+@pytest.mark.parametrize("backend", [KERNELS, Backend.XLA, Backend.BY_PLATFORM])
 @pytest.mark.parametrize("gate_heads", [1, 6])
 @pytest.mark.parametrize(("dtype", "width"), [("bfloat16", 80), ("float32", 128), ("float16", 192)])
-def test_error_is_at_most_twice_that_of_the_plain_sum(mode, gate_heads, dtype, width):
+def test_error_is_at_most_twice_that_of_the_plain_sum(backend, gate_heads, dtype, width):
     args = arrays(jnp.dtype(dtype), width=width, gate_heads=gate_heads)
-    ours, plain = (both_ways(f, 5)(*args) for f in (gated(mode), combine_branches))
+    ours, plain = (both_ways(f, 5)(*args) for f in (gated_sum_by(backend), combine_branches))
     with jax.enable_x64():
         wide = [jnp.asarray(np.asarray(x, np.float64)) for x in args]
         exact = jax.tree.map(np.asarray, both_ways(combine_branches, 5)(*wide))
@@ -43,23 +36,20 @@ def test_error_is_at_most_twice_that_of_the_plain_sum(mode, gate_heads, dtype, w
     assert_errors_are_at_most_twice_those_of_dense(ours, plain, exact)
 
 
-@pytest.mark.parametrize("mode", [KERNELS, "portable"])
-def test_branches_get_what_their_gradients_subtract(mode):
-    """The cotangent of lse is -sum(out * dout), of dout as it is rounded."""
+@pytest.mark.parametrize("backend", [KERNELS, Backend.XLA])
+def test_branches_get_what_their_gradients_subtract(backend):
+    """Delta is sum(out * dout), of dout as it is rounded."""
     gates, *outs = arrays(jnp.bfloat16)
-    outs = tuple(outs)
-    lses = (jnp.zeros((2, 37, 6)),) * 3
-    call = dataclasses.replace(Call(mode, 1.0), gated=True)
-    _, pull = jax.vjp(lambda outs, lses: gating.gated_sum(call, gates, outs, lses), outs, lses)
-    douts, dlses = pull(normal(7, *outs[0].shape, dtype=jnp.bfloat16))
-    for out, dout, dlse in zip(outs, douts, dlses, strict=True):
-        wanted = -np.sum(np.asarray(out, np.float64) * np.asarray(dout, np.float64), axis=-1)
-        assert_close(dlse, wanted, 1e-6)
+    dout = normal(7, *outs[0].shape, dtype=jnp.bfloat16)
+    _, douts, deltas = gated_sum.combine_gradients(backend, gates, outs, dout)
+    for out, dbranch, delta in zip(outs, douts, deltas, strict=True):
+        wanted = np.sum(np.asarray(out, np.float64) * np.asarray(dbranch, np.float64), axis=-1)
+        assert_close(delta, wanted, 1e-6)
 
 
 def test_vmap_makes_its_axis_part_of_the_batch():
     args = arrays(jnp.float32)
     stacked = [jnp.stack([x, x[::-1]]) for x in args]
-    got = jax.vmap(both_ways(gated(KERNELS), 5))(*stacked)
-    wanted = both_ways(gated(KERNELS), 5)(*args)
+    got = jax.vmap(both_ways(gated_sum_by(KERNELS), 5))(*stacked)
+    wanted = both_ways(gated_sum_by(KERNELS), 5)(*args)
     assert_close(jax.tree.map(lambda x: x[0], got), wanted, 1e-6)

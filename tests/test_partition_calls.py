@@ -19,11 +19,11 @@ from jax.sharding import PartitionSpec as P
 from test_sharding import GATES, IDS, KEY, QUERY, VALUE, WEIGHTS, mesh_of, operator
 
 import fsa_jax
-from fsa_jax import operators, partition_calls
+from fsa_jax.ops import partition_calls
+from fsa_jax.ops.partition import partitioned
 from fsa_jax.pallas import tile_tables
 from fsa_jax.pallas.range_attention import passes as ranges
 from fsa_jax.pallas.tile_config import Tile
-from fsa_jax.sharding import partitioned
 from fsa_jax.training.compilation_cache import keep_compiled_programs
 
 
@@ -181,7 +181,6 @@ def test_a_program_on_a_mesh_is_compiled_once(folder, nameless):
 
     def program(scale):
         jax.clear_caches()
-        operators._range_forward_on.cache_clear()
 
         def of_this_test(query, key):
             return window(query, key, scale=scale)

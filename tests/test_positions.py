@@ -63,17 +63,17 @@ def test_without_documents():
 
 @pytest.mark.parametrize("axis_type", [jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit])
 def test_over_the_devices_of_a_sequence_axis(axis_type):
-    """In stripe order the windows of a stripe come first in it; over Explicit axes, too."""
+    """In zigzag order the windows of a chunk come first in it; over Explicit axes, too."""
     mesh = jax.make_mesh((4,), ("sequence",), axis_types=(axis_type,))
     ids = np.repeat([[1, 2, 3, 0]], [13, 25, 20, 6], axis=1).astype(np.int32)
     sizes: dict[str, Any] = {"kernel_size": 8, "kernel_stride": 4}
     with jax.set_mesh(mesh):
         where = jax.NamedSharding(mesh, jax.P(None, "sequence"))
-        striped = jax.device_put(fsa_jax.to_stripes(jnp.asarray(ids), 4), where)
-        at = jax.jit(lambda x: token_positions(x, sequence_axis="sequence"))(striped)
-        first = jax.jit(lambda x: window_positions(x, **sizes, sequence_axis="sequence"))(striped)
+        ordered = jax.device_put(fsa_jax.to_zigzag(jnp.asarray(ids), 4), where)
+        at = jax.jit(lambda x: token_positions(x, sequence_axis="sequence"))(ordered)
+        first = jax.jit(lambda x: window_positions(x, **sizes, sequence_axis="sequence"))(ordered)
     plain = counted(ids[0].tolist(), 8, 4)[0]
-    np.testing.assert_array_equal(fsa_jax.from_stripes(jnp.asarray(np.asarray(at)), 4)[0], plain)
+    np.testing.assert_array_equal(fsa_jax.from_zigzag(jnp.asarray(np.asarray(at)), 4)[0], plain)
     starts = np.flatnonzero(
         [
             (i > 0) & (t % 4 == 0) & (k >= 8)
@@ -81,10 +81,10 @@ def test_over_the_devices_of_a_sequence_axis(axis_type):
         ]
     )
     wanted = np.zeros(16, int)
-    for stripe in range(8):  # of 8 tokens, with room for 2 windows
-        own = [plain[s] for s in starts if s // 8 == stripe]
-        wanted[2 * stripe : 2 * stripe + len(own)] = own
-    first = fsa_jax.from_stripes(jnp.asarray(np.asarray(first)), 4)[0]
+    for chunk in range(8):  # of 8 tokens, with room for 2 windows
+        own = [plain[s] for s in starts if s // 8 == chunk]
+        wanted[2 * chunk : 2 * chunk + len(own)] = own
+    first = fsa_jax.from_zigzag(jnp.asarray(np.asarray(first)), 4)[0]
     np.testing.assert_array_equal(first, wanted)
 
 

@@ -15,8 +15,9 @@ from jax.sharding import PartitionSpec as P
 from util import assert_close, normal
 
 import fsa_jax
-from fsa_jax import NSAConfig, from_stripes, sharding, to_stripes
+from fsa_jax import NSAConfig, from_zigzag, to_zigzag
 from fsa_jax.layers import NativeSparseAttention
+from fsa_jax.ops import partition
 from fsa_jax.transformer import Transformer, TransformerConfig
 
 CONFIG = NSAConfig(
@@ -102,13 +103,13 @@ def test_rows_and_heads_are_split_without_a_word_between_devices(implementation,
 )
 def test_a_row_over_several_devices(implementation, kind, packed):
     mesh = mesh_of(kind, ("sequence", 4), ("tensor", 2))
-    striped = functools.partial(to_stripes, devices=4)
-    arrays = (*map(striped, (QUERY, KEY, VALUE, GATES)), WEIGHTS, striped(IDS))
+    ordered = functools.partial(to_zigzag, devices=4)
+    arrays = (*map(ordered, (QUERY, KEY, VALUE, GATES)), WEIGHTS, ordered(IDS))
     run = operator(implementation, "sequence", packed)
     got, found = compiled(run, mesh, P(None, "sequence", "tensor"), arrays)
     assert set(found) == {"all-gather", "reduce-scatter", "all-reduce"}
     out, (*tokens, weights) = jax.tree.map(lambda x: jnp.asarray(np.asarray(x)), got)
-    got = (from_stripes(out, 4), (*(from_stripes(x, 4) for x in tokens), weights))
+    got = (from_zigzag(out, 4), (*(from_zigzag(x, 4) for x in tokens), weights))
     assert_close(got, alone(packed), 1e-5)
 
 
@@ -125,10 +126,10 @@ def test_inside_shard_map_the_axis_is_used_as_it_is():
     run = jax.shard_map(
         part, mesh=mesh, in_specs=specs, out_specs=(tokens, specs[:5]), check_vma=False
     )
-    striped = functools.partial(to_stripes, devices=4)
-    arrays = (*map(striped, (QUERY, KEY, VALUE, GATES)), WEIGHTS, striped(IDS))
+    ordered = functools.partial(to_zigzag, devices=4)
+    arrays = (*map(ordered, (QUERY, KEY, VALUE, GATES)), WEIGHTS, ordered(IDS))
     out, (*gradients, weights) = jax.jit(run)(*arrays)
-    back = functools.partial(from_stripes, devices=4)
+    back = functools.partial(from_zigzag, devices=4)
     assert_close((back(out), (*map(back, gradients), weights)), alone(), 1e-5)
 
 
@@ -160,7 +161,7 @@ def test_the_layer(kind, axis):
     wanted = jax.jit(run)(state, x, IDS)
     mesh = mesh_of(kind, ("data", 2), ("tensor", 2))
     run, state = program(axis)
-    order = [functools.partial(f, devices=2) for f in (to_stripes, from_stripes)]
+    order = [functools.partial(f, devices=2) for f in (to_zigzag, from_zigzag)]
     there, back = order if axis else (lambda x: x,) * 2
     spec = P(None, "data") if axis else P("data")
     with jax.set_mesh(mesh) if kind == "explicit" else contextlib.nullcontext():
@@ -233,13 +234,13 @@ def test_bad_calls_over_a_sequence_axis(changes, message):
         )
 
 
-def test_stripes_are_an_early_and_a_late_one():
+def test_chunks_are_an_early_and_a_late_one():
     x = jnp.arange(12)
-    striped = to_stripes(x, 3, axis=0)
-    np.testing.assert_array_equal(striped, [0, 1, 10, 11, 2, 3, 8, 9, 4, 5, 6, 7])
-    np.testing.assert_array_equal(from_stripes(striped, 3, axis=0), x)
+    ordered = to_zigzag(x, 3, axis=0)
+    np.testing.assert_array_equal(ordered, [0, 1, 10, 11, 2, 3, 8, 9, 4, 5, 6, 7])
+    np.testing.assert_array_equal(from_zigzag(ordered, 3, axis=0), x)
     with pytest.raises(ValueError, match=r"multiple of 2 \* devices = 10, got 12"):
-        to_stripes(x, 5, axis=0)
+        to_zigzag(x, 5, axis=0)
 
 
 MIXED = {
@@ -357,14 +358,14 @@ def test_rows_split_over_a_part_of_a_mesh_axis():
     ],
 )
 def test_how_an_array_is_split_is_read_from_where_devices_begin(tiles, spec):
-    assert sharding._spec(np.asarray(tiles)[:, None], {"a": 4, "b": 2, "one": 1}) == spec
+    assert partition._spec(np.asarray(tiles)[:, None], {"a": 4, "b": 2, "one": 1}) == spec
 
 
 def test_axes_are_cut_into_prime_factors():
-    parts = sharding._factored({"a": 4, "b": 2, "one": 1}, None, 1)
+    parts = partition._factored({"a": 4, "b": 2, "one": 1}, None, 1)
     assert parts == {"a[0]": 2, "a[1]": 2, "b": 2, "one": 1}
-    assert sharding._spec(np.repeat([0, 4], 4)[:, None], parts) == P(("a[0]",))
-    assert sharding._factored({"a": 4, "b": 6}, "a", -1) == {"a": 4, "b[0]": 3, "b[1]": 2}
+    assert partition._spec(np.repeat([0, 4], 4)[:, None], parts) == P(("a[0]",))
+    assert partition._factored({"a": 4, "b": 6}, "a", -1) == {"a": 4, "b[0]": 3, "b[1]": 2}
 
 
 @pytest.mark.slow

@@ -35,7 +35,7 @@ from fsa_jax.pallas import SelectedTuning, intrinsics
 from fsa_jax.pallas.block_attention.plan import METHODS
 from fsa_jax.pallas.range_attention import hopper_key_kernel, hopper_pipeline, hopper_query_kernels
 from fsa_jax.semantics import precision
-from fsa_jax.stripes import from_stripes, to_stripes
+from fsa_jax.sequence_parallel.zigzag import from_zigzag, to_zigzag
 from fsa_jax.training.step import init_model, init_state, make_eval_step, make_train_step
 
 CONFIG = NSAConfig(kernel_size=16, kernel_stride=8, block_size=16, topk=3, window_size=20)
@@ -211,16 +211,16 @@ def test_tokens_over_devices(x64):
     x = normal(0, 1, 128, 32, dtype=jnp.float64)
     graphdef, state = make(None)
     wanted = jax.jit(lambda state, x: nnx.merge(graphdef, state)(x, ids))(state, x)
-    striped, state = make("row")
+    ordered, state = make("row")
 
     def run(state, x):
-        out = nnx.merge(striped, state)(x, to_stripes(ids, 2))
+        out = nnx.merge(ordered, state)(x, to_zigzag(ids, 2))
         return out, out.sum()
 
     mesh = Mesh(np.array(jax.devices()[:2]), ("row",))
     with jax.set_mesh(mesh):
-        x = jax.device_put(to_stripes(x, 2), NamedSharding(mesh, PartitionSpec(None, "row")))
-        assert_close(from_stripes(jax.jit(run)(state, x)[0], 2), wanted)
+        x = jax.device_put(to_zigzag(x, 2), NamedSharding(mesh, PartitionSpec(None, "row")))
+        assert_close(from_zigzag(jax.jit(run)(state, x)[0], 2), wanted)
         loss = jax.grad(lambda *args: run(*args)[1])
         assert wide_arrays(loss, state, x) != []
         assert wide_arrays(loss, *jax.tree.map(lambda x: x.astype(jnp.float32), (state, x))) == []

@@ -16,12 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 
 import fsa_jax
-from fsa_jax import NSAConfig, triton
+from fsa_jax import NSAConfig
 from fsa_jax.arguments.types import Implementation
-from fsa_jax.dispatch import mode_of
-from fsa_jax.gating import gated_sum
-from fsa_jax.operators import Call
-from fsa_jax.pallas import SelectedTuning
+from fsa_jax.ops import gated_sum
+from fsa_jax.ops.call import Backend
+from fsa_jax.pallas import SelectedTuning, support
 from fsa_jax.pallas.block_attention.plan import METHODS
 
 DTYPE = jnp.bfloat16
@@ -157,7 +156,7 @@ def subjects(case: Case, implementation: Implementation, functions: Sequence[str
         options = attention | {"block_size": config.block_size, "tuning": tuning}
         call = bound(fsa_jax.selected_attention, 4, **options)
         found.append(Subject("selected_attention", method, call, keys, ("block_indices", *ids)))
-    default = implementation == "triton" and triton.hopper_reason() is None
+    default = implementation == "triton" and support.hopper_reason() is None
     choices = {ours: implementation} | ({"default": None} if default else {})
     for method, name in choices.items():
         options = attention | windows | {"implementation": name}
@@ -170,13 +169,8 @@ def subjects(case: Case, implementation: Implementation, functions: Sequence[str
     options = attention | {"window_size": config.window_size}
     call = bound(fsa_jax.sliding_window_attention, 3, **options)
     found.append(Subject("sliding_window_attention", ours, call, keys, ids))
-    gated = Call(mode_of("sliding_window_attention", implementation), 1.0)
-
-    def combine(gates, *arrays):
-        *outs, lse = arrays
-        return gated_sum(gated, gates, tuple(outs), (lse,) * 3)
-
-    found.append(Subject("combine_branches", ours, combine, ("gates", *BRANCHES), ("lse",)))
+    combine = gated_sum_by(Backend(implementation))
+    found.append(Subject("combine_branches", ours, combine, ("gates", *BRANCHES)))
     arrays = (*keys, "compressed_key", "compressed_value", "gates")
     for method, name in choices.items():
         call = bound(fsa_jax.native_sparse_attention, 6, config=config, implementation=name)
@@ -188,6 +182,25 @@ def subjects(case: Case, implementation: Implementation, functions: Sequence[str
             )
             found.append(Subject("full_attention", method, call, keys))
     return [subject for subject in found if subject.function in functions]
+
+
+def gated_sum_by(backend: Backend) -> Callable[..., jax.Array]:
+    """The gated sum of gates and outputs, with the backward pass that it has in the operator."""
+
+    @jax.custom_vjp
+    def combine(gates, *outs):
+        return gated_sum.combine(gates, outs)
+
+    def forward(gates, *outs):
+        return combine(gates, *outs), (gates, outs)
+
+    def backward(residuals, dout):
+        gates, outs = residuals
+        dgates, douts, _ = gated_sum.combine_gradients(backend, gates, outs, dout)
+        return dgates, *douts
+
+    combine.defvjp(forward, backward)
+    return combine
 
 
 # Inputs

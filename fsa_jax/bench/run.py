@@ -12,11 +12,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from fsa_jax import triton
 from fsa_jax.bench.config import BenchConfig, Run
 from fsa_jax.bench.measure import peers, roofline, timing
 from fsa_jax.bench.suites import attention, decode, models
 from fsa_jax.messages import naming
+from fsa_jax.pallas import support
 
 SUITES = ("kernels", "operator", "training", "prefill", "decode")
 
@@ -31,7 +31,7 @@ def bench(config: BenchConfig) -> list[Path]:
     methods = peers.wanted(config.peer_path)
     if methods:  # torch needs memory too
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    run = Run(config, interpret=triton.device_reason() is not None, peers=methods)
+    run = Run(config, interpret=support.device_reason() is not None, peers=methods)
     config.out.mkdir(parents=True, exist_ok=True)
     if not run.interpret:
         try:

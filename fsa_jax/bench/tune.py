@@ -19,18 +19,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fsa_jax import NSAConfig, triton
+from fsa_jax import NSAConfig
 from fsa_jax.arguments import checks
 from fsa_jax.bench import cases
 from fsa_jax.bench.cases import Case, Subject
 from fsa_jax.bench.measure import correctness, timing
 from fsa_jax.bench.measure.correctness import RIGHT_CHOICES
 from fsa_jax.messages import naming
-from fsa_jax.pallas import tile_tables
+from fsa_jax.pallas import support, tile_tables
 from fsa_jax.pallas.block_attention.plan import SelectedTuning, make_plan
 from fsa_jax.pallas.block_selection import plan as select_plan
 from fsa_jax.pallas.range_attention import passes as ranges
 from fsa_jax.pallas.range_attention.passes import RangeTile
+from fsa_jax.pallas.support import supported
 from fsa_jax.pallas.tile_config import Tile, shared_memory
 from fsa_jax.pallas.tile_tables import Key
 
@@ -108,7 +109,7 @@ class _Job:
 
 def tune(config: TuneConfig) -> Path:
     """Measures; gives the file written."""
-    interpret = triton.device_reason() is not None
+    interpret = support.device_reason() is not None
     began = time.perf_counter()
     results: dict[str, Any] = {"what": tile_tables.WHAT} | timing.describe_machine()
     results |= {
@@ -152,11 +153,11 @@ def jobs(config: TuneConfig, interpret: bool) -> list[_Job]:
 
 
 def _jobs_of(case: Case) -> list[_Job]:
-    shapes, capability = case.shapes(), triton.planned_capability()
+    shapes, capability = case.shapes(), support.planned_capability()
     query, key, value = (shapes[name] for name in ("query", "key", "value"))
     group, block_size = case.group, case.config.block_size
     tuning, topk = SelectedTuning(), case.config.topk
-    plan = make_plan(tuning, query, key, value, topk, block_size, capability)
+    plan = supported(make_plan(tuning, query, key, value, topk, block_size, capability))
     found = []
     plain = [
         Tile(rows=rows, num_warps=warps, num_stages=stages)
@@ -177,8 +178,7 @@ def _jobs_of(case: Case) -> list[_Job]:
         arrays = (query, key, value)
         if branch == "compressed":
             arrays = (query, shapes["compressed_key"], shapes["compressed_value"])
-        heuristics = ranges.make_plan(*arrays, capability)
-        assert heuristics is not None
+        heuristics = supported(ranges.make_plan(*arrays, capability))
         for kernel, name in _RANGES.items():
             short = kernel.removeprefix("range_")
             tiles = [
@@ -190,8 +190,7 @@ def _jobs_of(case: Case) -> list[_Job]:
             tiles = [t for t in tiles if ranges.shared_bytes(short, t, *arrays) <= fits]
             add(function, "triton", name, kernel, arrays, getattr(heuristics, short), tiles)
     compressed = shapes["compressed_key"]
-    scores = select_plan.make_plan(query, compressed, case.config, capability=capability)
-    assert scores is not None
+    scores = supported(select_plan.make_plan(query, compressed, case.config, capability=capability))
     heuristic = Tile(rows=scores.rows, num_warps=scores.num_warps, num_stages=scores.num_stages)
     arrays = (query, compressed, compressed)
     add("select_blocks", "triton", "forward", "score", arrays, heuristic, plain)

@@ -10,7 +10,7 @@ tokens that a sequence gets in the call:
   dense products over what was gathered, since a loop over tiles would be more steps than work.
 * many (a chunk of a long prompt): neighbours choose the same blocks, and a copy of them for each
   query would be topk * block_size times the chunk. So the keys of each sequence are copied once
-  into a row, and the computations of training (`operators.py`, with their kernels) serve it. The
+  into a row, and the computations of training (`fsa_jax.ops`, with their kernels) serve it. The
   rows are laid out so that the chunks of all sequences start at the same token, however many
   tokens came before: then a batch of sequences of different lengths is a packed row each.
 
@@ -26,9 +26,14 @@ import jax.numpy as jnp
 from einops import rearrange
 from jaxtyping import Array, Bool, Float, Int
 
-from fsa_jax import dispatch, operators, triton, xla
+from fsa_jax import xla
 from fsa_jax.inference.nsa_cache import Chunk, KVCache, NSACache
-from fsa_jax.operators import Call
+from fsa_jax.ops.block_attention import BlockSpec, Lists, block_attention
+from fsa_jax.ops.block_selection import SelectionSpec, choose_blocks
+from fsa_jax.ops.call import Backend
+from fsa_jax.ops.dispatch import CUDNN, Request, resolve
+from fsa_jax.ops.nsa import NAME, NSASpec
+from fsa_jax.ops.range_attention import Ranges, RangeSpec, range_attention
 from fsa_jax.semantics import segments
 from fsa_jax.semantics.precision import einsum, wide_dtype
 from fsa_jax.semantics.segments import Rows, Windows
@@ -42,8 +47,8 @@ FEW = 16
 _GATHERED = 64
 
 
-_range_attention: Any = operators.range_attention
-_block_attention: Any = operators.block_attention
+_range_attention: Any = range_attention
+_block_attention: Any = block_attention
 
 
 class Branches(NamedTuple):
@@ -54,13 +59,15 @@ class Branches(NamedTuple):
     window: Float[Array, "B n N E"]
 
 
-def mode_of(implementation: str | None, query: Float[Array, "B n N D"], cache: KVCache) -> str:
-    """The mode of `operators.Call` that serves queries of this shape.
+def backend_of(
+    implementation: str | None, query: Float[Array, "B n N D"], cache: KVCache
+) -> Backend:
+    """The backend that serves queries of this shape.
 
     Raises:
       NotImplementedError: the named implementation cannot serve them.
     """
-    if implementation in ("reference", *dispatch.CUDNN):
+    if implementation in ("reference", *CUDNN):
         raise NotImplementedError(
             f"implementation={implementation!r} cannot serve a cache; use 'xla', 'triton' or None"
         )
@@ -70,17 +77,15 @@ def mode_of(implementation: str | None, query: Float[Array, "B n N D"], cache: K
         return jax.ShapeDtypeStruct(shape, cache.key.dtype)
 
     if isinstance(cache, NSACache):
-        name, row = "native_sparse_attention", keys(cache.capacity + query.shape[1])
-        windows = keys(cache.windows)
-        reason = triton.select_reason(query, windows, cache.config)
-        reason = reason or triton.range_reason(query, windows, windows, implementation)
-        reason = reason or triton.selected_reason(
-            query, row, row, block_size=cache.config.block_size
-        )
-    else:
-        name, row = "causal_attention", keys(cache.capacity)
-        reason = triton.range_reason(query, row, row, implementation)
-    return dispatch.mode_of(name, implementation, reason)
+        row, windows = keys(cache.capacity + query.shape[1]), keys(cache.windows)
+        near = keys(min(cache.config.window_size - 1, cache.capacity) + query.shape[1])
+        # plans do not depend on the scale
+        spec = NSASpec.of(cache.config, 1.0, packed=True)
+        requests = spec.requests(query, (windows, windows), ((row, row), (near, near)))
+        return resolve(NAME, implementation, *requests.values()).backend
+    row, spec = keys(cache.capacity), RangeSpec(scale=1.0, branch="full")
+    request = Request(spec, (query, row, row))
+    return resolve("causal_attention", implementation, request).backend
 
 
 def attend(
@@ -90,7 +95,7 @@ def attend(
     layer: int | Array,
     *,
     scale: float,
-    mode: str,
+    backend: Backend,
 ) -> Branches:
     """The branches of queries whose keys are in the cache.
 
@@ -100,18 +105,18 @@ def attend(
       chunk: where the queries stand.
       layer: number of the layer.
       scale: factor of the logits.
-      mode: of `mode_of`.
+      backend: of `backend_of`.
     """
     if query.shape[1] > FEW:
-        return _many(query, cache, chunk, layer, scale, mode)
+        return _many(query, cache, chunk, layer, scale, backend)
 
     def kernels(*args):
         from fsa_jax.inference import decode_step
 
-        interpret = mode == "interpret"
+        interpret = backend is Backend.TRITON_INTERPRET
         return Branches(*decode_step.attend(*args, scale=scale, interpret=interpret)[0])
 
-    few = Call(mode, scale).choose(kernels, functools.partial(_few, scale=scale))
+    few = backend.runs(kernels, functools.partial(_few, scale=scale))
     return few(query, cache, chunk, jnp.asarray(layer, jnp.int32))
 
 
@@ -122,7 +127,7 @@ def attend_full(
     layer: int | Array,
     *,
     scale: float,
-    mode: str,
+    backend: Backend,
 ) -> Float[Array, "B n N E"]:
     """Causal attention to all tokens of the sequences; arguments as in `attend`."""
     length, capacity = query.shape[1], cache.capacity
@@ -134,8 +139,9 @@ def attend_full(
     if length <= FEW:
         return _dense(query, key, value, _until(stop, capacity), scale)[0]
     seers = _seers(jnp.arange(capacity, dtype=jnp.int32)[None] - chunk.first[:, None], chunk)
-    call = Call(mode, scale, name="full")
-    return _range_attention(call, query, key, value, (jnp.zeros_like(stop), stop), seers)[0]
+    spec = RangeSpec(backend=backend, scale=scale, branch="full")
+    ranges = Ranges((jnp.zeros_like(stop), stop), seers)
+    return _range_attention(spec, query, key, value, ranges)[0]
 
 
 # Compressed attention and the selection
@@ -272,24 +278,24 @@ def _window(cache: NSACache, chunk: Chunk, reach: int):
 # Many tokens
 
 
-def _many(query, cache: NSACache, chunk: Chunk, layer, scale: float, mode: str) -> Branches:
-    config = cache.config
+def _many(query, cache: NSACache, chunk: Chunk, layer, scale: float, backend) -> Branches:
+    config, static = cache.config, {"backend": backend, "scale": scale}
     seen = _compressed(cache, chunk, layer)
     visible = segments.visible_windows(seen.windows)
     # a window is seen from its last token on
     seers = _seers(seen.windows.start + (config.kernel_size - 1), chunk)
-    call = Call(mode, scale, name="compressed")
-    compressed, lse = _range_attention(call, query, seen.key, seen.value, visible, seers)
-    call = Call(mode, scale, config=config)
-    blocks = operators.choose_blocks(call, query, seen.key, lse, seen.rows, seen.windows)
-    selected = _listed_in_row(query, cache, chunk, layer, blocks, scale, mode)
+    spec, ranges = RangeSpec(**static, branch="compressed"), Ranges(visible, seers)
+    compressed, lse = _range_attention(spec, query, seen.key, seen.value, ranges)
+    spec = SelectionSpec(**static, config=config, packed=seen.rows.packed)
+    blocks = choose_blocks(spec, query, seen.key, lse, seen.rows, seen.windows)
+    selected = _listed_in_row(query, cache, chunk, layer, blocks, static)
     reach = min(config.window_size - 1, cache.capacity)
     key, value = _nearby(cache, chunk, layer, reach)
     place = jnp.arange(key.shape[1], dtype=jnp.int32)[None] - reach
     seers = _seers(jnp.broadcast_to(place, (query.shape[0], place.shape[1])), chunk)
     seers = seers[0], jnp.clip(place + min(config.window_size, key.shape[1]), *seers)
-    call = Call(mode, scale, name="window")
-    window, _ = _range_attention(call, query, key, value, _window(cache, chunk, reach), seers)
+    spec, ranges = RangeSpec(**static, branch="window"), Ranges(_window(cache, chunk, reach), seers)
+    window, _ = _range_attention(spec, query, key, value, ranges)
     return Branches(compressed, selected, window)
 
 
@@ -303,7 +309,7 @@ def _seers(place: Int[Array, "B m"], chunk: Chunk) -> tuple[Array, Array]:
     return jnp.where(there, jnp.clip(place, 0, added), 0), jnp.where(there, added, 0)
 
 
-def _listed_in_row(query, cache: NSACache, chunk: Chunk, layer, blocks, scale, mode):
+def _listed_in_row(query, cache: NSACache, chunk: Chunk, layer, blocks, static):
     """Attention of many queries to listed blocks, in a copy of each sequence's tokens.
 
     The copy is a row in which the chunk starts at token `capacity` for every sequence, and the
@@ -320,7 +326,7 @@ def _listed_in_row(query, cache: NSACache, chunk: Chunk, layer, blocks, scale, m
     documents = segments.describe_rows(there.astype(jnp.int32), *there.shape)
     first = first[:, None, None, None]
     starts = jnp.where(blocks >= 0, blocks * size - first, length)
-    call = Call(mode, scale, block_size=size, packed=True)
-    arrays = (documents.start, documents.end, documents.valid)
+    spec = BlockSpec(**static, block_size=size, packed=True)
     offset = jnp.full((query.shape[0], 1), begin, jnp.int32)
-    return _block_attention(call, query, key, value, starts, arrays, offset)[0]
+    lists = Lists(starts, documents.start, documents.end, documents.valid, offset)
+    return _block_attention(spec, query, key, value, lists)[0]

@@ -12,13 +12,14 @@ from flax import nnx
 from flax.typing import Initializer
 from jaxtyping import Array, Float, Integer
 
-from fsa_jax import sharding, stripes
 from fsa_jax.arguments import checks
 from fsa_jax.arguments.types import AnyArray, IntegerList
 from fsa_jax.inference.nsa_cache import Chunk, KVCache
+from fsa_jax.ops import partition
 from fsa_jax.partitioning import partitioned
 from fsa_jax.rope import RoPE
 from fsa_jax.semantics.segments import Rows, cut, describe_rows
+from fsa_jax.sequence_parallel import zigzag
 
 
 def check_heads(num_heads: int, num_kv_heads: int) -> None:
@@ -41,10 +42,10 @@ def without_padding(x: jax.Array, segment_ids: Any) -> jax.Array:
         return checks.rows(x, segment_ids, True).without_padding(x)
 
     given = (x, segment_ids)
-    mesh = sharding.explicit_mesh(given)
+    mesh = partition.explicit_mesh(given)
     if mesh is None:
         return call(given)
-    return sharding.on_auto_axes(call, mesh, sharding.explicit_spec(x), given)
+    return partition.on_auto_axes(call, mesh, partition.explicit_spec(x), given)
 
 
 def linear(
@@ -73,7 +74,7 @@ class AttentionLayer(nnx.Module):
 
     @property
     def stride(self) -> int:
-        """What the tokens of a stripe must be a multiple of, with a `sequence_axis`."""
+        """What the tokens of a chunk must be a multiple of, with a `sequence_axis`."""
         return 1
 
     def __init__(
@@ -181,7 +182,7 @@ class AttentionLayer(nnx.Module):
         if cache is None:
             checks.absent("without a cache", num_tokens=num_tokens, fresh=fresh or None)
             arrays = self._arrays(x, segment_ids, positions)
-            return sharding.layer_call(self, self.sequence_axis, *arrays)
+            return partition.layer_call(self, self.sequence_axis, *arrays)
         checks.absent("with a cache", segment_ids=segment_ids, positions=positions)
         x = self._check_features(checks.floating("x", x, "B T C"))
         self.check_cache(cache, x.shape[0])
@@ -287,7 +288,7 @@ class AttentionLayer(nnx.Module):
         if self.sequence_axis is None:
             return rows, rows.position
         checks.sequence(self.sequence_axis, True, x.shape[1], self.stride)
-        return rows, stripes.positions(segment_ids, x.shape[:2], self.sequence_axis)
+        return rows, zigzag.positions(segment_ids, x.shape[:2], self.sequence_axis)
 
     def _turn(self, x: jax.Array, positions: jax.Array) -> jax.Array:
         return x if self.rope is None else self.rope.apply(x, positions)

@@ -9,13 +9,13 @@ from flax import nnx
 from flax.nnx.nn import initializers
 from flax.typing import Dtype, Initializer, PrecisionLike
 
-from fsa_jax import causal
+from fsa_jax import api
 from fsa_jax.arguments import checks
 from fsa_jax.arguments.types import DenseImplementation
-from fsa_jax.dispatch import CUDNN, check_name
 from fsa_jax.inference import cached_attention
 from fsa_jax.inference.nsa_cache import Chunk, KVCache
 from fsa_jax.nn.base import AttentionLayer
+from fsa_jax.ops.dispatch import CUDNN, check_name
 from fsa_jax.rope import RoPE
 
 _ROPE = RoPE()
@@ -100,7 +100,7 @@ class FullAttention(AttentionLayer):
         return self._attend(query, key, self.value(x), segment_ids)
 
     def _attend(self, query, key, value, segment_ids: jax.Array | None) -> jax.Array:
-        return causal.causal_attention(
+        return api.causal_attention(
             query,
             key,
             value,
@@ -149,12 +149,14 @@ class FullAttention(AttentionLayer):
         query, key = (self._turn(y, chunk.position) for y in (self.query(x), self.key(x)))
         value = self.value(x)
         self._check_same_dtype(key, cache)
-        mode = cached_attention.mode_of(self.implementation, query, cache)
+        backend = cached_attention.backend_of(self.implementation, query, cache)
         cache = cache.append(key, value, layer, chunk)
         if fresh:
             # tokens that are not there come last, where the others do not see them
             heads = self._attend(query, key, value, None)
         else:
             scale = checks.scale(self.scale, self.head_dim)
-            heads = cached_attention.attend_full(query, cache, chunk, layer, scale=scale, mode=mode)
+            heads = cached_attention.attend_full(
+                query, cache, chunk, layer, scale=scale, backend=backend
+            )
         return self._project_out(heads, chunk), cache

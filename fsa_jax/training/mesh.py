@@ -1,7 +1,7 @@
 """Where a run computes: the mesh of its devices, and how its arrays are split over them.
 
 The axes are `data` (rows of a batch; with fsdp also parameters), `tensor` (heads, and the hidden
-features of the feed-forward) and `sequence` (tokens of a row, see `fsa_jax.context`).
+features of the feed-forward) and `sequence` (tokens of a row, see `fsa_jax.sequence_parallel`).
 """
 
 import contextlib

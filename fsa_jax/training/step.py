@@ -13,7 +13,7 @@ from jaxtyping import Float32, Int32, UInt32
 from fsa_jax.arguments import checks
 from fsa_jax.semantics.precision import narrow
 from fsa_jax.semantics.segments import cut
-from fsa_jax.stripes import to_stripes
+from fsa_jax.sequence_parallel.zigzag import to_zigzag
 from fsa_jax.training.config import TrainConfig
 from fsa_jax.training.mesh import Placement
 from fsa_jax.transformer import Transformer, TransformerConfig
@@ -176,7 +176,7 @@ def _arrange(placement: Placement | None, *arrays):
     if placement is None or placement.stripes == 1:
         return arrays
     return tuple(
-        jax.lax.with_sharding_constraint(to_stripes(x, placement.stripes), placement.tokens)
+        jax.lax.with_sharding_constraint(to_zigzag(x, placement.stripes), placement.tokens)
         for x in arrays
     )
 

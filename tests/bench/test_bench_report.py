@@ -6,6 +6,7 @@ import re
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from fsa_jax.bench.report.markdown import MARK, report
@@ -159,7 +160,9 @@ def test_the_plot_of_models_keeps_packed_sequences_apart():
     content["rows"] += packed
     figure = PLOTS["models"][1]([Run("training", content, content["rows"])])
     assert figure is not None
-    heights = {axes.get_title(): axes.lines[0].get_ydata().tolist() for axes in figure.axes}
+    heights = {
+        axes.get_title(): list(np.asarray(axes.lines[0].get_ydata())) for axes in figure.axes
+    }
     assert list(heights) == ["step, one document", "step, packed documents"]
     one, many = heights.values()
     assert many == [9 * height for height in one]

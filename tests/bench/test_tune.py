@@ -10,15 +10,17 @@ import numpy as np
 import pytest
 
 import fsa_jax
-from fsa_jax import operators
 from fsa_jax.bench import tune as tuner
 from fsa_jax.bench.tune import TuneConfig, difference, fastest, tune
 from fsa_jax.cli import main
+from fsa_jax.ops.block_attention import BlockSpec
+from fsa_jax.ops.call import Backend
 from fsa_jax.pallas import SelectedTuning, Tile, tile_tables
 from fsa_jax.pallas.block_attention.plan import make_plan
 from fsa_jax.pallas.block_selection import plan as select_plan
 from fsa_jax.pallas.range_attention import passes as ranges
 from fsa_jax.pallas.range_attention.passes import RangeTile
+from fsa_jax.pallas.support import supported
 
 
 def arrays(group=4, width=128, keys=1024, dtype=jnp.bfloat16):
@@ -61,8 +63,7 @@ def test_the_users_table_is_taken_for_its_device_alone(user_table):
     key = tile_tables.key_of("range_forward", *arrays())
     name = user_table(tile_tables.entry(key, WIDE))
     assert tile_tables.table() == name
-    heuristic = ranges.make_plan(*arrays(), 90)
-    assert heuristic is not None
+    heuristic = supported(ranges.make_plan(*arrays(), 90))
     plan = ranges.make_plan(*arrays(), 90, name)
     assert plan == dataclasses.replace(heuristic, forward=WIDE)
     user_table(tile_tables.entry(key, WIDE), device="NVIDIA H100 80GB HBM3")
@@ -115,25 +116,23 @@ def test_where_the_heuristic_tile_won_the_heuristics_stay(user_table):
 
 def test_plans_of_all_kernels_take_their_tiles():
     query, key, value = arrays()
-    call = operators.Call("gpu", 1.0, block_size=64)
-    starts = jnp.zeros((1, 1024, 2, 16), jnp.int32)
+    spec = BlockSpec(backend=Backend.TRITON, scale=1.0, block_size=64, packed=False)
     tiles = {tile_tables.key_of(kernel, *arrays(), 64): PLAIN for kernel in tile_tables.SELECTED}
     tiles[tile_tables.key_of("score", query, key, key)] = PLAIN
     with tile_tables.using(tiles):
-        call = dataclasses.replace(call, table=tile_tables.table())
-        plan = operators._plan_of(call, query, key, value, starts)
-        scores = select_plan.make_plan(query, key, fsa_jax.NSAConfig(), table=tile_tables.table())
-        asked = SelectedTuning(forward=Tile(rows=128))
-        mine = operators._plan_of(
-            dataclasses.replace(call, tuning=asked), query, key, value, starts
+        spec = dataclasses.replace(spec, table=tile_tables.table())
+        plan = supported(spec.plan(query, key, value, 16))
+        scores = supported(
+            select_plan.make_plan(query, key, fsa_jax.NSAConfig(), table=tile_tables.table())
         )
+        asked = SelectedTuning(forward=Tile(rows=128))
+        mine = supported(dataclasses.replace(spec, tuning=asked).plan(query, key, value, 16))
     for _, _, field in tile_tables.SELECTED.values():
         assert getattr(plan, field) == PLAIN
-    assert scores is not None
     assert (scores.rows, scores.num_warps, scores.num_stages) == (32, 2, 4)
     assert mine.forward == mine.query_tile == asked.forward  # what is asked for comes first
     assert mine.backward == PLAIN
-    assert make_plan(SelectedTuning(), query, key, value, 16, 64, 90).forward != PLAIN
+    assert supported(make_plan(SelectedTuning(), query, key, value, 16, 64, 90)).forward != PLAIN
 
 
 @pytest.mark.slow

@@ -19,7 +19,7 @@ from util import (
 )
 
 import fsa_jax
-from fsa_jax import triton
+from fsa_jax.pallas import support
 from fsa_jax.pallas.range_attention import hopper_pipeline
 from gpu.test_gpu import dirty_memory, pytestmark, segments
 
@@ -57,7 +57,7 @@ def inputs(branch, shape, dtype):
 @pytest.fixture(autouse=True)
 def refused():
     """Whether the GPU has no such kernels; then a call by name says so."""
-    if triton.hopper_reason() is None:
+    if support.hopper_reason() is None:
         return False
     with pytest.raises(NotImplementedError, match=r"compute capability 9\.0"):
         attend("compressed", "mosaic_gpu")(*inputs("compressed", "g1", jnp.bfloat16))

@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 from util import normal
 
 import fsa_jax
-from fsa_jax import from_stripes, to_stripes
+from fsa_jax import from_zigzag, to_zigzag
 from fsa_jax.bench.ahead_of_time import config_of, operator_gradients
 from fsa_jax.bench.shapes import Shape
 
@@ -82,12 +82,12 @@ def test_two_gpus_compute_what_one_does(split, mesh):
     sequence = split == "sequence"
     inputs = arrays()
     if sequence:
-        inputs = [to_stripes(x, 2) for x in inputs]
+        inputs = [to_zigzag(x, 2) for x in inputs]
     placed = jax.device_put(inputs, NamedSharding(mesh, SPLITS[split]))
     program = jax.jit(functools.partial(step, "devices" if sequence else None))
     got = jax.device_get(program(*placed))
     if sequence:
-        got = jax.tree.map(lambda x: np.asarray(from_stripes(jnp.asarray(x), 2)), got)
+        got = jax.tree.map(lambda x: np.asarray(from_zigzag(jnp.asarray(x), 2)), got)
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
         a, b = a.astype(np.float32), b.astype(np.float32)
         # a block whose score is a tie to rounding may be chosen by one alone: few rows, then

@@ -17,7 +17,7 @@ from test_x64 import (
 from util import assert_same_bits, both_ways, normal
 
 import fsa_jax
-from fsa_jax import triton
+from fsa_jax.pallas import support
 from gpu.test_gpu import dirty_memory, pytestmark, segments
 
 __all__ = [  # used by pytest
@@ -41,7 +41,7 @@ LENGTH = 2048
 )
 @pytest.mark.parametrize("group", [1, 4, 16])
 def test_the_operator_and_its_gradients_are_bitwise_the_same(implementation, dtype, packed, group):
-    if implementation == "mosaic_gpu" and triton.hopper_reason():
+    if implementation == "mosaic_gpu" and support.hopper_reason():
         implementation = "triton"
     shapes = [(LENGTH, 2 * group), *[(LENGTH, 2)] * 2, *[(LENGTH // 16, 2)] * 2]
     arrays = [normal(i, 1, *x, 128, dtype=jnp.dtype(dtype)) for i, x in enumerate(shapes)]

@@ -25,9 +25,10 @@ from util import (
 )
 
 import fsa_jax
-from fsa_jax import dispatch, operators, triton
 from fsa_jax.bench.shapes import Shape
-from fsa_jax.pallas import SelectedTuning, Tile
+from fsa_jax.ops import block_attention
+from fsa_jax.ops.block_attention import BlockSpec
+from fsa_jax.pallas import SelectedTuning, Tile, support
 from fsa_jax.pallas.block_attention import query_tile
 from fsa_jax.pallas.block_attention.passes import (
     KV_OUTER_DQ_ROWS,
@@ -37,6 +38,7 @@ from fsa_jax.pallas.block_attention.passes import (
 )
 from fsa_jax.pallas.block_attention.plan import METHODS, make_plan
 from fsa_jax.pallas.block_attention.query_index import build_index, num_pieces, search
+from fsa_jax.pallas.support import supported
 from fsa_jax.semantics.segments import describe_rows
 
 kernel_attention = functools.partial(selected, implementation="triton_interpret")
@@ -46,15 +48,9 @@ kernel_attention = functools.partial(selected, implementation="triton_interpret"
 def unwritten_is_nan():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(jax.lax, "empty", lambda shape, dtype: jnp.full(shape, jnp.nan, dtype))
-        trace_again()
+        jax.clear_caches()  # nothing that was traced without the patch may serve
         yield
-    trace_again()
-
-
-def trace_again():
-    """Forgets the functions that other settings have traced."""
-    for traced in (operators._block_forward_on, operators._block_backward_on):
-        traced.cache_clear()
+    jax.clear_caches()
 
 
 def inputs(shape, dtype=jnp.float32, seed=0):
@@ -191,11 +187,11 @@ def test_chunks_change_no_result(heads, tokens, sort_pairs, packed, monkeypatch)
     """Few pairs an item: then blocks have several items in each chunk, also inside the block."""
 
     def chunked(*args, **sizes):
-        plan = make_plan(*args, **sizes)
+        plan = supported(make_plan(*args, **sizes))
         return dataclasses.replace(plan, heads=heads, tokens=tokens, sort_pairs=sort_pairs)
 
-    monkeypatch.setattr(operators, "make_plan", chunked)
-    trace_again()
+    monkeypatch.setattr(block_attention, "make_plan", chunked)
+    jax.clear_caches()
     ids, indices = packed_ids(SMALL) if packed else None, lists(3, *SMALL.indices, SMALL.blocks)
     make = functools.partial(selected, indices, SMALL.block_size, ids)
     args = inputs(SMALL)
@@ -224,7 +220,7 @@ def test_rows_of_a_chunk_have_numbers_of_32_bits():
         jax.ShapeDtypeStruct(x, "bfloat16") for x in (shape.query, shape.key, shape.value)
     )
     tuning = SelectedTuning(method="kv_outer", scratch_bytes=2**40)
-    plan = make_plan(tuning, query, key, value, shape.slots, 64, 90)
+    plan = supported(make_plan(tuning, query, key, value, shape.slots, 64, 90))
     assert plan.heads * plan.tokens * shape.slots * 16 <= 2**31
     assert plan.tokens == shape.length  # and no smaller than that
 
@@ -241,7 +237,7 @@ def test_a_chunk_fits_the_scratch_budget(scratch_mib, dtype):
             jax.ShapeDtypeStruct(x, dtype) for x in (shape.query, shape.key, shape.value)
         )
         tuning = SelectedTuning(scratch_bytes=budget)
-        plan = make_plan(tuning, query, key, value, slots, 64, 90)
+        plan = supported(make_plan(tuning, query, key, value, slots, 64, 90))
         pairs = plan.heads * plan.tokens * slots
         width = 128 * jnp.dtype(dtype).itemsize
         partial = pairs * (heads // kv_heads) * (width + 4)
@@ -419,10 +415,9 @@ def test_a_call_that_the_kernels_cannot_serve(name, monkeypatch, caplog):
     )
     with pytest.raises(NotImplementedError, match=reason):
         call(implementation="triton_interpret")
-    monkeypatch.setattr(triton, "capability", lambda: 90)
+    monkeypatch.setattr(support, "capability", lambda: 90)
     with pytest.raises(NotImplementedError, match=reason):
         call(implementation="triton")
-    monkeypatch.setattr(dispatch, "_logged", set())
     with caplog.at_level("INFO", logger="fsa_jax"):
         assert np.isfinite(call()).all()
         call()
@@ -440,7 +435,7 @@ def test_an_old_gpu_or_none_is_refused(monkeypatch):
     )
     with pytest.raises(NotImplementedError, match="need an NVIDIA GPU"):
         call()
-    monkeypatch.setattr(triton, "capability", lambda: 75)
+    monkeypatch.setattr(support, "capability", lambda: 75)
     with pytest.raises(NotImplementedError, match=r"capability 8\.0, the GPU has 7\.5"):
         call()
 
@@ -449,10 +444,10 @@ def test_on_a_cpu_the_choice_for_either_device_is_the_portable_implementation():
     """What None does in a process that has a GPU, lowered for a CPU: values and gradients."""
     indices = lists(0, *SMALL.indices, SMALL.blocks)
     rows = describe_rows(packed_ids(SMALL), SMALL.batch, SMALL.length)
+    spec = BlockSpec(scale=0.3, block_size=16, packed=True)
     either = functools.partial(
-        operators.selected_attention,
-        block_indices=indices, rows=rows, block_size=16, scale=0.3, mode="either",
-    )  # fmt: skip
+        block_attention.selected_attention, spec, block_indices=indices, rows=rows
+    )
     portable = selected(indices, 16, packed_ids(SMALL), "xla", scale=0.3)
     args = inputs(SMALL)
     got, wanted = (value_and_gradients(f, 3, *args) for f in (either, portable))

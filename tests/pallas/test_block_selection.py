@@ -20,6 +20,7 @@ from fsa_jax import NSAConfig, xla
 from fsa_jax.bench.ahead_of_time import compile_for
 from fsa_jax.pallas.block_selection.passes import select_blocks
 from fsa_jax.pallas.block_selection.plan import make_plan
+from fsa_jax.pallas.support import Unsupported, supported
 from fsa_jax.semantics.segments import describe_rows, describe_windows
 
 SCALE = 0.3
@@ -28,8 +29,7 @@ SCALE = 0.3
 def kernel(query, key, lse, segment_ids, config, interpret=True, capability=90, **sizes):
     """Lists from the kernels; `sizes` replace those of the plan."""
     rows = describe_rows(segment_ids, *query.shape[:2])
-    plan = make_plan(query, key, config, capability=capability)
-    assert plan is not None
+    plan = supported(make_plan(query, key, config, capability=capability))
     return select_blocks(
         query,
         key,
@@ -254,8 +254,7 @@ def test_keys_of_later_windows_are_never_used():
 def test_a_chunk_fits_the_scratch_budget(length, scratch_mib):
     query = jax.ShapeDtypeStruct((3, length, 12, 128), jnp.bfloat16)
     key = jax.ShapeDtypeStruct((3, length // 16, 4, 128), jnp.bfloat16)
-    plan = make_plan(query, key, NSAConfig(), scratch_mib * 2**20)
-    assert plan is not None
+    plan = supported(make_plan(query, key, NSAConfig(), scratch_mib * 2**20))
     blocks = -(-length // 64 // 64) * 64
     used = 4 * plan.heads * plan.tokens * (blocks + blocks // 64)
     assert used <= scratch_mib * 2**20
@@ -272,7 +271,9 @@ def test_what_does_not_fit():
     with pytest.raises(ValueError, match="must hold the ranks of 128 tokens, 8519680, got 1048576"):
         make_plan(query, key, NSAConfig(), 2**20)
     query, key = (jax.ShapeDtypeStruct((1, 64, n, 256), jnp.float32) for n in (128, 1))
-    assert make_plan(query, key, NSAConfig(), capability=86) is None
+    refusal = make_plan(query, key, NSAConfig(), capability=86)
+    assert isinstance(refusal, Unsupported)
+    assert "head width 256 of float32 needs more shared memory" in refusal.reason
 
 
 @pytest.mark.compile

@@ -11,7 +11,7 @@ from training.test_training import MODEL, saved_state, texts, tiny
 
 __all__ = ["texts"]  # used by pytest
 
-# Dropout falls on places of a row, and stripes are another order of the tokens.
+# Dropout falls on places of a row, and zigzag order is another one of the tokens.
 NSA = dataclasses.replace(MODEL, num_layers=1, dropout_rate=0.0)
 FULL = dataclasses.replace(MODEL, num_kv_heads=2, attention="full")
 

@@ -49,7 +49,7 @@ def build_lists(
         query_index.build_index,
         rows=rows,
         kv_heads=kv_heads,
-        spacing=_spacing(plan, rows),
+        spacing=_spacing(plan, rows.packed),
         block=plan.block,
         pairs=plan.pairs,
         interpret=interpret,
@@ -58,6 +58,20 @@ def build_lists(
         return build(where, starts)
     lists = jax.lax.map(lambda x: build(x[0][None], x[1][None]), (where, starts))
     return jax.tree.map(lambda x: x[:, 0], lists)
+
+
+def lists_shape(
+    plan: Plan, lists: tuple[int, ...], length: int, *, block_size: int, packed: bool
+) -> query_index.Index:
+    """What `build_lists` makes of lists [B, T, K, S], as shapes and dtypes.
+
+    `length` is that of a row of keys, and `packed` says whether rows have segment ids.
+    """
+    batch, tokens, kv_heads, slots = lists
+    chunks = batch * kv_heads // plan.heads * -(-tokens // plan.tokens)
+    cut = (chunks, plan.heads, plan.tokens, slots * (block_size // plan.block))
+    spacing = _spacing(plan, packed)
+    return query_index.index_shape(cut, length, spacing=spacing, block=plan.block, pairs=plan.pairs)
 
 
 def attention(
@@ -162,7 +176,7 @@ def gradients(
     """
     starts = _split_blocks(starts, offset, key.shape[1], block_size, plan.block)
     static = {"block": plan.block, "scale": scale, "interpret": interpret}
-    kv_heads, spacing = key.shape[2], _spacing(plan, rows)
+    kv_heads, spacing = key.shape[2], _spacing(plan, rows.packed)
     methods = plan.backward_methods
     kv_outer, either = "kv_outer" in methods, len(methods) > 1
     if methods == ("kv_outer",):
@@ -315,9 +329,9 @@ def _chunk_lists(plan, starts, offset, length):
     return where, starts
 
 
-def _spacing(plan, rows):
+def _spacing(plan, packed):
     """Every block starts at a multiple of this."""
-    return 1 if rows.packed else plan.block
+    return 1 if packed else plan.block
 
 
 def _fold(step, results, chunks):

@@ -10,6 +10,7 @@ from typing import Literal, get_args
 import jax.numpy as jnp
 
 from fsa_jax.arguments import scalars
+from fsa_jax.pallas.support import Unsupported
 from fsa_jax.pallas.tile_config import (
     Tile,
     arrays_reason,
@@ -114,10 +115,8 @@ class Plan:
     gradient_dtype: jnp.dtype
 
 
-def plan_reason(
-    tuning: SelectedTuning, query, key, value, block_size: int, capability: int
-) -> str | None:
-    """Why the kernels cannot serve a call on a GPU of that capability; None if they can."""
+def _reason(tuning: SelectedTuning, query, key, value, block_size: int) -> str | None:
+    """Why no kernel takes such a call, on whatever GPU; None if they do."""
     if reason := arrays_reason(query, key, value):
         return reason
     if block_size % 16:
@@ -130,28 +129,36 @@ def plan_reason(
             return f"rows={tile.rows} must hold the {group} heads of a group"
     if key.shape[0] * key.shape[1] * key.shape[2] > 2**30:
         return f"batch * tokens * key heads must be at most 2**30, got shape {key.shape}"
-    if _tile_sizes(query, key, value, block_size, capability) is None:
-        return (
-            f"{group} query heads a key head of {query.dtype} and head widths {key.shape[3]} and "
-            f"{value.shape[3]} need more than the {shared_memory(capability)} bytes of shared "
-            "memory of the GPU"
-        )
     return None
+
+
+def _too_wide(query, key, value, capability: int) -> str:
+    return (
+        f"{query.shape[2] // key.shape[2]} query heads a key head of {query.dtype} and head widths "
+        f"{key.shape[3]} and {value.shape[3]} need more than the {shared_memory(capability)} bytes "
+        "of shared memory of the GPU"
+    )
 
 
 def make_plan(
     tuning: SelectedTuning, query, key, value, slots: int, block_size: int, capability: int
-) -> Plan:
-    """Fills what `tuning` leaves open, from shapes, dtypes and the device's capability."""
+) -> Plan | Unsupported:
+    """Fills what `tuning` leaves open, from shapes, dtypes and the device's capability.
+
+    Raises:
+      ValueError: `scratch_bytes` does not hold the partial results of one token.
+    """
+    if reason := _reason(tuning, query, key, value, block_size):
+        return Unsupported(reason)
+    sizes = _tile_sizes(query, key, value, block_size, capability)
+    if sizes is None:
+        return Unsupported(_too_wide(query, key, value, capability))
     batch, _, kv_heads, width = key.shape
     group, value_width = query.shape[2] // kv_heads, value.shape[3]
     widths = padded_width(width) + padded_width(value_width)
     dtype = jnp.dtype(tuning.partial_dtype or query.dtype)
     # partial dq need more bits than the dq that they are summed to
     gradient_dtype = jnp.dtype(jnp.float16 if dtype == jnp.bfloat16 else jnp.float32)
-    sizes = _tile_sizes(query, key, value, block_size, capability)
-    if sizes is None:
-        raise ValueError("plan_reason must be asked before make_plan")
     block, rows = tuning.block_k or sizes[0], sizes[1]
     # float32: short sums, since one of thousands of terms in a row loses what float32 is chosen for
     pairs = tuning.pairs or (64 if query.dtype == jnp.float32 else 1024)

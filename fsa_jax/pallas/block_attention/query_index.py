@@ -16,6 +16,7 @@ that is the block size; in packed rows a block may start at any token, so `spaci
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -70,6 +71,37 @@ class Index:
         return self.programs < self.start.shape[-1]
 
 
+def index_shape(
+    lists: tuple[int, ...], length: int, *, spacing: int, block: int, pairs: int
+) -> Index:
+    """The index that `build_index` makes of lists [c, H, C, S], as shapes and dtypes.
+
+    Args:
+      lists: shape of the lists.
+      length: tokens T of a row of keys.
+      spacing: as in `build_index`.
+      block: likewise.
+      pairs: likewise.
+    """
+    chunks, heads, tokens, slots = lists
+    of_head, blocks = tokens * slots, -(-length // spacing)
+    cut = heads * of_head // pairs
+    bound = heads * min(blocks, of_head) + cut
+
+    def of_chunks(size: int) -> Any:
+        return jax.ShapeDtypeStruct((chunks, size), jnp.int32)
+
+    sizes = {name: bound for name in ("start", "stop", "head", "first", "count", "begins", "piece")}
+    sizes |= {"block_items": heads * blocks, "block_piece": heads * blocks, "items": 1}
+    return Index(
+        order=of_chunks(heads * of_head),
+        **{name: of_chunks(size) for name, size in sizes.items()},
+        # In packed rows each token may open a block, but few do: documents of one block on average
+        # have two blocks for each `block` tokens. An idle program costs 13 ns.
+        programs=min(bound, 2 * heads * -(-length // block) + cut),
+    )
+
+
 def num_pieces(pairs_of_chunk: int, pairs: int) -> int:
     """How many items of a chunk can be of blocks that are cut.
 
@@ -105,6 +137,7 @@ def build_index(
     length = rows.start.shape[1]
     blocks = -(-length // spacing)
     of_head = tokens * slots
+    shape = index_shape(starts.shape, length, spacing=spacing, block=block, pairs=pairs)
     # 1. sort
     number = jnp.where(starts < length, starts // spacing, blocks).reshape(-1, of_head)
     group = jnp.arange(chunks * heads, dtype=jnp.int32)[:, None]
@@ -123,9 +156,8 @@ def build_index(
     both = jnp.stack([needed, jnp.where(needed > 1, needed, 0)])
     ends = jnp.cumsum(both.reshape(2, -1), axis=1, dtype=jnp.int32).reshape(both.shape)
     before = jnp.concatenate([jnp.zeros((2, 1), jnp.int32), ends[:, :-1, -1]], axis=1)
-    cut = heads * of_head // pairs
-    bound = heads * min(blocks, of_head) + cut
-    number = before[0][:, None] + iota(bound)[None]  # of the item, among those of all chunks
+    # of the item, among those of all chunks
+    number = before[0][:, None] + iota(shape.start.shape[1])[None]
     found = search(ends[0].reshape(-1), number.reshape(-1) + 1, interpret=interpret)
     found = found.reshape(number.shape) - iota(chunks)[:, None] * (heads * blocks)
     live = found < heads * blocks
@@ -147,9 +179,7 @@ def build_index(
         block_items=needed,
         block_piece=block_piece,
         items=ends[0][:, -1:] - before[0][:, None],
-        # In packed rows each token may open a block, but few do: documents of one block on average
-        # have two blocks for each `block` tokens. An idle program costs 13 ns.
-        programs=min(bound, 2 * heads * -(-length // block) + cut),
+        programs=shape.programs,
     )
 
 

@@ -8,7 +8,8 @@ import dataclasses
 
 from fsa_jax.config import NSAConfig
 from fsa_jax.pallas import tile_tables
-from fsa_jax.pallas.tile_config import Tile, padded_width, shared_memory
+from fsa_jax.pallas.support import Unsupported
+from fsa_jax.pallas.tile_config import Tile, arrays_reason, padded_width, shared_memory
 from fsa_jax.pallas.tile_sizes import next_power_of_two
 
 #: Blocks of a tile.
@@ -47,19 +48,21 @@ def make_plan(
     scratch_bytes: int = 2**29,
     capability: int = 90,
     table: str | None = None,
-) -> SelectPlan | None:
+) -> SelectPlan | Unsupported:
     """Sizes from shapes, dtypes, the most bytes of ranks at a time, and the device's capability.
-
-    None if heads are too wide, in groups too large, for the device's shared memory.
 
     Raises:
       ValueError: `scratch_bytes` does not hold the ranks of one tile of rows.
     """
+    if reason := arrays_reason(query, key, key):
+        return Unsupported(reason)
     batch, length, query_heads, _ = query.shape
     kv_heads = key.shape[2]
     sizes = _tile_sizes(query, key, config, capability)
     if sizes is None:
-        return None
+        return Unsupported(
+            f"head width {key.shape[3]} of {query.dtype} needs more shared memory than it has"
+        )
     tile = Tile(
         rows=sizes[0],
         num_warps=8 if sizes[0] >= (32 if query.dtype.itemsize == 4 else 128) else 4,

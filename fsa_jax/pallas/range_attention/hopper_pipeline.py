@@ -29,8 +29,6 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-#: Compute capability of the GPUs that have these instructions.
-CAPABILITY = 90
 #: Head width; rows of a warpgroup, which one wgmma takes; warpgroups of an item.
 WIDTH, ROWS, WARPGROUPS = 128, 64, 2
 #: Multiprocessors of an H100 or H200.

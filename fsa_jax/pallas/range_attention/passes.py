@@ -9,6 +9,7 @@ import dataclasses
 
 from fsa_jax.pallas import tile_tables
 from fsa_jax.pallas.range_attention import hopper_groups, key_kernel, query_kernels
+from fsa_jax.pallas.support import Unsupported
 from fsa_jax.pallas.tile_config import Tile, arrays_reason, padded_width, shared_memory
 
 #: Programs of the kernel of dK and dV that keep a GPU busy, whatever the number of keys.
@@ -62,8 +63,8 @@ class Plan:
     splits: int
 
 
-def plan_reason(query, key, value, capability: int) -> str | None:
-    """Why the kernels cannot serve a call on a GPU of that capability; None if they can."""
+def _reason(query, key, value) -> str | None:
+    """Why no kernel takes such a call, on whatever GPU; None if they do."""
     if reason := arrays_reason(query, key, value):
         return reason
     batch, length, heads, _ = query.shape
@@ -71,11 +72,6 @@ def plan_reason(query, key, value, capability: int) -> str | None:
         return f"batch * key heads must be at most {MOST_HEADS}, got shape {key.shape}"
     if length * (heads // key.shape[2]) >= 2**30:
         return f"tokens * query heads a key head must be below 2**30, got shape {query.shape}"
-    if make_plan(query, key, value, capability) is None:
-        return (
-            f"head widths {key.shape[3]} and {value.shape[3]} of {query.dtype} need more than the "
-            f"{shared_memory(capability)} bytes of shared memory of the GPU"
-        )
     return None
 
 
@@ -94,11 +90,13 @@ def shared_bytes(kernel: str, tile: RangeTile, query, key, value) -> int:
 
 def make_plan(
     query, key, value, capability: int, table: str | None = None, *, causal: bool = False
-) -> Plan | None:
-    """The tiles of the table, else the first of `TILES` that fit on chip; None if none does.
+) -> Plan | Unsupported:
+    """The tiles of the table, else the first of `TILES` that fit on chip.
 
     `causal`: a query sees most of what comes before it, so that few tiles of keys are masked.
     """
+    if reason := _reason(query, key, value):
+        return Unsupported(reason)
     both = sum(padded_width(x.shape[3]) for x in (key, value))
     kind = "float32" if query.dtype.itemsize == 4 else "wide" if both > 256 else "narrow"
     window = kind == "narrow" and tile_tables.branch_of(query, key) == "window" and not causal
@@ -119,7 +117,10 @@ def make_plan(
 
     forward, dquery, dkeys = map(fitting, ("forward", "query_gradient", "key_gradient"))
     if forward is None or dquery is None or dkeys is None:
-        return None
+        return Unsupported(
+            f"head widths {key.shape[3]} and {value.shape[3]} of {query.dtype} need more than the "
+            f"{shared_memory(capability)} bytes of shared memory of the GPU"
+        )
     return Plan(forward, dquery, dkeys, splits=_splits(query, key, value, dkeys))
 
 

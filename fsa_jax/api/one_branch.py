@@ -1,19 +1,25 @@
-"""The public functions of one branch: attention to windows, to listed blocks, to neighbours.
+"""Attention of one branch: to compressed windows, to listed blocks, or to a sliding window.
 
-Shapes as in `api.py`. The batch axis B may be left out, of all arrays of a call together.
+Shapes: B batch, T tokens of a sequence, N query heads, K key/value heads, D head width of query and
+key, E head width of value, S listed blocks per query, M = T // d compressed windows, l kernel_size,
+d kernel_stride. The batch axis B may be left out, of all arrays of a call together.
 """
 
 from typing import Any, Literal, overload
 
 from jaxtyping import Array, Float, Integer
 
-from fsa_jax import triton
+from fsa_jax import reference
 from fsa_jax.arguments import checks
 from fsa_jax.arguments.types import AnyArray, FloatLike, Implementation, IntegerList, IntLike
 from fsa_jax.config import check_window
-from fsa_jax.dispatch import check_name, choose
+from fsa_jax.ops import block_attention, range_attention
+from fsa_jax.ops.block_attention import BlockSpec
+from fsa_jax.ops.call import Backend
+from fsa_jax.ops.dispatch import Request, check_name, resolve
+from fsa_jax.ops.partition import partitions_itself
+from fsa_jax.ops.range_attention import RangeSpec
 from fsa_jax.pallas import SelectedTuning
-from fsa_jax.sharding import partitions_itself
 
 
 @overload
@@ -117,16 +123,18 @@ def compressed_attention(
         query, compressed_key, compressed_value, kernel_stride
     )
     rows = checks.rows(query, segment_ids, has_batch)
-    reason = triton.range_reason(query, key, value, implementation)
-    result = choose("compressed_attention", implementation, reason)(
-        query,
-        key,
-        value,
-        rows,
-        kernel_size=kernel_size,
-        kernel_stride=kernel_stride,
-        scale=checks.scale(scale, query.shape[-1]),
+    scale = checks.scale(scale, query.shape[-1])
+    arrays, sizes = (
+        (query, key, value),
+        {"kernel_size": kernel_size, "kernel_stride": kernel_stride},
     )
+    spec = RangeSpec(scale=scale, branch="compressed")
+    choice = resolve("compressed_attention", implementation, Request(spec, arrays))
+    if choice.backend is Backend.REFERENCE:
+        result = reference.compressed_attention(*arrays, rows, **sizes, scale=scale)
+    else:
+        spec = spec.on(choice.backend)
+        result = range_attention.compressed_attention(spec, *arrays, rows, **sizes)
     return as_asked(result, has_batch, return_residuals)
 
 
@@ -243,17 +251,16 @@ def selected_attention(
     block_indices = block_indices if has_batch else block_indices[None]
     checks.same_axes("B T K", key=key, block_indices=block_indices)
     tuning = checks.tuning(tuning, implementation)
-    reason = triton.selected_reason(query, key, value, block_size=block_size, tuning=tuning)
-    serve = choose("selected_attention", implementation, reason, tuning=tuning)
-    result = serve(
-        query,
-        key,
-        value,
-        block_indices,
-        rows,
-        block_size=block_size,
-        scale=checks.scale(scale, query.shape[-1]),
-    )
+    scale = checks.scale(scale, query.shape[-1])
+    sizes = {"block_size": block_size, "scale": scale}
+    spec = BlockSpec(**sizes, packed=rows.packed, tuning=tuning)
+    request = Request(spec, (query, key, value, block_indices.shape[3]))
+    choice = resolve("selected_attention", implementation, request)
+    arrays = (query, key, value, block_indices, rows)
+    if choice.backend is Backend.REFERENCE:
+        result = reference.selected_attention(*arrays, **sizes)
+    else:
+        result = block_attention.selected_attention(spec.on(choice.backend), *arrays)
     return as_asked(result, has_batch, return_residuals)
 
 
@@ -348,14 +355,19 @@ def sliding_window_attention(
     window_size = checks.size("window_size", window_size)
     query, key, value, has_batch = checks.attention_arrays(query, key, value)
     rows = checks.rows(query, segment_ids, has_batch)
-    reason = triton.range_reason(query, key, value, implementation)
-    result = choose("sliding_window_attention", implementation, reason)(
-        query, key, value, rows, window_size=window_size, scale=checks.scale(scale, query.shape[-1])
-    )
+    scale = checks.scale(scale, query.shape[-1])
+    arrays, sizes = (query, key, value), {"window_size": window_size}
+    spec = RangeSpec(scale=scale, branch="window")
+    choice = resolve("sliding_window_attention", implementation, Request(spec, arrays))
+    if choice.backend is Backend.REFERENCE:
+        result = reference.sliding_window_attention(*arrays, rows, **sizes, scale=scale)
+    else:
+        spec = spec.on(choice.backend)
+        result = range_attention.sliding_window_attention(spec, *arrays, rows, **sizes)
     return as_asked(result, has_batch, return_residuals)
 
 
 def as_asked(result, has_batch: bool, return_residuals: bool) -> Any:
-    """Out and lse [B, ...] of a branch as the caller wants them."""
+    """Out and lse [B, ...] of a branch in the form that the caller asked for."""
     out, lse = result if has_batch else (x[0] for x in result)
     return (out, lse) if return_residuals else out

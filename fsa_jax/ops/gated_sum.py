@@ -1,12 +1,10 @@
 """The gated sum of the branches, and its gradient in one pass over each of them.
 
-The backward pass of a branch needs dout_b = gate_b * dout and delta_b = sum(out_b * dout_b).
-`gated_sum` computes both where it reads the branch for the gradient of its gate, and hands
--delta_b to the branch as the cotangent of its logsumexp. That is an agreement between it and
-`operators.Call(gated=True)`, whose backward pass then reads no output: nothing else that is
-differentiated may use the logsumexp of such a branch.
+The backward pass of a branch needs dout_b = gate_b * dout and delta_b = sum(out_b * dout_b). Both
+are computed where the branch's output is read for the gradient of its gate, so that nothing else in
+the backward pass reads it.
 
-Residuals: the gates, and the outputs of the branches, which these then do not keep.
+Shapes: B sequences, T tokens, N query heads, E head width.
 """
 
 import functools
@@ -17,9 +15,9 @@ import jax.numpy as jnp
 from einops import rearrange
 from jaxtyping import Array, Float
 
-from fsa_jax.operators import Call
+from fsa_jax.ops.call import Backend
+from fsa_jax.ops.partition import partitioned
 from fsa_jax.semantics.precision import wide_dtype
-from fsa_jax.sharding import partitioned
 
 
 def combine(gates: Float[Array, "B T #N 3"], outs) -> Float[Array, "B T N E"]:
@@ -30,39 +28,27 @@ def combine(gates: Float[Array, "B T #N 3"], outs) -> Float[Array, "B T N E"]:
     return jnp.asarray(total).astype(outs[0].dtype)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def gated_sum(call: Call, gates, outs, lses) -> Any:
-    """`combine` of branches that were computed with `gated=True`.
+def combine_gradients(backend: Backend, gates, outs, dout) -> tuple[jax.Array, Any, Any]:
+    """The gradients of `combine`, and delta = sum(out * dout) of each branch.
 
     Args:
-      call: mode of the gradient.
+      backend: what computes them.
       gates: [B, T, N, 3] or [B, T, 1, 3].
       outs: outputs of the three branches, [B, T, N, E] each.
-      lses: their logsumexps, [B, T, N] each.
+      dout: cotangent of the sum, [B, T, N, E].
+
+    Returns:
+      dgates like `gates`; the cotangent of each branch's output, like `dout`, and its delta
+      [B, T, N], computed from the cotangent as it is rounded.
     """
-    del call, lses
-    return combine(gates, outs)
-
-
-def _gated_sum_fwd(call, gates, outs, lses):
-    del call, lses
-    return combine(gates, outs), (gates, outs)
-
-
-def _gated_sum_bwd(call, residuals, dout):
-    gates, outs = residuals
-    run = _gradients_on(call, gates.shape[2] == 1)
-    # One branch after the other: else the compiler may make all three cotangents at once, which
-    # need three times the memory.
+    # One branch after the other: otherwise the compiler may make all three cotangents at once,
+    # which need three times the memory.
     found = []
     for i, out in enumerate(outs):
         late, _ = jax.lax.optimization_barrier((dout, found[-1:]))
-        found.append(run(gates[..., i], late, out))
+        found.append(_gradients(backend, gates.shape[2] == 1, gates[..., i], late, out))
     dgates, douts, deltas = zip(*found, strict=True)
-    return gates_gradient(gates, dgates), douts, tuple(-delta for delta in deltas)
-
-
-gated_sum.defvjp(_gated_sum_fwd, _gated_sum_bwd)
+    return gates_gradient(gates, dgates), douts, deltas
 
 
 def gates_gradient(gates, dgates):
@@ -73,20 +59,21 @@ def gates_gradient(gates, dgates):
     return dgates.astype(gates.dtype)
 
 
-@functools.cache
-def _gradients_on(call, one_gate):
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _gradients(backend, one_gate, *arrays):
     def kernels(gate, dout, out):
-        from fsa_jax.pallas import gate_gradient as kernel
+        from fsa_jax.pallas import gate_gradient
 
-        return kernel.gradients(gate, dout, out, interpret=call.static["interpret"])
+        interpret = backend is Backend.TRITON_INTERPRET
+        return gate_gradient.gradients(gate, dout, out, interpret=interpret)
 
     operands = {"gates": "b t one" if one_gate else "b t n", "dout": "b t n e", "out": "b t n e"}
-    function = call.choose(kernels, gate_gradient)
-    return partitioned(function, operands, ("b t n", "b t n e", "b t n"))
+    function = backend.runs(kernels, gate_gradient)
+    return partitioned(function, operands, ("b t n", "b t n e", "b t n"))(*arrays)
 
 
 def gate_gradient(gate, dout, out):
-    """What `pallas.gate_gradient.gradients` computes."""
+    """What `pallas.gates.gradients` computes."""
     wide = wide_dtype(dout)
     dbranch, out = branch_cotangent(gate, dout), out.astype(wide)
     delta = jnp.sum(out * dbranch.astype(wide), axis=-1)

@@ -1,25 +1,25 @@
-"""The calls in a program that XLA asks back about when it divides the program over a mesh.
+"""The calls in a program about which XLA calls Python back when it divides the program over a mesh.
 
-`jax.experimental.custom_partitioning` puts them there; two things are added.
+`jax.experimental.custom_partitioning` makes these calls; this module adds two things.
 
-**The mesh.** jax takes the axes of the mesh from the arrays that a program is given, and refuses a
-program with arrays of two meshes, if only the types of the axes differ. Yet what stands behind
+**The mesh.** jax takes the axes of the mesh from the arrays that a program is given. It refuses a
+program with arrays of two meshes, even if only the types of the axes differ. Yet a function behind
 `jax.sharding.auto_axes` has arrays of both. So where the mesh is known when a call is traced,
 `on_mesh` keeps it with the call.
 
-**Names that are the same in every process.** What XLA calls is Python, of which only a name stands
-in the program. jax takes the address of an object, and so jax's persistent cache of compiled
-programs, whose keys are made of programs, would have nothing for the same program after a restart.
-`name_call` says in the name all that this Python depends on:
+**Names that are the same in every process.** The callback is Python, and the program holds only a
+name for it. jax uses the address of an object. The keys of jax's persistent cache of compiled
+programs are made from programs, so with addresses in them no key would be the same after a restart.
+`name_call` makes a name from everything that the callback depends on:
 
 * the files of this package as they were imported, and the versions of Python, jax and jaxlib;
 * the function: where it is written, its bytecode, and whatever it closes over;
 * how its arrays may be split, over which mesh, and for which platforms it is lowered;
-* what of jax's configuration tracing depends on (`Tracing`, in which the callback traces).
+* the part of jax's configuration that tracing depends on (`Tracing`, in which the callback traces).
 
 Shapes, dtypes, shardings and the device are part of the program, and so of the key. Hence two
-programs of one key are compiled to the same. Where something cannot be described in full, jax's own
-name stays: such a program is compiled again after a restart, and never taken for another one.
+programs with one key compile to the same code. If something cannot be described in full, jax's own
+name stays: such a program is compiled again after a restart, and never mistaken for another one.
 """
 
 import contextlib
@@ -43,8 +43,8 @@ from jax.interpreters import mlir
 from jax.sharding import AbstractMesh, use_abstract_mesh
 from jaxlib.mlir import ir
 
-_PACKAGE = Path(__file__).parent
-#: What says on which devices an operation is, among what tracing depends on.
+_PACKAGE = Path(__file__).parents[1]
+#: The state that tracing depends on and that says on which devices an operation is.
 _PLACES = (
     "mesh_context_manager",
     "abstract_mesh_context_manager",
@@ -59,7 +59,7 @@ class Tracing:
 
     Attributes:
       options: names and values of the options that tracing depends on.
-      others: names and values of what else it depends on (metadata of operations, for example).
+      others: names and values of other state that it depends on (metadata of operations, say).
     """
 
     options: tuple[tuple[str, Any], ...]
@@ -69,18 +69,18 @@ class Tracing:
     def now() -> "Tracing":
         names = jax_config.trace_context_names()
         values = dict(zip(names, jax_config.trace_context(), strict=True))
-        # what a callback traces is on no device or mesh, along no axis but those of the mesh
+        # a callback traces on no device and no mesh, with no axis names but those of the mesh
         for name in _PLACES:
             values.pop(name)
         known = jax_config.config_states
         options = tuple((name, value) for name, value in values.items() if name in known)
-        # What is not set may be missing too: modules of jax add to these when they are imported.
+        # Unset state is left out: modules of jax add to it when they are imported.
         others = tuple(x for x in values.items() if x[0] not in known and x[1] not in (None, False))
         return Tracing(options, others)
 
     @contextlib.contextmanager
     def again(self) -> Iterator[None]:
-        """The same options, and no mesh: what a callback traces is on one device."""
+        """The same options, and no mesh: a callback traces the program of one device."""
         device = jax.sharding.get_abstract_mesh().abstract_device
         current = dict(Tracing.now().options)
         with contextlib.ExitStack() as stack:
@@ -93,7 +93,7 @@ class Tracing:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Inner:
-    """What a call computes, where jax does not look for what asks for the mesh of the program."""
+    """The computation of a call, hidden from jax's search for operations that need the mesh."""
 
     jaxpr: Any
 
@@ -113,7 +113,7 @@ def _lower_on_mesh(ctx, *values, inner, mesh):
     axes = ctx.module_context.axis_context
     count = getattr(axes, "num_devices", 0)  # inside shard_map there are none to divide over
     if count and axes.device_assignment is None:
-        # Any devices do: only their places in the mesh count.
+        # Any devices will do: only their places in the mesh matter.
         backend = ctx.module_context.backend
         devices = tuple(backend.devices()[:count])
         if len(devices) < count:
@@ -135,11 +135,11 @@ class _NotKnown(Exception):
 
 
 def name_call(partition: Callable, what: Any) -> None:
-    """Gives the call that has just been put into a program a name that says what it computes.
+    """Renames the call that was last added to a program after what it computes.
 
     Args:
       partition: the callback of the call, by which it is recognised.
-      what: everything that decides what the callback gives.
+      what: everything that the result of the callback depends on.
     """
     call = _last_operation()
     name = ir.StringAttr(call.attributes["backend_config"]).value.encode()
@@ -149,7 +149,7 @@ def name_call(partition: Callable, what: Any) -> None:
     try:
         files = _files()
         if files != _IMPORTED:
-            return  # not what runs
+            return  # the code that runs is no longer what the files say
         platforms = tuple(info.module_context.platforms)
         description = _describe((_digest(files), _VERSIONS, platforms, what))
     except _NotKnown:
@@ -157,8 +157,8 @@ def name_call(partition: Callable, what: Any) -> None:
     digest = "fsa_jax " + hashlib.sha256(description.encode()).hexdigest()
     same = _sharding_callbacks.setdefault(digest.encode(), info)
     if same.module_context.backend is not info.module_context.backend:
-        return  # it would be lowered for another one
-    # it has to be there for as long as this program may be compiled
+        return  # it would be lowered for another backend
+    # the callback must live for as long as this program may be compiled
     info.module_context.add_keepalive(same)
     call.attributes["backend_config"] = ir.StringAttr.get(digest)
     # jax can be told to leave names out of keys (jax_remove_custom_partitioning_ptr_from_cache_key)
@@ -172,7 +172,7 @@ def _last_operation() -> ir.Operation:
 
 
 def _files() -> tuple[tuple[str, int, int], ...]:
-    """The files that the package's functions are made of, and how they are now."""
+    """The files of the package, with their sizes and times of change."""
     found = (x for x in _PACKAGE.rglob("*") if x.suffix in (".py", ".json"))
     stats = ((str(x.relative_to(_PACKAGE)), x.stat()) for x in sorted(found))
     return tuple((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats)
@@ -193,7 +193,7 @@ _VERSIONS = (platform.python_version(), jax.__version__, importlib.metadata.vers
 
 
 def _describe(value: Any) -> str:
-    """Text that is the same for the same value in every process, and another one for another."""
+    """A text for a value: the same in every process, and different for different values."""
     match value:
         case None | bool() | int() | float() | complex() | str() | bytes():
             return f"{type(value).__name__} {value!r}"
@@ -219,7 +219,7 @@ def _describe(value: Any) -> str:
             return f"mesh{_describe(tuple(value.shape.items()))}"
     if dataclasses.is_dataclass(value):
         fields = dataclasses.fields(value)
-        # a field may be a name of something: its metadata says how to get at that
+        # a field may hold only the name of something; its metadata says how to get at that
         read = ((x, x.metadata.get("describe", lambda value: value)) for x in fields)
         values = {x.name: get(getattr(value, x.name)) for x, get in read}
         return f"{_of(type(value))}{_describe(values)}"

@@ -1,17 +1,17 @@
-"""How the functions of this package divide over the devices of a mesh.
+"""How the operations divide over the devices of a mesh.
 
-Rows of the batch and KV heads are independent, so a function whose arrays are split over them is
-the same function on each device's part, without a word between devices. XLA does not see that of a
-kernel, and not always of a loop. So each computation stands in a `partitioned` function:
+The sequences of a batch and the KV heads are independent, so a function whose arrays are split over
+them is the same function on each device's part, with no communication between devices. XLA does not
+see that of a kernel, and not always of a loop. So each computation is a `partitioned` function:
 
-* axes of type Auto: XLA's partitioner asks `jax.experimental.custom_partitioning` for the program
-  of one device when it has decided how the arrays are split;
-* axes of type Explicit: the shardings are part of the types. `partitions_itself` checks them, and
-  hands the axes over to the partitioner for the length of the call. Arrays that are on no mesh go
-  with those that are, and are on the mesh that is set, if one is;
-* inside `shard_map` or `pmap` the arrays are one device's part already.
+* Axes of type Auto: XLA's partitioner asks `jax.experimental.custom_partitioning` for the program
+  of one device when it has decided how the arrays are split.
+* Axes of type Explicit: the shardings are part of the types. `partitions_itself` checks them, and
+  hands the axes over to the partitioner for the duration of the call. Arrays that are on no mesh
+  follow those that are, and are placed on the mesh that is set, if one is.
+* Inside `shard_map` or `pmap` the arrays are one device's part already.
 
-Shapes: b rows of the batch, n query heads, k key/value heads; other letters are never split.
+Shapes: b sequences of the batch, n query heads, k key/value heads; other letters are never split.
 """
 
 import functools
@@ -29,7 +29,7 @@ from jax.custom_batching import custom_vmap
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec, Sharding
 
-from fsa_jax.partition_calls import Tracing, name_call, on_mesh
+from fsa_jax.ops.partition_calls import Tracing, name_call, on_mesh
 
 
 def partitioned(
@@ -38,11 +38,13 @@ def partitioned(
     results: tuple[str, ...],
     sequence: tuple[Callable, str, int] | None = None,
 ) -> Callable[..., Any]:
-    """`function`, computed on each device for its rows and heads.
+    """`function`, computed on each device for its sequences and heads.
+
+    It has no derivative. Call it inside jit: operation by operation, XLA would gather arrays first.
 
     Args:
       function: from arrays to a tuple of arrays. It is called with the parts of a device too, so
-        what depends on shapes is decided inside. It has no derivative.
+        whatever depends on shapes, the tiles of kernels for example, is decided inside.
       operands: name and axes of each argument, for example {"query": "b t n d"}.
       results: axes of each result.
       sequence: what a device computes of `function`, with collectives, when tokens t and windows m
@@ -105,18 +107,17 @@ def partitioned(
         outs = tuple(x.reshape(size, -1, *x.shape[1:]) for x in outs)
         return outs, (True,) * len(outs)
 
-    # compiled as a whole where it is called outside jit: one by one, operations would gather
-    return jax.jit(call)
+    return call
 
 
 def _by_axes(shardings, shapes, mesh: Mesh, whole: str | None):
     """A mesh, and how each argument is split over its axes.
 
     Args:
-      shardings: of the arguments, by name, as XLA has them; None: not split.
-      shapes: of the arguments.
-      mesh: of the arrays that are on one; empty where none is.
-      whole: an axis that is not to be cut.
+      shardings: those of the arguments, by name, as XLA has them; None: not split.
+      shapes: those of the arguments.
+      mesh: the mesh of the arrays that are on one; empty where none is.
+      whole: a mesh axis that must not be cut into factors.
 
     Raises:
       ValueError: there is no such mesh.
@@ -129,7 +130,7 @@ def _by_axes(shardings, shapes, mesh: Mesh, whole: str | None):
     if not devices:
         return mesh, specs
     sizes = dict(mesh.shape) or {"devices": len(devices)}
-    # Of an array that was reshaped, two axes may be split over one mesh axis, each over a part.
+    # Two axes of an array that was reshaped may share a mesh axis, each split over a factor of it.
     for axes in (sizes, *(_factored(sizes, whole, order) for order in (1, -1))):
         specs |= {name: _spec(tile, axes) for name, tile in tiles.items()}
         if None not in specs.values():
@@ -140,7 +141,7 @@ def _by_axes(shardings, shapes, mesh: Mesh, whole: str | None):
 
 
 def _tiles(sharding: Sharding, rank: int) -> tuple[np.ndarray, list]:
-    """Where along each axis each device begins, of an array as long as there are devices."""
+    """Where each device's part begins along each axis, for axes as long as there are devices."""
     count = sharding.num_devices
     places = sharding.devices_indices_map((count,) * rank)
     starts = [[part.start or 0 for part in place] for place in places.values()]
@@ -148,7 +149,7 @@ def _tiles(sharding: Sharding, rank: int) -> tuple[np.ndarray, list]:
 
 
 def _factored(sizes: dict[str, int], whole: str | None, order: int) -> dict[str, int]:
-    """A mesh with an axis for each prime factor of the axes of another one."""
+    """The sizes of a mesh whose axes are the prime factors of the axes of another one."""
     axes = {}
     for name, size in sizes.items():
         factors, rest = [], size
@@ -164,7 +165,7 @@ def _factored(sizes: dict[str, int], whole: str | None, order: int) -> dict[str,
 
 
 def _spec(tiles: np.ndarray, sizes: dict[str, int]) -> PartitionSpec | None:
-    """The axes of a mesh that split an array so; None where they cannot."""
+    """The axes of a mesh that split an array in this way; None where no axes do."""
     coordinates = dict(zip(sizes, np.indices(tuple(sizes.values())), strict=True))
     entries = []
     for tile in np.moveaxis(tiles.reshape(*sizes.values(), -1), -1, 0):
@@ -184,7 +185,7 @@ def _spec(tiles: np.ndarray, sizes: dict[str, int]) -> PartitionSpec | None:
 
 
 def _places(operands, specs, shapes, sizes, sequence_axis=None):
-    """Checks how arguments are split, and says how each array must be, from its axes.
+    """Checks how arguments are split; gives a function from an array's axes to its PartitionSpec.
 
     Raises:
       ValueError: an axis is split that cannot be.
@@ -262,8 +263,8 @@ def partitions_itself[**P, R](**operands: str) -> Callable[[Callable[P, R]], Cal
     """Decorator of a public function: serves arrays that are split over Explicit axes of a mesh.
 
     Args:
-      **operands: the array arguments and their axes but the batch. The first result is split as the
-        first argument, and a second one, if asked for, as that without its last axis.
+      **operands: the array arguments and their axes except the batch. The first result is split as
+        the first argument is, and a second one, if asked for, likewise without the last axis.
     """
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
@@ -301,10 +302,11 @@ def on_auto_axes(function: Callable, mesh: AbstractMesh, out_specs: Any, given: 
     """`function(given)` with the Explicit axes of a mesh handed over to the partitioner.
 
     Args:
-      function: of a tree.
-      mesh: the mesh of the types of the arrays.
+      function: takes a tree.
+      mesh: the mesh that the types of the arrays name.
       out_specs: PartitionSpec of each result.
-      given: the tree. What is closed over would keep its type, and its gradient would have another.
+      given: the tree. An array that `function` closed over instead would keep its type, and its
+        gradient would have another one.
     """
     leaves, tree = jax.tree.flatten(given)
     places = [i for i, x in enumerate(leaves) if isinstance(x, jax.Array)]
@@ -325,7 +327,7 @@ def on_auto_axes(function: Callable, mesh: AbstractMesh, out_specs: Any, given: 
 
 
 def explicit_mesh(tree: Any) -> AbstractMesh | None:
-    """The mesh with Explicit axes that types of arrays name, or else that is set; None: neither."""
+    """The mesh with Explicit axes that the types of arrays name, or else that is set, if one is."""
     arrays = (x for x in jax.tree.leaves(tree) if isinstance(x, jax.Array))
     meshes = (jax.typeof(x).sharding.mesh for x in arrays)
     found = {mesh for mesh in meshes if mesh.explicit_axes}
@@ -336,7 +338,7 @@ def explicit_mesh(tree: Any) -> AbstractMesh | None:
 
 
 def explicit_spec(x: jax.Array | np.ndarray) -> PartitionSpec:
-    """How the type of an array says that it is split; not at all if it says nothing."""
+    """How an array is split according to its type; not at all if the type says nothing."""
     return jax.typeof(x).sharding.spec if isinstance(x, jax.Array) else PartitionSpec()
 
 

@@ -1,10 +1,10 @@
 """Dense causal attention of packed sequences in linear memory: what sparse attention replaces.
 
 The computation is that of a sliding window as long as the sequence, so it has the same kernels and
-the same portable loops. cuDNN stands beside them by name.
+the same portable loops. cuDNN can be chosen by name.
 
-Shapes: B batch, T tokens in a row, N query heads, K key/value heads, D head width of query and key,
-E of value.
+Shapes: B batch, T tokens of a sequence, N query heads, K key/value heads, D head width of query and
+key, E of value.
 """
 
 from typing import Any, Literal, overload
@@ -12,14 +12,18 @@ from typing import Any, Literal, overload
 import jax
 from jaxtyping import Array, Float, Integer
 
-from fsa_jax import causal_context, operators, reference, triton
+from fsa_jax import reference
+from fsa_jax.api.one_branch import as_asked
 from fsa_jax.arguments import checks
 from fsa_jax.arguments.types import AnyArray, DenseImplementation, FloatLike, IntegerList, IntLike
-from fsa_jax.dispatch import CUDNN, check_name, mode_of, mode_over_tokens
-from fsa_jax.one_branch import as_asked
+from fsa_jax.ops import range_attention
+from fsa_jax.ops.call import Backend
+from fsa_jax.ops.dispatch import CUDNN, Request, check_name, resolve, resolve_over_tokens
+from fsa_jax.ops.partition import partitions_itself
+from fsa_jax.ops.range_attention import RangeSpec
 from fsa_jax.semantics.precision import narrow
-from fsa_jax.semantics.segments import Rows, describe_rows
-from fsa_jax.sharding import partitions_itself
+from fsa_jax.semantics.segments import describe_rows
+from fsa_jax.sequence_parallel import causal_attention as sequence_parallel
 
 
 @overload
@@ -137,25 +141,24 @@ def causal_attention(
         )
         out = _by_cudnn(query, key, value, window_size, scale)
         return out if has_batch else out[0]
-    reason = triton.range_reason(query, key, value, implementation)
+    arrays = (query, key, value)
+    spec = RangeSpec(scale=scale, branch="causal")
     name = "causal_attention"
     if sequence_axis is not None:
         checks.sequence(sequence_axis, has_batch, length, 1)
-        mode = mode_over_tokens(name, implementation, reason, sequence_axis)
-        options = {"window_size": window_size, "scale": scale, "mode": mode, "axis": sequence_axis}
-        result = causal_context.attention(query, key, value, ids, **options)
+        choice = resolve_over_tokens(name, implementation, sequence_axis, Request(spec, arrays))
+        options = {"window_size": window_size, "axis": sequence_axis}
+        result = sequence_parallel.attention(spec.on(choice.backend), *arrays, ids, **options)
+        return as_asked(result, has_batch, return_residuals)
+    choice = resolve(name, implementation, Request(spec, arrays))
+    rows, window = describe_rows(ids, *query.shape[:2]), min(window_size or length, length)
+    if choice.backend is Backend.REFERENCE:
+        attend = reference.sliding_window_attention
+        result = attend(*arrays, rows, window_size=window, scale=scale)
     else:
-        mode = mode_of(name, implementation, reason)
-        arrays = (query, key, value, describe_rows(ids, *query.shape[:2]))
-        result = _on_one_device(mode, arrays, min(window_size or length, length), scale)
+        attend = range_attention.sliding_window_attention
+        result = attend(spec.on(choice.backend), *arrays, rows, window_size=window)
     return as_asked(result, has_batch, return_residuals)
-
-
-def _on_one_device(mode: str, arrays: tuple[jax.Array, jax.Array, jax.Array, Rows], window, scale):
-    if mode == "reference":
-        return reference.sliding_window_attention(*arrays, window_size=window, scale=scale)
-    options = {"window_size": window, "scale": scale, "mode": mode, "name": "causal"}
-    return operators.sliding_window_attention(*arrays, **options)
 
 
 def _refuse(**asked: bool) -> None:

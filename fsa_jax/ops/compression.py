@@ -1,57 +1,61 @@
 """phi: the compression of overlapping windows of tokens into one key or value each.
 
-No window is ever copied out whole. A window of l tokens is l/d units of d tokens; pass u of l/d
-reads unit u of every window (each token at most once) and adds its share. XLA turns the passes
-into matmuls with float32 accumulation.
+No window is ever copied out whole. A window of l tokens consists of l/d units of d tokens. Pass u
+of l/d reads unit u of every window (each token at most once) and adds what it contributes. XLA
+turns the passes into matmuls with float32 accumulation.
 
 Shapes: B batch, T tokens, K key/value heads, D width, M = T // d window slots, H hidden width,
 l kernel_size, d kernel_stride.
 """
 
 from collections.abc import Callable
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float
 
-from fsa_jax import stripes
 from fsa_jax.arguments.types import CompressionMethod
 from fsa_jax.semantics.precision import einsum
-from fsa_jax.semantics.segments import Rows, Windows, describe_windows
+from fsa_jax.semantics.segments import Rows, describe_windows
 
 METHODS = get_args(CompressionMethod)
 
 
+class WindowUnits(NamedTuple):
+    """The windows of the sequences of an array [B, T, K, D].
+
+    Attributes:
+      read: a function from an offset to the d tokens from there on of every window,
+        [B, M, d, K, D]; zero in empty slots.
+      exists: which slots have a window, bool [B, M].
+      kernel_size: tokens l of a window.
+      kernel_stride: tokens d between the starts of windows.
+    """
+
+    read: Callable[[int], Float[Array, "B M d K D"]]
+    exists: Bool[Array, "B M"]
+    kernel_size: int
+    kernel_stride: int
+
+
 def compress(
     x: Float[Array, "B T K D"],
-    rows: Rows,
+    units: WindowUnits,
     *,
-    kernel_size: int,
-    kernel_stride: int,
     method: str,
     weights: Any = None,
     positions: Float[Array, "K l D"] | None = None,
-    sequence: tuple[Int[Array, "B T"] | None, str] | None = None,
 ) -> Float[Array, "B M K D"]:
-    """Compresses every window; empty slots are zero. Arguments are already checked.
-
-    `sequence` is (segment_ids, mesh axis) where an axis splits the tokens; `rows` is then not read.
-    """
-    if sequence is None and kernel_size > x.shape[1]:  # not one window, whatever its parts
-        return jnp.zeros((x.shape[0], x.shape[1] // kernel_stride, *x.shape[2:]), x.dtype)
-    if sequence is None:
-        windows = describe_windows(rows, kernel_size, kernel_stride)
-        units = _unit_reader(x, rows, windows, kernel_size, kernel_stride)
-        exists = windows.start < x.shape[1]
-    else:
-        ids, axis = sequence
-        units, exists = stripes.unit_reader(x, ids, kernel_size, kernel_stride, axis)
+    """Compresses every window of x; empty slots are zero. Arguments are already checked."""
+    _, exists, kernel_size, kernel_stride = units
+    if kernel_size > x.shape[1]:  # no window fits, and its units may be more than memory holds
+        return jnp.zeros((*exists.shape, *x.shape[2:]), x.dtype)
 
     def fold(equation, weight, table_equation):
         """Sum over the tokens of a window of token times weight, and the same for the table."""
         parts = [slice(u, u + kernel_stride) for u in range(0, kernel_size, kernel_stride)]
-        total = sum(einsum(equation, units(s.start), weight[:, s]) for s in parts)
+        total = sum(einsum(equation, units.read(s.start), weight[:, s]) for s in parts)
         if positions is not None:
             # phi is linear up to here, so the table adds the same constant to every window
             total = total + einsum(table_equation, positions, weight)[None, None]
@@ -71,15 +75,17 @@ def compress(
     return jnp.where(exists[:, :, None, None], out, 0).astype(x.dtype)
 
 
-def _unit_reader(
-    x: Float[Array, "B T K D"], rows: Rows, windows: Windows, kernel_size: int, kernel_stride: int
-) -> Callable[[int], Float[Array, "B M d K D"]]:
-    """A function that reads the d tokens from `offset` on of every window, zero in empty slots."""
+def window_units(
+    x: Float[Array, "B T K D"], rows: Rows, kernel_size: int, kernel_stride: int
+) -> WindowUnits:
+    """The windows of sequences that are whole on this device."""
     batch, length, heads, width = x.shape
     slots = length // kernel_stride
-    exists = (windows.start < length)[:, :, None, None, None]
+    windows = describe_windows(rows, kernel_size, kernel_stride)
+    found = windows.start < length
+    exists = found[:, :, None, None, None]
     if rows.packed and slots:
-        # A slice that would pass the end of the row is moved back inside, so empty slots read
+        # A slice that would pass the end of the sequence is moved back inside, so empty slots read
         # something that exists; the mask takes it away, and its cotangent with it.
         def read_packed(offset):
             def unit(row, start):
@@ -88,14 +94,13 @@ def _unit_reader(
             units = jax.vmap(jax.vmap(unit, (None, 0)))(x, windows.start)
             return jnp.where(exists, units, 0)
 
-        return read_packed
-    padded = jnp.pad(
-        x[:, : slots * kernel_stride], ((0, 0), (0, kernel_size - kernel_stride), (0, 0), (0, 0))
-    )
+        return WindowUnits(read_packed, found, kernel_size, kernel_stride)
+    after = kernel_size - kernel_stride if kernel_size <= length else 0  # else nobody reads
+    padded = jnp.pad(x[:, : slots * kernel_stride], ((0, 0), (0, after), (0, 0), (0, 0)))
 
     def read(offset):
         unit = padded[:, offset : offset + slots * kernel_stride]
         unit = unit.reshape(batch, slots, kernel_stride, heads, width)
         return jnp.where(exists, unit, 0)
 
-    return read
+    return WindowUnits(read, found, kernel_size, kernel_stride)

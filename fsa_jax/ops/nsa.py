@@ -1,0 +1,229 @@
+"""Native sparse attention on one device, or on many that have whole sequences: all branches in one.
+
+Forward: compressed attention, the selection from its logsumexp, attention to the selected blocks
+and to the window, and the gated sum. Backward: one pass over the outputs of the branches for the
+gradients of the gates (`gated_sum.py`), which also gives each branch its cotangent and delta; then
+the branches' own backward passes.
+
+Residuals: the arguments; out and lse of each branch; the ranges of compressed and window attention,
+8 bytes a query and 8 a key each; the lists of blocks as first tokens, and for the kernels their
+index (`block_attention.py`). Outputs, logsumexps and the chosen blocks carry `CHECKPOINT_NAMES`.
+
+Shapes: B sequences, T tokens, N query heads, K key/value heads, M compressed windows, D and E head
+widths.
+"""
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from fsa_jax import reference
+from fsa_jax.config import NSAConfig
+from fsa_jax.ops import dispatch, gated_sum
+from fsa_jax.ops.block_attention import BlockSpec, Lists, block_forward, block_gradients
+from fsa_jax.ops.block_selection import SelectionSpec, choose_blocks
+from fsa_jax.ops.call import Backend, QueryTerms, named
+from fsa_jax.ops.dispatch import Request
+from fsa_jax.ops.range_attention import (
+    Ranges,
+    RangeSpec,
+    empty_results,
+    range_forward,
+    range_gradients,
+)
+from fsa_jax.pallas import SelectedTuning
+from fsa_jax.semantics import segments
+from fsa_jax.semantics.segments import Rows
+
+NAME = "native_sparse_attention"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NSASpec:
+    """Everything static about a call: the operations that it is made of, each with its backend.
+
+    Attributes:
+      config: the sizes.
+      compressed, selection, selected, window: the operations.
+    """
+
+    config: NSAConfig
+    compressed: RangeSpec
+    selection: SelectionSpec
+    selected: BlockSpec
+    window: RangeSpec
+
+    @classmethod
+    def of(
+        cls,
+        config: NSAConfig,
+        scale: float,
+        *,
+        packed: bool,
+        tuning: SelectedTuning | None = None,
+    ) -> "NSASpec":
+        """The operations of a config.
+
+        Args:
+          config: the sizes.
+          scale: factor of the logits.
+          packed: whether sequences have segment ids.
+          tuning: how the kernels of the selected branch run.
+        """
+        lists = {"block_size": config.block_size, "packed": packed, "tuning": tuning}
+        return cls(
+            config=config,
+            compressed=RangeSpec(scale=scale, branch="compressed"),
+            selection=SelectionSpec(scale=scale, config=config, packed=packed),
+            selected=BlockSpec(scale=scale, **lists),
+            window=RangeSpec(scale=scale, branch="window"),
+        )
+
+    def on(self, backend: Backend) -> "NSASpec":
+        """The same operations, all by one backend."""
+        return dataclasses.replace(
+            self,
+            compressed=self.compressed.on(backend),
+            selection=self.selection.on(backend),
+            selected=self.selected.on(backend),
+            window=self.window.on(backend),
+        )
+
+    def requests(self, query, compressed, sources) -> dict[str, Request]:
+        """What `dispatch.resolve` is asked, by the name of the public function of each operation.
+
+        Arguments as in `attention`; shapes and dtypes will do.
+        """
+        key, value = compressed
+        topk = self.config.topk
+        return {
+            "selected_attention": Request(self.selected, (query, *sources[0], topk)),
+            "select_blocks": Request(self.selection, (query, key)),
+            "compressed_attention": Request(self.compressed, (query, key, value)),
+            "sliding_window_attention": Request(self.window, (query, *sources[-1])),
+        }
+
+    def resolved(self, implementation: str | None, query, compressed, sources) -> "NSASpec":
+        """The same with the backends that serve the call.
+
+        A backend that is named serves all operations or raises. By default each operation gets the
+        best one for itself.
+        """
+        requests = self.requests(query, compressed, sources)
+        if implementation is not None:
+            return self.on(dispatch.resolve(NAME, implementation, *requests.values()).backend)
+        found = {
+            name: dispatch.resolve(name, None, request).backend
+            for name, request in requests.items()
+        }
+        return dataclasses.replace(
+            self,
+            compressed=self.compressed.on(found["compressed_attention"]),
+            selection=self.selection.on(found["select_blocks"]),
+            selected=self.selected.on(found["selected_attention"]),
+            window=self.window.on(found["sliding_window_attention"]),
+        )
+
+
+def attention(spec: NSASpec, query, compressed, sources, gates, rows: Rows) -> jax.Array:
+    """The gated sum of the branches, [B, T, N, E].
+
+    Args:
+      spec: static, with backends.
+      query: [B, T, N, D].
+      compressed: key [B, M, K, D] and value [B, M, K, E].
+      sources: one pair (key [B, T, K, D], value [B, T, K, E]) for the selected branch and the
+        window, or a pair for each.
+      gates: [B, T, N, 3] or [B, T, 1, 3].
+      rows: the segments.
+    """
+    if spec.window.backend is Backend.REFERENCE:  # serves all branches or none
+        return _by_reference(spec, query, compressed, sources, gates, rows)
+    segment_arrays = (rows.start, rows.end, rows.valid)
+    return _attention(spec, query, compressed, sources, gates, segment_arrays)
+
+
+def _by_reference(spec, query, compressed, sources, gates, rows):
+    """The dense definition, whose gradients are those of its operations."""
+    config, shared = spec.config, {"rows": rows, "scale": spec.window.scale}
+    windows = {"kernel_size": config.kernel_size, "kernel_stride": config.kernel_stride}
+    out, lse = reference.compressed_attention(query, *compressed, **windows, **shared)
+    choice = jax.lax.stop_gradient((query, compressed[0], lse))
+    indices = reference.select_blocks(*choice, config=config, **shared)
+    indices = checkpoint_name(indices, "block_indices")
+    listed = {"block_indices": indices, "block_size": config.block_size}
+    selected, _ = reference.selected_attention(query, *sources[0], **listed, **shared)
+    near = {"window_size": config.window_size}
+    window, _ = reference.sliding_window_attention(query, *sources[-1], **near, **shared)
+    return gated_sum.combine(gates, (out, selected, window))
+
+
+class _Residuals(NamedTuple):
+    """What the backward pass takes, besides the arguments."""
+
+    outs: Any
+    lses: Any
+    windows: Any  # `Ranges` of compressed attention, None where no sequence has a window
+    lists: Lists
+    index: Any
+    neighbours: Ranges  # of the sliding window
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attention(spec, query, compressed, sources, gates, segment_arrays) -> Any:
+    return _attention_fwd(spec, query, compressed, sources, gates, segment_arrays)[0]
+
+
+def _attention_fwd(spec, query, compressed, sources, gates, segment_arrays):
+    config, rows = spec.config, Rows(*segment_arrays, packed=spec.selected.packed)
+    windows = segments.describe_windows(rows, config.kernel_size, config.kernel_stride)
+    ranges = None
+    if compressed[0].shape[1] == 0:
+        results = empty_results(query, compressed[1])
+    else:
+        ranges = Ranges.of_windows(rows, windows, config.kernel_size)
+        results = range_forward(spec.compressed, ranges, query, *compressed)
+    out, lse = named("compressed", *results)
+    indices = choose_blocks(spec.selection, query, compressed[0], lse, rows, windows)
+    indices = checkpoint_name(indices, "block_indices")
+    lists = Lists.of(rows, indices, config.block_size)
+    *results, index = block_forward(spec.selected, lists, query, *sources[0])
+    selected, selected_lse = named("selected", *results)
+    neighbours = Ranges.of_tokens(rows, config.window_size)
+    window, window_lse = named(
+        "window", *range_forward(spec.window, neighbours, query, *sources[-1])
+    )
+    outs, lses = (out, selected, window), (lse, selected_lse, window_lse)
+    residuals = _Residuals(outs, lses, ranges, lists, index, neighbours)
+    return gated_sum.combine(gates, outs), (query, compressed, sources, gates, residuals)
+
+
+def _attention_bwd(spec, residuals, dout):
+    query, compressed, sources, gates, found = residuals
+    backend = spec.window.backend
+    dgates, douts, deltas = gated_sum.combine_gradients(backend, gates, found.outs, dout)
+    terms = [QueryTerms.of_output(*x) for x in zip(found.lses, deltas, douts, strict=True)]
+    dquery, *dwindow = range_gradients(spec.window, found.neighbours, terms[2], query, *sources[-1])
+    dquery_selected, *dselected = block_gradients(
+        spec.selected, found.lists, terms[1], query, *sources[0], index=found.index
+    )
+    dquery += dquery_selected
+    if found.windows is None:
+        dcompressed = tuple(map(jnp.zeros_like, compressed))
+    else:
+        dquery_compressed, *dcompressed = range_gradients(
+            spec.compressed, found.windows, terms[0], query, *compressed
+        )
+        dquery += dquery_compressed
+    if len(sources) == 1:
+        dsources = (tuple(map(jnp.add, dwindow, dselected)),)
+    else:
+        dsources = (tuple(dselected), tuple(dwindow))
+    return dquery, tuple(dcompressed), dsources, dgates, None
+
+
+_attention.defvjp(_attention_fwd, _attention_bwd)

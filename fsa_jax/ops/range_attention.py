@@ -1,0 +1,197 @@
+"""Attention of each query to a contiguous range of keys: compressed, window and causal attention.
+
+Residuals of the backward pass, besides query, key and value: out [B, T, N, E], lse float32 (or
+float64) [B, T, N], and the ranges, 8 bytes a query and 8 a key.
+
+Shapes: B sequences, T tokens, N query heads, K key/value heads, M keys, D and E head widths.
+"""
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from fsa_jax import xla
+from fsa_jax.ops.call import ATTENTION, QUERY_TERMS, RESULTS, Backend, OpSpec, QueryTerms, named
+from fsa_jax.ops.partition import partitioned
+from fsa_jax.pallas.support import HOPPER, Unsupported, supported
+from fsa_jax.semantics import segments
+from fsa_jax.semantics.precision import wide_dtype
+from fsa_jax.semantics.segments import Rows, Windows
+
+
+class Ranges(NamedTuple):
+    """Who sees whom.
+
+    Attributes:
+      keys: (low, high), int32 [B, T] each: a query sees the keys low .. high - 1.
+      queries: (low, high), int32 [B, M] each: the queries that see a key; empty if none does.
+    """
+
+    keys: tuple[Int[Array, "B T"], ...]
+    queries: tuple[Int[Array, "B M"], ...]
+
+    @classmethod
+    def of_windows(cls, rows: Rows, windows: Windows, kernel_size: int) -> "Ranges":
+        """Those of compressed attention."""
+        visible = segments.visible_windows(windows)
+        return cls(visible, segments.seers_of_windows(rows, windows, kernel_size))
+
+    @classmethod
+    def of_tokens(cls, rows: Rows, window_size: int) -> "Ranges":
+        """Those of a sliding window."""
+        visible = segments.visible_tokens(rows, window_size)
+        return cls(visible, segments.seers_of_tokens(rows, window_size))
+
+
+@dataclasses.dataclass(frozen=True)
+class RangePlan:
+    """How the kernels serve a call.
+
+    Attributes:
+      tiles: of the kernels in Triton, a `fsa_jax.pallas.ranges.Plan`.
+      mosaic: whether those in Mosaic GPU take the call.
+    """
+
+    tiles: Any
+    mosaic: bool
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RangeSpec(OpSpec):
+    """Attention to ranges.
+
+    Attributes:
+      branch: prefix of the names of the outputs, for remat policies; "causal" has tiles for many
+        keys a query.
+    """
+
+    branch: str
+
+    def plan(self, *arrays: Any) -> RangePlan | Unsupported:
+        """The plan for query, key and value."""
+        from fsa_jax.pallas.range_attention import hopper_pipeline
+        from fsa_jax.pallas.range_attention import passes as ranges
+
+        query, key, value = arrays
+        causal = self.branch == "causal"
+        tiles = ranges.make_plan(query, key, value, self.capability, self.table, causal=causal)
+        if isinstance(tiles, Unsupported):
+            return tiles
+        mosaic = self.backend is Backend.MOSAIC_GPU
+        if mosaic and (reason := hopper_pipeline.reason(query, key, value)):
+            return Unsupported(reason)
+        if self.backend is Backend.BY_PLATFORM and self.capability == HOPPER:
+            mosaic = hopper_pipeline.pays(query, key, value, window=self.branch == "window")
+        return RangePlan(tiles, mosaic)
+
+
+def compressed_attention(
+    spec: RangeSpec,
+    query: Float[Array, "B T N D"],
+    key: Float[Array, "B M K D"],
+    value: Float[Array, "B M K E"],
+    rows: Rows,
+    *,
+    kernel_size: int,
+    kernel_stride: int,
+) -> tuple[Float[Array, "B T N E"], Float[Array, "B T N"]]:
+    """See fsa_jax.compressed_attention."""
+    if key.shape[1] == 0:
+        return empty_results(query, value)
+    windows = segments.describe_windows(rows, kernel_size, kernel_stride)
+    return range_attention(spec, query, key, value, Ranges.of_windows(rows, windows, kernel_size))
+
+
+def sliding_window_attention(
+    spec: RangeSpec,
+    query: Float[Array, "B T N D"],
+    key: Float[Array, "B T K D"],
+    value: Float[Array, "B T K E"],
+    rows: Rows,
+    *,
+    window_size: int,
+) -> tuple[Float[Array, "B T N E"], Float[Array, "B T N"]]:
+    """See fsa_jax.sliding_window_attention."""
+    return range_attention(spec, query, key, value, Ranges.of_tokens(rows, window_size))
+
+
+def empty_results(query, value) -> tuple[jax.Array, jax.Array]:
+    """Out and lse of queries without keys: their sequences are too short for even one window."""
+    out = jnp.zeros((*query.shape[:3], value.shape[3]), query.dtype)
+    return out, jnp.full(query.shape[:3], -jnp.inf, wide_dtype(query))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def range_attention(spec: RangeSpec, query, key, value, ranges: Ranges) -> Any:
+    """Out [B, T, N, E] and lse [B, T, N] of attention to ranges of keys."""
+    return _range_attention_fwd(spec, query, key, value, ranges)[0]
+
+
+def _range_attention_fwd(spec, query, key, value, ranges):
+    results = named(spec.branch, *range_forward(spec, ranges, query, key, value))
+    return results, (query, key, value, ranges, *results)
+
+
+def _range_attention_bwd(spec, residuals, cotangents):
+    *arrays, ranges, out, lse = residuals
+    terms = QueryTerms.of(out, lse, *cotangents)
+    return *range_gradients(spec, ranges, terms, *arrays), None
+
+
+range_attention.defvjp(_range_attention_fwd, _range_attention_bwd)
+
+
+def range_forward(spec: RangeSpec, ranges: Ranges, query, key, value) -> Any:
+    """Out and lse; not differentiable."""
+    return _forward(spec, query, key, value, *ranges.keys, *ranges.queries)
+
+
+def range_gradients(spec: RangeSpec, ranges: Ranges, terms: QueryTerms, query, key, value) -> Any:
+    """(dq, dk, dv) in the dtypes of query, key and value."""
+    return _backward(spec, query, key, value, *ranges.keys, *ranges.queries, *terms)
+
+
+_RANGES = ATTENTION | {"low": "b t", "high": "b t", "first": "b m", "last": "b m"}
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _forward(spec, *arrays):
+    def kernels(query, key, value, low, high, first, last):
+        from fsa_jax.pallas.range_attention import hopper_groups
+        from fsa_jax.pallas.range_attention import passes as ranges
+
+        plan = supported(spec.plan(query, key, value))
+        arrays = (query, key, value, (low, high), (first, last))
+        if plan.mosaic:
+            return hopper_groups.attention(*arrays, scale=spec.scale)
+        return ranges.attention(plan.tiles, *arrays, **spec.options)
+
+    def portable(query, key, value, low, high, first, last):
+        del first, last
+        return xla.range_attention(query, key, value, (low, high), scale=spec.scale)
+
+    return partitioned(spec.runs(kernels, portable), _RANGES, RESULTS)(*arrays)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _backward(spec, *arrays):
+    def kernels(query, key, value, low, high, first, last, lse, delta, dout, dlse):
+        from fsa_jax.pallas.range_attention import passes as ranges
+
+        del dlse
+        plan = supported(spec.plan(query, key, value))
+        arrays = (query, key, value, (low, high), (first, last), lse, delta, dout)
+        return ranges.gradients(plan.tiles, *arrays, mosaic=plan.mosaic, **spec.options)
+
+    def portable(query, key, value, low, high, first, last, *terms):
+        del first, last
+        return xla.range_gradients(query, key, value, (low, high), *terms, scale=spec.scale)
+
+    run = partitioned(
+        spec.runs(kernels, portable), _RANGES | QUERY_TERMS, tuple(ATTENTION.values())
+    )
+    return run(*arrays)
