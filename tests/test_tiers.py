@@ -23,11 +23,11 @@ def test_alone():
 def collect(pytester):
     """Names of the tests that pytest would run with some arguments."""
     pytester.makeconftest("from tiers import *")
-    names = ("slow", "essential", "fast_cases(*ids)", "essential_cases(*ids)")
+    names = ("gpu", "slow", "essential", "fast_cases(*ids)", "essential_cases(*ids)")
     pytester.makeini("[pytest]\nmarkers =\n" + "\n".join(f"    {name}: x" for name in names))
 
-    def run(*words, fast='"a-0", "b-3"'):
-        pytester.makepyfile(TESTS.format(fast=fast))
+    def run(*words, fast='"a-0", "b-3"', more=""):
+        pytester.makepyfile(TESTS.format(fast=fast) + more)
         got = pytester.runpytest_inprocess("-q", "--strict-markers", "--collect-only", *words)
         return [line.partition("::")[2] for line in got.outlines if "::" in line], got
 
@@ -50,6 +50,12 @@ def test_cases_that_are_not_named_are_slow(collect):
     assert collect("-m", "essential")[0] == ["test_of_many_cases[b-1]"]
     # the tier of a case is its own, whatever else is asked for
     assert len(collect("-m", "slow", "-k", "a-0 or a-1")[0]) == 1
+
+
+def test_those_for_gpus_are_a_group_of_their_own(collect):
+    gpu = "pytestmark = pytest.mark.gpu\n"
+    assert collect("-m", "slow", more=gpu)[0] == []
+    assert len(collect("-m", "gpu", more=gpu)[0]) == 17
 
 
 @pytest.mark.parametrize("fast", ['"a-0", "e-0"', ""])

@@ -50,6 +50,9 @@ def pytest_pycollect_makeitem(collector: pytest.Module) -> Iterator[None]:
         for marker in item.iter_markers("fast_cases"):
             if case_of(item) not in marker.args:
                 item.add_marker(pytest.mark.slow)
+        # A test that a file for GPUs imports from another one is of the group of that file alone.
+        if any(item.get_closest_marker(group) for group in ("gpu", "compile")):
+            item.own_markers[:] = [x for x in item.own_markers if x.name != "slow"]
         for marker in item.iter_markers("essential_cases"):
             if case_of(item) in marker.args:
                 item.add_marker(pytest.mark.essential)
