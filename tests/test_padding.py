@@ -45,7 +45,7 @@ def empty_slots():
 def test_the_operator(implementation):
     """Gates, cotangents, queries, keys, and compressed keys in slots without a window.
 
-    On kernels: test_pallas_ranges.py.
+    On kernels: pallas/test_range_attention.py.
     """
 
     @jax.jit
@@ -74,7 +74,7 @@ def test_the_operator(implementation):
 
 @pytest.mark.parametrize("implementation", ["xla", "reference"])
 def test_the_selection(implementation):
-    """Of the kernels, test_select_kernels.py."""
+    """Of the kernels, pallas/test_block_selection.py."""
     run = jax.jit(
         functools.partial(
             fsa_jax.select_blocks,
