@@ -65,9 +65,9 @@ def native_sparse_attention(
       scale: factor of the logits, by default D ** -0.5.
       segment_ids: integers [B, T], equal ids in a run are one document, 0 is padding.
       implementation: "triton", "mosaic_gpu", "triton_interpret", "xla", "reference"; None: best.
-      sequence_axis: name of the mesh axis that splits the tokens of each row, for rows that are too
-        long for one device. All arrays of tokens are then in the order of `to_zigzag`, and
-        `compressed_key` and `compressed_value` come from `compress` with the same axis. T is a
+      sequence_axis: name of the mesh axis that splits the tokens of each sequence, for sequences
+        that are too long for one device. All arrays of tokens are then in the order of `to_zigzag`,
+        and `compressed_key` and `compressed_value` come from `compress` with the same axis. T is a
         multiple of 2 * devices * kernel_stride.
 
     Returns:
