@@ -1,11 +1,11 @@
 """Trains the default model with sparse and with full attention, over several seeds, and compares.
 
-    uv run python benchmarks/nsa_vs_full.py            # trains 3 seeds of each, minutes a run
+    uv run python benchmarks/nsa_vs_full.py            # trains 3 seeds of each, minutes per run
     uv run python benchmarks/nsa_vs_full.py --jobs 4   # four runs at a time, two cores each
-    uv run python benchmarks/nsa_vs_full.py --report   # only redraws from the committed JSON
+    uv run python benchmarks/nsa_vs_full.py --report   # only redraws the plot from the JSON
 
-Writes benchmarks/results/<platform>/nsa_vs_full.json (every held-out loss, every training loss,
-versions, commit, date) and docs/images/nsa_vs_full.png, which is drawn from that JSON alone.
+Writes benchmarks/results/<platform>/nsa_vs_full.json (all validation and training losses, versions,
+commit, date) and docs/images/nsa_vs_full.png, which is drawn from that JSON alone.
 """
 
 import argparse
@@ -17,6 +17,7 @@ import multiprocessing
 import os
 import platform
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from matplotlib.figure import Figure
 from fsa_jax.training import PRESETS, TrainConfig, read_metrics, train
 from fsa_jax.training.config import config_to_json
 from fsa_jax.training.metrics import curve
+from fsa_jax.training.renamed import rename_flags, with_new_names
 from fsa_jax.versions import versions
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -37,33 +39,33 @@ CORES = 2
 
 
 def pin(free_cores) -> None:
-    """Gives a process its own cores, as many as the README speaks of."""
+    """Pins the process to cores of its own, as many as the README states."""
     os.sched_setaffinity(0, free_cores.get())
 
 
 def train_one(config: TrainConfig) -> dict:
-    """One run: its losses at every step, and what the data was."""
+    """Trains one run; returns its losses and a description of its data."""
     with tempfile.TemporaryDirectory() as folder:
         result = train(dataclasses.replace(config, out=Path(folder)))
         rows = read_metrics(Path(folder) / "metrics.jsonl")
         description = json.loads((Path(folder) / "run.json").read_text())
-    print(config.model.attention, config.seed, result.held_out_loss, flush=True)
-    # names, not paths of this machine: the fingerprint says which bytes they were
-    source = ", ".join(path.name for path in config.data) or "the Python standard library"
+    print(config.model.attention, config.seed, result.val_loss, flush=True)
+    # Names rather than paths of this machine: the fingerprint identifies the bytes.
+    source = ", ".join(path.name for path in config.text) or "the Python standard library"
     return {
         "attention": config.model.attention,
         "seed": config.seed,
         "parameters": description["parameters"],
         "data": description["data"] | {"source": source},
         "unigram_loss": result.unigram_loss,
-        "held_out_loss": curve(rows, "held_out_loss"),
+        "val_loss": curve(rows, "val_loss"),
         "loss": [round(value, 4) for value in curve(rows, "loss")[1]],
     }
 
 
-def measure(seeds: int, jobs: int, data: tuple[Path, ...]) -> dict:
-    """Trains every seed with both attentions; returns what the report needs, and every number."""
-    preset = dataclasses.replace(PRESETS["tiny"], data=data)
+def measure(seeds: int, jobs: int, text: tuple[Path, ...]) -> dict:
+    """Trains every seed with both kinds of attention; returns the contents of the JSON file."""
+    preset = dataclasses.replace(PRESETS["tiny"], text=text)
     configs = [
         dataclasses.replace(
             preset, seed=seed, model=dataclasses.replace(preset.model, attention=attention)
@@ -78,7 +80,7 @@ def measure(seeds: int, jobs: int, data: tuple[Path, ...]) -> dict:
         ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
     )
     settings = config_to_json(preset)
-    for name in ("data", "out", "seed"):
+    for name in ("text", "out", "seed"):
         del settings[name]
     return {
         "date": datetime.date.today().isoformat(),
@@ -92,18 +94,27 @@ def measure(seeds: int, jobs: int, data: tuple[Path, ...]) -> dict:
     }
 
 
+def load(path: Path) -> dict:
+    """The results in a JSON file, also in one where `val_loss` has its old name."""
+    results = json.loads(path.read_text(encoding="utf-8"))
+    results["runs"] = [
+        with_new_names(run, {"held_out_loss": "val_loss"}) for run in results["runs"]
+    ]
+    return results
+
+
 def summary(results: dict) -> dict:
-    """Mean and spread of the last held-out losses, and the gap in percent."""
-    last = {
+    """The final validation losses, their means, and the gap between the two in percent."""
+    final = {
         attention: [
-            run["held_out_loss"][1][-1] for run in results["runs"] if run["attention"] == attention
+            run["val_loss"][1][-1] for run in results["runs"] if run["attention"] == attention
         ]
         for attention in ATTENTIONS
     }
-    nsa, full = (np.asarray(last[attention]) for attention in ATTENTIONS)
+    nsa, full = (np.asarray(final[attention]) for attention in ATTENTIONS)
     return {
-        "held_out_loss": last,
-        "mean": {name: float(np.mean(values)) for name, values in last.items()},
+        "val_loss": final,
+        "mean": {name: float(np.mean(values)) for name, values in final.items()},
         "gap_percent_by_seed": (100 * (nsa / full - 1)).tolist(),
         "gap_percent": float(100 * (nsa.mean() / full.mean() - 1)),
         "unigram_loss": results["runs"][0]["unigram_loss"],
@@ -111,12 +122,12 @@ def summary(results: dict) -> dict:
 
 
 def draw(results: dict) -> None:
-    """Held-out losses of all runs: sparse and full attention in one plot."""
+    """Plots the validation losses of all runs, with sparse and with full attention."""
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
     found = summary(results)
     for number, attention in enumerate(ATTENTIONS):
-        curves = [run["held_out_loss"] for run in results["runs"] if run["attention"] == attention]
+        curves = [run["val_loss"] for run in results["runs"] if run["attention"] == attention]
         for steps, losses in curves:
             axes.plot(steps, losses, color=f"C{number}", alpha=0.35, linewidth=0.9)
         mean = np.mean([losses for _, losses in curves], axis=0)
@@ -126,7 +137,7 @@ def draw(results: dict) -> None:
     unigram = found["unigram_loss"]
     axes.axhline(unigram, color="black", linestyle=":", label=f"unigram byte model: {unigram:.3f}")
     axes.set_xlabel("training step")
-    axes.set_ylabel("held-out loss (nats per byte)")
+    axes.set_ylabel("validation loss (nats per byte)")
     axes.set_title("The same model with sparse and with full attention")
     axes.grid(alpha=0.3)
     axes.legend()
@@ -135,21 +146,21 @@ def draw(results: dict) -> None:
 
 
 def main() -> None:
-    """Measures (unless --report), writes the JSON, draws, and prints the summary."""
+    """Trains and writes the JSON, unless --report is given; then draws, and prints the summary."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--jobs", type=int, default=1, help="runs at the same time")
-    parser.add_argument("--data", type=Path, nargs="*", default=(), help="as in fsa-jax train")
-    parser.add_argument("--report", action="store_true", help="redraw from the JSON")
-    flags = parser.parse_args()
+    parser.add_argument("--seeds", type=int, default=3, help="number of seeds per attention")
+    parser.add_argument("--jobs", type=int, default=1, help="number of runs at the same time")
+    parser.add_argument("--text", type=Path, nargs="*", default=(), help="as of fsa-jax train")
+    parser.add_argument("--report", action="store_true", help="only redraw the plot from the JSON")
+    flags = parser.parse_args(rename_flags(sys.argv[1:], {"data": "text"}))
     path = RESULTS / jax.devices()[0].platform / "nsa_vs_full.json"
     if not flags.report:
-        results = measure(flags.seeds, flags.jobs, tuple(flags.data))
+        results = measure(flags.seeds, flags.jobs, tuple(flags.text))
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    results = json.loads(path.read_text(encoding="utf-8"))
+    results = load(path)
     draw(results)
     print(json.dumps(summary(results), indent=1))
 

@@ -1,4 +1,4 @@
-"""The command line: `fsa-jax train`, `fsa-jax sample`, `bench`, `tune`, `info`."""
+"""The command line: `fsa-jax` with the commands `train`, `sample`, `bench`, `tune` and `info`."""
 
 import argparse
 import codecs
@@ -20,7 +20,9 @@ if TYPE_CHECKING:
     from fsa_jax.training.stopping import RunStopped
 
 _TRAIN_EXTRA = frozenset({"grain", "matplotlib", "orbax", "tqdm", "tyro"})
-_INSTALL_EXTRA = "in a clone of fsa-jax, pip install '.[train]' brings it"
+#: Old names of flags of `train`, which work for one more release.
+_OLD_FLAGS = {"data": "text", "row-length": "seq-len", "eval-rows": "eval-sequences"}
+_INSTALL_EXTRA = "in a clone of fsa-jax, pip install '.[train]' installs it"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,14 +30,17 @@ class SampleConfig:
     """Continues a prompt with a trained model.
 
     Attributes:
-      checkpoint: folder of a run of `fsa-jax train`; its last checkpoint is used.
-      prompt: text to continue; empty: the model starts a document. Prompt and added bytes may be
-        more than the rows of the training, beyond which the model has seen nothing.
-      max_bytes: the most bytes to add.
-      temperature: 0 takes the likeliest byte each time; 1 samples what the model believes.
-      top_p: draws among the likeliest bytes only, the fewest that have this share together.
+      checkpoint: folder of a run of `fsa-jax train`, whose last checkpoint is used.
+      prompt: text to continue; if it is empty, the model starts a document. Prompt and continuation
+        may be longer than the training sequences, but the model was not trained on such positions.
+      max_bytes: maximum number of bytes to generate.
+      temperature: 0 takes the most likely byte at each step; 1 samples from the model's
+        distribution.
+      top_p: sample only from the smallest set of most likely bytes whose total probability is at
+        least this.
       seed: the same seed gives the same text.
-      stop: ends the text once these characters have been added; empty: it goes on to max_bytes.
+      stop: generation ends once the model has generated this text; if it is empty, it ends after
+        max_bytes.
     """
 
     checkpoint: Path
@@ -51,24 +56,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line.
 
     Args:
-      arguments: words after the program's name; None: those of the process.
+      arguments: the arguments after the program's name; None: those of the process.
 
     Returns:
-      Exit code: 0; 1 for a run that failed, or a file that cannot be read or written; 2 for a
-      mistake in the call; 128 plus the number of a signal that ended a run (130 after Ctrl-C, 143
-      after SIGTERM).
+      The exit code: 0 for success; 1 if a run failed, or a file cannot be read or written; 2 for an
+      error in the arguments; 128 plus the signal number if a signal ended a run (130 after Ctrl-C,
+      143 after SIGTERM).
     """
     try:
         code = _run(arguments)
-        if sys.stdout is not None:  # as Python has it where it was closed
+        if sys.stdout is not None:  # it is None if the process was started with a closed stdout
             sys.stdout.flush()
         return code
     except OSError as error:
-        # The reader of a pipe, `head` say, has seen enough: no more need be said.
+        # The reader of a pipe, such as `head`, has read enough: that is not an error to report.
         if not isinstance(error, BrokenPipeError):
             named = error.filename is not None and error.strerror is not None
-            _complain(f"{error.filename}: {error.strerror}" if named else str(error))
-        _give_up_output()
+            _print_error(f"{error.filename}: {error.strerror}" if named else str(error))
+        _discard_output()
         return 1
 
 
@@ -78,8 +83,8 @@ def _run(arguments: Sequence[str] | None) -> int:
         "train": (_train, "train a byte-level language model with sparse or full attention"),
         "sample": (_sample, "continue a prompt with a trained model"),
         "bench": (_bench, "time kernels, the operator and models, and write a report"),
-        "tune": (_tune, "measure the kernels' tiles on this GPU and write a table of the fastest"),
-        "info": (_info, "show devices, versions, and which implementation serves each function"),
+        "tune": (_tune, "measure kernel tile sizes on this GPU and write a table of the fastest"),
+        "info": (_info, "show devices, versions, and the implementation used for each function"),
     }
     parser = _Parser(
         prog=PROGRAM,
@@ -103,26 +108,26 @@ def _run(arguments: Sequence[str] | None) -> int:
             parser.print_help()
         else:
             commands[parsed.command][0](parsed.arguments)
-    except SystemExit as stop:  # argparse's and tyro's way to end --help and errors
+    except SystemExit as stop:  # argparse and tyro end this way after --help and after errors
         return stop.code if isinstance(stop.code, int) else 2
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] not in _TRAIN_EXTRA:
             raise
-        return _complain(f"{parsed.command} needs the package {error.name!r}: {_INSTALL_EXTRA}")
-    # The library raises these for bad calls, with messages made for the caller.
+        return _print_error(f"{parsed.command} needs the package {error.name!r}: {_INSTALL_EXTRA}")
+    # The library raises these for invalid arguments, with messages written for the caller.
     except (ValueError, NotImplementedError) as error:
-        return _complain(str(error))
-    except ArithmeticError as error:  # a loss that is not finite, a benchmark's wrong result
-        _complain(str(error))
+        return _print_error(str(error))
+    except ArithmeticError as error:  # a loss is not finite, or a benchmark's result is wrong
+        _print_error(str(error))
         return 1
     except KeyboardInterrupt:
-        _complain("interrupted")
+        _print_error("interrupted")
         return 130
     return 0
 
 
-def _give_up_output() -> None:
-    """Lets Python, which flushes once more at exit, find somewhere for what nobody could take."""
+def _discard_output() -> None:
+    """Redirects output that cannot be written to the null device, since Python flushes at exit."""
     try:
         sys.stdout.flush()
     except OSError:
@@ -130,13 +135,14 @@ def _give_up_output() -> None:
 
 
 class _Parser(argparse.ArgumentParser):
-    """argparse, but an error is one line without the usage."""
+    """An `ArgumentParser` that reports an error in one line, without the usage."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 
-def _complain(message: str) -> int:
+def _print_error(message: str) -> int:
+    """Prints an error as one line; returns the exit code 2."""
     with contextlib.suppress(OSError):
         print(f"{PROGRAM}: error: {' '.join(message.split())}", file=sys.stderr)
     return 2
@@ -157,7 +163,7 @@ def _parse[Flags](
                 prog=f"{PROGRAM} {command}",
                 args=arguments,
                 default=tyro.MISSING_NONPROP if default is None else default,
-                # --topk and not --model.nsa.topk; --resume without its useless --no-resume.
+                # The flags are --topk rather than --model.nsa.topk.
                 config=(tyro.conf.OmitArgPrefixes,),
             )
     except SystemExit as stop:
@@ -167,7 +173,7 @@ def _parse[Flags](
 
 
 def _path_rule(found):
-    """Has tyro refuse an empty path, which Python takes for the current directory."""
+    """A tyro rule that rejects an empty path, which Python takes for the current directory."""
     import tyro
 
     if found.type is not Path:
@@ -188,7 +194,7 @@ def _path_rule(found):
 
 
 def _one_line(box: str) -> str:
-    """The message in a box that tyro drew: its lines up to the first rule, without the frame."""
+    """The message in a box drawn by tyro: its lines up to the first divider, without the frame."""
     lines = []
     for line in re.sub(r"\x1b\[[0-9;]*m", "", box).splitlines()[1:]:
         text = line.strip(" │╭╮╰╯")
@@ -199,17 +205,20 @@ def _one_line(box: str) -> str:
 
 
 def _train(arguments: Sequence[str]) -> None:
+    from fsa_jax.training.renamed import rename_flags
     from fsa_jax.training.stopping import RunStopped, catching_signals
 
+    arguments = rename_flags(arguments, _OLD_FLAGS)
+
     def at_once(stop: RunStopped) -> None:
-        say_now(_how_to_go_on(stop, arguments))
+        say_now(_how_to_continue(stop, arguments))
         os._exit(128 + stop.signal)
 
     try:
         with catching_signals(at_once):
             _train_until_stopped(arguments)
     except RunStopped as stop:
-        say(_how_to_go_on(stop, arguments))
+        say(_how_to_continue(stop, arguments))
         raise SystemExit(128 + stop.signal) from stop
 
 
@@ -217,8 +226,8 @@ def _train_until_stopped(arguments: Sequence[str]) -> None:
     from fsa_jax.training import PRESETS, TrainConfig
     from fsa_jax.transformer_config import SIZES, with_sizes
 
-    # The preset gives the defaults of all other flags, and some sizes of the model those of others,
-    # so they must be known before the rest is read. What is wrong is left to the full parser.
+    # The preset determines the defaults of all other flags, and some model sizes determine those of
+    # others, so these flags are read first. Errors in them are left to the full parser.
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     first.add_argument("--preset", nargs="?", default="tiny")
     for name in SIZES:
@@ -230,7 +239,7 @@ def _train_until_stopped(arguments: Sequence[str]) -> None:
         sizes = {name: size for name, size in found.items() if size is not None}
         default = dataclasses.replace(default, model=with_sizes(default.model, sizes))
     config = _parse(TrainConfig, "train", arguments, default)
-    # what only --help and a mistake in the flags can do without
+    # These imports are slow; --help and errors in the flags do not need them.
     from fsa_jax.training import ProcessLost, train
     from fsa_jax.training.compilation_cache import keep_compiled_programs
     from fsa_jax.training.mesh import is_leader
@@ -239,9 +248,9 @@ def _train_until_stopped(arguments: Sequence[str]) -> None:
     try:
         result = train(config)
     except ProcessLost as error:
-        _complain(str(error))
+        _print_error(str(error))
         sys.stdout.flush()
-        # jax would wait for the lost process at exit, and then abort
+        # At exit jax would wait for the lost process, and then abort.
         os._exit(1)
     if not is_leader():
         return
@@ -249,17 +258,17 @@ def _train_until_stopped(arguments: Sequence[str]) -> None:
     for path in result.files:
         print(f"  {path}")
     print(
-        f"step {result.step}: held-out loss {result.held_out_loss:.4f} nats/byte "
-        f"(unigram {result.unigram_loss:.4f})"
+        f"step {result.step}: validation loss {result.val_loss:.4f} nats/byte "
+        f"({result.val_bits_per_byte:.4f} bits/byte); unigram model {result.unigram_loss:.4f}"
     )
 
 
-def _how_to_go_on(stop: "RunStopped", arguments: Sequence[str]) -> str:
-    """What to say where a signal has ended a run."""
+def _how_to_continue(stop: "RunStopped", arguments: Sequence[str]) -> str:
+    """The message after a signal has ended a run."""
     name = stop.signal.name
     if stop.saved is not None:
-        words = [word for word in arguments if word not in ("--resume", "--overwrite")]
-        command = shlex.join([PROGRAM, "train", *words, "--resume"])
+        kept = [word for word in arguments if word not in ("--resume", "--overwrite")]
+        command = shlex.join([PROGRAM, "train", *kept, "--resume"])
         return f"{name}: ended; the checkpoint of step {stop.saved} is saved. Go on with: {command}"
     if not stop.trained:
         return f"{name}: ended before the first step; the same command starts the run"
@@ -274,14 +283,14 @@ def _sample(arguments: Sequence[str]) -> None:
     from fsa_jax.training.config import DOCUMENT_START
 
     checks.size("max_bytes", flags.max_bytes, most=math.inf)
-    # Words of a command line that are not UTF-8 reach Python as surrogates.
+    # Arguments that are not valid UTF-8 reach Python as surrogate escapes.
     prompt, stop = (x.encode("utf-8", "surrogateescape") for x in (flags.prompt, flags.stop))
-    # what the run was trained with may not be what serves here
+    # The implementation that the run was trained with may not be available here.
     model, _ = load_model(flags.checkpoint, implementation=None)
     if isinstance(sys.stdout, io.TextIOWrapper):
-        # A terminal that is not UTF-8 gets question marks rather than an error.
+        # A terminal whose encoding is not UTF-8 gets question marks rather than an error.
         sys.stdout.reconfigure(errors="replace")
-    shown = _Shown(prompt)
+    printer = _TextPrinter(prompt)
     try:
         fsa_jax.generate(
             model,
@@ -291,18 +300,18 @@ def _sample(arguments: Sequence[str]) -> None:
             top_p=flags.top_p,
             seed=flags.seed,
             stop=stop,
-            vocab_size=DOCUMENT_START,  # only bytes: the document start was never a target
-            stream=shown.add,
+            vocab_size=DOCUMENT_START,  # only bytes: the document start is never a training target
+            stream=printer.add,
         )
     except KeyboardInterrupt:
-        shown.finish()  # so that what is said of it has a line of its own
-        _complain("interrupted")
+        printer.finish()  # so that the message starts on a new line
+        _print_error("interrupted")
         raise SystemExit(130) from None
-    shown.finish()
+    printer.finish()
 
 
-class _Shown:
-    """A text on standard output, byte by byte as it comes; what is not UTF-8 is shown as such."""
+class _TextPrinter:
+    """Prints a text byte by byte as it is generated, with U+FFFD for what is not valid UTF-8."""
 
     def __init__(self, prompt: bytes):
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
@@ -317,7 +326,8 @@ class _Shown:
 
     def _write(self, new: bytes, final: bool = False) -> None:
         text = self._decoder.decode(self._prompt + new, final)
-        self._prompt = b""  # with the first byte, so that a mistake in the call shows none of it
+        # The prompt is printed with the first byte, and so never before an error in the arguments.
+        self._prompt = b""
         print(text, end="", flush=True)
 
 
@@ -343,7 +353,7 @@ def _tune(arguments: Sequence[str]) -> None:
 def _info(arguments: Sequence[str]) -> None:
     parser = _Parser(
         prog=f"{PROGRAM} info",
-        description="Shows devices, versions, and which implementation serves each function here.",
+        description="Shows devices, versions, and the implementation used for each function.",
     )
     parser.parse_args(arguments)
     import jax

@@ -1,4 +1,4 @@
-"""Checkpoints of a run: parameters, optimiser, step, rng, data position and configuration."""
+"""Checkpoints of a run: its training state, its position in the data, and its configuration."""
 
 import errno
 import functools
@@ -19,12 +19,12 @@ _KEEP = 2
 
 
 class RunPosition(NamedTuple):
-    """What a checkpoint holds beside arrays.
+    """What a checkpoint holds besides arrays.
 
     Attributes:
-      config: configuration of the run that wrote it.
-      fingerprint: fingerprint of its corpus.
-      batches: position of the training batches.
+      config: configuration of the run that wrote the checkpoint.
+      fingerprint: fingerprint of the run's corpus.
+      batches: position in the training batches, as `TrainingBatches.get_state` returns it.
     """
 
     config: TrainConfig
@@ -33,22 +33,22 @@ class RunPosition(NamedTuple):
 
 
 class UnreadableCheckpoint(ValueError):
-    """A checkpoint is damaged, or was not written by this version."""
+    """A checkpoint is damaged, or has a format that this version does not read."""
 
 
 class Checkpoints:
-    """The checkpoints in a run's folder; use as a context manager.
+    """The checkpoints of a run; use it as a context manager.
 
     Args:
-      run_folder: the folder of the run; its folder "checkpoints" is used.
-      create: make that folder if it is not there.
+      run_folder: the folder of the run, whose subfolder "checkpoints" is used.
+      create: whether to create the subfolder if it does not exist.
     """
 
     def __init__(self, run_folder: Path, *, create: bool = False):
-        # orbax takes absolute paths only.
+        # orbax accepts only absolute paths.
         self.folder = (run_folder / CHECKPOINTS).absolute()
-        # A donated buffer must not be overwritten while a background thread still writes it, so
-        # saving is synchronous.
+        # Saving is synchronous: the next step, to which the state's buffers are donated, must not
+        # overwrite them while a background thread still writes them to disk.
         self._manager = ocp.CheckpointManager(
             self.folder,
             options=ocp.CheckpointManagerOptions(
@@ -67,12 +67,14 @@ class Checkpoints:
     def newest[Found](
         self, read: Callable[[int], Found], *, quiet: bool = False
     ) -> tuple[int, Found]:
-        """Step of the newest checkpoint that can be read, and what `read` gives for it.
+        """The step of the newest checkpoint that can be read, and what `read` returns for it.
 
-        Says which newer ones are damaged, unless it is to be quiet.
+        Args:
+          read: reads the checkpoint of a step, or raises UnreadableCheckpoint.
+          quiet: whether to print no messages about newer checkpoints, which are damaged.
 
         Raises:
-          UnreadableCheckpoint: there is none; the error is that of the newest one.
+          UnreadableCheckpoint: no checkpoint can be read; the error is that of the newest one.
         """
         damaged: list[UnreadableCheckpoint] = []
         for step in self._steps():
@@ -85,7 +87,9 @@ class Checkpoints:
                     say(f"{reason}; the checkpoint of step {step} is taken instead")
                 return step, found[0]
             where = str(self.folder / str(step))
-            other = UnreadableCheckpoint(f"checkpoint must be whole for every process, got {where}")
+            other = UnreadableCheckpoint(
+                f"checkpoint must be readable by every process, got {where}"
+            )
             damaged.append(error or other)
         if damaged:
             raise damaged[0]
@@ -95,7 +99,7 @@ class Checkpoints:
         return sorted(self._manager.all_steps(), reverse=True)
 
     def set_aside_after(self, step: int) -> None:
-        """Moves newer checkpoints, which are damaged, out of the way of those that are to come."""
+        """Moves newer checkpoints, which are damaged, out of the way of later ones."""
         for newer in (x for x in self._steps() if x > step):
             old = self.folder / str(newer)
             new = kept_aside(self.folder.parent, f"{DAMAGED_CHECKPOINT}{newer}-")
@@ -103,7 +107,7 @@ class Checkpoints:
         self._manager.reload()
 
     def save(self, step: int, state: TrainState, position: RunPosition) -> None:
-        """Writes a checkpoint and drops old ones; does nothing if `step` is there already.
+        """Writes a checkpoint and deletes old ones; does nothing if that of `step` exists.
 
         Raises:
           OSError: the checkpoint cannot be written.
@@ -112,16 +116,16 @@ class Checkpoints:
             return
         try:
             saved = self._save(step, state, position)
-        # A full disk raises almost anything, from orbax, zarr or tensorstore.
+        # On a full disk orbax, zarr and tensorstore raise almost any type of exception.
         except Exception as error:
             if jax.process_count() > 1 and isinstance(error, RuntimeError):
-                raise  # another process may be gone
+                raise  # another process may be lost
             raise OSError(errno.EIO, _first_line(error), str(self.folder / str(step))) from error
         if not saved:
             raise OSError(errno.EIO, "orbax has refused to save", str(self.folder / str(step)))
 
     def _save(self, step: int, state: TrainState, position: RunPosition) -> bool:
-        # Parameters stand apart, so that sampling needs to read nothing else.
+        # The parameters are an item of their own, so that sampling reads nothing else.
         return self._manager.save(
             step,
             args=ocp.args.Composite(
@@ -138,7 +142,7 @@ class Checkpoints:
         )
 
     def read_position(self, step: int) -> RunPosition:
-        """Reads what stands beside the arrays."""
+        """Reads what the checkpoint holds besides arrays."""
         values = self._restore(step, position=ocp.args.JsonRestore())["position"]
         try:
             return RunPosition(
@@ -150,12 +154,12 @@ class Checkpoints:
             raise self._unreadable(step, error) from error
 
     def read_params(self, step: int, template: Any) -> Any:
-        """Reads the parameters; `template` gives shapes, dtypes and places."""
+        """Reads the parameters; `template` gives their shapes, dtypes and shardings."""
         restore = ocp.args.StandardRestore(_placed(template))
         return self._restore(step, params=restore)["params"]
 
     def read_state(self, step: int, template: TrainState) -> TrainState:
-        """Reads the whole state; `template` likewise."""
+        """Reads the whole state; `template` gives its shapes, dtypes and shardings."""
         params = self.read_params(step, template.params)
         rest = _placed(template._replace(params=())._asdict())
         values = self._restore(step, rest=ocp.args.StandardRestore(rest))["rest"]
@@ -164,13 +168,13 @@ class Checkpoints:
     def _restore(self, step: int, **items: Any) -> Any:
         try:
             return self._manager.restore(step, args=ocp.args.Composite(**items))
-        # Damaged files raise almost anything, from json, zarr, tensorstore or orbax.
+        # On damaged files json, zarr, tensorstore and orbax raise almost any type of exception.
         except Exception as error:
             raise self._unreadable(step, error) from error
 
     def _unreadable(self, step: int, error: Exception) -> UnreadableCheckpoint:
         return UnreadableCheckpoint(
-            f"checkpoint must be one that this version wrote, complete, got "
+            f"checkpoint must be readable by this version and complete, got "
             f"{str(self.folder / str(step))!r}: {type(error).__name__}: {_first_line(error)}"
         )
 
@@ -180,7 +184,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _placed(template: Any) -> Any:
-    """The template with a place for each array: its own, or this process's first device."""
+    """The template with a sharding for each array: its own, or this process's first device."""
     first = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
     def place(leaf):

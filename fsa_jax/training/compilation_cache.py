@@ -1,4 +1,4 @@
-"""Where compiled programs of a run are kept, so that the next start need not compile them again."""
+"""The persistent cache of compiled programs, which saves later runs the compilation."""
 
 import os
 from pathlib import Path
@@ -7,22 +7,22 @@ import jax
 
 
 def keep_compiled_programs() -> None:
-    """Turns on jax's persistent cache of compiled programs, unless that has been decided already.
+    """Turns on jax's persistent compilation cache, unless the user has configured it already.
 
+    The folder is fsa-jax/compiled in the user's cache folder, XDG_CACHE_HOME or ~/.cache.
     JAX_COMPILATION_CACHE_DIR names another folder, or none if it is empty, and
-    JAX_ENABLE_COMPILATION_CACHE=false turns the cache off. Else the folder is fsa-jax/compiled in
-    the user's cache folder: XDG_CACHE_HOME, or ~/.cache.
+    JAX_ENABLE_COMPILATION_CACHE=false turns the cache off.
     """
     config = jax.config
-    folder = getattr(config, "jax_compilation_cache_dir")  # noqa: B009, pyright knows no option
+    folder = getattr(config, "jax_compilation_cache_dir")  # noqa: B009, unknown to pyright
     enabled = getattr(config, "jax_enable_compilation_cache")  # noqa: B009
     if not enabled or folder is not None:
         return
     caches = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
     try:
         caches = caches.expanduser()
-    except RuntimeError:  # no home
+    except RuntimeError:  # the user has no home folder
         return
-    # as the standard of XDG_CACHE_HOME has it: a relative path counts for nothing
+    # the XDG standard says that a relative path is ignored
     if caches.is_absolute():
         jax.config.update("jax_compilation_cache_dir", str(caches / "fsa-jax" / "compiled"))

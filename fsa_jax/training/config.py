@@ -1,4 +1,4 @@
-"""What a training run is: one dataclass, and the presets that are values of it."""
+"""The configuration of a training run: one dataclass, and the presets, which are values of it."""
 
 import dataclasses
 import math
@@ -8,29 +8,36 @@ from typing import Any, Literal
 
 from fsa_jax.arguments import scalars
 from fsa_jax.config import NSAConfig
+from fsa_jax.training.renamed import renamed_fields, with_new_names
 from fsa_jax.transformer import TransformerConfig
 
-# Tokens: the ids 0..255 are bytes; one more id starts every document.
+# The vocabulary: the token ids 0..255 are bytes, and one more id starts every document.
 DOCUMENT_START = 256
 VOCAB_SIZE = 257
 
-# These say where, how long and how often. They change no number of a training step, so a resumed
-# run may change them; all other fields must stay. `data` is compared by content instead.
+# A resumed run may change these fields: they say where, for how long and how often a run works, and
+# change no number of a training step. All other fields must stay the same. `text` is compared by
+# its bytes instead.
 FREE_ON_RESUME = frozenset(
-    {"data", "out", "preset", "steps", "resume", "overwrite", "eval_every", "checkpoint_every"}
+    {"text", "out", "preset", "steps", "resume", "overwrite", "eval_every", "checkpoint_every"}
     | {"mesh", "fsdp", "distributed"}
 )
 
+#: Old names of fields, which callers may use for one more release; files may always have them.
+OLD_FIELDS = {"data": "text", "row_length": "seq_len", "eval_rows": "eval_sequences"}
 
-#: Axes of a mesh of devices, see `fsa_jax.training.mesh`.
+#: The axes of a device mesh, see `fsa_jax.training.mesh`.
 AXES = ("data", "tensor", "sequence")
 
 
 def parse_mesh(text: str) -> dict[str, int]:
-    """Devices of each axis, from text like "data=2,tensor=4"; an axis that is left out has one.
+    """The number of devices along each mesh axis.
+
+    Args:
+      text: axes and their sizes, for example "data=2,tensor=4"; an omitted axis has size 1.
 
     Raises:
-      ValueError: the text is not of that form.
+      ValueError: the text does not have that form.
 
     Example:
       >>> parse_mesh("data=2,tensor=4")
@@ -50,57 +57,60 @@ def parse_mesh(text: str) -> dict[str, int]:
     return sizes
 
 
+@renamed_fields(**OLD_FIELDS)
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """A training run of a byte-level language model.
 
-    Compiled programs are kept for the next start in fsa-jax/compiled of the user's cache folder;
-    the environment variable JAX_COMPILATION_CACHE_DIR names another folder, or none if it is empty.
+    Compiled programs are cached for later runs in fsa-jax/compiled of the user's cache folder. The
+    environment variable JAX_COMPILATION_CACHE_DIR names another folder; if it is empty, nothing is
+    cached.
 
     Attributes:
-      data: text files, or folders to search for text files. Default: the source of this Python's
-        standard library.
-      out: folder to write to. Default: runs/PRESET-ATTENTION-seedSEED.
-      preset: the defaults that all other flags start from. tiny: minutes on two CPU cores. small:
-        about 90 million parameters and rows of 8192 bytes, for a GPU.
-      steps: step to stop after.
-      seed: seed of the parameters, of the order of the data and of dropout.
-      resume: go on from the last checkpoint in out, bitwise as if the run had never stopped.
+      preset: defaults for all other flags. tiny: trains within minutes on two CPU cores. small:
+        about 90 million parameters and sequences of 8192 bytes, for a GPU.
+      text: text files, or folders that are searched for text files. Default: the source of this
+        Python's standard library.
+      out: folder that the run writes to. Default: runs/PRESET-ATTENTION-seedSEED.
+      steps: step after which training stops.
+      seed: seed of the parameters, the data order and dropout.
+      resume: continue from the last checkpoint in out, bitwise as if the run had never stopped.
       overwrite: replace the run that is in out.
-      eval_every: steps between two held-out losses.
-      eval_rows: rows of the fixed held-out set.
+      eval_every: steps between two evaluations on the validation set.
+      eval_sequences: number of sequences in the fixed validation set.
       checkpoint_every: steps between two checkpoints; the last two are kept.
-      batch_size: rows of a step.
-      row_length: bytes of a row.
-      learning_rate: peak of the learning rate.
-      weight_decay: decoupled weight decay, on matrices only.
-      warmup_steps: steps of the linear warmup from 0 to the peak.
-      decay_steps: step at which the cosine, from the peak on, reaches a tenth of the peak. The
-        rate stays there afterwards. Default: steps, or the end of a longer warmup. A resumed run
-        keeps the value of its checkpoint, also where it is made longer: give decay_steps at the
-        start if the run is to go on beyond steps.
-      mesh: devices of each axis, for example data=4,tensor=2,sequence=1: rows of a batch, heads,
-        and tokens of a row are split over them. Default: one device. A resumed run may change it.
+      batch_size: sequences per step.
+      seq_len: bytes per sequence.
+      learning_rate: peak learning rate.
+      weight_decay: decoupled weight decay, applied to matrices only.
+      warmup_steps: steps of the linear warmup from 0 to the peak learning rate.
+      decay_steps: step at which the cosine decay reaches a tenth of the peak learning rate, where
+        it then stays. Default: steps, or the end of a longer warmup. A resumed run keeps the value
+        of its checkpoint, even if the run is extended: set decay_steps at the start if the run will
+        continue beyond steps.
+      mesh: number of devices along each mesh axis, for example data=4,tensor=2,sequence=1: the
+        sequences of a batch, the heads, and the tokens of a sequence are split over them. Default:
+        one device. A resumed run may change it.
       fsdp: split parameters and optimiser state over the data axis too.
-      distributed: this is one of several processes of a run, which all see the folder out.
+      distributed: this process is one of several of the run; all of them must see the folder out.
       model: sizes of the model.
 
     Raises:
-      ValueError: a field breaks its rule; the message names it and gives the value.
+      ValueError: a field breaks its rule; the message names the field and its value.
     """
 
-    data: tuple[Path, ...] = ()
-    out: Path | None = None
     preset: Literal["tiny", "small"] = "tiny"
+    text: tuple[Path, ...] = ()
+    out: Path | None = None
     steps: int
     seed: int = 0
     resume: bool = False
     overwrite: bool = False
     eval_every: int
-    eval_rows: int
+    eval_sequences: int
     checkpoint_every: int
     batch_size: int
-    row_length: int
+    seq_len: int
     learning_rate: float
     weight_decay: float
     warmup_steps: int
@@ -115,10 +125,10 @@ class TrainConfig:
             ("steps", 1),
             ("seed", 0),
             ("eval_every", 1),
-            ("eval_rows", 1),
+            ("eval_sequences", 1),
             ("checkpoint_every", 1),
             ("batch_size", 1),
-            ("row_length", 2),
+            ("seq_len", 2),
             ("warmup_steps", 0),
             ("decay_steps", 1),
         ):
@@ -153,37 +163,37 @@ class TrainConfig:
 
     @property
     def run_folder(self) -> Path:
-        """Where the run writes: `out`, or the default folder that its settings name."""
+        """The folder that the run writes to: `out`, or the default, which names its settings."""
         default = Path("runs") / f"{self.preset}-{self.model.attention}-seed{self.seed}"
         return default if self.out is None else self.out
 
     @property
     def last_decay_step(self) -> int:
-        """Step from which on the learning rate is constant."""
+        """The step from which the learning rate is constant."""
         if self.decay_steps is not None:
             return self.decay_steps
         return max(self.steps, self.warmup_steps + 1)
 
 
 def config_to_json(config: TrainConfig) -> dict[str, Any]:
-    """The configuration as JSON values; `config_from_json` is its inverse."""
+    """The configuration as JSON values; the inverse of `config_from_json`."""
     values = dataclasses.asdict(config)
-    values["data"] = [str(path) for path in config.data]
+    values["text"] = [str(path) for path in config.text]
     values["out"] = None if config.out is None else str(config.out)
     return values
 
 
 def config_from_json(values: Mapping[str, Any]) -> TrainConfig:
-    """Builds the configuration that `config_to_json` wrote."""
-    fields = dict(values)
-    fields["data"] = tuple(Path(path) for path in fields["data"])
+    """Builds the configuration that `config_to_json` wrote, in this version or an earlier one."""
+    fields = with_new_names(values, OLD_FIELDS)
+    fields["text"] = tuple(Path(path) for path in fields["text"])
     fields["out"] = None if fields["out"] is None else Path(fields["out"])
     fields["model"] = TransformerConfig.from_dict(fields["model"])
     return TrainConfig(**fields)
 
 
 def check_resumable(saved: TrainConfig, wanted: TrainConfig) -> None:
-    """Raises ValueError, naming every difference, unless `wanted` can go on where `saved` was."""
+    """Raises ValueError, naming every difference, unless `wanted` can resume the run `saved`."""
     before, now = _flat(config_to_json(saved)), _flat(config_to_json(wanted))
     differences = [
         f"{name}={now.get(name)!r} (checkpoint: {before.get(name)!r})"
@@ -208,10 +218,10 @@ PRESETS: dict[str, TrainConfig] = {
         preset="tiny",
         steps=600,
         eval_every=100,
-        eval_rows=128,
+        eval_sequences=128,
         checkpoint_every=100,
         batch_size=4,
-        row_length=512,
+        seq_len=512,
         learning_rate=3e-3,
         weight_decay=0.1,
         warmup_steps=50,
@@ -238,10 +248,10 @@ PRESETS: dict[str, TrainConfig] = {
         preset="small",
         steps=20_000,
         eval_every=500,
-        eval_rows=32,
+        eval_sequences=32,
         checkpoint_every=1000,
         batch_size=8,
-        row_length=8192,
+        seq_len=8192,
         learning_rate=6e-4,
         weight_decay=0.1,
         warmup_steps=500,

@@ -1,7 +1,7 @@
-"""The folder of a run: whose it is, which process writes to it, and what a new run may replace.
+"""The folder of a run: its owner, the process that writes to it, and what a new run may replace.
 
-A run lives in the files named here. A folder that holds `run.json` of a run belongs to this
-program; anything else in it, and every other folder, belongs to someone else and is never deleted.
+A run writes only the files named here. A folder with the `run.json` of a run belongs to this
+program. Other files in it, and all other folders, belong to the user and are never deleted.
 """
 
 import contextlib
@@ -21,32 +21,32 @@ METRICS, DESCRIPTION, CHECKPOINTS = "metrics.jsonl", "run.json", "checkpoints"
 LOSSES, BLOCKS = "loss.png", "blocks.png"
 WHAT = "fsa-jax train"
 
-#: Copies that a resumed run keeps of what it found damaged; a number follows.
+#: Names, followed by a number, of the copies that a resumed run keeps of damaged files.
 DAMAGED_METRICS, DAMAGED_CHECKPOINT = "damaged-metrics-", "damaged-checkpoint-"
 
 _LOCK = ".fsa-jax.lock"
-#: What a lock begins with: a file of that name that holds anything else is someone else's.
+#: The text that a lock file begins with: a file of that name with other text is the user's.
 _HOLDER = "process "
-#: Every description has had these keys, also before it had the key "what".
+#: Keys that every description has, including those of versions that did not write the key "what".
 _KEYS_OF_DESCRIPTION = frozenset({"config", "versions", "devices", "parameters", "unigram_loss"})
-#: What stands in every checkpoint of orbax, finished or not.
+#: A file that is in every orbax checkpoint, finished or not.
 _MARK_OF_CHECKPOINT = "_CHECKPOINT_METADATA"
 _UNFINISHED = ".orbax-checkpoint-tmp"
-#: What a file system without locks answers.
+#: Errors of file systems that do not support locks.
 _NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}
 
 
 def has_checkpoint(folder: Path) -> bool:
     """Whether the folder of a run holds a complete checkpoint."""
     checkpoints = folder / CHECKPOINTS
-    # orbax writes to another name and renames when all is there.
+    # orbax writes under another name, and renames the folder once it is complete.
     return checkpoints.is_dir() and any(
         _is_step(child.name) and child.is_dir() for child in checkpoints.iterdir()
     )
 
 
 def check_startable(folder: Path, *, resume: bool, overwrite: bool) -> None:
-    """Raises ValueError unless a run may go on, or begin, in the folder."""
+    """Raises ValueError unless a run may start or, with `resume`, continue in the folder."""
     name = str(folder)
     if resume:
         if not has_checkpoint(folder):
@@ -55,17 +55,17 @@ def check_startable(folder: Path, *, resume: bool, overwrite: bool) -> None:
         if found := _worth_keeping(folder):
             raise ValueError(
                 f"out must not hold a run already, got {name!r}, where {found} is: set resume to "
-                "go on with it, overwrite to replace it, or out to another folder"
+                "continue it, overwrite to replace it, or out to another folder"
             )
     elif found := _not_ours(folder):
         raise ValueError(
-            "overwrite must replace a run that this program wrote, and nothing else, got "
+            "overwrite must replace only a run that this program wrote, got "
             f"{name!r}, where {found}: set out to another folder, or delete it yourself"
         )
 
 
 def _worth_keeping(folder: Path) -> str | None:
-    """Name of something that a new run would replace; None if there is nothing."""
+    """The name of a file or folder that a new run would replace; None if there is none."""
     for name in (CHECKPOINTS, METRICS, DESCRIPTION, LOSSES, BLOCKS):
         path = folder / name
         if not os.path.lexists(path):
@@ -74,7 +74,7 @@ def _worth_keeping(folder: Path) -> str | None:
             empty = not any(path.iterdir())
         elif name == METRICS and path.is_file():
             empty = not path.stat().st_size
-        else:  # a run that ended before its first step has left its description only
+        else:  # a run that ended before its first step leaves only its description
             empty = name == DESCRIPTION and _is_description(path)
         if not empty:
             return name
@@ -82,9 +82,9 @@ def _worth_keeping(folder: Path) -> str | None:
 
 
 def _not_ours(folder: Path) -> str | None:
-    """What in the folder a run that replaces another must not delete; None if there is nothing."""
+    """Why a new run must not replace the contents of the folder; None if it may."""
     if _worth_keeping(folder) and not _is_description(folder / DESCRIPTION):
-        return f"no {DESCRIPTION} of a run is"
+        return f"there is no {DESCRIPTION} of a run"
     for name in (METRICS, DESCRIPTION, LOSSES, BLOCKS):
         if (folder / name).is_dir():
             return f"{name} is a folder"
@@ -92,11 +92,11 @@ def _not_ours(folder: Path) -> str | None:
     if not os.path.lexists(checkpoints):
         return None
     if checkpoints.is_symlink():
-        return f"{CHECKPOINTS} is a link"
+        return f"{CHECKPOINTS} is a symbolic link"
     if not checkpoints.is_dir():
-        return f"{CHECKPOINTS} is no folder"
-    strange = [child.name for child in checkpoints.iterdir() if not _is_checkpoint(child)]
-    return f"{CHECKPOINTS}/{min(strange)} is no checkpoint" if strange else None
+        return f"{CHECKPOINTS} is not a folder"
+    others = [child.name for child in checkpoints.iterdir() if not _is_checkpoint(child)]
+    return f"{CHECKPOINTS}/{min(others)} is not a checkpoint" if others else None
 
 
 def _is_checkpoint(path: Path) -> bool:
@@ -123,26 +123,26 @@ def _is_description(path: Path) -> bool:
 
 
 def write_description(folder: Path, description: dict[str, Any]) -> None:
-    """Writes `run.json`, the whole of it or nothing."""
-    fresh = folder / f".fsa-jax.{DESCRIPTION}.new"
+    """Writes `run.json` atomically."""
+    new = folder / f".fsa-jax.{DESCRIPTION}.new"
     text = json.dumps({"what": WHAT} | description, indent=2) + "\n"
-    with naming(fresh):
-        fresh.write_text(text, encoding="utf-8")
-    fresh.replace(folder / DESCRIPTION)
+    with naming(new):
+        new.write_text(text, encoding="utf-8")
+    new.replace(folder / DESCRIPTION)
 
 
 def clear(folder: Path) -> None:
-    """Deletes the run in a folder that `check_startable` let pass with overwrite."""
+    """Deletes the run in a folder that `check_startable` has accepted with overwrite."""
     checkpoints = folder / CHECKPOINTS
     for child in checkpoints.iterdir() if checkpoints.is_dir() else ():
         shutil.rmtree(child)
-    # The description goes last: until then it says whose the rest is.
+    # The description is deleted last: until then it marks the folder as that of a run.
     for name in (METRICS, LOSSES, BLOCKS, DESCRIPTION):
         (folder / name).unlink(missing_ok=True)
 
 
 def kept_aside(folder: Path, name: str) -> Path:
-    """A path in the folder that does not exist yet: the name and a number."""
+    """A path in the folder that does not exist yet: the name, followed by a number."""
     number = 1
     while os.path.lexists(folder / f"{name}{number}"):
         number += 1
@@ -151,10 +151,10 @@ def kept_aside(folder: Path, name: str) -> Path:
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Holds the folder against other runs; the system lets go of it when the process ends.
+    """Locks the folder against other runs; the system releases the lock when the process ends.
 
     Raises:
-      ValueError: another run holds it, or what has the name of the lock is none.
+      ValueError: another run holds the lock, or a file of the same name is not a lock.
       OSError: the folder cannot be written to.
     """
     path = folder / _LOCK
@@ -165,7 +165,7 @@ def locked(folder: Path) -> Iterator[None]:
             os.write(descriptor, f"{_HOLDER}{os.getpid()} on {socket.gethostname()}".encode())
         yield
     finally:
-        # First the name, so that who finds it never finds a lock that is not held.
+        # The file is deleted before the lock is released, so that a lock file that exists is held.
         with contextlib.suppress(OSError):
             path.unlink()
         os.close(descriptor)
@@ -174,15 +174,15 @@ def locked(folder: Path) -> Iterator[None]:
 def _open_locked(path: Path) -> int:
     while True:
         if path.is_symlink():
-            raise ValueError(f"out must not hold a link of the name {_LOCK}, got {str(path)!r}")
+            raise ValueError(f"out must not hold a link named {_LOCK}, got {str(path)!r}")
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
         try:
             if os.pread(descriptor, len(_HOLDER), 0) not in (b"", _HOLDER.encode()):
                 raise ValueError(
-                    f"out must not hold a file {_LOCK} that no run wrote, got {str(path)!r}"
+                    f"out must not hold a file {_LOCK} of another program, got {str(path)!r}"
                 )
             _lock(descriptor, path.parent)
-            # The run before may have deleted the file between the two calls above.
+            # The previous holder may have deleted the file after it was opened here.
             if path.exists() and os.path.samestat(os.fstat(descriptor), path.stat()):
                 return descriptor
         except BaseException:
@@ -202,4 +202,4 @@ def _lock(descriptor: int, folder: Path) -> None:
     except OSError as error:
         if error.errno not in _NO_LOCKS:
             raise
-        say(f"{folder} cannot be locked ({error.strerror}): start no second run in it")
+        say(f"{folder} cannot be locked ({error.strerror}): do not start a second run in it")

@@ -1,4 +1,4 @@
-"""The training job: data in; metrics, checkpoints, pictures and a held-out loss out."""
+"""The training job: it reads text, and writes metrics, checkpoints, plots and a validation loss."""
 
 import contextlib
 import dataclasses
@@ -20,10 +20,10 @@ from fsa_jax.training.config import TrainConfig, check_resumable, config_to_json
 from fsa_jax.training.data import (
     Corpus,
     TrainingBatches,
-    held_out_batches,
+    example_sequence,
     load_corpus,
-    row_of_documents,
     unigram_loss,
+    validation_batches,
 )
 from fsa_jax.training.mesh import (
     Placement,
@@ -35,9 +35,17 @@ from fsa_jax.training.mesh import (
     on_leader,
     wait_for_all,
 )
-from fsa_jax.training.metrics import MetricsLog, Row, curve, read_metrics
+from fsa_jax.training.metrics import (
+    MetricsLog,
+    Row,
+    bits_per_byte,
+    curve,
+    read_metrics,
+    validation_row,
+)
 from fsa_jax.training.plots import plot_blocks, plot_losses
 from fsa_jax.training.progress import Progress
+from fsa_jax.training.renamed import renamed_fields
 from fsa_jax.training.step import (
     StepMetrics,
     abstract_model,
@@ -51,45 +59,54 @@ from fsa_jax.training.stopping import Stop, catching_signals
 from fsa_jax.transformer import Transformer
 from fsa_jax.versions import versions
 
-# Losses are fetched from the device once in so many steps, so that it never waits for the host; or
-# earlier where they take longer than this together: progress shows, and a run can be stopped.
+# Metrics are fetched from the device only once in _FETCH_EVERY steps, so that the device does not
+# wait for the host. They are fetched earlier if the steps take longer than _FETCH_SECONDS together,
+# so that progress is visible and the run can be stopped.
 _FETCH_EVERY = 10
 _FETCH_SECONDS = 1.0
 
 
+@renamed_fields(held_out_loss="val_loss")
 @dataclasses.dataclass(frozen=True)
 class TrainResult:
-    """What a run came to.
+    """The result of a run.
 
     Attributes:
       step: the last step.
-      held_out_loss: nats per byte on the held-out rows.
-      unigram_loss: that of a unigram byte model fitted on the training documents.
-      files: what was written: files, and the folder of the checkpoints.
+      val_loss: the last validation loss, in nats per byte.
+      unigram_loss: validation loss of a unigram byte model fitted on the training documents, in
+        nats per byte.
+      files: paths of the files that were written, and of the folder of the checkpoints.
     """
 
     step: int
-    held_out_loss: float
+    val_loss: float
     unigram_loss: float
     files: tuple[Path, ...]
 
+    @property
+    def val_bits_per_byte(self) -> float:
+        """The last validation loss in bits per byte, `val_loss` / log(2)."""
+        return bits_per_byte(self.val_loss)
+
 
 def train(config: TrainConfig) -> TrainResult:
-    """Trains a byte-level language model and writes everything to `config.run_folder`.
+    """Trains a byte-level language model and writes all results to `config.run_folder`.
 
     Args:
       config: the run; start from one of `PRESETS` with `dataclasses.replace`.
 
     Returns:
-      The last losses and the paths of what was written.
+      The final losses, and the paths of what was written.
 
     Raises:
-      ValueError: the data cannot be read, the folder holds a run already, or is in use, or there is
-        no checkpoint to resume from, or one of another run.
+      ValueError: the text cannot be read; the folder already holds a run or is in use by another
+        one; or there is no checkpoint to resume from, or only one of a different run.
       OSError: something cannot be written.
-      FloatingPointError: the loss is not finite any more.
+      FloatingPointError: the loss or the gradient is no longer finite.
       ProcessLost: another process of the run has ended.
-      RunStopped: a signal came (SIGINT, SIGTERM or SIGHUP), and the run has saved a checkpoint.
+      RunStopped: a signal (SIGINT, SIGTERM or SIGHUP) arrived, and the run has ended; see
+        `RunStopped.saved` for its last checkpoint.
     """
     if config.distributed:
         join_processes()
@@ -101,12 +118,12 @@ def train(config: TrainConfig) -> TrainResult:
         )
         on_leader(check)
         placement = Placement.build(config.mesh, fsdp=config.fsdp)
-        sizes = {"batch_size": config.batch_size, "row_length": config.row_length}
+        sizes = {"batch_size": config.batch_size, "seq_len": config.seq_len}
         check_placement(placement, config.model, **sizes)
-        corpus = load_corpus(config.data)
+        corpus = load_corpus(config.text)
         on_leader(functools.partial(_make, folder))
         on_leader(lambda: stack.enter_context(files.locked(folder)))
-        on_leader(check)  # again, now that no other run can come between
+        on_leader(check)  # once more, now that no other run can interfere
         run = _Run(config, corpus, placement, stop)
         if config.overwrite:
             on_leader(functools.partial(files.clear, folder))
@@ -123,14 +140,18 @@ def _make(folder: Path) -> None:
 
 
 def load_model(run_folder: Path, **changes: Any) -> tuple[Transformer, TrainConfig]:
-    """Reads the model and the configuration of a run's last checkpoint.
+    """Loads the model and the configuration of a run from its last checkpoint.
 
     Args:
       run_folder: the folder that `train` wrote to.
-      **changes: fields of the model's configuration to change, none that its parameters depend on.
+      **changes: fields of the model's configuration to change, except those that determine the
+        parameters.
+
+    Returns:
+      The model with the trained parameters, and the configuration of the run.
 
     Raises:
-      ValueError: there is no checkpoint, or it cannot be read.
+      ValueError: there is no checkpoint, or none that can be read.
     """
     if not files.has_checkpoint(run_folder):
         raise ValueError(
@@ -155,7 +176,7 @@ class _Run:
         self.corpus = corpus
         self.folder = config.run_folder
         self.stop = stop
-        # What can be wrong comes before what takes long.
+        # Whatever can fail comes before whatever takes long.
         if config.resume:
             with Checkpoints(self.folder) as checkpoints:
                 step, position = checkpoints.newest(checkpoints.read_position, quiet=True)
@@ -163,22 +184,22 @@ class _Run:
                 decay_steps = position.config.last_decay_step
                 config = dataclasses.replace(config, decay_steps=decay_steps)
             self._check_resumable(config, step, position)
-        # The file holds a number, so that a run that is made longer keeps its schedule.
+        # The checkpoint stores a number, never None, so that an extended run keeps its schedule.
         self.config = config = dataclasses.replace(config, decay_steps=config.last_decay_step)
         self.batches = TrainingBatches(
             corpus.train,
-            row_length=config.row_length,
+            seq_len=config.seq_len,
             batch_size=config.batch_size,
             seed=config.seed,
-            rows=placement.own_rows(config.batch_size),
+            sequences=placement.own_sequences(config.batch_size),
         )
-        self.held_out = held_out_batches(
-            corpus.held_out,
-            row_length=config.row_length,
+        self.validation = validation_batches(
+            corpus.validation,
+            seq_len=config.seq_len,
             batch_size=config.batch_size,
-            rows=config.eval_rows,
+            num_sequences=config.eval_sequences,
         )
-        self.unigram_loss = unigram_loss(corpus.train, self.held_out)
+        self.unigram_loss = unigram_loss(corpus.train, self.validation)
         shardings = state_shardings(config, placement)
         model = placement.model(config.model)
         self.graphdef, params = init_model(model, config.seed, shardings.params)
@@ -192,13 +213,14 @@ class _Run:
         self._compile()
 
     def _compile(self) -> None:
-        """Compiles ahead, so that tokens per second measure training alone."""
+        """Compiles both steps ahead of time, so that tokens per second measure training alone."""
         config = self.config
-        shape = (config.batch_size, config.row_length)
-        ids = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=self.placement.rows)
+        shape = (config.batch_size, config.seq_len)
+        ids = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=self.placement.batch)
         step = make_train_step(self.graphdef, config, self.placement)
         lowered = step.lower(self.state, ids, ids)
-        # Nothing that the caller could have got wrong is left: a message may come before the wait.
+        # The caller's arguments are all known to be right by now, so messages may be printed before
+        # the long wait.
         if is_leader():
             for message in self._messages():
                 say(message)
@@ -207,24 +229,24 @@ class _Run:
         self.eval_step = evaluate.lower(self.state.params, ids, ids).compile()
 
     def _messages(self) -> Iterator[str]:
-        """What a run says before it compiles."""
+        """The messages that a run prints before it compiles."""
         yield f"data: {self.corpus.summary}"
         config, last = self.config, self.config.last_decay_step
         if config.resume and config.steps > last:
             yield (
-                f"the learning rate falls until step {last} and stays: a resumed run keeps the "
-                "decay_steps of its checkpoint"
+                f"the learning rate falls until step {last} and then stays constant: a resumed run "
+                "keeps the decay_steps of its checkpoint"
             )
         size = sum(map(len, self.corpus.train))
         yield f"{self.num_params} parameters, {size} bytes to train on; compiling"
 
     def _check_resumable(self, config: TrainConfig, step: int, position: RunPosition) -> None:
-        """Raises ValueError unless the run can go on from a checkpoint."""
+        """Raises ValueError unless the run can resume from a checkpoint."""
         check_resumable(position.config, config)
         if position.fingerprint != self.corpus.fingerprint:
             raise ValueError(
-                "data must be the data of the checkpoint, got other bytes in "
-                f"{self.corpus.source} (checkpoint: {_source(position.config.data)})"
+                "text must be the text of the checkpoint, got other bytes in "
+                f"{self.corpus.source} (checkpoint: {_source(position.config.text)})"
             )
         if step > config.steps:
             raise ValueError(
@@ -232,7 +254,7 @@ class _Run:
             )
 
     def _restore(self, checkpoints: Checkpoints) -> int:
-        """Goes to the newest checkpoint that is whole; gives its step."""
+        """Restores the newest checkpoint that is complete, and returns its step."""
 
         def read(step):
             position = checkpoints.read_position(step)
@@ -246,24 +268,25 @@ class _Run:
         return step
 
     def finish(self) -> TrainResult:
-        """Trains to the last step and writes everything."""
+        """Trains up to the last step and writes all results."""
         metrics_file = self.folder / files.METRICS
-        # The description comes first: it says whose the rest is.
+        # The description is written first: it marks the folder as that of a run.
         self._write_description({})
         with (
             Checkpoints(self.folder, create=True) as checkpoints,
             MetricsLog(metrics_file, last_step=self.first_step, write=is_leader()) as log,
             Progress(self.first_step, self.config.steps, show=is_leader()) as progress,
         ):
-            evaluated = self.config.steps in curve(log.kept, "held_out_loss")[0]
+            evaluated = self.config.steps in curve(log.kept, "val_loss")[0]
             evaluated = agreed(evaluated and self.first_step == self.config.steps)
             self._train(checkpoints, log, progress)
             if not evaluated and self.first_step == self.config.steps:
                 self._evaluate(self.config.steps, log, progress)
         wait_for_all("trained")
         rows = read_metrics(metrics_file)
-        held_out_loss = curve(rows, "held_out_loss")[1][-1]
-        self._write_description({"step": self.config.steps, "held_out_loss": held_out_loss})
+        last = next(row for row in reversed(rows) if "val_loss" in row)
+        result = {name: last[name] for name in ("val_loss", "val_bits_per_byte", "held_out_loss")}
+        self._write_description({"step": self.config.steps} | result)
         written = [metrics_file, self.folder / files.DESCRIPTION, self.folder / files.LOSSES]
         name = f"attention={self.config.model.attention}"
         if is_leader():
@@ -273,7 +296,7 @@ class _Run:
             self._plot_blocks(written[-1])
         return TrainResult(
             step=self.config.steps,
-            held_out_loss=held_out_loss,
+            val_loss=last["val_loss"],
             unigram_loss=self.unigram_loss,
             files=(*written, self.folder / files.CHECKPOINTS),
         )
@@ -286,7 +309,7 @@ class _Run:
         stop.stepping = True
         for step in range(self.first_step + 1, config.steps + 1):
             batch = next(self.batches)
-            first, _ = self.placement.own_rows(config.batch_size)
+            first, _ = self.placement.own_sequences(config.batch_size)
             arrays = (
                 self.placement.place(x, first, config.batch_size)
                 for x in (batch.tokens, batch.segment_ids)
@@ -317,10 +340,10 @@ class _Run:
         stop.stepping = False
 
     def _fetch(self, pending: Sequence[tuple[int, StepMetrics]], since: float) -> list[Row]:
-        """Waits for the pending steps and makes their rows."""
+        """Waits for the pending steps and returns their rows of metrics."""
         fetched = jax.device_get([metrics for _, metrics in pending])
         seconds = time.perf_counter() - since
-        tokens = len(pending) * self.config.batch_size * self.config.row_length
+        tokens = len(pending) * self.config.batch_size * self.config.seq_len
         rows = [
             {
                 "step": step,
@@ -344,12 +367,12 @@ class _Run:
             self.eval_step(
                 self.state.params, *map(self.placement.place, (batch.tokens, batch.segment_ids))
             )
-            for batch in self.held_out
+            for batch in self.validation
         ]
         total, count = np.asarray(jax.device_get(sums), np.float64).sum(axis=0)
-        row = {"step": step, "held_out_loss": total / count, "held_out_bytes": int(count)}
+        row = validation_row(step, total / count, int(count))
         log.write([row])
-        progress.held_out(row)
+        progress.evaluation(row)
 
     def _save(self, checkpoints: Checkpoints, step: int) -> None:
         position = RunPosition(
@@ -371,8 +394,11 @@ class _Run:
                 "fingerprint": self.corpus.fingerprint,
                 "train_documents": len(self.corpus.train),
                 "train_bytes": sum(map(len, self.corpus.train)),
-                "held_out_documents": len(self.corpus.held_out),
-                "held_out_bytes": sum(map(len, self.corpus.held_out)),
+                "val_documents": len(self.corpus.validation),
+                "val_bytes": sum(map(len, self.corpus.validation)),
+                # the old names of the two, for one more release
+                "held_out_documents": len(self.corpus.validation),
+                "held_out_bytes": sum(map(len, self.corpus.validation)),
                 "read": dict(self.corpus.read),
                 "skipped": dict(self.corpus.skipped),
             },
@@ -382,9 +408,9 @@ class _Run:
         on_leader(functools.partial(files.write_description, self.folder, description))
 
     def _plot_blocks(self, path: Path) -> None:
-        batch = row_of_documents(self.corpus.held_out, row_length=self.config.row_length)
-
-        graphdef = abstract_model(self.config.model)[0]  # its tokens are on one device
+        batch = example_sequence(self.corpus.validation, seq_len=self.config.seq_len)
+        # The unchanged configuration: the tokens of this sequence are not split over devices.
+        graphdef = abstract_model(self.config.model)[0]
 
         @functools.partial(jax.jit, out_shardings=self.placement.replicated)
         def selected(params, tokens, segment_ids):

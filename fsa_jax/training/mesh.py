@@ -1,7 +1,8 @@
-"""Where a run computes: the mesh of its devices, and how its arrays are split over them.
+"""The device mesh of a run, its processes, and how its arrays are split over the mesh.
 
-The axes are `data` (rows of a batch; with fsdp also parameters), `tensor` (heads, and the hidden
-features of the feed-forward) and `sequence` (tokens of a row, see `fsa_jax.sequence_parallel`).
+The axes are `data`, which splits the sequences of a batch, and with fsdp also parameters; `tensor`,
+which splits heads and the hidden features of the feed-forward; and `sequence`, which splits the
+tokens of each sequence, see `fsa_jax.sequence_parallel`.
 """
 
 import contextlib
@@ -21,18 +22,18 @@ from fsa_jax.partitioning import sharding_rules
 from fsa_jax.training.config import AXES, parse_mesh
 from fsa_jax.transformer import Transformer, TransformerConfig
 
-#: A process that is gone is noticed after this long at the latest.
+#: A lost process is noticed after this time at the latest.
 _HEARTBEAT_SECONDS = 30
 _SHUTDOWN_SECONDS = 30
 
 
 class ProcessLost(RuntimeError):
-    """Another process of a run has ended, or cannot be reached any more."""
+    """Another process of the run has ended, or can no longer be reached."""
 
 
 @contextlib.contextmanager
 def noticing_lost_processes() -> Iterator[None]:
-    """Turns what jax raises where another process is gone into `ProcessLost`."""
+    """Turns the errors that jax raises after the loss of another process into `ProcessLost`."""
     try:
         yield
     except RuntimeError as error:
@@ -40,17 +41,17 @@ def noticing_lost_processes() -> Iterator[None]:
             raise
         reason = (str(error).strip().splitlines() or [""])[0][:200]
         raise ProcessLost(
-            f"another process of the run ended, or computing together failed ({reason}): start all "
-            "processes again with --resume to go on from the last checkpoint"
+            f"another process of the run ended, or a collective computation failed ({reason}): "
+            "start all processes again with --resume to continue from the last checkpoint"
         ) from error
 
 
 def join_processes() -> None:
-    """Makes this process one of several of a run; does nothing if it is already.
+    """Joins this process to the others of a run; does nothing if it has joined already.
 
-    Slurm, Kubernetes and Open MPI are recognised by jax. Elsewhere the environment says where
-    process 0 listens, how many processes there are and which this one is:
-    JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID.
+    jax recognises Slurm, Kubernetes and Open MPI. Elsewhere environment variables give the address
+    of process 0, the number of processes and the number of this one: JAX_COORDINATOR_ADDRESS,
+    JAX_NUM_PROCESSES and JAX_PROCESS_ID.
     """
     if jax.distributed.is_initialized():
         return
@@ -64,12 +65,12 @@ def join_processes() -> None:
 
 
 def is_leader() -> bool:
-    """Whether this is the process that writes what all processes know."""
+    """Whether this is the process that writes the files and messages of the run."""
     return jax.process_index() == 0
 
 
 def wait_for_all(what: str) -> None:
-    """Waits until every process has come here."""
+    """Waits until every process has reached this point."""
     from jax.experimental import multihost_utils
 
     if jax.process_count() > 1:
@@ -77,7 +78,7 @@ def wait_for_all(what: str) -> None:
 
 
 def agreed(value: bool) -> bool:
-    """The value that the leader has, on every process."""
+    """The leader's value, on every process."""
     from jax.experimental import multihost_utils
 
     if jax.process_count() == 1:
@@ -95,7 +96,7 @@ def all_agree(value: bool) -> bool:
 
 
 def on_leader(action: Callable[[], object]) -> None:
-    """Has the leader do something; where it raises ValueError or OSError, every process does."""
+    """Runs the action on the leader; if it raises ValueError or OSError, every process raises."""
     error = None
     if is_leader():
         try:
@@ -103,15 +104,17 @@ def on_leader(action: Callable[[], object]) -> None:
         except (ValueError, OSError) as raised:
             error = raised
     if not agreed(error is None):
-        raise error or ValueError("process 0 of the run has refused to go on, and has said why")
+        raise error or ValueError(
+            "process 0 of the run has stopped with an error, which it has printed"
+        )
 
 
 @dataclasses.dataclass(frozen=True)
 class Placement:
-    """A mesh, and how a run's arrays are split over it.
+    """A device mesh, and the shardings of a run's arrays on it.
 
     Attributes:
-      mesh: axes data, tensor and sequence, of type Auto.
+      mesh: the mesh, with the axes data, tensor and sequence, of type Auto.
       fsdp: whether parameters and optimiser state are split over `data` too.
     """
 
@@ -120,10 +123,14 @@ class Placement:
 
     @staticmethod
     def build(text: str, *, fsdp: bool = False) -> "Placement":
-        """The placement on this machine's (or all processes') devices.
+        """The placement on the devices of this machine, or of all processes.
+
+        Args:
+          text: the mesh, as `parse_mesh` takes it.
+          fsdp: as of the class.
 
         Raises:
-          ValueError: there are not as many devices.
+          ValueError: the machine has fewer devices than the mesh, or several processes have more.
         """
         sizes = parse_mesh(text)
         wanted, devices = math.prod(sizes.values()), jax.devices()
@@ -138,38 +145,40 @@ class Placement:
         return Placement(mesh, fsdp)
 
     @property
-    def stripes(self) -> int:
-        """Devices that share a row."""
+    def sequence_devices(self) -> int:
+        """The number of devices that the tokens of a sequence are split over."""
         return self.mesh.shape["sequence"]
 
     @property
     def replicated(self) -> NamedSharding:
+        """The sharding of an array that every device holds as a whole."""
         return NamedSharding(self.mesh, PartitionSpec())
 
     @property
-    def rows(self) -> NamedSharding:
-        """Of a batch [B, T] as it comes in."""
+    def batch(self) -> NamedSharding:
+        """The sharding of the tokens and segment ids [B, T] that a step is given."""
         return NamedSharding(self.mesh, PartitionSpec("data"))
 
     @property
     def tokens(self) -> NamedSharding:
-        """Of arrays [B, T] in stripe order."""
+        """The sharding of arrays [B, T] in the token order of sequence parallelism."""
         return NamedSharding(self.mesh, PartitionSpec("data", "sequence"))
 
     def model(self, config: TransformerConfig) -> TransformerConfig:
-        """The configuration of the model as it runs here."""
-        return dataclasses.replace(config, sequence_axis="sequence" if self.stripes > 1 else None)
+        """The configuration of the model as it runs on this mesh."""
+        axis = "sequence" if self.sequence_devices > 1 else None
+        return dataclasses.replace(config, sequence_axis=axis)
 
     def params(self, config: TransformerConfig) -> Any:
-        """Shardings of the parameters."""
+        """The shardings of the parameters."""
         state = nnx.state(nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0))))
         rules = {"heads": "tensor", "kv_heads": "tensor", "mlp": "tensor"}
         with sharding_rules(**rules, embed="data" if self.fsdp else None):
             specs = nnx.to_pure_dict(nnx.get_partition_spec(state))
 
         def place(path, spec):
-            # A table that is split over its features would make XLA split all activations so, and
-            # compute every row everywhere. The others of these are vectors.
+            # If an embedding table were split over its features, XLA would split all activations
+            # so, and compute every sequence on every device. The other exceptions are vectors.
             whole = {str(key.key) for key in path} & {"embedding", "head", "scale", "bias"}
             return NamedSharding(self.mesh, PartitionSpec() if whole else spec)
 
@@ -177,7 +186,7 @@ class Placement:
         return jax.tree_util.tree_map_with_path(place, specs, is_leaf=is_spec)
 
     def opt_state(self, optimizer: optax.GradientTransformation, params: Any, template: Any) -> Any:
-        """Shardings of the optimiser's state, moments like their parameters."""
+        """The shardings of the optimiser state: moments are split like their parameters."""
         opt_state = jax.eval_shape(optimizer.init, template)
         return optax.tree_utils.tree_map_params(
             optimizer,
@@ -187,25 +196,31 @@ class Placement:
             transform_non_params=lambda _: self.replicated,
         )
 
-    def own_rows(self, batch_size: int) -> tuple[int, int]:
-        """First and one past the last row of a batch that this process's devices hold."""
-        indices = self.rows.addressable_devices_indices_map((batch_size,))
-        rows = [index[0].indices(batch_size)[:2] for index in indices.values() if index]
-        return min(first for first, _ in rows), max(last for _, last in rows)
+    def own_sequences(self, batch_size: int) -> tuple[int, int]:
+        """First and one past the last sequence of a batch that this process's devices hold."""
+        indices = self.batch.addressable_devices_indices_map((batch_size,))
+        ranges = [index[0].indices(batch_size)[:2] for index in indices.values() if index]
+        return min(first for first, _ in ranges), max(last for _, last in ranges)
 
-    def place(self, x: np.ndarray, first_row: int = 0, rows: int | None = None) -> jax.Array:
-        """The global array [rows, T] of which `x` are the rows from `first_row` on."""
-        shape = (x.shape[0] if rows is None else rows, *x.shape[1:])
+    def place(self, x: np.ndarray, first: int = 0, batch_size: int | None = None) -> jax.Array:
+        """The global array [batch_size, T] of a batch, split as `batch`.
+
+        Args:
+          x: the sequences of the batch that this process holds, [b, T].
+          first: index in the batch of the first of them.
+          batch_size: sequences of the batch; None: `x` has all of them.
+        """
+        shape = (x.shape[0] if batch_size is None else batch_size, *x.shape[1:])
 
         def part(index):
-            first, last, _ = index[0].indices(shape[0])
-            return x[first - first_row : last - first_row]
+            start, stop, _ = index[0].indices(shape[0])
+            return x[start - first : stop - first]
 
-        return jax.make_array_from_callback(shape, self.rows, part)
+        return jax.make_array_from_callback(shape, self.batch, part)
 
 
-def check_placement(placement: Placement, model: TransformerConfig, *, batch_size, row_length):
-    """Raises ValueError, naming the rule, unless a run divides over the mesh."""
+def check_placement(placement: Placement, model: TransformerConfig, *, batch_size, seq_len):
+    """Raises ValueError, naming the rule, unless the sizes of a run divide over the mesh."""
     sizes = placement.mesh.shape
     if batch_size % sizes["data"]:
         raise ValueError(
@@ -225,16 +240,15 @@ def check_placement(placement: Placement, model: TransformerConfig, *, batch_siz
         )
     if sizes["sequence"] == 1:
         return
-    stripes = 2 * sizes["sequence"]
+    # Each device holds two parts of a sequence, an early and a late one.
+    parts = 2 * sizes["sequence"]
     if model.attention == "full":
-        if row_length % stripes:
-            raise ValueError(
-                f"row_length must be a multiple of 2 * sequence = {stripes}, got {row_length}"
-            )
+        if seq_len % parts:
+            raise ValueError(f"seq_len must be a multiple of 2 * sequence = {parts}, got {seq_len}")
         return
-    stride = stripes * model.nsa.kernel_stride
-    if row_length % stride or row_length < stripes * model.nsa.kernel_size:
+    stride = parts * model.nsa.kernel_stride
+    if seq_len % stride or seq_len < parts * model.nsa.kernel_size:
         raise ValueError(
-            f"row_length must be a multiple of 2 * sequence * kernel_stride = {stride}, and at "
-            f"least 2 * sequence * kernel_size, got {row_length}"
+            f"seq_len must be a multiple of 2 * sequence * kernel_stride = {stride}, and at "
+            f"least 2 * sequence * kernel_size, got {seq_len}"
         )

@@ -1,6 +1,7 @@
-"""metrics.jsonl: one JSON row a training step, and rows apart for held-out losses."""
+"""metrics.jsonl: one row of JSON per training step, and separate rows for validation losses."""
 
 import json
+import math
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -11,19 +12,60 @@ from fsa_jax.training.folder import DAMAGED_METRICS, kept_aside
 
 Row = dict[str, Any]
 
-_LOSSES = ("loss", "held_out_loss")
-#: Bytes of a damaged line that a message shows.
+#: The new name of each value that was renamed. Rows have both names for one more release.
+_NEW_NAMES = {"held_out_loss": "val_loss", "held_out_bytes": "val_bytes"}
+#: Values that must be finite numbers where a row has them.
+_LOSSES = ("loss", "val_loss", "val_bits_per_byte", "held_out_loss")
+#: How many bytes of a damaged line a message shows.
 _SHOWN = 20
 
 
-def read_metrics(path: Path) -> list[Row]:
-    """Reads the rows; empty lines, and a last line that was cut off by a kill, are left out.
+def bits_per_byte(nats: float) -> float:
+    """A loss in bits per byte, from nats per byte."""
+    return nats / math.log(2)
+
+
+def validation_row(step: int, loss: float, count: int) -> Row:
+    """The row of one evaluation.
 
     Args:
-      path: the file; there are no rows where there is none.
+      step: the training step after which the model was evaluated.
+      loss: mean validation loss in nats per byte.
+      count: number of bytes that were predicted.
+
+    Returns:
+      `val_loss` in nats per byte, `val_bits_per_byte` and `val_bytes`, also under their old names.
+    """
+    return _with_both_names({"step": step, "val_loss": float(loss), "val_bytes": count})
+
+
+def _with_both_names(row: Mapping[str, Any]) -> Row:
+    """The row with both names of each value that was renamed, and with the bits per byte."""
+    row = dict(row)
+    for old, new in _NEW_NAMES.items():
+        if old in row or new in row:
+            row[new] = row.get(new, row.get(old))
+            row[old] = row.get(old, row[new])
+    if "val_loss" in row:
+        row.setdefault("val_bits_per_byte", bits_per_byte(row["val_loss"]))
+    return row
+
+
+def read_metrics(path: Path) -> list[Row]:
+    """Reads the rows of a run's metrics.
+
+    Skips empty lines, and a last line that is incomplete because the run was killed.
+
+    Args:
+      path: the file; a file that does not exist has no rows.
+
+    Returns:
+      The rows in the order of the file, as dicts. Those of a training step have `step`, `loss` (in
+      nats per byte), `tokens_per_s`, `learning_rate` and `grad_norm`; those of an evaluation have
+      `step`, `val_loss`, `val_bits_per_byte` and `val_bytes`.
 
     Raises:
-      ValueError: a line is no row; the message names the file and the line.
+      ValueError: a line is not a row; the message names the file and the line.
       OSError: the file cannot be read.
     """
     rows = []
@@ -35,53 +77,59 @@ def read_metrics(path: Path) -> list[Row]:
 
 
 def _parse(path: Path) -> Iterator[tuple[int, Row | str]]:
-    """The number of each line that is not empty, and its row or what stands in its place."""
+    """The number of each line that is not empty, and its row, or the damaged text as a string."""
     if not path.exists():
         return
     lines = path.read_bytes().split(b"\n")
     for number, line in enumerate(lines, start=1):
         row = _row(line)
-        # A kill may have cut off the last line, which then has no newline.
+        # If the run was killed, the last line may be incomplete, without a newline.
         if line.strip() and (number < len(lines) or isinstance(row, dict)):
             yield number, row
 
 
-#: Integers from here on may be no float.
+#: Integers of at least this size may not fit a float.
 _LARGEST = 2**1023
 
 
 def _row(line: bytes) -> Row | str:
     try:
         row = json.loads(line)
-        json.dumps(row, allow_nan=False)  # it has to be written again
-    except (ValueError, RecursionError):  # also bytes that are not UTF-8
-        row = None
-    if isinstance(row, dict) and type(row.get("step")) is int:
-        numbers = [row[name] for name in _LOSSES if name in row]
-        if all(type(x) is float or (type(x) is int and abs(x) < _LARGEST) for x in numbers):
+        if _is_row(row):
+            row = _with_both_names(row)
+            json.dumps(row, allow_nan=False)  # a resumed run writes the row again
             return row
+    except (ValueError, RecursionError):  # ValueError: also bytes that are not UTF-8
+        pass
     return repr(line[:_SHOWN]) + "..." * (len(line) > _SHOWN)
 
 
+def _is_row(value: Any) -> bool:
+    if not isinstance(value, dict) or type(value.get("step")) is not int:
+        return False
+    numbers = [value[name] for name in _LOSSES if name in value]
+    return all(type(x) is float or (type(x) is int and abs(x) < _LARGEST) for x in numbers)
+
+
 def curve(rows: Iterable[Row], name: str) -> tuple[list[int], list[float]]:
-    """Steps and values of the rows that hold `name`, for example "loss" or "held_out_loss"."""
-    points = [(row["step"], row[name]) for row in rows if name in row]
+    """Steps and values of the rows that have `name`, for example "loss" or "val_loss"."""
+    points = [(row["step"], row[name]) for row in map(_with_both_names, rows) if name in row]
     return [step for step, _ in points], [value for _, value in points]
 
 
 class MetricsLog:
-    """Appends rows to a file; use as a context manager.
+    """Appends rows to a file; use it as a context manager.
 
-    Lines of the file that are no rows are left out with a message, and a copy of the file as it was
+    Lines of the file that are not rows are removed with a message, and a copy of the original file
     is kept beside it.
 
     Args:
       path: the file.
       last_step: rows of later steps are dropped, so that a resumed run writes no row twice.
-      write: False for a process that leaves it to another: the file is not touched.
+      write: False in a process that leaves the file to another one and does not touch it.
 
     Attributes:
-      kept: the rows that were there and stay.
+      kept: the rows that the file held and keeps.
     """
 
     def __init__(self, path: Path, *, last_step: int, write: bool = True):
@@ -95,10 +143,10 @@ class MetricsLog:
             with naming(copy):
                 shutil.copyfile(path, copy)
             (number, row), others = damaged[0], len(damaged) - 1
-            more = f" (and {others} lines more)" if others else ""
+            more = f" (and {others} more lines)" if others else ""
             say(
-                f"{path}, line {number}: left out, for it is no row of metrics: {row}{more}; "
-                f"{copy.name} is the file as it was"
+                f"{path}, line {number}: left out, since it is not a row of metrics: {row}{more}; "
+                f"{copy.name} is the original file"
             )
         rows = [row for _, row in parsed if isinstance(row, dict)]
         self.kept = [row for row in rows if row["step"] <= last_step]
@@ -117,7 +165,7 @@ class MetricsLog:
                 self._file.close()
 
     def write(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Appends the rows and hands them to the operating system."""
+        """Appends the rows and flushes them to the operating system."""
         if self._file is not None:
             with naming(self._path):
                 self._file.write(_lines(rows))

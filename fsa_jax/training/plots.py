@@ -1,4 +1,4 @@
-"""Pictures of a run: its losses, and the blocks that queries chose."""
+"""Plots of a run: its losses, and the key blocks that its queries selected."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -15,26 +15,30 @@ from fsa_jax.messages import naming
 from fsa_jax.training.metrics import Row, curve
 
 _DPI = 120
-# The training loss is drawn as a running mean, with the single steps pale behind it.
+# The training loss is drawn as a running mean, over the pale curve of the single steps. The mean is
+# over at most this fraction of the run, so that it does not lag behind in a short run.
 _SMOOTHING_STEPS = 20
-_SMOOTHING_SHARE = 0.05  # of the run at most, so that the mean of a short run does not lag behind
+_SMOOTHING_FRACTION = 0.05
 
-# At most so many panels and so many points a side: pictures of long rows stay readable and small.
+# Limits on panels, and on points along an axis, keep plots of long sequences readable and small.
 _MAX_LAYERS = 4
 _MAX_HEADS = 4
 _MAX_POINTS = 1024
 
-_CHOICES = ("chosen by score", "forced: first blocks", "forced: last blocks")
+_CHOICES = ("selected by score", "forced: first blocks", "forced: last blocks")
 _COLOURS = ("white", "tab:blue", "tab:orange", "silver")
 
 
 def plot_losses(path: Path, runs: Mapping[str, Iterable[Row]], *, unigram_loss: float) -> None:
-    """Draws training and held-out losses of one run or more.
+    """Plots the training and validation losses of one or more runs.
 
     Args:
       path: PNG file to write.
-      runs: name of each run, and its rows as `read_metrics` gives them.
-      unigram_loss: held-out loss of the unigram model, nats per byte.
+      runs: the rows of each run, as `read_metrics` returns them, by the name of the run.
+      unigram_loss: validation loss of the unigram byte model, in nats per byte.
+
+    Raises:
+      OSError: the file cannot be written.
     """
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
@@ -44,10 +48,10 @@ def plot_losses(path: Path, runs: Mapping[str, Iterable[Row]], *, unigram_loss: 
         steps, losses = curve(rows, "loss")
         axes.plot(steps, losses, color=colour, alpha=0.25, linewidth=0.8)
         axes.plot(steps, _running_mean(losses), color=colour, label=f"{name}, training")
-        steps, losses = curve(rows, "held_out_loss")
-        label = f"{name}, held out ({losses[-1]:.3f} at the end)" if losses else f"{name}, held out"
+        steps, losses = curve(rows, "val_loss")
+        label = f"{name}, validation" + (f" ({losses[-1]:.3f} at the end)" if losses else "")
         axes.plot(steps, losses, "o--", color=colour, markersize=4, label=label)
-    label = f"unigram byte model, held out ({unigram_loss:.3f})"
+    label = f"unigram byte model, validation ({unigram_loss:.3f})"
     axes.axhline(unigram_loss, color="black", linestyle=":", label=label)
     axes.set_xlabel("training step")
     axes.set_ylabel("loss (nats per byte)")
@@ -60,8 +64,8 @@ def plot_losses(path: Path, runs: Mapping[str, Iterable[Row]], *, unigram_loss: 
 
 
 def _running_mean(values: list[float]) -> np.ndarray:
-    """Mean of the last values, of fewer at the start."""
-    size = max(1, min(_SMOOTHING_STEPS, int(len(values) * _SMOOTHING_SHARE)))
+    """The mean of each value and those before it in a window, which is shorter at the start."""
+    size = max(1, min(_SMOOTHING_STEPS, int(len(values) * _SMOOTHING_FRACTION)))
     sums = np.concatenate([[0.0], np.cumsum(values)])
     ends = np.arange(1, len(values) + 1)
     starts = np.maximum(ends - size, 0)
@@ -71,16 +75,20 @@ def _running_mean(values: list[float]) -> np.ndarray:
 def plot_blocks(
     path: Path, block_indices: np.ndarray, segment_ids: np.ndarray, config: NSAConfig
 ) -> None:
-    """Draws which blocks the queries of one row chose, a panel for each layer and KV head.
+    """Plots which blocks the queries of one sequence selected, in a panel per layer and KV head.
 
-    Blocks count from the start of each query's own document; they are drawn where they are in
-    the row.
+    Block indices count from the start of each query's own document; blocks are drawn at their
+    positions in the sequence.
 
     Args:
       path: PNG file to write.
-      block_indices: int32 [L, T, K, topk] of one row, -1 in unused slots.
-      segment_ids: int32 [T] of that row.
-      config: the sizes that made the selection.
+      block_indices: int32 [L, T, K, topk] of one sequence (L layers, T tokens, K KV heads), -1 in
+        unused slots.
+      segment_ids: int32 [T] of that sequence.
+      config: the configuration of the selection.
+
+    Raises:
+      OSError: the file cannot be written.
     """
     layers = _evenly(block_indices.shape[0], _MAX_LAYERS)
     heads = _evenly(block_indices.shape[2], _MAX_HEADS)
@@ -89,13 +97,13 @@ def plot_blocks(
     for row, layer in enumerate(layers):
         for column, head in enumerate(heads):
             axes = grid[row, column]
-            _draw_choices(axes, block_indices[layer, :, head], segment_ids, config)
+            _draw_selection(axes, block_indices[layer, :, head], segment_ids, config)
             axes.set_title(f"layer {layer}, KV head {head}", fontsize=10)
             if row == len(layers) - 1:
-                axes.set_xlabel("key's position in the row (bytes)")
-    figure.supylabel("query's position in the row (bytes)")
-    blocks = f"blocks of {config.block_size} bytes, at most {config.topk} a query"
-    figure.suptitle(f"Blocks that each query chose ({blocks})\nlines: document boundaries")
+                axes.set_xlabel("position of the key in the sequence (bytes)")
+    figure.supylabel("position of the query in the sequence (bytes)")
+    blocks = f"blocks of {config.block_size} bytes, at most {config.topk} per query"
+    figure.suptitle(f"Blocks that each query selected ({blocks})\nlines: document boundaries")
     patches = [
         Patch(facecolor=colour, label=name)
         for name, colour in zip(_CHOICES, _COLOURS[1:], strict=True)
@@ -105,15 +113,15 @@ def plot_blocks(
         figure.savefig(path, dpi=_DPI)
 
 
-def _evenly(count: int, most: int) -> list[int]:
-    """Up to `most` numbers below `count`, the first and the last among them."""
-    return sorted({round(i) for i in np.linspace(0, count - 1, min(count, most))})
+def _evenly(count: int, limit: int) -> list[int]:
+    """At most `limit` evenly spaced numbers below `count`, among them the first and the last."""
+    return sorted({round(i) for i in np.linspace(0, count - 1, min(count, limit))})
 
 
-def _draw_choices(axes: Axes, chosen: np.ndarray, segment_ids: np.ndarray, config: NSAConfig):
+def _draw_selection(axes: Axes, selected: np.ndarray, segment_ids: np.ndarray, config: NSAConfig):
     length = len(segment_ids)
     axes.imshow(
-        choice_image(chosen, segment_ids, config, max_points=_MAX_POINTS),
+        selection_image(selected, segment_ids, config, max_points=_MAX_POINTS),
         cmap=ListedColormap(_COLOURS),
         vmin=0,
         vmax=len(_COLOURS) - 1,
@@ -125,19 +133,20 @@ def _draw_choices(axes: Axes, chosen: np.ndarray, segment_ids: np.ndarray, confi
         axes.axvline(boundary, color="black", linewidth=0.6)
 
 
-def choice_image(
-    chosen: np.ndarray, segment_ids: np.ndarray, config: NSAConfig, *, max_points: int
+def selection_image(
+    selected: np.ndarray, segment_ids: np.ndarray, config: NSAConfig, *, max_points: int
 ) -> np.ndarray:
-    """Which keys each query's chosen blocks cover, and why.
+    """Which keys the selected blocks of each query cover, and why they were selected.
 
     Args:
-      chosen: int32 [T, topk], blocks counted from the start of the query's document; -1: none.
+      selected: int32 [T, topk], block indices from the start of the query's document; -1: unused.
       segment_ids: int32 [T].
-      config: the sizes that made the selection.
-      max_points: longer rows are sampled down to at most so many queries and keys.
+      config: the configuration of the selection.
+      max_points: a longer sequence is subsampled to at most this many queries and keys.
 
     Returns:
-      uint8 [queries, keys]: 0 not chosen, 1 by score, 2 a first block, 3 a last block.
+      uint8 [queries, keys]: 0 not selected, 1 by score, 2 forced as a first block, 3 forced as a
+      last block.
     """
     length = len(segment_ids)
     position = np.arange(0, length, -(-length // max_points))
@@ -145,11 +154,11 @@ def choice_image(
     start = np.maximum.accumulate(np.where(new, np.arange(length), 0))[position]
     query_start, key_start = start[:, None], start[None, :]
     query, key = position[:, None], position[None, :]
-    # Blocks of query and key, counted from the query's document.
+    # The blocks of query and key, counted from the start of the query's document.
     own = (query - query_start) // config.block_size
     block = (key - query_start) // config.block_size
     hit = np.zeros(block.shape, bool)
-    for slot in chosen[position].T:
+    for slot in selected[position].T:
         hit |= block == slot[:, None]
     document = (segment_ids[position] != 0)[:, None] & (query_start == key_start)
     image = np.ones(block.shape, np.uint8)

@@ -1,4 +1,4 @@
-"""What a run shows of its progress: a bar on a terminal, lines of text elsewhere."""
+"""The progress display of a run: a bar on a terminal, lines of text elsewhere."""
 
 import contextlib
 import sys
@@ -10,20 +10,20 @@ from tqdm import tqdm
 
 from fsa_jax.training.metrics import Row
 
-# Without a bar there is a line every so many steps, but never two within a second; and one after so
-# many seconds, however few steps that were.
-_STEPS = 50
-_LEAST_SECONDS = 1.0
-_MOST_SECONDS = 30.0
+# Without a bar, a line is printed every _LINE_EVERY steps, but never two within _MIN_SECONDS, and
+# always after _MAX_SECONDS, however few steps were made in that time.
+_LINE_EVERY = 50
+_MIN_SECONDS = 1.0
+_MAX_SECONDS = 30.0
 
 
 class Progress:
-    """Shows a run on standard error; use as a context manager.
+    """Shows the progress of a run on standard error; use it as a context manager.
 
     Args:
-      first_step: steps that are done.
+      first_step: number of steps that are already done.
       steps: the last step.
-      show: False for a process that leaves it to another.
+      show: False in a process that leaves the display to another one.
     """
 
     def __init__(self, first_step: int, steps: int, *, show: bool):
@@ -50,24 +50,24 @@ class Progress:
         """Shows finished steps."""
         row = rows[-1]
         self._shown |= {"loss": f"{row['loss']:.3f}", "tokens/s": f"{row['tokens_per_s']:.0f}"}
-        # A terminal that was closed must not end the run.
+        # A closed terminal must not end the run.
         with contextlib.suppress(OSError):
             self._bar.set_postfix(self._shown, refresh=False)
             self._bar.update(len(rows))
         waited = time.monotonic() - self._last_line
-        counted = any(row["step"] % _STEPS == 0 for row in rows)
-        if waited >= (_LEAST_SECONDS if counted else _MOST_SECONDS):
-            self._line(row["step"], self._shown)
+        due = any(row["step"] % _LINE_EVERY == 0 for row in rows)
+        if waited >= (_MIN_SECONDS if due else _MAX_SECONDS):
+            self._print_line(row["step"], self._shown)
 
-    def held_out(self, row: Row) -> None:
-        """Shows a held-out loss."""
-        held_out = {"held-out loss": f"{row['held_out_loss']:.3f}"}
-        self._shown |= held_out
+    def evaluation(self, row: Row) -> None:
+        """Shows a validation loss."""
+        shown = {"validation loss": f"{row['val_loss']:.3f}"}
+        self._shown |= shown
         with contextlib.suppress(OSError):
             self._bar.set_postfix(self._shown)
-        self._line(row["step"], held_out)
+        self._print_line(row["step"], shown)
 
-    def _line(self, step: int, values: Mapping[str, Any]) -> None:
+    def _print_line(self, step: int, values: Mapping[str, Any]) -> None:
         if not self._show or not self._bar.disable:
             return
         self._last_line = time.monotonic()

@@ -1,4 +1,4 @@
-"""The training step: loss, optimiser and state as pure functions of arrays."""
+"""The training step: loss, optimiser and state, as pure functions of arrays."""
 
 from typing import Any, NamedTuple
 
@@ -19,21 +19,22 @@ from fsa_jax.training.mesh import Placement
 from fsa_jax.transformer import Transformer, TransformerConfig
 
 _CLIP_NORM = 1.0
-_ADAM_B2 = 0.95  # the usual choice for language models: shorter memory than 0.999
-_FINAL_LEARNING_RATE = 0.1  # times the peak
+_ADAM_B2 = 0.95  # the usual choice for language models: a shorter average than with 0.999
+_FINAL_LEARNING_RATE = 0.1  # as a fraction of the peak
 
-# Vectors by nature; in a stack of layers they have a layer axis too, so rank alone cannot tell.
+# These parameters are vectors. In a stack of layers they have a layer axis too, so their rank alone
+# does not tell them from matrices.
 _NOT_DECAYED = frozenset({"scale", "bias"})
 
 
 class TrainState(NamedTuple):
-    """Everything that a training step changes or draws from.
+    """Everything that a training step updates or draws random numbers from.
 
     Attributes:
       params: pure nested dict of parameters.
       opt_state: state of the optax optimiser.
-      step: number of steps done.
-      rng: key data of the run; dropout of a step folds the step in.
+      step: number of completed steps.
+      rng: data of the run's random key; a step folds its number into the key for dropout.
     """
 
     params: Any
@@ -43,12 +44,12 @@ class TrainState(NamedTuple):
 
 
 class StepMetrics(NamedTuple):
-    """What a step reports.
+    """The metrics of one step.
 
     Attributes:
-      loss: nats per byte, before the update.
-      grad_norm: norm of the gradient before clipping.
-      learning_rate: that of the update.
+      loss: mean loss in nats per byte, before the update.
+      grad_norm: global norm of the gradient before clipping.
+      learning_rate: learning rate of the update.
     """
 
     loss: Float32[Array, ""]
@@ -58,13 +59,13 @@ class StepMetrics(NamedTuple):
 
 def init_model(config: TransformerConfig, seed: int, shardings: Any = None) -> tuple[Any, Any]:
     """Builds the model: its graph definition, and its parameters as a pure nested dict."""
-    # One compiled function: compiling each small operation by itself takes three times as long.
+    # A single compiled function: to compile each small operation alone takes three times as long.
     params = jax.jit(lambda: _split_model(config, seed)[1], out_shardings=shardings)()
     return abstract_model(config)[0], params
 
 
 def abstract_model(config: TransformerConfig) -> tuple[Any, Any]:
-    """Like `init_model`, with shapes and dtypes in place of the parameters."""
+    """Like `init_model`, with `jax.ShapeDtypeStruct`s in place of the parameters."""
     graphdefs = []
 
     def params():
@@ -82,7 +83,7 @@ def _split_model(config: TransformerConfig, seed: int) -> tuple[Any, Any]:
 
 
 def learning_rate_schedule(config: TrainConfig) -> optax.Schedule:
-    """Linear warmup to the peak, cosine to a tenth of it at `last_decay_step`, then constant."""
+    """Linear warmup to the peak, then cosine decay to a tenth of it, where the rate stays."""
     return optax.warmup_cosine_decay_schedule(
         init_value=0.0,
         peak_value=config.learning_rate,
@@ -93,7 +94,7 @@ def learning_rate_schedule(config: TrainConfig) -> optax.Schedule:
 
 
 def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
-    """AdamW behind a clip by global norm; decay on matrices only."""
+    """AdamW after clipping by global norm, with weight decay on matrices only."""
     return optax.chain(
         optax.clip_by_global_norm(_CLIP_NORM),
         optax.adamw(
@@ -106,7 +107,7 @@ def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
 
 
 def decay_mask(params: Any) -> Any:
-    """True at the parameters that weight decay acts on: all but norm scales and biases."""
+    """True at the parameters that weight decay applies to: all but norm scales and biases."""
     return jax.tree_util.tree_map_with_path(
         lambda path, _: str(path[-1].key) not in _NOT_DECAYED, params
     )
@@ -118,7 +119,7 @@ def init_state(params: Any, config: TrainConfig) -> TrainState:
         params=params,
         opt_state=make_optimizer(config).init(params),
         step=jnp.zeros((), jnp.int32),
-        # Not the key that made the parameters: dropout must not follow them.
+        # A key of its own: dropout must be independent of the parameters' initialisation.
         rng=jax.random.key_data(jax.random.fold_in(jax.random.key(config.seed), 1)),
     )
 
@@ -126,11 +127,11 @@ def init_state(params: Any, config: TrainConfig) -> TrainState:
 def next_byte_loss(
     logits: Float32[Array, "B T V"], tokens: Int32[Array, "B T"], segment_ids: Int32[Array, "B T"]
 ) -> tuple[Float32[Array, ""], Int32[Array, ""]]:
-    """Summed cross-entropy of the next byte, and the number of bytes that were predicted.
+    """Summed cross-entropy of the next byte, and the number of predicted bytes.
 
-    sum over t of -log softmax(logits[t])[tokens[t + 1]], natural logarithm, over the positions
-    whose next token is in the same segment; positions at padding predict nothing, and their logits
-    may be anything.
+    The sum over t of -log softmax(logits[t])[tokens[t + 1]], with the natural logarithm, over the
+    positions whose next token is in the same segment. Positions at padding predict nothing; their
+    logits may have any value.
 
     Args:
       logits: float32 [B, T, V].
@@ -138,11 +139,11 @@ def next_byte_loss(
       segment_ids: int32 [B, T], 0 at padding.
 
     Returns:
-      The sum in nats, float32, and the count, int32.
+      The sum in nats, float32, and the number of predicted bytes, int32.
 
     Raises:
-      ValueError: outside jit, a token that is to be predicted is not in the vocabulary. Inside jit
-        it makes the sum NaN.
+      ValueError: outside jit, a token that is to be predicted is not in the vocabulary. Inside jit,
+        such a token makes the sum NaN.
 
     Example:
       >>> import jax.numpy as jnp
@@ -155,7 +156,7 @@ def next_byte_loss(
 
 
 def _targets(tokens, segment_ids):
-    """The next byte of each position, and whether it is predicted; int32 and bool [B, T]."""
+    """The token after each position, and whether it is predicted; int32 and bool [B, T]."""
     targets = jnp.roll(tokens, -1, axis=1)
     following = jnp.pad(segment_ids[:, 1:], ((0, 0), (0, 1)))
     return targets, (segment_ids == following) & (segment_ids > 0)
@@ -164,7 +165,8 @@ def _targets(tokens, segment_ids):
 @narrow
 def _summed_loss(logits, targets, counted):
     targets = checks.tokens("tokens", targets, logits.shape[-1], counted)
-    # cut before the loss, or its gradient would be 0 times what stands there
+    # The inputs are zeroed before the loss: otherwise its gradient would be 0 times their values
+    # at uncounted positions, which may be NaN.
     losses = optax.softmax_cross_entropy_with_integer_labels(
         cut(logits, counted), cut(targets, counted)
     )
@@ -172,17 +174,17 @@ def _summed_loss(logits, targets, counted):
 
 
 def _arrange(placement: Placement | None, *arrays):
-    """Arrays [B, T] as the model takes them: in stripe order where a row is split."""
-    if placement is None or placement.stripes == 1:
+    """Arrays [B, T] in the token order of the model, which sequence parallelism permutes."""
+    if placement is None or placement.sequence_devices == 1:
         return arrays
+    devices = placement.sequence_devices
     return tuple(
-        jax.lax.with_sharding_constraint(to_zigzag(x, placement.stripes), placement.tokens)
-        for x in arrays
+        jax.lax.with_sharding_constraint(to_zigzag(x, devices), placement.tokens) for x in arrays
     )
 
 
 def state_shardings(config: TrainConfig, placement: Placement) -> TrainState:
-    """How the state is split over the devices."""
+    """The shardings of the training state."""
     params = placement.params(config.model)
     template = abstract_model(config.model)[1]
     opt_state = placement.opt_state(make_optimizer(config), params, template)
@@ -195,15 +197,16 @@ def make_train_step(
 ) -> Wrapped:
     """Builds the step (state, tokens [B, T], segment_ids [B, T]) -> (state, metrics).
 
-    The state is donated: the old one may not be used any more. With a `placement`, the state is
-    split as `state_shardings` says and batches as `Placement.rows`; without, all is on one device.
+    The state is donated: the old one must not be used afterwards. With a `placement`, the state is
+    split by `state_shardings` and the batch by `Placement.batch`; without one, everything is on one
+    device.
     """
     optimizer = make_optimizer(config)
     schedule = learning_rate_schedule(config)
 
     @narrow
     def update(grads, state: TrainState):
-        # optax raises float32 numbers to int32 step counts, which strict promotion forbids.
+        # optax raises float32 numbers to the power of int32 steps, which strict promotion forbids.
         with jax.numpy_dtype_promotion("standard"):
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
             learning_rate = jnp.asarray(schedule(state.step))
@@ -233,13 +236,13 @@ def make_train_step(
     return jax.jit(
         train_step,
         donate_argnums=0,
-        in_shardings=(state, placement.rows, placement.rows),
+        in_shardings=(state, placement.batch, placement.batch),
         out_shardings=(state, placement.replicated),
     )
 
 
 def make_eval_step(graphdef: Any, placement: Placement | None = None) -> Wrapped:
-    """Builds (params, tokens [B, T], segment_ids [B, T]) -> (summed nats, bytes predicted)."""
+    """Builds the step (params, tokens [B, T], segment_ids [B, T]) -> `next_byte_loss`'s results."""
 
     def eval_step(params, tokens: Array, segment_ids: Array):
         arrays = (tokens, segment_ids, *_targets(tokens, segment_ids))

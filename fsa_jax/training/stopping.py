@@ -1,11 +1,12 @@
-"""How a signal ends a run: Ctrl-C, SIGTERM (schedulers), SIGHUP (a terminal that was closed).
+"""How a signal ends a run: Ctrl-C, SIGTERM (from schedulers), SIGHUP (from a closed terminal).
 
-The first signal lets the step at hand end and the run save a checkpoint; before the first step and
-after the last there is nothing to wait for. A second one ends the run at once.
+After the first signal, the run finishes the current step and saves a checkpoint. Before the first
+step and after the last one there is nothing to wait for, and the run ends at once. A second signal
+always ends it at once.
 
-The processes of a distributed run must save the same step. jax has a service for that: it catches
-SIGTERM in any process and names a step that all will reach, their first one at the earliest. Other
-signals are handed on to it.
+The processes of a distributed run must save the same step. jax's preemption service sees to that:
+it catches SIGTERM in any process and chooses a step that all of them will reach, their first one at
+the earliest. Other signals are passed on to it as SIGTERM.
 """
 
 import contextlib
@@ -18,7 +19,7 @@ from collections.abc import Callable, Iterator
 from fsa_jax.messages import say_now
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-#: Longer than this nobody waits for code that Python cannot interrupt, such as the compiler.
+#: How long a signal waits for code that Python cannot interrupt, such as the compiler.
 _PATIENCE_SECONDS = 1.0
 
 
@@ -26,9 +27,9 @@ class RunStopped(KeyboardInterrupt):
     """A signal has ended a run.
 
     Attributes:
-      signal: its number.
-      saved: step of the last checkpoint of this run, None without one.
-      trained: whether the run had made steps.
+      signal: the signal.
+      saved: step of the last checkpoint of this run; None if there is none.
+      trained: whether the run had completed a step.
     """
 
     def __init__(self, number: int, saved: int | None, trained: bool):
@@ -37,14 +38,14 @@ class RunStopped(KeyboardInterrupt):
 
 
 class Stop:
-    """What is known about the end of a run that is going on.
+    """The stop state of a run in progress.
 
     Attributes:
-      signal: the first signal that came, if one did.
+      signal: the first signal that arrived, if any.
       stepping: whether the run is between its first and its last step.
       together: whether other processes must stop at the same step.
-      saved: step of the last checkpoint of this run.
-      trained: whether the run has made steps.
+      saved: step of the last checkpoint of this run, if any.
+      trained: whether the run has completed a step.
     """
 
     def __init__(self):
@@ -53,7 +54,7 @@ class Stop:
         self.saved: int | None = None
 
     def due(self, step: int) -> bool:
-        """Whether the run must end after this step. Distributed runs must ask after every step."""
+        """Whether the run must end after this step. A distributed run must ask after every step."""
         if not self.together:
             return self.signal is not None
         from jax.experimental import multihost_utils
@@ -70,7 +71,9 @@ class Stop:
         if not first or not (self.stepping or self.together):
             raise self.stopped(number)
         name = signal.Signals(number).name
-        say_now(f"{name}: saving a checkpoint after this step; a second {name} ends at once")
+        say_now(
+            f"{name}: saving a checkpoint after this step; a second {name} ends the run at once"
+        )
         if self.together and number != signal.SIGTERM:
             os.kill(os.getpid(), signal.SIGTERM)
 
@@ -80,20 +83,22 @@ _active: Stop | None = None
 
 @contextlib.contextmanager
 def catching_signals(at_once: Callable[[RunStopped], None] | None = None) -> Iterator[Stop]:
-    """Has signals end the run inside as described above; inside another one, gives that one's.
+    """Lets signals end the run in this context, as the module describes.
 
-    Python runs its handlers between two instructions of the main thread, which never come while
-    the compiler or a long step runs. A program may give `at_once`, which is then called by another
-    thread and must end the process; without it the error waits.
+    A nested context yields the `Stop` of the outer one. Signals can be caught only in the main
+    thread; in other threads this context changes nothing.
 
-    Signals can be caught in the main thread only; elsewhere they do what they did before.
+    Args:
+      at_once: ends the process. Python runs its signal handlers between two instructions of the
+        main thread, and so not while the compiler or a long step runs. A separate thread then
+        calls this function. None: the error is raised as soon as Python can run a handler.
     """
     global _active
     if _active is not None or threading.current_thread() is not threading.main_thread():
         yield _active or Stop()
         return
     _active = stop = Stop()
-    # Who started us with nohup wants no SIGHUP to end us.
+    # A process that was started with nohup ignores SIGHUP, and must go on doing so.
     caught = [number for number in _SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
     if _service_runs():
         caught.remove(signal.SIGTERM)
@@ -108,28 +113,28 @@ def catching_signals(at_once: Callable[[RunStopped], None] | None = None) -> Ite
 
 
 def _service_runs() -> bool:
-    """Whether jax's service has taken SIGTERM already: where processes were joined before."""
+    """Whether jax's service handles SIGTERM already, because the processes have been joined."""
     jax = sys.modules.get("jax")
     return jax is not None and jax.distributed.is_initialized()
 
 
 @contextlib.contextmanager
 def _watched(stop: Stop, at_once: Callable[[RunStopped], None]) -> Iterator[None]:
-    """Calls `at_once` where the handlers of Python do not come to run."""
+    """Calls `at_once` from another thread if Python does not get to run its signal handlers."""
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     over = threading.Event()
 
     def watch():
-        came = 0
+        count = 0
         while byte := os.read(reader, 1):
-            came += byte[0] in _SIGNALS
+            count += byte[0] in _SIGNALS
             waits = stop.stepping or stop.together
-            if came == 1 and not waits:
+            if count == 1 and not waits:
                 over.wait(_PATIENCE_SECONDS)
             if over.is_set():
                 return
-            if came > 1 or (came == 1 and not waits and stop.signal is None):
+            if count > 1 or (count == 1 and not waits and stop.signal is None):
                 at_once(stop.stopped(byte[0]))
 
     before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)

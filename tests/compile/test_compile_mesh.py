@@ -157,7 +157,7 @@ def test_memory_of_a_training_step(data, tensor, sequence, rows):
         state,
         state_shardings(config, placement),
     )
-    ids = jax.ShapeDtypeStruct((rows, config.row_length), jnp.int32, sharding=placement.rows)
+    ids = jax.ShapeDtypeStruct((rows, config.seq_len), jnp.int32, sharding=placement.batch)
     step = make_train_step(graphdef, config, placement)
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The Pallas Triton backend", DeprecationWarning)

@@ -23,7 +23,7 @@ SMALL = PRESETS["small"]
 LLAMA_LAYER = dataclasses.replace(
     SMALL,
     batch_size=1,
-    row_length=131072,
+    seq_len=131072,
     model=TransformerConfig(
         vocab_size=257,
         num_layers=1,
@@ -42,7 +42,7 @@ def training_step(config):
     """Compiled for an H200: its peak memory in bytes, and its text."""
     graphdef, params = abstract_model(config.model)
     state = jax.eval_shape(functools.partial(init_state, config=config), params)
-    ids = jax.ShapeDtypeStruct((config.batch_size, config.row_length), jnp.int32)
+    ids = jax.ShapeDtypeStruct((config.batch_size, config.seq_len), jnp.int32)
     compiled = compile_for("H200", make_train_step(graphdef, config), state, ids, ids)
     found, text = compiled.memory_analysis(), compiled.as_text()
     assert found is not None

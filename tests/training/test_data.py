@@ -15,12 +15,12 @@ from hypothesis import strategies as st
 from fsa_jax.training.config import DOCUMENT_START
 from fsa_jax.training.data import (
     Batch,
-    PackedRows,
+    PackedSequences,
     TrainingBatches,
-    held_out_batches,
+    example_sequence,
     load_corpus,
-    row_of_documents,
     unigram_loss,
+    validation_batches,
 )
 
 
@@ -29,32 +29,32 @@ def counting_document(first: int, length: int) -> bytes:
     return bytes((first + i) % 256 for i in range(length))
 
 
-def one_epoch(documents, row_length):
-    rows = PackedRows(documents, row_length=row_length)
+def one_epoch(documents, seq_len):
+    rows = PackedSequences(documents, seq_len=seq_len)
     parts = [rows[i] for i in range(len(rows))]
     return tuple(np.stack([part[name] for part in parts]) for name in ("tokens", "segment_ids"))
 
 
 @settings(max_examples=60, deadline=None)
-@given(lengths=st.lists(st.integers(1, 50), min_size=1, max_size=8), row_length=st.integers(2, 20))
-def test_packing_keeps_every_byte_in_order(lengths, row_length):
+@given(lengths=st.lists(st.integers(1, 50), min_size=1, max_size=8), seq_len=st.integers(2, 20))
+def test_packing_keeps_every_byte_in_order(lengths, seq_len):
     documents = [counting_document(37 * i, length) for i, length in enumerate(lengths)]
-    tokens, segment_ids = one_epoch(documents, row_length)
+    tokens, segment_ids = one_epoch(documents, seq_len)
     assert tokens.dtype == segment_ids.dtype == np.int32
     expected = [token for document in documents for token in (DOCUMENT_START, *document)]
     assert tokens[segment_ids != 0].tolist() == expected
     # Padding: only at the very end, less than a row, zeros.
     padding = np.flatnonzero(segment_ids.ravel() == 0)
     assert padding.tolist() == list(range(len(expected), tokens.size))
-    assert len(padding) < row_length
+    assert len(padding) < seq_len
     assert (tokens[segment_ids == 0] == 0).all()
 
 
 @settings(max_examples=60, deadline=None)
-@given(lengths=st.lists(st.integers(1, 50), min_size=1, max_size=8), row_length=st.integers(2, 20))
-def test_segments_are_the_documents_of_a_row(lengths, row_length):
+@given(lengths=st.lists(st.integers(1, 50), min_size=1, max_size=8), seq_len=st.integers(2, 20))
+def test_segments_are_the_documents_of_a_row(lengths, seq_len):
     documents = [counting_document(37 * i, length) for i, length in enumerate(lengths)]
-    for tokens, ids in zip(*one_epoch(documents, row_length), strict=True):
+    for tokens, ids in zip(*one_epoch(documents, seq_len), strict=True):
         used = ids[ids != 0]
         assert used[0] == 1
         new = tokens[1 : len(used)] == DOCUMENT_START
@@ -64,7 +64,7 @@ def test_segments_are_the_documents_of_a_row(lengths, row_length):
 
 def batches(seed=0):
     documents = [counting_document(i, 5 + 7 * i) for i in range(9)]
-    return TrainingBatches(documents, row_length=16, batch_size=3, seed=seed)
+    return TrainingBatches(documents, seq_len=16, batch_size=3, seed=seed)
 
 
 def take(iterator, count):
@@ -93,7 +93,7 @@ def test_order_depends_on_seed_and_epoch():
 
 def test_an_epoch_has_every_row_once():
     documents = [counting_document(i, 63) for i in range(6)]
-    rows = TrainingBatches(documents, row_length=16, batch_size=4, seed=5)
+    rows = TrainingBatches(documents, seq_len=16, batch_size=4, seed=5)
     for _ in range(2):
         epoch = np.concatenate([tokens for tokens, _ in take(rows, 6)])
         np.testing.assert_array_equal(np.unique(epoch, axis=0).shape, (24, 16))
@@ -124,7 +124,7 @@ def test_folders_are_searched_and_binary_or_hidden_files_left_out(tmp_path):
     (folder / "link").symlink_to(folder / "deep")
     os.mkfifo(folder / "pipe")
     corpus = load_corpus([folder])
-    assert sorted(corpus.train + corpus.held_out) == [b"first", b"\xff\xfe not utf-8"]
+    assert sorted(corpus.train + corpus.validation) == [b"first", b"\xff\xfe not utf-8"]
     assert corpus.read == {".txt": 1, ".md": 1}
     assert corpus.skipped == {
         "binary .png": 1,
@@ -138,7 +138,7 @@ def test_folders_are_searched_and_binary_or_hidden_files_left_out(tmp_path):
     assert corpus.summary.startswith(f"read 2 files (1 .md, 1 .txt) of {folder}; skipped: 2 hidden")
     # A file that is named is taken as it is.
     named = load_corpus([folder / "image.png", folder / "a.txt"])
-    assert sorted(named.train + named.held_out) == [b"first", b"\x89PNG\0\0"]
+    assert sorted(named.train + named.validation) == [b"first", b"\x89PNG\0\0"]
 
 
 def test_split_depends_on_bytes_only_and_never_overlaps(tmp_path):
@@ -146,10 +146,14 @@ def test_split_depends_on_bytes_only_and_never_overlaps(tmp_path):
     one = load_corpus([write(tmp_path / "one", texts)])
     renamed = {f"sub/{99 - i}.rst": text for i, text in enumerate(texts.values())}
     two = load_corpus([write(tmp_path / "two", renamed | {"copy.txt": b"document 7"})])
-    assert (one.train, one.held_out, one.fingerprint) == (two.train, two.held_out, two.fingerprint)
-    assert len(one.held_out) == 5
-    assert set(one.train) | set(one.held_out) == set(texts.values())
-    assert not set(one.train) & set(one.held_out)
+    assert (one.train, one.validation, one.fingerprint) == (
+        two.train,
+        two.validation,
+        two.fingerprint,
+    )
+    assert len(one.validation) == 5
+    assert set(one.train) | set(one.validation) == set(texts.values())
+    assert not set(one.train) & set(one.validation)
     changed = load_corpus([write(tmp_path / "one", {"0.txt": b"another"})])
     assert changed.fingerprint != one.fingerprint
 
@@ -158,13 +162,13 @@ def test_a_single_document_is_cut(tmp_path):
     text = counting_document(0, 1000)
     corpus = load_corpus([write(tmp_path, {"book.txt": text}) / "book.txt"])
     assert corpus.train == (text[:950],)
-    assert corpus.held_out == (text[950:],)
+    assert corpus.validation == (text[950:],)
 
 
 def test_default_is_the_source_of_the_standard_library():
     corpus = load_corpus()
     library = Path(sysconfig.get_path("stdlib"))
-    documents = set(corpus.train + corpus.held_out)
+    documents = set(corpus.train + corpus.validation)
     assert (library / "dataclasses.py").read_bytes() in documents
     assert (library / "json" / "decoder.py").read_bytes() in documents
     # Installed packages and the library's tests are not its text.
@@ -176,13 +180,13 @@ def test_default_is_the_source_of_the_standard_library():
 
 
 def test_missing_path(tmp_path):
-    with pytest.raises(ValueError, match=r"data must be files or folders that exist, got .*nope"):
+    with pytest.raises(ValueError, match=r"text must be files or folders that exist, got .*nope"):
         load_corpus([tmp_path / "nope"])
 
 
 def test_path_that_is_neither_file_nor_folder(tmp_path):
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(ValueError, match=r"data must be files or folders that exist, got .*pipe"):
+    with pytest.raises(ValueError, match=r"text must be files or folders that exist, got .*pipe"):
         load_corpus([tmp_path / "pipe"])
 
 
@@ -191,7 +195,7 @@ def test_no_text(tmp_path, texts):
     folder = tmp_path / "texts"
     folder.mkdir()
     write(folder, texts)
-    with pytest.raises(ValueError, match=r"data must hold at least two bytes of text, got .*texts"):
+    with pytest.raises(ValueError, match=r"text must hold at least two bytes, got .*texts"):
         load_corpus([folder])
 
 
@@ -202,27 +206,27 @@ def test_unreadable_file(tmp_path, monkeypatch):
 
     file = write(tmp_path, {"a.txt": b"text"}) / "a.txt"
     monkeypatch.setattr(Path, "open", refuse)
-    with pytest.raises(ValueError, match=r"data must be readable, got .*a\.txt'.*denied"):
+    with pytest.raises(ValueError, match=r"text must be readable, got .*a\.txt'.*denied"):
         load_corpus([file])
 
 
 def test_held_out_rows_are_fixed_and_filled_up():
     documents = [counting_document(i, 40) for i in range(4)]
-    got = held_out_batches(documents, row_length=16, batch_size=4, rows=6)
-    again = held_out_batches(documents, row_length=16, batch_size=4, rows=6)
+    got = validation_batches(documents, seq_len=16, batch_size=4, num_sequences=6)
+    again = validation_batches(documents, seq_len=16, batch_size=4, num_sequences=6)
     assert [batch.tokens.shape for batch in got] == [(4, 16), (4, 16)]
     for one, two in zip(got, again, strict=True):
         np.testing.assert_array_equal(one.tokens, two.tokens)
     assert (got[0].segment_ids > 0).any(axis=1).all()
     assert (got[1].segment_ids > 0).any(axis=1).tolist() == [True, True, False, False]
     # More than all there is cannot be had.
-    most = held_out_batches(documents, row_length=16, batch_size=1, rows=1000)
+    most = validation_batches(documents, seq_len=16, batch_size=1, num_sequences=1000)
     assert sum(int((batch.segment_ids > 0).sum()) for batch in most) == 4 * 41
 
 
 def test_row_for_the_picture_has_two_documents():
     documents = [counting_document(i, 200 + i) for i in range(4)]
-    row = row_of_documents(documents, row_length=32)
+    row = example_sequence(documents, seq_len=32)
     assert row.tokens.shape == (1, 32)
     assert row.segment_ids.max() >= 2
 

@@ -17,8 +17,8 @@ from fsa_jax.training import read_metrics
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("processes")]
 STEPS = 5
 COMMON = {
-    "steps": STEPS, "eval-every": STEPS, "eval-rows": 2, "checkpoint-every": 1, "batch-size": 4,
-    "row-length": 64, "warmup-steps": 2, "decay-steps": STEPS, "learning-rate": 0.01,
+    "steps": STEPS, "eval-every": STEPS, "eval-sequences": 2, "checkpoint-every": 1,
+    "batch-size": 4, "seq-len": 64, "warmup-steps": 2, "decay-steps": STEPS, "learning-rate": 0.01,
     "num-layers": 1, "embed-dim": 16, "num-heads": 2, "num-kv-heads": 2, "head-dim": 8,
     "mlp-dim": 16, "kernel-size": 4, "kernel-stride": 2, "block-size": 4, "topk": 3,
     "init-blocks": 1, "local-blocks": 1, "window-size": 6,
@@ -36,7 +36,7 @@ def texts(tmp_path_factory) -> Path:
 def start(texts: Path, out: Path, *flags: str, processes: int = 1, **changes):
     """Starts `fsa-jax train`, and gives its processes."""
     settings = {**COMMON, **{name.replace("_", "-"): value for name, value in changes.items()}}
-    command = [sys.executable, "-m", "fsa_jax.cli", "train", "--data", str(texts)]
+    command = [sys.executable, "-m", "fsa_jax.cli", "train", "--text", str(texts)]
     command += ["--out", str(out), *flags]
     command += [word for name, value in settings.items() for word in (f"--{name}", str(value))]
     with socket.socket() as free:
@@ -74,9 +74,7 @@ def finish(started, timeout: float = 300) -> list[tuple[int, str]]:
 
 def losses(out: Path) -> np.ndarray:
     rows = read_metrics(out / "metrics.jsonl")
-    return np.asarray(
-        [row[name] for row in rows for name in ("loss", "held_out_loss") if name in row]
-    )
+    return np.asarray([row[name] for row in rows for name in ("loss", "val_loss") if name in row])
 
 
 def saved_steps(out: Path) -> list[int]:

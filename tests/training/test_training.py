@@ -26,7 +26,7 @@ from fsa_jax.training import (
 )
 from fsa_jax.training.config import config_from_json, config_to_json
 from fsa_jax.training.metrics import MetricsLog, curve
-from fsa_jax.training.plots import choice_image
+from fsa_jax.training.plots import selection_image
 from fsa_jax.training.step import (
     abstract_model,
     decay_mask,
@@ -72,14 +72,14 @@ def texts(tmp_path_factory) -> Path:
 
 def tiny(texts: Path, out: Path, **changes) -> TrainConfig:
     config = TrainConfig(
-        data=(texts,),
+        text=(texts,),
         out=out,
         steps=6,
         eval_every=2,
-        eval_rows=3,
+        eval_sequences=3,
         checkpoint_every=3,
         batch_size=2,
-        row_length=32,
+        seq_len=32,
         learning_rate=1e-2,
         weight_decay=0.1,
         warmup_steps=2,
@@ -154,7 +154,7 @@ def test_resume_goes_on_bitwise(texts, straight, tmp_path):
     got = without_times(read_metrics(metrics))
     # The first part evaluated at its end too; nothing else differs.
     assert [row for row in got if row["step"] != 3 or "loss" in row] == expected
-    assert result.held_out_loss == expected[-1]["held_out_loss"]
+    assert result.val_loss == expected[-1]["val_loss"]
 
 
 def test_resuming_a_finished_run_changes_nothing(texts, run):
@@ -171,15 +171,15 @@ def test_what_a_run_writes(straight):
     assert all(row["tokens_per_s"] > 0 for row in rows if "loss" in row)
     assert losses[0] == pytest.approx(math.log(257), rel=0.1)
     assert losses[-1] < losses[0]
-    assert curve(rows, "held_out_loss")[0] == [2, 4, 6]
-    assert not any("loss" in row and "held_out_loss" in row for row in rows)
+    assert curve(rows, "val_loss")[0] == [2, 4, 6]
+    assert not any("loss" in row and "val_loss" in row for row in rows)
 
     description = json.loads((straight / "run.json").read_text())
     assert description["config"]["model"]["nsa"]["block_size"] == 4
     assert description["versions"]["jax"] == jax.__version__
-    assert description["data"]["held_out_documents"] == 1
+    assert description["data"]["val_documents"] == 1
     assert 0 < description["unigram_loss"] < math.log(256)
-    assert description["result"]["held_out_loss"] == rows[-1]["held_out_loss"]
+    assert description["result"]["val_loss"] == rows[-1]["val_loss"]
 
     assert sorted(child.name for child in (straight / "checkpoints").iterdir()) == ["3", "6"]
     for picture in ("loss.png", "blocks.png"):
@@ -223,7 +223,7 @@ def test_loss_by_hand():
     segment_ids = np.asarray([[1, 1, 1, 2, 2, 0], [1, 2, 2, 2, 2, 2]], np.int32)
     wide = logits.astype(np.float64)
     log_probabilities = wide - np.log(np.exp(wide).sum(-1, keepdims=True))
-    # (row, position) of the queries; the last token of a segment predicts nothing.
+    # (sequence, position) of the queries; the last token of a segment predicts nothing.
     predicting = [(0, 0), (0, 1), (0, 3), (1, 1), (1, 2), (1, 3), (1, 4)]
     expected = -sum(log_probabilities[b, t, tokens[b, t + 1]] for b, t in predicting)
     total, count = next_byte_loss(
@@ -265,15 +265,15 @@ def test_metrics_log_drops_later_steps(tmp_path):
     file = tmp_path / "metrics.jsonl"
     with MetricsLog(file, last_step=0) as log:
         log.write([{"step": step, "loss": step / 3} for step in range(1, 5)])
-        log.write([{"step": 4, "held_out_loss": 1.5}])
+        log.write([{"step": 4, "val_loss": 1.5}])
     with MetricsLog(file, last_step=3) as log:
         log.write([{"step": 4, "loss": 9.0}])
     rows = read_metrics(file)
     assert curve(rows, "loss") == ([1, 2, 3, 4], [1 / 3, 2 / 3, 1.0, 9.0])
-    assert curve(rows, "held_out_loss") == ([], [])
+    assert curve(rows, "val_loss") == ([], [])
 
 
-def test_choice_image_by_hand():
+def test_selection_image_by_hand():
     config = NSAConfig(
         kernel_size=2,
         kernel_stride=2,
@@ -289,19 +289,19 @@ def test_choice_image_by_hand():
     chosen[2, :2] = [0, 1]
     chosen[7, :2] = [0, 2]
     chosen[8, :3] = [0, 1, 2]
-    image = choice_image(chosen, segment_ids, config, max_points=10)
+    image = selection_image(chosen, segment_ids, config, max_points=10)
     expected = np.zeros((10, 10), np.uint8)
     expected[2] = [2, 2, 3, 0, 0, 0, 0, 0, 0, 0]
     expected[7] = [0, 0, 0, 2, 2, 0, 0, 3, 0, 0]
     expected[8] = [0, 0, 0, 2, 2, 1, 1, 3, 3, 0]
     np.testing.assert_array_equal(image, expected)
     np.testing.assert_array_equal(
-        choice_image(chosen, segment_ids, config, max_points=5), expected[::2, ::2]
+        selection_image(chosen, segment_ids, config, max_points=5), expected[::2, ::2]
     )
 
 
 def test_plots_of_many_runs_layers_and_heads(tmp_path):
-    rows = [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}, {"step": 2, "held_out_loss": 1.5}]
+    rows = [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}, {"step": 2, "val_loss": 1.5}]
     plot_losses(tmp_path / "loss.png", {"nsa": rows, "full": rows[:1]}, unigram_loss=3.0)
     blocks = np.full((9, 3000, 6, NSA.topk), -1, np.int32)
     plot_blocks(tmp_path / "blocks.png", blocks, np.ones(3000, np.int32), NSA)
@@ -316,11 +316,11 @@ def test_plots_of_many_runs_layers_and_heads(tmp_path):
         ("seed", -1),
         ("seed", 2**31),
         ("eval_every", 0),
-        ("eval_rows", 0),
+        ("eval_sequences", 0),
         ("checkpoint_every", 0),
         ("batch_size", 0),
         ("batch_size", 2.5),
-        ("row_length", 1),
+        ("seq_len", 1),
         ("learning_rate", 0.0),
         ("learning_rate", math.nan),
         ("weight_decay", -0.1),
@@ -385,7 +385,7 @@ def test_resume_with_other_settings(texts, run):
 def test_resume_with_other_data(texts, run, tmp_path):
     other = shutil.copytree(texts, tmp_path / "other")
     (other / "new.txt").write_text("one document more")
-    with pytest.raises(ValueError, match=r"data must be the data of the checkpoint, got .*other"):
+    with pytest.raises(ValueError, match=r"text must be the text of the checkpoint, got .*other"):
         train(tiny(other, run, resume=True, model=DENSE))
 
 
