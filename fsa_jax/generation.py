@@ -1,12 +1,12 @@
-"""Continues texts token by token, in compiled loops over a cache of keys and values.
+"""Generates text token by token, in compiled loops over a cache of keys and values.
 
-Two programs make a text: one reads the prompts and draws a token, the other adds some tokens more
-and is called until the texts have ended. Python runs between its calls: there it hears of Ctrl-C
-and shows tokens. Each call is handed to the device before the tokens of the one before it are
-read, so that the device need not wait for Python.
+Two programs generate a text. The first one reads the prompts and draws one token for each; the
+second one draws some more tokens and is called until all sequences have ended. Between the calls
+Python runs, so that it can react to Ctrl-C and pass on tokens. Each call is dispatched to the
+device before the tokens of the previous one are read, so that the device does not wait for Python.
 
-Shapes: B rows, the prompts and then empty ones; n tokens of a prompt, k tokens that a call adds, s
-tokens of the stop, V vocabulary.
+Shapes: B batch, the prompts followed by empty sequences; n tokens of a prompt, k tokens generated
+by one call, s tokens of the stop sequence, V vocabulary.
 """
 
 import dataclasses
@@ -26,17 +26,17 @@ from jaxtyping import Array, Bool, Float, Int
 from fsa_jax.arguments import checks
 from fsa_jax.transformer import Transformer
 
-#: Prompts and room are multiples of so many tokens.
-_ROUND = 64
-#: Stops are padded to multiples of so many tokens.
-_STOP = 8
-#: The most tokens that one call of the loop adds.
-_TOGETHER = 128
-#: Seconds that a call of the loop may take, if a step takes less: after Ctrl-C the device is busy
-#: for two calls at most. A call costs 0.3 to 0.7 ms of Python, while the device runs.
-_SECONDS = 0.1
-#: Seconds between two looks at whether the device has come to an end.
-_LOOK = 5e-4
+#: Prompt lengths and cache capacities are rounded up to multiples of this many tokens.
+_LENGTH_MULTIPLE = 64
+#: Stop sequences are padded to multiples of this many tokens.
+_STOP_MULTIPLE = 8
+#: The most tokens that one call of the decoding loop generates for a sequence.
+_MAX_STEPS = 128
+#: The duration of a call in seconds, unless a single step takes longer: after Ctrl-C the device is
+#: busy for at most two calls. A call costs 0.3 to 0.7 ms of Python, while the device runs.
+_CALL_SECONDS = 0.1
+#: Seconds between two checks whether the device has finished.
+_POLL_SECONDS = 5e-4
 
 
 def generate(
@@ -52,42 +52,45 @@ def generate(
     capacity: int | None = None,
     stream: Callable[[Int[np.ndarray, " B"]], Any] | None = None,
 ) -> list[list[int]]:
-    """Continues each prompt.
+    """Generates a continuation of each prompt.
 
-    The next token is drawn from p = softmax(logits / temperature), cut to the likeliest tokens, the
-    fewest that have a share of `top_p` together. Prompts run at once, as what training runs; each
-    further token is a step of a compiled loop, which ends when all texts have. Ctrl-C raises
-    ``KeyboardInterrupt`` at once, unless the compiler is at work.
+    The next token is drawn from p = softmax(logits / temperature), restricted to the smallest set
+    of most likely tokens whose total probability is at least `top_p`. All prompts are read in one
+    pass, like a batch of training; each further token is a step of a compiled loop, which ends when
+    all sequences have ended. Ctrl-C raises ``KeyboardInterrupt`` at once, except during
+    compilation.
 
-    Programs are compiled for sizes that are rounded up, and serve every call within them: prompts
-    to a power of two (empty ones fill it, and take memory and time like others), tokens of the
-    longest prompt and room in the cache to 64 times 1, 2, 3, 4, 6, 8, 12, ... What else is given
-    compiles nothing anew, but for `vocab_size`, and whether `temperature` is 0 and `top_p` 1.
+    Programs are compiled for sizes that are rounded up, and serve all calls within them. The number
+    of prompts is rounded up to a power of two with empty prompts, which cost as much memory and
+    time as others. The length of the longest prompt, and the capacity of the cache, are rounded up
+    to 64 times 1, 2, 3, 4, 6, 8, 12, ... Of the other arguments only `vocab_size`, and whether
+    `temperature` is 0 and `top_p` is 1, make a new program necessary.
 
     Args:
-      model: any ``Transformer`` whose layers serve a cache.
-      prompts: tokens of each prompt, at least one; ``bytes`` will do for a model of bytes, one
-        prompt too comes in a list. The models of ``fsa-jax train`` know texts that start with the
-        token 256.
-      max_tokens: the most tokens m to add to each.
-      temperature: 0 takes the likeliest token each time, of equal ones the lowest.
-      top_p: in (0, 1]; 1 cuts nothing.
-      seed: in 0 .. 2**31 - 1. The same seed gives the same texts on the same device; the random
-        numbers of prompt b depend on the seed and b alone.
-      stop: a text ends when these are the last tokens that were added; they stay in it.
-      vocab_size: only tokens below it are drawn; None: all.
-      capacity: the most tokens that a text may have, prompt included, which also bounds the cache,
-        in multiples of 64; None: as many as are needed.
-      stream: called at each step, in order, with int32 [prompts]: the token of each text, -1 where
-        it has ended. What it raises ends the call, and is raised as it is.
+      model: a ``Transformer`` whose layers support a cache.
+      prompts: at least one prompt, each a sequence of at least one token. ``bytes`` serve as a
+        prompt of a byte-level model; a single prompt must be in a list too. The models of
+        ``fsa-jax train`` expect the token 256 at the start of a text.
+      max_tokens: the maximum number of tokens m to generate for each prompt.
+      temperature: 0 always takes the most likely token, and the lowest of equally likely ones.
+      top_p: in (0, 1]; 1 keeps all tokens.
+      seed: in 0 .. 2**31 - 1. The same seed gives the same tokens on the same device; the random
+        numbers of prompt b depend only on the seed and on b.
+      stop: a sequence ends when its last generated tokens are these; they are part of the result.
+      vocab_size: only tokens below it are drawn; None: the whole vocabulary.
+      capacity: the maximum length of a sequence in tokens, prompt included. The cache has this
+        capacity at most, rounded up to a multiple of 64. None: as large as necessary.
+      stream: called after each step, in order, with int32 [prompts]: the new token of each
+        sequence, or -1 if the sequence has ended. An exception that it raises ends the call and is
+        raised unchanged.
 
     Returns:
-      The tokens that were added to each prompt, at most `max_tokens`.
+      The generated tokens of each prompt, at most `max_tokens` of them.
 
     Raises:
-      ValueError: an argument breaks its rule, or has a wrong type; the message names it and gives
-        the value.
-      NotImplementedError: the model's layers cannot serve a cache.
+      ValueError: an argument breaks its rule, or has a wrong type; the message names the argument
+        and its value.
+      NotImplementedError: the model's layers do not support a cache.
 
     Example:
       >>> from flax import nnx
@@ -105,32 +108,34 @@ def generate(
         raise ValueError(f"model must be a Transformer, got {type(model).__name__}")
     checked = _checked_prompts(prompts, model.config.vocab_size)
     max_tokens = checks.size("max_tokens", max_tokens)
-    rule = _rule(model.config.vocab_size, temperature, top_p, seed, stop, vocab_size)
+    sampler = _sampler(model.config.vocab_size, temperature, top_p, seed, stop, vocab_size)
     if stream is not None and not callable(stream):
         raise ValueError(f"stream must be a function or None, got {stream!r}")
     longest = max(map(len, checked))
-    room = _rounded(longest + max_tokens)
+    cache_size = _round_up(longest + max_tokens)
     if capacity is not None:
         if longest + max_tokens > checks.size("capacity", capacity):
             raise ValueError(
                 "capacity must hold the longest prompt and max_tokens, got "
                 f"capacity={capacity}, a prompt of {longest} tokens and max_tokens={max_tokens}"
             )
-        room = min(room, -(-capacity // _ROUND) * _ROUND)
-    shape = 1 << (len(checked) - 1).bit_length(), min(_rounded(longest), room)
-    rows, lengths = np.zeros(shape, np.int32), np.zeros(shape[:1], np.int32)
-    for row, prompt in enumerate(checked):
-        rows[row, : len(prompt)], lengths[row] = prompt, len(prompt)
+        cache_size = min(cache_size, -(-capacity // _LENGTH_MULTIPLE) * _LENGTH_MULTIPLE)
+    shape = 1 << (len(checked) - 1).bit_length(), min(_round_up(longest), cache_size)
+    tokens, lengths = np.zeros(shape, np.int32), np.zeros(shape[:1], np.int32)
+    for index, prompt in enumerate(checked):
+        tokens[index, : len(prompt)], lengths[index] = prompt, len(prompt)
     graphdef, params = nnx.split(model)
-    begin = functools.partial(_begin, graphdef, params, rows, lengths, rule, capacity=room)
-    add = functools.partial(_add, graphdef, params, rule)
-    parts = []
-    for part in _parts(begin, add, max_tokens, _TOGETHER if stream is None else 1):
-        parts.append(part[: len(checked)])
+    prefill = functools.partial(
+        _prefill, graphdef, params, tokens, lengths, sampler, capacity=cache_size
+    )
+    decode = functools.partial(_decode, graphdef, params, sampler)
+    chunks = []
+    for chunk in _chunks(prefill, decode, max_tokens, _MAX_STEPS if stream is None else 1):
+        chunks.append(chunk[: len(checked)])
         if stream is not None:
-            for tokens in parts[-1].T:
-                stream(tokens.copy())
-    return [row[row >= 0].tolist() for row in np.concatenate(parts, axis=1)]
+            for step in chunks[-1].T:
+                stream(step.copy())
+    return [sequence[sequence >= 0].tolist() for sequence in np.concatenate(chunks, axis=1)]
 
 
 # Arguments
@@ -138,60 +143,61 @@ def generate(
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class _Rule:
-    """How tokens are drawn, and what ends a text.
+class _Sampler:
+    """How tokens are drawn, and what ends a sequence.
 
     Attributes:
       key: random key.
       temperature: float32.
       top_p: float32.
-      stop: int32 [s]; before its tokens come some -1, for which any token will do. Without a stop
-        all are -2, which no token is.
-      choices: only tokens below it are drawn.
+      stop: int32 [s], the stop sequence, padded on the left with -1, which matches any token. If
+        there is no stop sequence, all entries are -2, which matches no token.
+      vocab_size: only tokens below it are drawn.
       greedy: whether the temperature is 0.
-      cut: whether top_p is below 1.
+      truncated: whether top_p is below 1.
     """
 
     key: Array
     temperature: Any
     top_p: Any
     stop: Any
-    choices: int = dataclasses.field(metadata={"static": True})
+    vocab_size: int = dataclasses.field(metadata={"static": True})
     greedy: bool = dataclasses.field(metadata={"static": True})
-    cut: bool = dataclasses.field(metadata={"static": True})
+    truncated: bool = dataclasses.field(metadata={"static": True})
 
 
-def _rule(size: int, temperature, top_p, seed, stop, vocab_size) -> _Rule:
-    """The rule of a vocabulary of `size` tokens, from the checked arguments of `generate`."""
+def _sampler(model_vocab: int, temperature, top_p, seed, stop, vocab_size) -> _Sampler:
+    """The sampler of a model with `model_vocab` tokens, from the arguments of `generate`."""
     checks.number("temperature", temperature, "at least 0 and finite", lambda x: 0 <= x < math.inf)
     checks.number("top_p", top_p, "above 0 and at most 1", lambda x: 0 < x <= 1)
     checks.size("seed", seed, least=0)
-    ending = _tokens("stop", stop, size)
-    choices = size if vocab_size is None else checks.size("vocab_size", vocab_size)
-    if choices > size:
-        raise ValueError(f"vocab_size must be at most the model's {size}, got {vocab_size}")
-    padded = np.full(max(-(-len(ending) // _STOP), 1) * _STOP, -1 if len(ending) else -2, np.int32)
-    padded[len(padded) - len(ending) :] = ending
-    # the highest float32 draws as evenly as any number above it
-    warmth = np.float32(min(temperature, float(np.finfo(np.float32).max)))
-    return _Rule(
+    ending = _tokens("stop", stop, model_vocab)
+    allowed = model_vocab if vocab_size is None else checks.size("vocab_size", vocab_size)
+    if allowed > model_vocab:
+        raise ValueError(f"vocab_size must be at most the model's {model_vocab}, got {vocab_size}")
+    length = max(-(-len(ending) // _STOP_MULTIPLE), 1) * _STOP_MULTIPLE
+    padded = np.full(length, -1 if len(ending) else -2, np.int32)
+    padded[length - len(ending) :] = ending
+    # The largest float32 samples as uniformly as any number above it.
+    rounded = np.float32(min(temperature, float(np.finfo(np.float32).max)))
+    return _Sampler(
         key=jax.random.key(seed),
-        temperature=warmth,
+        temperature=rounded,
         top_p=np.float32(top_p),
         stop=padded,
-        choices=choices,
-        greedy=bool(warmth == 0),
-        cut=top_p < 1,
+        vocab_size=allowed,
+        greedy=bool(rounded == 0),
+        truncated=top_p < 1,
     )
 
 
-def _checked_prompts(prompts: Sequence[Sequence[int]], size: int) -> list[np.ndarray]:
+def _checked_prompts(prompts: Sequence[Sequence[int]], vocab_size: int) -> list[np.ndarray]:
     if isinstance(prompts, str | bytes | bytearray) or not isinstance(prompts, Iterable):
         raise ValueError(
             "prompts must be a sequence of prompts, each a sequence of integers, got "
             f"{reprlib.repr(prompts)}"
         )
-    checked = [_tokens(f"prompts[{i}]", prompt, size) for i, prompt in enumerate(prompts)]
+    checked = [_tokens(f"prompts[{i}]", prompt, vocab_size) for i, prompt in enumerate(prompts)]
     if not checked:
         raise ValueError("prompts must hold at least one prompt, got none")
     for i, prompt in enumerate(checked):
@@ -200,148 +206,156 @@ def _checked_prompts(prompts: Sequence[Sequence[int]], size: int) -> list[np.nda
     return checked
 
 
-def _tokens(name: str, tokens: Sequence[int], size: int) -> np.ndarray:
-    """One text as int32, each token checked."""
+def _tokens(name: str, tokens: Sequence[int], vocab_size: int) -> np.ndarray:
+    """One sequence of tokens as a checked int32 array."""
     rule = f"{name} must be a sequence of integers, got {reprlib.repr(tokens)}"
     if isinstance(tokens, str):
         raise ValueError(rule)
     try:
         array = np.asarray(tokens if isinstance(tokens, np.ndarray | Array) else list(tokens))
-    except (TypeError, ValueError) as error:  # no sequence; one of sequences of several lengths
+    except (TypeError, ValueError) as error:  # not a sequence, or one of unequal sequences
         raise ValueError(rule) from error
     if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
         raise ValueError(rule)
-    wrong = (array < 0) | (array >= size)
+    wrong = (array < 0) | (array >= vocab_size)
     if wrong.any():
-        raise ValueError(f"{name} must hold tokens in 0 .. {size - 1}, got {array[wrong][0]}")
+        raise ValueError(f"{name} must hold tokens in 0 .. {vocab_size - 1}, got {array[wrong][0]}")
     return array.astype(np.int32)
 
 
-def _rounded(tokens: int) -> int:
-    """The least of 64 * (1, 2, 3, 4, 6, 8, 12, ...) that is at least `tokens`."""
-    count = -(-tokens // _ROUND)
+def _round_up(tokens: int) -> int:
+    """The smallest of 64 * (1, 2, 3, 4, 6, 8, 12, ...) that is at least `tokens`."""
+    count = -(-tokens // _LENGTH_MULTIPLE)
     power = 1 << (count - 1).bit_length()
-    return _ROUND * (power * 3 // 4 if power >= 4 and count <= power * 3 // 4 else power)
+    smaller = power * 3 // 4
+    return _LENGTH_MULTIPLE * (smaller if power >= 4 and count <= smaller else power)
 
 
-# The loop
+# The decoding loop
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class _Texts:
-    """Where the texts are.
+class _Progress:
+    """The state of all sequences between two steps.
 
     Attributes:
-      step: int32, how many tokens have been drawn.
-      token: int32 [B], the last of each text.
-      live: bool [B], texts that go on.
-      recent: int32 [B, s], the last tokens that were added, before them -2.
+      step: int32, the number of tokens drawn for each sequence.
+      token: int32 [B], the last token of each sequence.
+      active: bool [B], whether a sequence has not ended yet.
+      recent: int32 [B, s], the last generated tokens of each sequence, padded on the left with -2.
     """
 
     step: Int[Array, ""]
     token: Int[Array, " B"]
-    live: Bool[Array, " B"]
+    active: Bool[Array, " B"]
     recent: Int[Array, "B s"]
 
 
-def _parts(
-    begin: Callable, add: Callable, max_tokens: int, together: int
+def _chunks(
+    prefill: Callable, decode: Callable, max_tokens: int, max_steps: int
 ) -> Iterator[Int[np.ndarray, "B k"]]:
-    """The tokens of the rows, at most `together` steps at a time; -1 where a text has ended."""
-    made = next_steps = steps = 1
-    asked, since = begin(), time.monotonic()
-    while asked is not None:
-        cache, texts, tokens = asked
-        done, steps = steps, min(next_steps, max_tokens - made)
-        asked = add(cache, texts, np.int32(steps)) if steps else None
-        made += steps
-        # a wait in the runtime would be deaf to signals
+    """The generated tokens, at most `max_steps` steps at a time; -1 after the end of a sequence."""
+    dispatched = next_steps = steps = 1
+    result, since = prefill(), time.monotonic()
+    while result is not None:
+        cache, progress, tokens = result
+        finished, steps = steps, min(next_steps, max_tokens - dispatched)
+        result = decode(cache, progress, np.int32(steps)) if steps else None
+        dispatched += steps
+        # A blocking wait inside the runtime would not react to signals.
         while not tokens.is_ready():
-            time.sleep(_LOOK)
+            time.sleep(_POLL_SECONDS)
         tokens = np.asarray(tokens)
         yield tokens[:, np.any(tokens >= 0, axis=0)]
-        if not np.any(np.asarray(texts.live)):
+        if not np.any(np.asarray(progress.active)):
             return
         now = time.monotonic()
-        fit = int(done * _SECONDS / max(now - since, 1e-6))
-        next_steps, since = max(1, min(together, 2 * done, fit)), now
+        fitting = int(finished * _CALL_SECONDS / max(now - since, 1e-6))
+        next_steps, since = max(1, min(max_steps, 2 * finished, fitting)), now
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "capacity"))
-def _begin(
+def _prefill(
     graphdef: Any,
     params: Any,
     prompts: Int[Array, "B n"],
     lengths: Int[Array, " B"],
-    rule: _Rule,
+    sampler: _Sampler,
     *,
     capacity: int,
-) -> tuple[Any, _Texts, Int[Array, "B 1"]]:
-    """The cache and the texts after their first token, and that token."""
+) -> tuple[Any, _Progress, Int[Array, "B 1"]]:
+    """The cache and the progress after the first token of each sequence, and that token."""
     model = nnx.merge(graphdef, params)
     batch = prompts.shape[0]
     cache = model.init_cache(batch, capacity)
     logits, cache = model(prompts, cache=cache, num_tokens=lengths, fresh=True, only_last=True)
-    nothing = jnp.full((batch, rule.stop.shape[0]), -2, jnp.int32)
-    texts = _Texts(jnp.zeros((), jnp.int32), nothing[:, 0], lengths > 0, nothing)
-    texts, shown = _drawn(rule, logits, texts)
-    return cache, texts, shown[:, None]
+    none_yet = jnp.full((batch, sampler.stop.shape[0]), -2, jnp.int32)
+    progress = _Progress(jnp.zeros((), jnp.int32), none_yet[:, 0], lengths > 0, none_yet)
+    progress, token = _advance(sampler, logits, progress)
+    return cache, progress, token[:, None]
 
 
-# The cache is written in place. What Python reads later, the texts, must stay.
+# The cache is donated and updated in place. The progress is not, since Python reads it later.
 @functools.partial(jax.jit, static_argnames="graphdef", donate_argnames="cache")
-def _add(
-    graphdef: Any, params: Any, rule: _Rule, cache: Any, texts: _Texts, steps: Int[Array, ""]
-) -> tuple[Any, _Texts, Int[Array, "B k"]]:
-    """The cache and the texts after so many steps more, and the tokens, with -1 after them."""
+def _decode(
+    graphdef: Any,
+    params: Any,
+    sampler: _Sampler,
+    cache: Any,
+    progress: _Progress,
+    steps: Int[Array, ""],
+) -> tuple[Any, _Progress, Int[Array, "B k"]]:
+    """The cache and the progress after `steps` more steps, and their tokens, padded with -1."""
     model = nnx.merge(graphdef, params)
 
-    def goes_on(carry):
-        step, _, texts, _ = carry
-        return (step < steps) & jnp.any(texts.live)
+    def unfinished(carry):
+        step, _, progress, _ = carry
+        return (step < steps) & jnp.any(progress.active)
 
     def advance(carry):
-        step, cache, texts, tokens = carry
-        logits, cache = model(texts.token[:, None], cache=cache)
-        texts, shown = _drawn(rule, logits, texts)
-        return step + 1, cache, texts, tokens.at[:, step].set(shown)
+        step, cache, progress, tokens = carry
+        logits, cache = model(progress.token[:, None], cache=cache)
+        progress, token = _advance(sampler, logits, progress)
+        return step + 1, cache, progress, tokens.at[:, step].set(token)
 
-    tokens = jnp.full((texts.token.shape[0], _TOGETHER), -1, jnp.int32)
-    carry = (jnp.zeros((), jnp.int32), cache, texts, tokens)
-    return jax.lax.while_loop(goes_on, advance, carry)[1:]
+    tokens = jnp.full((progress.token.shape[0], _MAX_STEPS), -1, jnp.int32)
+    carry = (jnp.zeros((), jnp.int32), cache, progress, tokens)
+    return jax.lax.while_loop(unfinished, advance, carry)[1:]
 
 
-def _drawn(
-    rule: _Rule, logits: Float[Array, "B 1 V"], texts: _Texts
-) -> tuple[_Texts, Int[Array, " B"]]:
-    """The texts with one more token, and the token of those that went on; -1 of the others."""
-    logits = logits[:, 0, : rule.choices]
-    if rule.greedy:
+def _advance(
+    sampler: _Sampler, logits: Float[Array, "B 1 V"], progress: _Progress
+) -> tuple[_Progress, Int[Array, " B"]]:
+    """The progress after one more token, and the token of each active sequence; -1 of others."""
+    logits = logits[:, 0, : sampler.vocab_size]
+    if sampler.greedy:
         token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
     else:
-        # a stream of random numbers for each text, so that it does not depend on the others
-        rows = jnp.arange(logits.shape[0], dtype=jnp.int32)
-        keys = jax.vmap(jax.random.fold_in, (None, 0))(rule.key, rows)
-        keys = jax.vmap(jax.random.fold_in, (0, None))(keys, texts.step)
-        # from the likeliest down: however low the temperature is, that one stays finite
-        logits = (logits - logits.max(axis=-1, keepdims=True)) / rule.temperature
-        token = jax.vmap(lambda k, x: _draw(k, x, rule.top_p, rule.cut))(keys, logits)
-    recent = jnp.concatenate([texts.recent[:, 1:], token[:, None]], axis=1)
-    ended = jnp.all((recent == rule.stop[None]) | (rule.stop[None] == -1), axis=1)
+        # Each sequence has its own stream of random numbers, so that it does not depend on others.
+        index = jnp.arange(logits.shape[0], dtype=jnp.int32)
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(sampler.key, index)
+        keys = jax.vmap(jax.random.fold_in, (0, None))(keys, progress.step)
+        # The maximum is subtracted first: at any low temperature the largest logit stays finite.
+        logits = (logits - logits.max(axis=-1, keepdims=True)) / sampler.temperature
+        draw = functools.partial(_draw, top_p=sampler.top_p, truncated=sampler.truncated)
+        token = jax.vmap(draw)(keys, logits)
+    recent = jnp.concatenate([progress.recent[:, 1:], token[:, None]], axis=1)
+    stop = sampler.stop[None]
+    ended = jnp.all((recent == stop) | (stop == -1), axis=1)
     return (
-        _Texts(texts.step + 1, token, texts.live & ~ended, recent),
-        jnp.where(texts.live, token, -1),
+        _Progress(progress.step + 1, token, progress.active & ~ended, recent),
+        jnp.where(progress.active, token, -1),
     )
 
 
-def _draw(key: Array, logits: Float[Array, " V"], top_p, cut: bool) -> Int[Array, ""]:
-    """A token of probability softmax(logits), of the likeliest that have a share of top_p."""
-    if not cut:
+def _draw(key: Array, logits: Float[Array, " V"], top_p, truncated: bool) -> Int[Array, ""]:
+    """A token from softmax(logits), restricted to the most likely tokens if `truncated`."""
+    if not truncated:
         return jax.random.categorical(key, logits).astype(jnp.int32)
-    order = jnp.argsort(-logits)  # stable: of equal ones the lower number first
+    order = jnp.argsort(-logits)  # stable: equal logits stay in the order of their tokens
     logits = logits[order]
     p = jax.nn.softmax(logits)
-    # a token stays as long as those before it do not have the share yet
-    stays = jnp.cumsum(p) - p < top_p
-    return order[jax.random.categorical(key, jnp.where(stays, logits, -jnp.inf))].astype(jnp.int32)
+    # A token is kept if the total probability of more likely ones is still below top_p.
+    kept = jnp.cumsum(p) - p < top_p
+    return order[jax.random.categorical(key, jnp.where(kept, logits, -jnp.inf))].astype(jnp.int32)

@@ -1,14 +1,14 @@
 """Attention layers for Flax: native sparse attention and its dense counterpart.
 
-Both are ``flax.nnx`` modules with the constructor names of ``nnx.MultiHeadAttention`` and swap for
-one another. In linen code wrap them: ``nnx.bridge.to_linen(NativeSparseAttention, num_heads=8,
+Both are ``flax.nnx`` modules with the constructor arguments of ``nnx.MultiHeadAttention``, and are
+interchangeable. In linen code, wrap them: ``nnx.bridge.to_linen(NativeSparseAttention, num_heads=8,
 in_features=512)``.
 
-Every parameter carries the logical names of its axes (see ``fsa_jax.partitioning``). They do
-nothing until ``sharding_rules`` binds them to the axes of a mesh.
+Every parameter carries the logical names of its axes (see ``fsa_jax.partitioning``), which have no
+effect until ``sharding_rules`` binds them to the axes of a mesh.
 
-Shapes: B batch, T tokens in a row, C features of the residual stream, N query heads, K key/value
-heads, D head width, M compressed windows, S selected blocks.
+Shapes: B batch, T tokens of a sequence, C features of the residual stream, N query heads, K
+key/value heads, D head width, M compressed windows, S selected blocks.
 """
 
 import dataclasses
@@ -37,7 +37,7 @@ from fsa_jax.positions import window_positions
 from fsa_jax.rope import RoPE
 
 GATES = ("head", "token")
-"""One gate triple per query head, as the NSA paper, or one per token, as FSA."""
+"""Three gates per query head, as in the NSA paper, or three per token, as in FSA."""
 
 _ROPE = RoPE()
 _CONFIG = NSAConfig()
@@ -48,7 +48,7 @@ _POSITIONS_INIT = initializers.normal(0.02)
 
 @dataclasses.dataclass(frozen=True)
 class _Inputs:
-    """What the branches read: a query, and a key and a value for each branch."""
+    """The inputs of the branches: the queries, and the keys and values of each branch."""
 
     query: Float[Array, "B T N D"]
     compressed: tuple[Float[Array, "B M K D"], Float[Array, "B M K D"]]
@@ -57,30 +57,30 @@ class _Inputs:
 
 
 class NativeSparseAttention(AttentionLayer):
-    """Causal self-attention by native sparse attention (NSA), packed rows included.
+    """Causal self-attention by native sparse attention (NSA), also of packed sequences.
 
-    With q, k, v projections of x, phi the compression and R the rotary embedding:
+    With projections q, k, v of x, the compression phi and the rotary embedding R:
 
         ck, cv = R(phi_k(k + table)), phi_v(v)
         o = g_cmp * compressed(R q, ck, cv) + g_slc * selected(R q, R k, v) + g_win * window(R q,
             R k, v),   g = sigmoid(x W_g),   y = o W_o
 
-    Keys are compressed before RoPE; a compressed key is turned by the position of its window's
-    first token. Names and shapes of the projections are those of ``nnx.MultiHeadAttention``.
+    Keys are compressed before RoPE; a compressed key is rotated by the position of the first token
+    in its window. The projections have the names and shapes of ``nnx.MultiHeadAttention``.
 
     Args:
-      num_heads: query heads N.
+      num_heads: number of query heads N.
       in_features: features C of the input.
-      num_kv_heads: key/value heads K, a divisor of N; None: N.
+      num_kv_heads: number of key/value heads K, a divisor of N; None: N.
       head_dim: width D of a head; None: ``in_features // num_heads``.
       out_features: features of the output; None: ``in_features``.
       config: sizes of the sparse attention.
       compression: phi, ``"linear"``, ``"weighted"``, ``"mean"`` or ``"mlp"`` (hidden width 2 D).
-      gate: ``"head"``, one gate triple per query head, or ``"token"``, one per token.
-      kv_per_branch: one key and value projection per branch, as in the NSA paper, instead of one
-        for all.
+      gate: ``"head"`` for three gates per query head, or ``"token"`` for three per token.
+      kv_per_branch: whether each branch has its own key and value projections, as in the NSA paper,
+        rather than all branches the same.
       rope: rotary embedding of queries and keys, or None.
-      scale: factor of the logits; None: ``head_dim ** -0.5``.
+      scale: scale of the logits; None: ``head_dim ** -0.5``.
       use_bias: whether the projections (and the gates) have a bias.
       dtype: dtype of the computation; None: inferred from input and parameters.
       param_dtype: dtype in which the parameters are stored.
@@ -88,16 +88,16 @@ class NativeSparseAttention(AttentionLayer):
       kernel_init: initialiser of the projections and of the gates.
       out_kernel_init: initialiser of the output projection; None: `kernel_init`.
       bias_init: initialiser of the biases.
-      compression_init: initialiser of phi's weights; None: the mean of the window's tokens for
-        ``linear`` and ``weighted``, LeCun normal for ``mlp``.
-      positions_init: initialiser of the intra-block positional table [K, l, D].
-      implementation: passed on to the functions of fsa_jax; None: the best that fits.
-      sequence_axis: mesh axis that splits the tokens of each row, see
+      compression_init: initialiser of phi's weights; None: ``linear`` and ``weighted`` start as the
+        mean of the window's tokens, and ``mlp`` as LeCun normal.
+      positions_init: initialiser of the positional table within a window, [K, l, D].
+      implementation: passed on to the functions of fsa_jax; None: the best available one.
+      sequence_axis: mesh axis that splits the tokens of each sequence, see
         ``fsa_jax.native_sparse_attention``: all arrays of a call are then in zigzag order.
-      rngs: random keys.
+      rngs: random keys of the initialisation.
 
     Raises:
-      ValueError: sizes do not divide, or a choice is unknown.
+      ValueError: a size is not a multiple as required, or a value is not one of the choices.
 
     Example:
       >>> layer = NativeSparseAttention(4, 64, num_kv_heads=2, rngs=nnx.Rngs(0))
@@ -105,8 +105,8 @@ class NativeSparseAttention(AttentionLayer):
       (1, 128, 64)
 
     References:
-      NSA, arXiv 2502.11089, equations 5 to 12; gates per token and shared keys as in FSA,
-      arXiv 2508.18224.
+      NSA, arXiv 2502.11089, equations 5 to 12; gates per token, and keys that all branches share,
+      are those of FSA, arXiv 2508.18224.
     """
 
     def __init__(
@@ -213,19 +213,21 @@ class NativeSparseAttention(AttentionLayer):
         rollback: int = 0,
         layers: int = 1,
     ) -> NSACache:
-        """An empty cache of this layer.
+        """An empty cache for this layer.
 
         Args:
-          batch: sequences.
-          capacity: tokens that a sequence may have; rounded up to whole blocks.
-          dtype: of keys and values, the same as the layer's own will have; None: that of the
-            computation, or else of the parameters.
-          num_pages: pages that a ``PageAllocator`` hands out; None: each sequence has its own.
-          rollback: the most tokens that ``NSACache.rewind`` may take back, in all its calls.
-          layers: layers like this one that share the cache, as those of a model do.
+          batch: number of sequences.
+          capacity: maximum number of tokens of a sequence; rounded up to whole blocks.
+          dtype: dtype of keys and values, which must be that of the layer's keys; None: that of the
+            computation, or else that of the parameters.
+          num_pages: number of pages that a ``PageAllocator`` assigns to sequences; None: every
+            sequence has pages of its own.
+          rollback: maximum number of tokens that all calls of ``NSACache.rewind`` together may
+            remove.
+          layers: number of layers like this one that share the cache, as in a model.
 
         Raises:
-          ValueError: a size is not a positive integer, or the dtype not that of the keys.
+          ValueError: a size is not a positive integer, or the dtype is not that of the keys.
         """
         return NSACache.init(
             batch,
@@ -275,12 +277,20 @@ class NativeSparseAttention(AttentionLayer):
         segment_ids: Integer[AnyArray, "B T"] | IntegerList | None = None,
         positions: Integer[AnyArray, "B T"] | IntegerList | None = None,
     ) -> Int[Array, "B T K topk"]:
-        """The blocks that each query selects: int32 [B, T, K, topk], ascending, -1 at the tail.
+        """The blocks that each query selects.
 
-        Block numbers count from the start of the query's own document. Arguments as in a call.
+        Args:
+          x: as in a call.
+          segment_ids: as in a call.
+          positions: as in a call.
+
+        Returns:
+          int32 [B, T, K, topk] block indices, in ascending order and padded with -1. They count
+          from the start of the query's own document.
 
         Raises:
-          ValueError: the layer has a `sequence_axis`; one without it takes the same parameters.
+          ValueError: the layer has a `sequence_axis`; a layer without one takes the same
+            parameters.
         """
         if self.sequence_axis is not None:
             raise ValueError(
@@ -288,9 +298,9 @@ class NativeSparseAttention(AttentionLayer):
                 f"sequence_axis={self.sequence_axis!r}"
             )
         array, ids, given = self._arrays(x, segment_ids, positions)
-        rows, counted = self._describe(array, ids, given)
-        array = rows.without_padding(array)
-        return self._select(self._inputs(array, ids, counted), ids)[1]
+        segments, positions = self._describe(array, ids, given)
+        array = segments.without_padding(array)
+        return self._select(self._inputs(array, ids, positions), ids)[1]
 
     def _inputs(
         self,
@@ -321,13 +331,13 @@ class NativeSparseAttention(AttentionLayer):
         )
 
     def _by_branch(self, key: jax.Array, value: jax.Array) -> Any:
-        """Keys and values of the compressed, selected and window branch."""
+        """The keys and the values of the compressed, selected and window branch."""
         if self.kv_per_branch:
             return (jnp.unstack(array, axis=2) for array in (key, value))
         return (key,) * 3, (value,) * 3
 
     def _shared(self, segment_ids: jax.Array | None) -> dict[str, Any]:
-        """Arguments that every attention function takes."""
+        """The arguments that all attention functions share."""
         return {
             "scale": self.scale,
             "segment_ids": segment_ids,
@@ -337,7 +347,7 @@ class NativeSparseAttention(AttentionLayer):
     def _select(
         self, inputs: _Inputs, segment_ids: jax.Array | None
     ) -> tuple[jax.Array, jax.Array]:
-        """The compressed branch and the blocks that it selects."""
+        """The output of the compressed branch, and the blocks that its probabilities select."""
         shared = self._shared(segment_ids)
         out, lse = api.compressed_attention(
             inputs.query,

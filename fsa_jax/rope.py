@@ -1,4 +1,4 @@
-"""Rotary position embedding (RoFormer, arXiv 2104.09864), half-split, with the llama3 stretch."""
+"""Rotary position embedding (RoFormer, arXiv 2104.09864), half-split, with Llama 3 scaling."""
 
 import dataclasses
 import math
@@ -16,26 +16,27 @@ def _check_positive(owner: object, *names: str) -> None:
         value = getattr(owner, name)
         scalars.number(name, value, "a finite number above 0", lambda x: 0 < x < math.inf)
         if isinstance(value, np.generic):
-            object.__setattr__(owner, name, value.item())  # a number of NumPy is no JSON
+            object.__setattr__(owner, name, value.item())  # JSON holds no NumPy scalars
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Llama3Scaling:
-    """Frequency rule that stretches a trained RoPE to longer contexts, as Llama 3.1 does.
+    """Frequency scaling that extends a trained RoPE to longer contexts, as in Llama 3.1.
 
-    With w the wavelength in tokens of a frequency f, L ``original_max_position``, lo
-    ``low_freq_factor`` and hi ``high_freq_factor``:
+    Let w be the wavelength in tokens of a frequency f, L ``original_max_position``, lo
+    ``low_freq_factor`` and hi ``high_freq_factor``. The scaled frequency is
 
         f                                 if w < L / hi
         f / factor                        if w > L / lo
-        (1 - s) * f / factor + s * f      between, s = (L / w - lo) / (hi - lo)
+        (1 - s) * f / factor + s * f      otherwise, with s = (L / w - lo) / (hi - lo)
 
     Attributes:
-      factor: how much the longest wavelengths are stretched.
-      low_freq_factor: wavelengths above ``original_max_position / low_freq_factor`` tokens get the
-        whole factor.
-      high_freq_factor: wavelengths below ``original_max_position / high_freq_factor`` tokens stay.
-      original_max_position: context length in tokens that the frequencies were trained for.
+      factor: factor by which the longest wavelengths are stretched.
+      low_freq_factor: wavelengths above ``original_max_position / low_freq_factor`` tokens are
+        stretched by the whole factor.
+      high_freq_factor: wavelengths below ``original_max_position / high_freq_factor`` tokens are
+        not changed.
+      original_max_position: context length, in tokens, that the frequencies were trained for.
 
     Raises:
       ValueError: a value is not a finite number above 0, or ``high_freq_factor`` is not above
@@ -46,7 +47,7 @@ class Llama3Scaling:
       8192
 
     References:
-      The Llama 3 Herd of Models, arXiv 2407.21783; the rule is that of its released code.
+      The Llama 3 Herd of Models, arXiv 2407.21783; the formula is that of its released code.
     """
 
     factor: float = 8.0
@@ -64,26 +65,35 @@ class Llama3Scaling:
             )
 
     def stretch(self, frequencies: np.ndarray) -> np.ndarray:
-        """Frequencies in radians per token after the rule; same shape, float64."""
+        """The scaled frequencies.
+
+        Args:
+          frequencies: frequencies in radians per token.
+
+        Returns:
+          Frequencies in radians per token, float64, of the same shape.
+        """
         turns = self.original_max_position * frequencies / (2 * math.pi)  # L / w
         kept = (turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)
-        kept = np.clip(kept, 0.0, 1.0)  # 0 and 1 are the two outer cases of the rule
+        kept = np.clip(kept, 0.0, 1.0)  # 0 and 1 are the first two cases of the formula
         return (1 - kept) * frequencies / self.factor + kept * frequencies
 
 
 @dataclasses.dataclass(frozen=True)
 class RoPE:
-    """Rotary position embedding: turns pair (c, c + D/2) of a head by position * frequency[c].
+    """Rotary position embedding: rotates channels (c, c + D/2) of a head by an angle p f_c.
+
+    For a token at position p and a head of width D:
 
         out[c]       = x[c] * cos(p f_c) - x[c + D/2] * sin(p f_c)
         out[c + D/2] = x[c + D/2] * cos(p f_c) + x[c] * sin(p f_c),   f_c = theta ** (-2c / D)
 
     Attributes:
       theta: base of the wavelengths.
-      scaling: rule that stretches the frequencies, or None.
+      scaling: scaling of the frequencies, or None.
 
     Raises:
-      ValueError: ``theta`` is not a finite number above 0, or ``scaling`` is of another type.
+      ValueError: ``theta`` is not a finite number above 0, or ``scaling`` has another type.
 
     Example:
       >>> RoPE(theta=10000.0).inverse_frequencies(4).round(4).tolist()
@@ -91,9 +101,9 @@ class RoPE:
 
     References:
       RoFormer, arXiv 2104.09864, equation 34, with channels paired across the halves of a head as
-      in GPT-NeoX and Hugging Face's Llama. RoFormer and the code that Meta released with Llama pair
-      neighbours, 2c and 2c + 1: to use such weights, put the even output channels of each head of
-      the query and key projections before the odd ones.
+      in GPT-NeoX and Hugging Face's Llama. RoFormer, and the code that Meta released with Llama,
+      pair the neighbouring channels 2c and 2c + 1. To use such weights, reorder the output channels
+      of each head of the query and key projections: first the even ones, then the odd ones.
     """
 
     theta: float = 10000.0
@@ -107,7 +117,13 @@ class RoPE:
             )
 
     def inverse_frequencies(self, head_dim: int) -> Float[np.ndarray, " half"]:
-        """Frequencies f_c in radians per token, float32 [head_dim / 2].
+        """The frequencies f_c.
+
+        Args:
+          head_dim: width D of a head.
+
+        Returns:
+          Frequencies in radians per token, float32 [head_dim / 2].
 
         Raises:
           ValueError: ``head_dim`` is not a positive even number.
@@ -122,19 +138,21 @@ class RoPE:
     def apply(
         self, x: Float[AnyArray, "*B T N D"], positions: Integer[AnyArray, "*B T"] | IntegerList
     ) -> Float[Array, "*B T N D"]:
-        """Turns every head of `x` by its token's position.
+        """Rotates every head of `x` by the angles of its token's position.
 
         Args:
-          x: queries or keys, [..., T, heads, D], floating.
-          positions: the tokens' positions, integers [..., T]; leading axes that rows share may be
-            left out. In packed rows see `fsa_jax.token_positions` and `fsa_jax.window_positions`.
+          x: queries or keys, floating point [..., T, heads, D].
+          positions: positions of the tokens, integers [..., T]; leading axes may be omitted if all
+            sequences have the same positions. For packed sequences `fsa_jax.token_positions` and
+            `fsa_jax.window_positions` compute them.
 
         Returns:
-          Same shape and dtype as `x`. Angles and the rotation are float32 (float64 for float64).
+          An array of the shape and dtype of `x`. The angles and the rotation are computed in
+          float32, or in float64 if `x` is float64.
 
         Raises:
-          ValueError: `positions` does not fit `x` without its last two axes, is not integer, or the
-            head width is odd.
+          ValueError: the shape of `positions` does not match that of `x` without its last two axes,
+            the positions are not integers, or the head width is odd.
 
         Example:
           >>> x = jnp.ones((1, 3, 2, 4))
@@ -157,5 +175,5 @@ class RoPE:
         angles = positions.astype(precise)[..., None] * frequencies
         cos, sin = jnp.cos(angles)[..., None, :], jnp.sin(angles)[..., None, :]
         first, second = jnp.split(x.astype(precise), 2, axis=-1)
-        turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-        return turned.astype(x.dtype)
+        rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+        return rotated.astype(x.dtype)

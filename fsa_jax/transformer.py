@@ -1,9 +1,10 @@
-"""A small decoder-only transformer, to train and to compare sparse with dense attention.
+"""A small decoder-only transformer, for training and for comparing sparse with dense attention.
 
-Parameters of the layers are stacked: each has a leading layer axis, and one ``lax.scan`` runs all
-layers, so tracing and compiling take the time of one layer.
+The parameters of all layers are stacked along a leading layer axis, and a single ``lax.scan`` runs
+the layers, so tracing and compilation take the time of one layer.
 
-Shapes: B batch, T tokens in a row, C embed_dim, L layers, V vocabulary, K key/value heads.
+Shapes: B batch, T tokens of a sequence, n tokens of a call with a cache, C embed_dim, L layers,
+V vocabulary, K key/value heads.
 """
 
 from collections.abc import Callable
@@ -29,7 +30,7 @@ from fsa_jax.semantics.precision import narrow
 from fsa_jax.semantics.segments import cut
 from fsa_jax.transformer_config import TransformerConfig as TransformerConfig
 
-#: Name of the operation by which jax runs the forward pass of cuDNN.
+#: The primitive by which jax runs cuDNN's forward pass of attention.
 CUDNN_FORWARD = "dot_product_attention_fwd_wrapper"
 
 
@@ -47,7 +48,7 @@ class RMSNorm(nnx.RMSNorm):
         )
 
     def __call__(self, x: Float[Array, "B T C"], mask: Array | None = None):
-        # flax promotes bfloat16 implicitly, which strict promotion would forbid
+        # flax promotes bfloat16 implicitly, which strict promotion would forbid.
         with jax.numpy_dtype_promotion("standard"):
             return super().__call__(x, mask)
 
@@ -116,7 +117,7 @@ class Block(nnx.Module):
         positions: Integer[AnyArray, "B T"] | IntegerList | None = None,
         dropout_key: jax.Array | None = None,
     ) -> Float[Array, "B T C"]:
-        """The layer's output; drops out only if `dropout_key` is given."""
+        """The layer's output; dropout is applied only if `dropout_key` is given."""
         attention_key, mlp_key = (
             (None, None) if dropout_key is None else jax.random.split(dropout_key)
         )
@@ -128,7 +129,7 @@ class Block(nnx.Module):
     def extend(
         self, x: Float[Array, "B n C"], cache: Any, chunk: Chunk, layer: jax.Array, fresh: bool
     ) -> tuple[Float[Array, "B n C"], Any]:
-        """The layer's output for a chunk, and the cache with it; see the attention layers."""
+        """The layer's output for a chunk, and the updated cache; see the attention layers."""
         x = cut(x, chunk.valid)
         out, cache = self.attention.extend(self.attention_norm(x), cache, chunk, layer, fresh)
         x = x + out
@@ -143,7 +144,7 @@ class Block(nnx.Module):
         segment_ids: Integer[AnyArray, "B T"] | IntegerList | None = None,
         positions: Integer[AnyArray, "B T"] | IntegerList | None = None,
     ) -> Int[Array, "B T K topk"]:
-        """The blocks that this layer selects for input x."""
+        """The blocks that the attention of this layer selects for the layer's input x."""
         assert isinstance(self.attention, NativeSparseAttention)
         x = without_padding(x, segment_ids)
         return self.attention.selected_blocks(self.attention_norm(x), segment_ids, positions)
@@ -153,8 +154,11 @@ class Transformer(nnx.Module):
     """Decoder-only transformer: embedding, pre-norm blocks with SwiGLU, final RMSNorm, head.
 
     Args:
-      config: sizes and choices.
-      rngs: random keys.
+      config: the configuration.
+      rngs: random keys of the initialisation.
+
+    Raises:
+      ValueError: `config` is not a ``TransformerConfig``.
 
     Example:
       >>> config = TransformerConfig(num_layers=2, embed_dim=32, num_heads=2, num_kv_heads=1)
@@ -226,32 +230,33 @@ class Transformer(nnx.Module):
         fresh=False,
         only_last=False,
     ) -> Any:
-        """Logits of the next token, of rows or of the next tokens of sequences in a cache.
+        """Logits of the next token at each position, of whole sequences or with a cache.
 
         Args:
-          tokens: integers [B, T], in 0 .. vocab_size - 1; at padding anything.
-          segment_ids: integers [B, T], equal ids in a run are one document, 0 is padding; None:
-            every row is one document.
-          positions: integers [B, T], for RoPE; None: counted from each document's start.
+          tokens: integers [B, T], in 0 .. vocab_size - 1; any value at padding.
+          segment_ids: integers [B, T]; a run of equal ids is one document, and 0 is padding. None:
+            every sequence is one document.
+          positions: integers [B, T], for RoPE; None: counted from the start of each document.
           dropout_key: random key of dropout; None: no dropout.
-          cache: what `init_cache` or an earlier call gave. Row b then continues sequence b.
-          num_tokens: with a cache, integers [B], how many tokens of each row are there; None: all.
-          fresh: with a cache, whether the tokens are the first of their sequences: the fast way
-            for long prompts, see ``AttentionLayer``.
-          only_last: with a cache, give the logits [B, 1, V] after the last token of each sequence
-            alone; 0 for a sequence that gets no token.
+          cache: the result of `init_cache` or of an earlier call. The tokens [b] then continue
+            sequence b of the cache.
+          num_tokens: with a cache, integers [B], the number of valid tokens of each sequence in
+            this call; None: all.
+          fresh: with a cache, whether the tokens are the first ones of their sequences. This is the
+            fast way to read long prompts, see ``AttentionLayer``.
+          only_last: with a cache, whether to return only the logits [B, 1, V] after the last token
+            of each sequence, which are 0 for a sequence without new tokens.
 
         Returns:
-          float32 logits [B, T, V], 0 at padding. With a cache, those and the cache with the new
-          tokens.
+          float32 logits [B, T, V], 0 at padding. With a cache, the logits and the updated cache.
 
         Raises:
-          ValueError: a shape or dtype does not fit; the cache is of another model; outside jit, a
-            token is not in the vocabulary, or a sequence has no room, or is lost. Inside jit a
-            token that is not in the vocabulary makes its logits NaN, and perhaps others of its
-            row; tokens without room are not stored, and their logits are 0; those of
-            sequences that are lost (see ``KVCache``) are NaN.
-          NotImplementedError: implementation or sequence_axis cannot serve a cache.
+          ValueError: a shape or dtype does not match; the cache belongs to another model; outside
+            jit, a token is not in the vocabulary, or a sequence exceeds the capacity of the cache
+            or is lost. Inside jit, a token that is not in the vocabulary makes its logits NaN, and
+            possibly others of its sequence; tokens beyond the capacity are not stored, and their
+            logits are 0; the logits of lost sequences (see ``KVCache``) are NaN.
+          NotImplementedError: the implementation or the sequence_axis does not support a cache.
 
         Example:
           >>> config = TransformerConfig(num_layers=1, embed_dim=32, num_heads=2, num_kv_heads=1)
@@ -275,7 +280,7 @@ class Transformer(nnx.Module):
         return partition.layer_call(self, self.config.sequence_axis, tokens, *rest, name="tokens")
 
     def call_part(self, tokens, segment_ids, positions, dropout_key) -> jax.Array:
-        """The call without a cache, on axes of a mesh that are not Explicit."""
+        """The call without a cache, under mesh axes that are not Explicit."""
         keys = (
             None if dropout_key is None else jax.random.split(dropout_key, self.config.num_layers)
         )
@@ -283,9 +288,9 @@ class Transformer(nnx.Module):
         def step(x: jax.Array, layer: Block, key: jax.Array | None) -> tuple[jax.Array, None]:
             return layer(x, segment_ids, positions, key), None
 
-        rows = checks.rows(tokens, segment_ids, True)
-        x, _ = self._scan(step, self._embed(tokens, rows.valid), keys)
-        return rows.without_padding(self._logits(x))
+        segments = checks.rows(tokens, segment_ids, True)
+        x, _ = self._scan(step, self._embed(tokens, segments.valid), keys)
+        return segments.without_padding(self._logits(x))
 
     def init_cache(
         self,
@@ -297,20 +302,21 @@ class Transformer(nnx.Module):
         rollback: int | None = None,
         page_size: int | None = None,
     ) -> KVCache:
-        """An empty cache for the sequences of a batch.
+        """An empty cache for a batch of sequences.
 
         Args:
-          batch: sequences B.
-          capacity: tokens that a sequence may have; rounded up to whole pages.
-          dtype: of keys and values; None: that of the computation.
-          num_pages: pages that a ``PageAllocator`` hands out; None: each sequence has its own.
-          rollback: of sparse attention, the most tokens that ``NSACache.rewind`` may take back;
-            None: 0.
-          page_size: of full attention, tokens of a page; None: 64.
+          batch: number of sequences B.
+          capacity: maximum number of tokens of a sequence; rounded up to whole pages.
+          dtype: dtype of keys and values; None: that of the computation.
+          num_pages: number of pages that a ``PageAllocator`` assigns to sequences; None: every
+            sequence has pages of its own.
+          rollback: for sparse attention, the maximum number of tokens that ``NSACache.rewind`` may
+            remove; None: 0.
+          page_size: for full attention, tokens per page; None: 64.
 
         Raises:
-          ValueError: a size is not a positive integer, or is one of the other attention, or the
-            dtype not that of the keys.
+          ValueError: a size is not a positive integer, an option belongs to the other kind of
+            attention, or the dtype is not that of the keys.
         """
         options = {"rollback": rollback, "page_size": page_size}
         other = "page_size" if self.config.attention == "nsa" else "rollback"
@@ -325,14 +331,15 @@ class Transformer(nnx.Module):
         )
 
     def _extend(self, tokens: jax.Array, cache: KVCache, num_tokens, fresh: bool, only_last: bool):
-        """The logits, and the cache with the tokens."""
+        """The logits, and the cache with the new tokens."""
         self.layers.attention.check_cache(cache, tokens.shape[0], self.config.num_layers)
         cache = cache.emptied() if fresh else cache
         chunk = cache.place(tokens.shape[1], num_tokens)
         x, valid = self._embed(tokens, chunk.valid), chunk.valid
         graphdef, stacked = nnx.split(self.layers)
 
-        # the cache of all layers is carried, not scanned over: so each writes into it in place
+        # The cache of all layers is carried rather than scanned over, so that each layer updates it
+        # in place.
         def body(carry, inputs):
             state, number = inputs
             x, cache = carry
@@ -359,11 +366,16 @@ class Transformer(nnx.Module):
         segment_ids: Integer[AnyArray, "B T"] | IntegerList | None = None,
         positions: Integer[AnyArray, "B T"] | IntegerList | None = None,
     ) -> Int[Array, "L B T K topk"]:
-        """The blocks that every query of every layer selects; arguments as in a call.
+        """The blocks that each query selects in each layer.
+
+        Args:
+          tokens: as in a call.
+          segment_ids: as in a call.
+          positions: as in a call.
 
         Returns:
-          int32 [L, B, T, K, topk], ascending, -1 at the tail. Block numbers count from the start of
-          the query's own document.
+          int32 [L, B, T, K, topk] block indices, in ascending order and padded with -1. They count
+          from the start of the query's own document.
 
         Raises:
           ValueError: the model has full attention.
@@ -383,17 +395,20 @@ class Transformer(nnx.Module):
         return self._scan(step, self._embed(tokens, valid), None)[1]
 
     def layer(self, index: int) -> Block:
-        """Layer number `index` alone, with copies of its parameters.
+        """A single layer, with copies of its parameters.
+
+        Args:
+          index: index of the layer, from 0.
 
         Raises:
-          ValueError: there is no such layer.
+          ValueError: the index is not that of a layer.
         """
         index = checks.size("index", index, 0, self.config.num_layers - 1)
         graphdef, stacked = nnx.split(self.layers)
         return nnx.merge(graphdef, jax.tree.map(lambda leaf: leaf[index], stacked))
 
     def _embed(self, tokens: jax.Array, valid: jax.Array) -> jax.Array:
-        # wherever no token is, this may be NaN: the layers cut it off
+        # At padding this may be NaN, which the layers replace by 0.
         return self.embedding(checks.tokens("tokens", tokens, self.config.vocab_size, valid))
 
     def _scan(self, step: Callable, x: jax.Array, keys: jax.Array | None) -> tuple[jax.Array, Any]:
@@ -405,8 +420,8 @@ class Transformer(nnx.Module):
             return step(x, nnx.merge(graphdef, state), key)
 
         if self.config.remat:
-            # Attention costs most to recompute and its kept results are small. The bodies of two
-            # scans are never merged, so recomputation needs no barrier against CSE.
+            # Attention costs the most to recompute, and its residuals are small. XLA never merges
+            # the bodies of two scans, so recomputation needs no barrier against CSE.
             body = jax.checkpoint(body, policy=_keeps_attention, prevent_cse=False)
         return jax.lax.scan(body, x, (stacked, keys))
 
@@ -415,10 +430,10 @@ _named = jax.checkpoint_policies.save_only_these_names(*api.CHECKPOINT_NAMES)
 
 
 def _keeps_attention(primitive, *avals, **params) -> Any:
-    """Policy of ``jax.checkpoint``: keeps what attention leaves; cuDNN's results have no names."""
+    """Policy of ``jax.checkpoint`` that saves the residuals of attention; cuDNN's have no names."""
     return _named(primitive, *avals, **params) or primitive.name == CUDNN_FORWARD
 
 
 def _branch_init(config: TransformerConfig) -> Initializer:
-    """Init of what is added to the residual stream: 2L such sums keep its variance in bounds."""
+    """Initialiser of projections into the residual stream: the sum of 2L has a bounded variance."""
     return initializers.variance_scaling(1 / (2 * config.num_layers), "fan_in", "truncated_normal")

@@ -1,4 +1,4 @@
-"""Sizes and choices of the small transformer, in plain values that JSON can hold."""
+"""The configuration of the transformer, in plain values that can be stored as JSON."""
 
 import dataclasses
 import math
@@ -19,7 +19,7 @@ DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
 def with_sizes(config: "TransformerConfig", sizes: dict[str, int]) -> "TransformerConfig":
-    """The config with these sizes; what follows from them, and is not among them, is derived."""
+    """The configuration with these sizes; those that depend on them are derived if not given."""
     derived = dict.fromkeys(_DERIVATIONS.keys() - sizes.keys())
     changed = {"embed_dim", "num_heads"} & sizes.keys()
     return dataclasses.replace(config, **sizes, **(derived if changed else {}))
@@ -47,43 +47,43 @@ _DERIVATIONS: dict[str, Callable[["TransformerConfig"], int]] = {
 
 
 SIZES = ("embed_dim", "num_heads", *_DERIVATIONS)
-#: Default of a size that follows from the others: an integer as soon as the config is made.
+#: Default of a derived size, which the constructor replaces by an integer.
 _DERIVED: Any = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TransformerConfig:
-    """Sizes and choices of a ``Transformer``, in plain values that JSON can hold.
+    """The configuration of a ``Transformer``, in plain values that can be stored as JSON.
 
-    Sizes that are not given follow from the others when the config is made, and are numbers from
-    then on: ``dataclasses.replace`` keeps them, unless it sets them to None.
+    The constructor derives sizes that are not given from the others, and stores them as numbers:
+    ``dataclasses.replace`` keeps them, unless it sets them to None.
 
     Attributes:
-      vocab_size: number of tokens V.
-      num_layers: layers L.
+      vocab_size: vocabulary size V.
+      num_layers: number of layers L.
       embed_dim: width C of the residual stream.
-      num_heads: query heads of a layer.
-      num_kv_heads: key/value heads of a layer, a divisor of `num_heads`; None: the largest divisor
+      num_heads: query heads per layer.
+      num_kv_heads: key/value heads per layer, a divisor of `num_heads`; None: the largest divisor
         that is at most ``max(2, num_heads // 4)``.
       head_dim: width of a head, even; None: ``embed_dim // num_heads``.
       mlp_dim: hidden width of the SwiGLU; None: ``3 * embed_dim``.
       attention: ``"nsa"`` or ``"full"``.
-      nsa: sizes of the sparse attention; ``"full"`` ignores it, and the next three.
+      nsa: sizes of the sparse attention; ``"full"`` ignores them, and the next three fields.
       compression: see ``NativeSparseAttention``.
       gate: see ``NativeSparseAttention``.
       kv_per_branch: see ``NativeSparseAttention``.
       rope_theta: base of the RoPE wavelengths.
       tie_embeddings: whether the output head is the transposed embedding.
-      remat: whether the backward pass recomputes the layers, all but their attention.
-      dropout_rate: share of each branch's output that training drops, in [0, 1).
-      norm_eps: added to the mean square in RMSNorm.
+      remat: whether the backward pass recomputes the layers, except their attention.
+      dropout_rate: dropout rate of each residual branch's output in training, in [0, 1).
+      norm_eps: epsilon that RMSNorm adds to the mean square.
       dtype: dtype of the computation.
       param_dtype: dtype in which the parameters are stored.
-      implementation: see the attention layers; None: the best that fits.
+      implementation: see the attention layers; None: the best available one.
       sequence_axis: mesh axis that splits the tokens, see ``NativeSparseAttention``.
 
     Raises:
-      ValueError: a value breaks its rule; the message names it.
+      ValueError: a value breaks its rule; the message names the field and its value.
 
     Example:
       >>> config = TransformerConfig(vocab_size=257, num_layers=2, embed_dim=256, num_heads=16)
@@ -134,7 +134,7 @@ class TransformerConfig:
         checks.choice("param_dtype", self.param_dtype, DTYPES)
         if self.sequence_axis is not None:
             checks.axis_name(self.sequence_axis)
-        # a config may be built where it cannot run, so only the name counts here
+        # Only the name is checked: a configuration may be built on a machine that cannot run it.
         others = CUDNN if self.attention == "full" else ()
         check_name(self.implementation, others)
         for name in ("kv_per_branch", "tie_embeddings", "remat"):
@@ -146,12 +146,15 @@ class TransformerConfig:
         )
 
     def _set(self, name: str, value: Any) -> None:
-        """Keeps what was derived, and plain Python in place of a number of NumPy: for JSON."""
+        """Sets a field of this frozen dataclass, to a derived size or to a plain Python value."""
         object.__setattr__(self, name, value)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "TransformerConfig":
-        """The config that ``dataclasses.asdict`` (or JSON) turned into `values`.
+        """The configuration from the dict that ``dataclasses.asdict`` made of it.
+
+        Args:
+          values: the fields, also after storage as JSON; omitted fields have their defaults.
 
         Raises:
           ValueError: a key is unknown, or a value breaks its rule.

@@ -187,7 +187,7 @@ class Asked:
 @pytest.mark.parametrize(("seconds", "most"), [(1e-5, 128), (0.03, 3), (0.3, 1)])
 def test_the_device_is_asked_for_a_tenth_of_a_second_at_a_time(seconds, most, monkeypatch):
     """So that it is free soon after Ctrl-C; and not for single tokens where they take less."""
-    clock, asked, texts = Clock(), [], types.SimpleNamespace(live=np.ones(1, bool))
+    clock, asked, texts = Clock(), [], types.SimpleNamespace(active=np.ones(1, bool))
     monkeypatch.setattr(generation, "time", clock)
 
     def add(before, texts, steps):
@@ -195,7 +195,7 @@ def test_the_device_is_asked_for_a_tenth_of_a_second_at_a_time(seconds, most, mo
         call = Asked(clock, seconds * int(steps), before)
         return call, texts, call
 
-    for part in generation._parts(lambda: (None, texts, Asked(clock, 0.0)), add, 1000, 128):
+    for part in generation._chunks(lambda: (None, texts, Asked(clock, 0.0)), add, 1000, 128):
         assert part.shape == (1, 1)
     assert sum(asked) == 999  # and one that the prompt gave
     assert most - 1 <= max(asked[3:]) <= most
@@ -210,7 +210,7 @@ def test_calls_of_similar_sizes_share_their_programs(caplog):
             generate(model, **{"prompts": PROMPTS, "max_tokens": 9} | options)
         return re.findall(r"Finished XLA compilation of jit\((\w+)\)", caplog.text)
 
-    assert programs()[-2:] == ["_begin", "_add"]
+    assert programs()[-2:] == ["_prefill", "_decode"]
     for options in [
         {"max_tokens": 1},
         {"max_tokens": 44},
@@ -225,7 +225,7 @@ def test_calls_of_similar_sizes_share_their_programs(caplog):
     assert programs(max_tokens=170) == []
     lengths = [1, 64, 65, 192, 193, 256, 257, 300, 385, 70000]
     rounded = [64, 64, 128, 192, 256, 256, 384, 384, 512, 98304]
-    assert [generation._rounded(n) for n in lengths] == rounded
+    assert [generation._round_up(n) for n in lengths] == rounded
 
 
 class Fixed(Transformer):
