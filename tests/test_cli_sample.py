@@ -66,6 +66,7 @@ def test_sample_shows_bytes_that_are_no_text(trained, monkeypatch, capfd):
     assert capfd.readouterr().out == "ba\N{REPLACEMENT CHARACTER}\N{REPLACEMENT CHARACTER}\n"
 
 
+@pytest.mark.slow
 def test_a_reader_that_leaves_ends_the_sample(monkeypatch):
     asked = []
 

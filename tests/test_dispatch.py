@@ -15,10 +15,11 @@ from fsa_jax.ops.call import Backend
 from fsa_jax.ops.dispatch import Request, resolve
 from fsa_jax.ops.nsa import NSASpec
 from fsa_jax.ops.range_attention import RangePlan, RangeSpec
-from fsa_jax.pallas import SelectedTuning, selected, support
+from fsa_jax.pallas import SelectedTuning, support
+from fsa_jax.pallas.block_attention import passes as selected
+from fsa_jax.pallas.block_attention.plan import Plan
 from fsa_jax.pallas.support import Unsupported, supported
-from fsa_jax.pallas.tuning import Plan
-from fsa_jax.segments import describe_rows
+from fsa_jax.semantics.segments import describe_rows
 
 CONFIG = NSAConfig(kernel_size=8, kernel_stride=4, block_size=16, topk=4, window_size=20)
 

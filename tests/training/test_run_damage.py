@@ -5,13 +5,21 @@ import shutil
 from pathlib import Path
 
 import pytest
-from test_training import DENSE, assert_same_bits, dense, saved_state, texts, tiny, without_times
 
 from fsa_jax.messages import naming
 from fsa_jax.training import Checkpoints, load_model, read_metrics, train
 from fsa_jax.training import folder as files
 from fsa_jax.training import progress as shown
 from fsa_jax.training.metrics import MetricsLog
+from training.test_training import (
+    DENSE,
+    assert_same_bits,
+    dense,
+    saved_state,
+    texts,
+    tiny,
+    without_times,
+)
 
 __all__ = ["dense", "texts"]  # used by pytest
 

@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 from test_cli import configs
-from test_training import DENSE, assert_same_bits, dense, saved_state, texts, tiny, without_times
 
 import fsa_jax.training
 from fsa_jax.cli import main
@@ -29,6 +28,15 @@ from fsa_jax.training import (
     train,
 )
 from fsa_jax.training.metrics import curve
+from training.test_training import (
+    DENSE,
+    assert_same_bits,
+    dense,
+    saved_state,
+    texts,
+    tiny,
+    without_times,
+)
 
 __all__ = ["configs", "dense", "texts"]  # used by pytest
 
