@@ -95,13 +95,13 @@ class OpSpec:
       backend: what serves it. `dispatch.resolve` finds it; see `on`.
       scale: factor of the logits.
       capability: of the GPU that tiles are sized for.
-      table: name of the table of measured tiles.
+      table: measured tiles.
     """
 
     backend: Backend = Backend.BY_PLATFORM
     scale: float
     capability: int = dataclasses.field(default_factory=planned_capability)
-    table: str | None = dataclasses.field(
+    table: tile_tables.Table | None = dataclasses.field(
         default_factory=tile_tables.table, metadata={"describe": tile_tables.entries}
     )
 

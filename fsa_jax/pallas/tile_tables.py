@@ -51,9 +51,21 @@ _SIZES = ("rows", "num_warps", "num_stages")
 #: Largest ratio of the group of a call to that of the entry that serves it.
 _NEAR = 2
 
-#: Tables that `using` has made, by name, and the one in use.
-_TEMPORARY: dict[str, tuple[dict, ...]] = {}
-_IN_USE: contextvars.ContextVar[str | None] = contextvars.ContextVar("tiles", default=None)
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Table:
+    """What a file of tiles holds. No two are equal: what is traced with one serves no other.
+
+    Attributes:
+      device: the kind of device that it was measured on; "" of one that `using` makes.
+      tiles: the entries, each as `entry` writes it.
+    """
+
+    device: str
+    tiles: tuple[dict[str, Any], ...]
+
+
+_IN_USE: contextvars.ContextVar[Table | None] = contextvars.ContextVar("tiles", default=None)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -97,22 +109,22 @@ def key_of(kernel: str, query, key, value, block_size: int | None = None) -> Key
     )
 
 
-def table() -> str | None:
-    """Name of the table for the device to compile for; None where there is none.
+def table() -> Table | None:
+    """The table for the device to compile for; None where there is none.
 
     The device is that of the abstract mesh in use (ahead-of-time compilation), or the default one.
 
     Raises:
       ValueError: the user's file is broken.
     """
-    if (name := _IN_USE.get()) is not None:
-        return name
+    if (found := _IN_USE.get()) is not None:
+        return found
     device = jax.sharding.get_abstract_mesh().abstract_device
     kind = device.device_kind if device is not None else _default_device_kind()
     user = os.environ.get(VARIABLE)
-    if user and _load(user)["device"] == kind:
-        return user
-    return kind if kind in _shipped() else None
+    if user and (found := _load(user)).device == kind:
+        return found
+    return _shipped().get(kind)
 
 
 def _default_device_kind() -> str:
@@ -123,9 +135,8 @@ def _default_device_kind() -> str:
 @contextlib.contextmanager
 def using(tiles: Mapping[Key, Tile]) -> Iterator[None]:
     """Takes these tiles, and heuristics for the rest, in what this thread traces meanwhile."""
-    name = f"temporary {len(_TEMPORARY)}"
-    _TEMPORARY[name] = tuple(entry(key, tile) for key, tile in tiles.items())
-    token = _IN_USE.set(name)
+    made = Table("", tuple(entry(key, tile) for key, tile in tiles.items()))
+    token = _IN_USE.set(made)
     try:
         yield
     finally:
@@ -138,20 +149,26 @@ def entry(key: Key, tile: Tile) -> dict[str, Any]:
 
 
 def choose[Some: Tile](
-    kernel: str, name: str | None, heuristic: Some, query, key, value, block_size: int | None = None
+    kernel: str,
+    table: Table | None,
+    heuristic: Some,
+    query,
+    key,
+    value,
+    block_size: int | None = None,
 ) -> Some:
     """The tile of a kernel for a call: the measured one of the table, else the heuristic one.
 
     Args:
       kernel: of `KERNELS`.
-      name: of the table, from `table`; None: there is none.
+      table: from the function of that name; None: there is none.
       heuristic: what the plan would take.
       query: of the call, like `key` and `value`.
       key: [B, M, K, D].
       value: [B, M, K, E].
       block_size: of selected attention.
     """
-    if name is None:
+    if table is None:
         return heuristic
     wanted = key_of(kernel, query, key, value, block_size)
     same = dataclasses.asdict(wanted)
@@ -162,7 +179,7 @@ def choose[Some: Tile](
 
     serve = [
         found
-        for found in entries(name)
+        for found in table.tiles
         if all(found[field] == size for field, size in same.items())
         and distance(found) <= math.log2(_NEAR)
         and found["rows"] >= wanted.group
@@ -177,45 +194,47 @@ def choose[Some: Tile](
 
 
 def fill(
-    plan: Plan, tuning: SelectedTuning, name: str | None, query, key, value, block_size: int
+    plan: Plan, tuning: SelectedTuning, table: Table | None, query, key, value, block_size: int
 ) -> Plan:
     """A plan of selected attention with measured tiles where `tuning` asks for nothing else."""
-    if name is None or tuning.block_k is not None:
+    if table is None or tuning.block_k is not None:
         return plan
     tiles = {
-        field: choose(kernel, name, getattr(plan, field), query, key, value, block_size)
+        field: choose(kernel, table, getattr(plan, field), query, key, value, block_size)
         for kernel, (_, name_of_pass, field) in SELECTED.items()
         if getattr(tuning, name_of_pass) is None
     }
     return dataclasses.replace(plan, **tiles)
 
 
-def entries(name: str | None) -> tuple[dict, ...]:
+def entries(table: Table | None) -> tuple[dict, ...]:
     """What a table holds; nothing where there is none."""
-    if name is None:
-        return ()
-    if name in _TEMPORARY:
-        return _TEMPORARY[name]
-    return _shipped()[name] if name in _shipped() else tuple(_load(name)["tiles"])
+    return () if table is None else table.tiles
 
 
 @functools.cache
-def _shipped() -> dict[str, tuple[dict, ...]]:
-    """Entries by device of the tables in the package."""
+def _shipped() -> dict[str, Table]:
+    """The tables in the package, by device."""
     folder = importlib.resources.files("fsa_jax.pallas") / "devices"
     paths = [path for path in folder.iterdir() if path.name.endswith(".json")]
-    tables = [read(path.read_text(encoding="utf-8"), path.name) for path in paths]
-    return {content["device"]: tuple(content["tiles"]) for content in tables}
+    tables = [_table_of(path.read_text(encoding="utf-8"), path.name) for path in paths]
+    return {table.device: table for table in tables}
 
 
-@functools.cache
-def _load(path: str) -> dict[str, Any]:
-    """The user's table; read once a process, so that every call of it takes the same tiles."""
+def _load(path: str) -> Table:
+    """The user's table."""
     try:
         text = Path(path).read_text(encoding="utf-8")
     except OSError as error:
         raise ValueError(f"{VARIABLE} must name a file that can be read, got {path!r}") from error
-    return read(text, path)
+    return _table_of(text, path)
+
+
+@functools.cache
+def _table_of(text: str, where: str) -> Table:
+    """The table in a file: the same object while the file stays as it is; see `Table`."""
+    content = read(text, where)
+    return Table(content["device"], tuple(content["tiles"]))
 
 
 def read(text: str, where: str) -> dict[str, Any]:

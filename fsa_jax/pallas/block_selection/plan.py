@@ -47,7 +47,7 @@ def make_plan(
     config: NSAConfig,
     scratch_bytes: int = 2**29,
     capability: int = 90,
-    table: str | None = None,
+    table: tile_tables.Table | None = None,
 ) -> SelectPlan | Unsupported:
     """Sizes from shapes, dtypes, the most bytes of ranks at a time, and the device's capability.
 

@@ -89,7 +89,13 @@ def shared_bytes(kernel: str, tile: RangeTile, query, key, value) -> int:
 
 
 def make_plan(
-    query, key, value, capability: int, table: str | None = None, *, causal: bool = False
+    query,
+    key,
+    value,
+    capability: int,
+    table: tile_tables.Table | None = None,
+    *,
+    causal: bool = False,
 ) -> Plan | Unsupported:
     """The tiles of the table, else the first of `TILES` that fit on chip.
 
