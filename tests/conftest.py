@@ -56,7 +56,7 @@ MAPS = Path("/proc/self/maps")
 @pytest.fixture(autouse=True, scope="module")
 def room_for_programs():
     """Lets go of the compiled programs of former files, once there are many."""
-    if MAPS.exists() and MAPS.read_bytes().count(b"\n") > 30_000:
+    if MAPS.exists() and MAPS.read_bytes().count(b"\n") > 45_000:
         jax.clear_caches()
 
 

@@ -440,6 +440,7 @@ def test_checkpoint_and_scan_over_rows():
     check(jax.jit(jax.value_and_grad(mean, argnums=(0, 1, 2, 3)))(*BATCH, IDS))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*pmap.*:DeprecationWarning")
 def test_pmap():
     def one(*args):
@@ -465,6 +466,7 @@ def test_shard_map_and_jit_with_shardings():
     check(jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2, 3)))(*placed))
 
 
+@pytest.mark.slow
 def test_a_remat_policy_can_keep_the_named_residuals():
     """With the names kept, the backward pass runs no forward attention again."""
     policy = jax.checkpoint_policies.save_only_these_names(*fsa_jax.CHECKPOINT_NAMES)

@@ -30,7 +30,14 @@ MODULES = [
 ]
 
 
-@pytest.mark.parametrize("module", MODULES)
+#: Whose examples take seconds.
+SLOW = {"fsa_jax.generation", "fsa_jax.transformer"}
+assert {*MODULES} >= SLOW
+
+
+@pytest.mark.parametrize(
+    "module", [pytest.param(x, marks=[pytest.mark.slow] * (x in SLOW)) for x in MODULES]
+)
 def test_examples_of_docstrings(module):
     tested = doctest.testmod(importlib.import_module(module))
     assert tested.attempted > 0

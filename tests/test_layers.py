@@ -309,6 +309,7 @@ def test_out_features_scale_and_initialisers():
     assert np.abs(call(make(scale=1.0)) - call(make())).max() > 1e-3
 
 
+@pytest.mark.fast_cases("FullAttention")
 @pytest.mark.parametrize("cls", [NativeSparseAttention, FullAttention])
 def test_linen(cls):
     """The layer inside a linen module: same numbers, parameters in the `params` collection."""
@@ -345,6 +346,7 @@ def mesh():
     return jax.make_mesh((4, 2), ("data", "model"), axis_types=auto)
 
 
+@pytest.mark.fast_cases("options1-specs1")
 @pytest.mark.parametrize(
     ("options", "specs"),
     [

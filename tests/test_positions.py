@@ -93,6 +93,7 @@ def left(row):
     return [n - t for _, n in documents(row.tolist()) for t in range(n)]
 
 
+@pytest.mark.slow
 def test_the_example_of_the_readme_is_its_documents_one_by_one():
     """Packed rows with RoPE: nothing of one document depends on the others."""
     block = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.S)[0]

@@ -226,6 +226,7 @@ def test_tokens_over_devices(x64):
         assert wide_arrays(loss, *jax.tree.map(lambda x: x.astype(jnp.float32), (state, x))) == []
 
 
+@pytest.mark.slow
 def test_results_and_gradients_are_bitwise_the_same(x64):
     """Those of the loops; those of the kernels, whose compilation takes long, are close to them."""
 
@@ -267,6 +268,7 @@ def test_programs_of_a_model_have_no_arrays_of_64_bits(full, x64):
         assert wide_arrays(run, params, tokens[:, :length]) == []
 
 
+@pytest.mark.slow
 def test_a_step_of_decoding_is_bitwise_the_same():
     sizes = {"config": CONFIG, "num_kv_heads": 1, "head_dim": 16}
     empty = NSACache.init(2, 64, **sizes)
@@ -282,6 +284,7 @@ def test_a_step_of_decoding_is_bitwise_the_same():
     assert_same_bits(*bits_without_and_with(run, normal(9, 2, 1, 2, 16), full))
 
 
+@pytest.mark.slow
 def test_texts_are_the_same():
     texts = []
     for x64 in (False, True):

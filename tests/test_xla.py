@@ -142,6 +142,7 @@ SHAPES = st.builds(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 @settings(deadline=None, max_examples=8)  # each example compiles both implementations
 @given(SHAPES, st.data(), st.integers(0, 2**31))
@@ -169,6 +170,7 @@ def operator(implementation, segment_ids, query, key, value, gates):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @settings(deadline=None, max_examples=6, suppress_health_check=[HealthCheck.too_slow])

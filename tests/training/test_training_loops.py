@@ -132,7 +132,7 @@ def expected():
     return jit_loop(make())
 
 
-@pytest.mark.fast_cases("nnx.jit")
+@pytest.mark.slow
 @pytest.mark.parametrize("loop", LOOPS)
 def test_loops_agree(loop, expected):
     got_loss, *got_trees = LOOPS[loop]()
