@@ -16,11 +16,14 @@ window slots, J blocks of a row, Jp = J padded to BLOCKS; H heads and C tokens o
 are a block, q a window.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from fsa_jax.pallas.block_selection.plan import BLOCKS, num_tiles, tile_tokens
+from fsa_jax.config import NSAConfig
+from fsa_jax.pallas.block_selection.plan import BLOCKS, SelectPlan, num_tiles, tile_tokens
 from fsa_jax.pallas.intrinsics import barrier, call, iota, load, multiply_add, split, store
 from fsa_jax.pallas.online_softmax import softmax_weights
 from fsa_jax.pallas.tile_sizes import LARGEST
@@ -43,142 +46,18 @@ def rank_blocks(where, query, key, lse, own, first, visible, *, config, scale, p
       free to be chosen or not to be. Unwritten for easy tokens, and in tiles after a token's last
       free block.
     """
-    _, length, query_heads, _ = query.shape
-    kv_heads = key.shape[2]
-    group = query_heads // kv_heads
-    tokens, padded_group = tile_tokens(plan.rows, group, config)
-    rows = tokens * padded_group
-    per_block = config.block_size // config.kernel_stride
-    per_window = config.kernel_size // config.kernel_stride
-    # The windows that share units with a block begin at offsets -before .. per_block - 1 from it;
-    # of two strides, the one before the block is the last one of the block before.
-    before = 0 if plan.hands_over else per_window - 1
-    offsets = before + per_block
+    sizes = _Sizes(config, plan, query.shape, key.shape[2], scale)
 
-    def score_kernel(
-        where_ref, query_ref, key_ref, lse_ref, own_ref, first_ref, visible_ref, ranks_ref, tops_ref
-    ):  # fmt: skip
-        # the last tokens have most windows behind them: they start first
-        number = pl.num_programs(0) - 1 - pl.program_id(0)
-        head = pl.program_id(1)
-        batch, kv_head = split(where_ref[0] + head, kv_heads)
-
-        def place(of_tile):
-            """Token in the chunk, token in the row, block; that is -1 where there is no token."""
-            of_chunk = number * tokens + of_tile
-            token = where_ref[1] + of_chunk
-            there = (of_chunk < plan.tokens) & (token < length)
-            return of_chunk, token, load(own_ref.at[batch, token], mask=there, other=-1)
-
-        # A live token stands at position topk * block_size of its document or behind, which is as
-        # far as the tile is long: all live tokens are of one document.
-        of_chunk, token, owns = place(iota(tokens))
-        live = owns >= config.topk
-        slot = jnp.max(load(first_ref.at[batch, token], mask=live))
-        seen = load(visible_ref.at[batch, token], mask=live)
-        most = jnp.max(seen)
-        least = jnp.min(jnp.where(live, seen, LARGEST))
-        top = jnp.max(jnp.where(live, owns - config.local_blocks, -1))  # the last free block
-        tiles = (top + BLOCKS) // BLOCKS
-
-        of_tile, g = split(iota(rows), padded_group)
-        _, row_token, row_owns = place(of_tile)
-        row_live = (row_owns >= config.topk) & (g < group)
-        row_head = kv_head * group + g
-        row_seen = load(visible_ref.at[batch, row_token], mask=row_live)
-        lses = load(lse_ref.at[batch, row_token, row_head], mask=row_live)
-        lses = jnp.where(lses == -jnp.inf, 0.0, lses)
-        lses = jnp.where(row_live, lses, jnp.inf)  # idle rows have no weight: exp(0 - inf) = 0
-        columns = columns_of(query, COLUMNS)
-        queries = load_tiles(query_ref, batch, row_token, row_head, columns, row_seen > 0)
-
-        def weights(block, offset, masked):
-            """Softmax weights [R, BLOCKS] of the windows at an offset from the blocks."""
-            window = block * per_block + offset
-            inside = (window >= 0) & (window < most)
-            at = slot + window
-            keys = load_tiles(key_ref, batch, at, kv_head, columns, inside if masked else None)
-            p = softmax_weights(product(queries, keys), lses[:, None], scale, query.dtype)
-            if masked:
-                p = jnp.where(inside[None, :] & (window[None, :] < row_seen[:, None]), p, 0.0)
-            return p
-
-        def of_tokens(x):
-            """Sums over the heads of each token."""
-            if padded_group == 1:
-                return x
-            return jnp.sum(x.reshape(tokens, padded_group, BLOCKS), axis=1)
-
-        def hand_over(tile, share):
-            """Puts the share [tokens, BLOCKS] of each block's last window where `taken` looks."""
-            block = tile * BLOCKS + iota(BLOCKS)
-            bits = jax.lax.bitcast_convert_type(share, jnp.int32)
-            mask = rows_mask(live, block, ranks_ref.shape[2])
-            store(ranks_ref.at[head, of_chunk[:, None], block[None, :]], bits, mask=mask)
-
-        def taken(tile, carry):
-            """What each block gets of the one before it; `carry` [tokens] is for the first one.
-
-            Also the carry for the next tile.
-            """
-            barrier()
-            of_tile = iota(BLOCKS)[None, :]
-            first = tile * BLOCKS
-            at = (head, of_chunk[:, None], first + of_tile - 1)
-            bits = load(ranks_ref.at[*at], mask=live[:, None] & (of_tile > 0))
-            moved = jax.lax.bitcast_convert_type(bits, jnp.float32)
-            moved = jnp.where(of_tile == 0, carry[:, None], moved)
-            bits = load(ranks_ref.at[head, of_chunk, first + BLOCKS - 1], mask=live)
-            barrier()
-            return moved, jax.lax.bitcast_convert_type(bits, jnp.float32)
-
-        def finish(tile, score):
-            """Stores the ranks of a tile, given the scores of its tokens."""
-            block = tile * BLOCKS + iota(BLOCKS)
-            # the bits of a float >= 0 order like the number; see `selection_rule.block_ranks`
-            rank = jnp.clip(jax.lax.bitcast_convert_type(score, jnp.int32), 0, LARGEST - 1)
-            free = block[None, :] <= owns[:, None] - config.local_blocks
-            if config.init_blocks:
-                free &= block[None, :] >= config.init_blocks
-            rank = jnp.where(free, rank, -1)
-            mask = rows_mask(live, block, ranks_ref.shape[2])
-            store(ranks_ref.at[head, of_chunk[:, None], block[None, :]], rank, mask=mask)
-            store(tops_ref.at[head, of_chunk, tile], jnp.max(rank, axis=1), mask=live)
-
-        def walk(carry, count, tile_of, masked):
-            """Scores of `count` tiles: one loop over tiles and offsets, so that loads run ahead."""
-
-            def step(number, state):
-                i, offset = split(number, offsets)
-                tile, offset = tile_of(i), offset - before
-                p = weights(tile * BLOCKS + iota(BLOCKS), offset, masked)
-                shared = jnp.minimum(offset + per_window, per_block) - jnp.maximum(offset, 0)
-                score, carry = state
-                score = multiply_add(p, shared.astype(jnp.float32), score)
-
-                def last(score, carry):
-                    if plan.hands_over:  # first, since sums of p and of scores do not fit on chip
-                        hand_over(tile, of_tokens(p))
-                    total = of_tokens(score)
-                    if plan.hands_over:
-                        moved, carry = taken(tile, carry)
-                        total += moved
-                    finish(tile, total)
-                    return jnp.zeros_like(score), carry
-
-                whole = offset == per_block - 1
-                return jax.lax.cond(whole, last, lambda *state: state, score, carry)
-
-            score = jnp.zeros((rows, BLOCKS), jnp.float32)
-            return jax.lax.fori_loop(0, count * offsets, step, (score, carry))[1]
-
+    def score_kernel(*refs):
+        program = _Program(sizes, *refs)
         # Tiles begin .. end-1 hold windows that all live tokens see, and need no mask.
-        begin = jnp.minimum(min(before, 1), tiles)
-        end = jnp.clip(jax.lax.div(least, BLOCKS * per_block), begin, tiles)
-        carry = jnp.zeros((tokens,), jnp.float32)
-        carry = walk(carry, end - begin, lambda i: begin + i, masked=False)
+        tiles = program.tiles
+        begin = jnp.minimum(min(sizes.before, 1), tiles)
+        end = jnp.clip(jax.lax.div(program.least, BLOCKS * sizes.per_block), begin, tiles)
+        carry = jnp.zeros((sizes.tokens,), jnp.float32)
+        carry = program.walk(carry, end - begin, lambda i: begin + i, masked=False)
         behind = lambda i: jnp.where(i < begin, i, end - begin + i)  # noqa: E731
-        walk(carry, begin + tiles - end, behind, masked=True)
+        program.walk(carry, begin + tiles - end, behind, masked=True)
 
     tiles = num_tiles(query, key, config)
     return call(
@@ -190,7 +69,7 @@ def rank_blocks(where, query, key, lse, own, first, visible, *, config, scale, p
         own,
         first,
         visible,
-        grid=(-(-plan.tokens // tokens), plan.heads),
+        grid=(-(-plan.tokens // sizes.tokens), plan.heads),
         out_shape=(
             jax.ShapeDtypeStruct((plan.heads, plan.tokens, tiles * BLOCKS), jnp.int32),
             jax.ShapeDtypeStruct((plan.heads, plan.tokens, tiles), jnp.int32),
@@ -199,3 +78,197 @@ def rank_blocks(where, query, key, lse, own, first, visible, *, config, scale, p
         num_warps=plan.num_warps,
         num_stages=plan.num_stages,
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Sizes:
+    """Everything static about a program."""
+
+    config: NSAConfig
+    plan: SelectPlan
+    query_shape: tuple[int, ...]
+    kv_heads: int
+    scale: float
+
+    @property
+    def group(self) -> int:
+        return self.query_shape[2] // self.kv_heads
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a program."""
+        return tile_tokens(self.plan.rows, self.group, self.config)[0]
+
+    @property
+    def padded_group(self) -> int:
+        """Rows of a token."""
+        return tile_tokens(self.plan.rows, self.group, self.config)[1]
+
+    @property
+    def rows(self) -> int:
+        return self.tokens * self.padded_group
+
+    @property
+    def per_block(self) -> int:
+        """Strides of a block."""
+        return self.config.block_size // self.config.kernel_stride
+
+    @property
+    def per_window(self) -> int:
+        """Strides of a window."""
+        return self.config.kernel_size // self.config.kernel_stride
+
+    @property
+    def before(self) -> int:
+        """The windows that share units with a block begin at offsets -before .. per_block - 1.
+
+        Of two strides, the one before the block is the last one of the block before.
+        """
+        return 0 if self.plan.hands_over else self.per_window - 1
+
+
+class _Program:
+    """The rows of a program, and what is done with a tile of blocks.
+
+    A live token stands at position topk * block_size of its document or behind, which is as far as
+    the tile is long: all live tokens are of one document.
+
+    Attributes:
+      tiles: how many tiles hold blocks that a live token may choose.
+      least, most: windows that every live token sees, and that some do.
+    """
+
+    def __init__(
+        self, sizes, where_ref, query_ref, key_ref, lse_ref, own_ref, first_ref, visible_ref,
+        ranks_ref, tops_ref,
+    ):  # fmt: skip
+        self.sizes, config = sizes, sizes.config
+        self.where_ref, self.own_ref, self.key_ref = where_ref, own_ref, key_ref
+        self.ranks_ref, self.tops_ref = ranks_ref, tops_ref
+        # the last tokens have most windows behind them: they start first
+        self.number = pl.num_programs(0) - 1 - pl.program_id(0)
+        self.head = pl.program_id(1)
+        self.batch, self.kv_head = split(where_ref[0] + self.head, sizes.kv_heads)
+
+        self.of_chunk, token, self.owns = self._place(iota(sizes.tokens))
+        self.live = self.owns >= config.topk
+        self.slot = jnp.max(load(first_ref.at[self.batch, token], mask=self.live))
+        seen = load(visible_ref.at[self.batch, token], mask=self.live)
+        self.most = jnp.max(seen)
+        self.least = jnp.min(jnp.where(self.live, seen, LARGEST))
+        # the last free block
+        top = jnp.max(jnp.where(self.live, self.owns - config.local_blocks, -1))
+        self.tiles = (top + BLOCKS) // BLOCKS
+
+        of_tile, g = split(iota(sizes.rows), sizes.padded_group)
+        _, row_token, row_owns = self._place(of_tile)
+        row_live = (row_owns >= config.topk) & (g < sizes.group)
+        row_head = self.kv_head * sizes.group + g
+        self.row_seen = load(visible_ref.at[self.batch, row_token], mask=row_live)
+        lses = load(lse_ref.at[self.batch, row_token, row_head], mask=row_live)
+        lses = jnp.where(lses == -jnp.inf, 0.0, lses)
+        # idle rows have no weight: exp(0 - inf) = 0
+        self.lses = jnp.where(row_live, lses, jnp.inf)
+        self.columns = columns_of(query_ref, COLUMNS)
+        self.queries = load_tiles(
+            query_ref, self.batch, row_token, row_head, self.columns, self.row_seen > 0
+        )
+
+    def _place(self, of_tile):
+        """Token in the chunk, token in the row, block; that is -1 where there is no token."""
+        of_chunk = self.number * self.sizes.tokens + of_tile
+        token = self.where_ref[1] + of_chunk
+        there = (of_chunk < self.sizes.plan.tokens) & (token < self.sizes.query_shape[1])
+        return of_chunk, token, load(self.own_ref.at[self.batch, token], mask=there, other=-1)
+
+    def weights(self, block, offset, masked):
+        """Softmax weights [R, BLOCKS] of the windows at an offset from the blocks."""
+        window = block * self.sizes.per_block + offset
+        inside = (window >= 0) & (window < self.most)
+        at = self.slot + window
+        keys = load_tiles(
+            self.key_ref, self.batch, at, self.kv_head, self.columns, inside if masked else None
+        )
+        p = softmax_weights(
+            product(self.queries, keys), self.lses[:, None], self.sizes.scale, self.key_ref.dtype
+        )
+        if masked:
+            p = jnp.where(inside[None, :] & (window[None, :] < self.row_seen[:, None]), p, 0.0)
+        return p
+
+    def of_tokens(self, x):
+        """Sums over the heads of each token."""
+        if self.sizes.padded_group == 1:
+            return x
+        return jnp.sum(x.reshape(self.sizes.tokens, self.sizes.padded_group, BLOCKS), axis=1)
+
+    def hand_over(self, tile, share):
+        """Puts the share [tokens, BLOCKS] of each block's last window where `taken` looks."""
+        block = tile * BLOCKS + iota(BLOCKS)
+        bits = jax.lax.bitcast_convert_type(share, jnp.int32)
+        mask = rows_mask(self.live, block, self.ranks_ref.shape[2])
+        at = (self.head, self.of_chunk[:, None], block[None, :])
+        store(self.ranks_ref.at[*at], bits, mask=mask)
+
+    def taken(self, tile, carry):
+        """What each block gets of the one before it; `carry` [tokens] is for the first one.
+
+        Also the carry for the next tile.
+        """
+        barrier()
+        of_tile = iota(BLOCKS)[None, :]
+        first = tile * BLOCKS
+        at = (self.head, self.of_chunk[:, None], first + of_tile - 1)
+        bits = load(self.ranks_ref.at[*at], mask=self.live[:, None] & (of_tile > 0))
+        moved = jax.lax.bitcast_convert_type(bits, jnp.float32)
+        moved = jnp.where(of_tile == 0, carry[:, None], moved)
+        at = (self.head, self.of_chunk, first + BLOCKS - 1)
+        bits = load(self.ranks_ref.at[*at], mask=self.live)
+        barrier()
+        return moved, jax.lax.bitcast_convert_type(bits, jnp.float32)
+
+    def finish(self, tile, score):
+        """Stores the ranks of a tile, given the scores of its tokens."""
+        config = self.sizes.config
+        block = tile * BLOCKS + iota(BLOCKS)
+        # the bits of a float >= 0 order like the number; see `selection_rule.block_ranks`
+        rank = jnp.clip(jax.lax.bitcast_convert_type(score, jnp.int32), 0, LARGEST - 1)
+        free = block[None, :] <= self.owns[:, None] - config.local_blocks
+        if config.init_blocks:
+            free &= block[None, :] >= config.init_blocks
+        rank = jnp.where(free, rank, -1)
+        mask = rows_mask(self.live, block, self.ranks_ref.shape[2])
+        at = (self.head, self.of_chunk[:, None], block[None, :])
+        store(self.ranks_ref.at[*at], rank, mask=mask)
+        top_ref = self.tops_ref.at[self.head, self.of_chunk, tile]
+        store(top_ref, jnp.max(rank, axis=1), mask=self.live)
+
+    def walk(self, carry, count, tile_of, masked):
+        """Scores of `count` tiles: one loop over tiles and offsets, so that loads run ahead."""
+        sizes = self.sizes
+        offsets = sizes.before + sizes.per_block
+
+        def step(number, state):
+            i, offset = split(number, offsets)
+            tile, offset = tile_of(i), offset - sizes.before
+            p = self.weights(tile * BLOCKS + iota(BLOCKS), offset, masked)
+            shared = jnp.minimum(offset + sizes.per_window, sizes.per_block)
+            shared -= jnp.maximum(offset, 0)
+            score, carry = state
+            score = multiply_add(p, shared.astype(jnp.float32), score)
+
+            def last(score, carry):
+                if sizes.plan.hands_over:  # first: sums of p and of scores do not fit on chip
+                    self.hand_over(tile, self.of_tokens(p))
+                total = self.of_tokens(score)
+                if sizes.plan.hands_over:
+                    moved, carry = self.taken(tile, carry)
+                    total += moved
+                self.finish(tile, total)
+                return jnp.zeros_like(score), carry
+
+            whole = offset == sizes.per_block - 1
+            return jax.lax.cond(whole, last, lambda *state: state, score, carry)
+
+        score = jnp.zeros((sizes.rows, BLOCKS), jnp.float32)
+        return jax.lax.fori_loop(0, count * offsets, step, (score, carry))[1]

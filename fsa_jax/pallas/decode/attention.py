@@ -24,6 +24,7 @@ widths, P pages of p entries, J pages that a sequence may have, S listed blocks,
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -190,111 +191,25 @@ def _attention(
     `query` as there are for each.
     """
     plan = _make_plan(query, key, value, positions, blocks is not None)
-    batch, tokens, heads, _ = query.shape
-    num_pages, page_size, kv_heads, _ = key.shape
-    value_width, columns_of_table = value.shape[3], pages.shape[1]
-    group, sharing = heads // kv_heads, batch // pages.shape[0]
+    rows = query.shape[:3]
     softmax = Softmax(scale, exact=key.dtype == jnp.float32)
-    b = plan.entries
 
-    def kernel(query_ref, key_ref, value_ref, pages_ref, low_ref, high_ref, *refs):
-        blocks_ref, refs = (None, refs) if blocks is None else (refs[0], refs[1:])
-        out_ref, top_ref, total_ref, *logits_refs = refs
-        number, row_tile = split(pl.program_id(0), plan.row_tiles)
-        row, kv_head = split(number, kv_heads)
-        share = pl.program_id(1)
-        token, g = split(row_tile * plan.rows + iota(plan.rows), group)
-        there = token < tokens
-        head = kv_head * group + g
-        lows = jnp.maximum(load(low_ref.at[row, token], mask=there), 0)
-        highs = load(high_ref.at[row, token], mask=there)
-        highs = jnp.minimum(highs, columns_of_table * page_size)
-        sighted = highs > lows
-        # no row sees anything before `first`, or from `end` on
-        first = jnp.min(jnp.where(sighted, lows, LARGEST))
-        end = jnp.max(jnp.where(sighted, highs, 0))
-        first = jnp.minimum(first, end)
-        columns, value_columns = (columns_of(x, COLUMNS) for x in (key, value))
-        queries = load_tiles(query_ref, row, token, head, columns, sighted)
+    def paged_range_kernel(query_ref, key_ref, value_ref, pages_ref, low_ref, high_ref, *refs):
+        out_refs, logits_refs = refs[:3], refs[3:]
+        queries = _Rows(plan, query_ref, low_ref, high_ref, key_ref, value_ref, pages_ref)
+        entries = _Entries(plan, queries, pages_ref, key_ref)
+        _walk(plan, softmax, queries, entries, positions, key_ref, value_ref, out_refs, logits_refs)
 
-        def look_up(tile):
-            """The entries of a tile and their pages, -1 where nobody sees the entry."""
-            position = tile * b + iota(b)
-            entry = position
-            if blocks_ref is not None:
-                slot, offset = split(position, page_size)
-                listed = slot < blocks_ref.shape[2]
-                block = load(blocks_ref.at[row, kv_head, slot], mask=listed, other=-1)
-                listed = (block >= 0) & (block < columns_of_table)
-                entry = jnp.where(listed, block * page_size + offset, -1)
-            seen = (entry >= first) & (entry < end)
-            at, _ = split(entry, page_size)
-            page = load(pages_ref.at[row // sharing, at], mask=seen, other=-1)
-            return entry, jnp.where(page < num_pages, page, -1)
+    def paged_block_kernel(query_ref, key_ref, value_ref, pages_ref, low_ref, high_ref, *refs):
+        blocks_ref, *out_refs = refs
+        queries = _Rows(plan, query_ref, low_ref, high_ref, key_ref, value_ref, pages_ref)
+        entries = _ListedEntries(plan, queries, pages_ref, key_ref, blocks_ref)
+        _walk(plan, softmax, queries, entries, positions, key_ref, value_ref, out_refs, ())
 
-        def step(tile, state):
-            (entry, page), top, total, out = state
-            # page numbers come one step ahead of the keys, so that these need not wait for them
-            following = look_up(tile + 1)
-            seen = page >= 0
-            _, offset = split(entry, page_size)
-            visible = (entry[None, :] >= lows[:, None]) & (entry[None, :] < highs[:, None])
-            visible &= seen[None, :]
-            if tokens > 1:  # there may be entries between the ranges of two queries
-                seen = jnp.max(visible.astype(jnp.int32), axis=0) > 0
-            keys, values = (
-                [
-                    load(
-                        ref.at[page[:, None], offset[:, None], kv_head, d[None, :]],
-                        mask=rows_mask(seen, d, ref.shape[3]),
-                    )
-                    for d in cut
-                ]
-                for ref, cut in ((key_ref, columns), (value_ref, value_columns))
-            )
-            products = product(queries, keys)
-            position = tile * b + iota(b)
-            for ref in logits_refs:
-                store(
-                    ref.at[row, token[:, None], head[:, None], position[None, :]],
-                    products * scale,
-                    mask=visible,
-                )
-            products = jnp.where(visible, softmax.signed(products), -jnp.inf)
-            top, p, decay = softmax.fold(top, products)
-            p_cut = p.astype(value_ref.dtype)
-            out = [
-                x.add(dot(p_cut, v, (1, 0)), decay[:, None])
-                for x, v in zip(out, values, strict=True)
-            ]
-            return following, top, total * decay + jnp.sum(p, axis=1), out
-
-        # what there is to walk, in equal shares
-        begin, tiles_end = 0, -(-positions // b)
-        if blocks is None:
-            begin, tiles_end = jax.lax.div(first, b), pl.cdiv(end, b)
-        each = pl.cdiv(tiles_end - begin, plan.splits)
-        begin = begin + share * each
-        zeros = jnp.zeros((plan.rows,), jnp.float32)
-        out = [Sum.zeros((plan.rows, e.size), softmax.exact) for e in value_columns]
-        state = (look_up(begin), zeros - jnp.inf, zeros, out)
-        limit = jnp.minimum(begin + each, tiles_end)
-        _, top, total, out = jax.lax.fori_loop(begin, limit, step, state)
-        for e, x in zip(value_columns, out, strict=True):
-            store(
-                out_ref.at[share, row, token[:, None], head[:, None], e[None, :]],
-                x.total,
-                mask=rows_mask(there, e, value_width),
-            )
-        store(top_ref.at[share, row, token, head], top, mask=there)
-        store(total_ref.at[share, row, token, head], total, mask=there)
-
-    kernel.__name__ = "paged_range_kernel" if blocks is None else "paged_block_kernel"
-    rows = (batch, tokens, heads)
-    shapes = [(plan.splits, *rows, value_width), *[(plan.splits, *rows)] * 2]
-    shapes += [(*rows, columns_of_table * page_size)] * logits
+    shapes = [(plan.splits, *rows, value.shape[3]), *[(plan.splits, *rows)] * 2]
+    shapes += [(*rows, pages.shape[1] * key.shape[1])] * logits
     part, top, total, *found = call(
-        kernel,
+        paged_range_kernel if blocks is None else paged_block_kernel,
         query,
         key,
         value,
@@ -302,7 +217,7 @@ def _attention(
         low,
         high,
         *(() if blocks is None else (blocks,)),
-        grid=(batch * kv_heads * plan.row_tiles, plan.splits),
+        grid=(query.shape[0] * key.shape[2] * plan.row_tiles, plan.splits),
         out_shape=[jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes],
         interpret=interpret,
         num_warps=plan.num_warps,
@@ -310,6 +225,150 @@ def _attention(
     )
     out, lse = _merge(part, top, total, softmax, query.dtype, interpret)
     return out, lse, found[0] if logits else None
+
+
+class _Rows:
+    """The rows of a program: (query token, head) of one sequence and KV head, and what they see.
+
+    Attributes:
+      row, kv_head: where they are.
+      token, head: int32 [R].
+      there: bool [R], rows that exist.
+      lows, highs: int32 [R], entries that each row sees.
+      first, end: no row sees anything before `first`, or from `end` on.
+      queries: tiles [R, columns].
+    """
+
+    def __init__(self, plan, query_ref, low_ref, high_ref, key_ref, value_ref, pages_ref):
+        self.batch, tokens, heads, _ = query_ref.shape
+        _, page_size, kv_heads, _ = key_ref.shape
+        number, row_tile = split(pl.program_id(0), plan.row_tiles)
+        self.row, self.kv_head = split(number, kv_heads)
+        self.share, self.tokens = pl.program_id(1), tokens
+        group = heads // kv_heads
+        self.token, g = split(row_tile * plan.rows + iota(plan.rows), group)
+        self.there = self.token < tokens
+        self.head = self.kv_head * group + g
+        at = (self.row, self.token)
+        self.lows = jnp.maximum(load(low_ref.at[*at], mask=self.there), 0)
+        highs = load(high_ref.at[*at], mask=self.there)
+        self.highs = jnp.minimum(highs, pages_ref.shape[1] * page_size)
+        sighted = self.highs > self.lows
+        first = jnp.min(jnp.where(sighted, self.lows, LARGEST))
+        self.end = jnp.max(jnp.where(sighted, self.highs, 0))
+        self.first = jnp.minimum(first, self.end)
+        self.columns, self.value_columns = (columns_of(x, COLUMNS) for x in (key_ref, value_ref))
+        self.queries = load_tiles(query_ref, self.row, self.token, self.head, self.columns, sighted)
+
+
+class _Entries:
+    """The entries that a program walks: position i of its walk is entry i."""
+
+    def __init__(self, plan, rows, pages_ref, key_ref):
+        self.size, self.rows, self.pages_ref = plan.entries, rows, pages_ref
+        self.num_pages, self.page_size = key_ref.shape[:2]
+        # a row of pages serves several rows of queries
+        self.sharing = rows.batch // pages_ref.shape[0]
+
+    def tiles(self, positions) -> Any:
+        """The first tile that any row sees, and the one behind the last."""
+        del positions
+        return jax.lax.div(self.rows.first, self.size), pl.cdiv(self.rows.end, self.size)
+
+    def at(self, position):
+        """The entry of each position, -1 where there is none."""
+        return position
+
+    def look_up(self, tile):
+        """The entries of a tile and their pages, -1 where nobody sees the entry."""
+        entry = self.at(tile * self.size + iota(self.size))
+        seen = (entry >= self.rows.first) & (entry < self.rows.end)
+        at, _ = split(entry, self.page_size)
+        page = load(self.pages_ref.at[self.rows.row // self.sharing, at], mask=seen, other=-1)
+        return entry, jnp.where(page < self.num_pages, page, -1)
+
+
+class _ListedEntries(_Entries):
+    """Those of listed blocks: a block of the list follows the one before it."""
+
+    def __init__(self, plan, rows, pages_ref, key_ref, blocks_ref):
+        super().__init__(plan, rows, pages_ref, key_ref)
+        self.blocks_ref = blocks_ref
+
+    def tiles(self, positions) -> Any:
+        return 0, -(-positions // self.size)
+
+    def at(self, position):
+        slot, offset = split(position, self.page_size)
+        listed = slot < self.blocks_ref.shape[2]
+        at = (self.rows.row, self.rows.kv_head, slot)
+        block = load(self.blocks_ref.at[*at], mask=listed, other=-1)
+        listed = (block >= 0) & (block < self.pages_ref.shape[1])
+        return jnp.where(listed, block * self.page_size + offset, -1)
+
+
+def _walk(plan, softmax, rows, entries, positions, key_ref, value_ref, out_refs, logits_refs):
+    """Attention of the rows to this program's share of the entries; stores partial sums.
+
+    `logits_refs` is where the scaled logits go, if they are wanted.
+    """
+    value_columns, b = rows.value_columns, plan.entries
+
+    def step(tile, state):
+        (entry, page), top, total, out = state
+        # page numbers come one step ahead of the keys, so that these need not wait for them
+        following = entries.look_up(tile + 1)
+        seen = page >= 0
+        _, offset = split(entry, entries.page_size)
+        visible = (entry[None, :] >= rows.lows[:, None]) & (entry[None, :] < rows.highs[:, None])
+        visible &= seen[None, :]
+        if rows.tokens > 1:  # there may be entries between the ranges of two queries
+            seen = jnp.max(visible.astype(jnp.int32), axis=0) > 0
+        keys, values = (
+            [
+                load(
+                    ref.at[page[:, None], offset[:, None], rows.kv_head, d[None, :]],
+                    mask=rows_mask(seen, d, ref.shape[3]),
+                )
+                for d in cut
+            ]
+            for ref, cut in ((key_ref, rows.columns), (value_ref, value_columns))
+        )
+        products = product(rows.queries, keys)
+        position = tile * b + iota(b)
+        for ref in logits_refs:
+            store(
+                ref.at[rows.row, rows.token[:, None], rows.head[:, None], position[None, :]],
+                products * softmax.scale,
+                mask=visible,
+            )
+        products = jnp.where(visible, softmax.signed(products), -jnp.inf)
+        top, p, decay = softmax.fold(top, products)
+        p_cut = p.astype(value_ref.dtype)
+        out = [
+            x.add(dot(p_cut, v, (1, 0)), decay[:, None]) for x, v in zip(out, values, strict=True)
+        ]
+        return following, top, total * decay + jnp.sum(p, axis=1), out
+
+    # what there is to walk, in equal shares
+    begin, tiles_end = entries.tiles(positions)
+    each = pl.cdiv(tiles_end - begin, plan.splits)
+    begin = begin + rows.share * each
+    zeros = jnp.zeros((plan.rows,), jnp.float32)
+    out = [Sum.zeros((plan.rows, e.size), softmax.exact) for e in value_columns]
+    state = (entries.look_up(begin), zeros - jnp.inf, zeros, out)
+    limit = jnp.minimum(begin + each, tiles_end)
+    _, top, total, out = jax.lax.fori_loop(begin, limit, step, state)
+    out_ref, top_ref, total_ref = out_refs
+    at = (rows.share, rows.row)
+    for e, x in zip(value_columns, out, strict=True):
+        store(
+            out_ref.at[*at, rows.token[:, None], rows.head[:, None], e[None, :]],
+            x.total,
+            mask=rows_mask(rows.there, e, value_ref.shape[3]),
+        )
+    store(top_ref.at[*at, rows.token, rows.head], top, mask=rows.there)
+    store(total_ref.at[*at, rows.token, rows.head], total, mask=rows.there)
 
 
 def _merge(part, top, total, softmax: Softmax, dtype, interpret):
