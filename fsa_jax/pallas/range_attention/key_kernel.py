@@ -15,6 +15,8 @@ Shapes: B rows of the batch, T tokens, N query heads, K key/value heads, G = N/K
 head widths, R rows and b keys of a tile.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
@@ -32,8 +34,6 @@ def key_gradients(
     Args are those of `query_kernels.query_gradient`.
     """
     _, keys, kv_heads, _ = key.shape
-    batch, _, heads, _ = query.shape
-    group = heads // kv_heads
     tile, block = plan.key_gradient, plan.key_gradient.keys
     exact = key.dtype == jnp.float32
 
@@ -41,82 +41,37 @@ def key_gradients(
         query_ref, key_ref, value_ref, low_ref, high_ref, lse_ref, delta_ref, dout_ref,
         dkey_ref, dvalue_ref,
     ):  # fmt: skip
-        # the first keys are seen by most rows: they come first
-        column = pl.program_id(0) * block + iota(block)
-        part = pl.program_id(1)
-        row_of_batch, kv_head = split(pl.program_id(2), kv_heads)
-        there = column < keys
-        low = load(low_ref.at[row_of_batch, column], mask=there)
-        high = load(high_ref.at[row_of_batch, column], mask=there)
-        seen = high > low
-        columns, value_columns = (columns_of(x, 128) for x in (key, value))
-        tiles, value_tiles = (
-            load_tiles(ref, row_of_batch, column, kv_head, cut, seen)
-            for ref, cut in ((key_ref, columns), (value_ref, value_columns))
-        )
-        first, last = jnp.min(jnp.where(seen, low, 2**30)), jnp.max(jnp.where(seen, high, 0))
+        mine = _Keys(tile, query_ref, key_ref, value_ref, low_ref, high_ref)
 
         def step(number, sums, masked):
-            token, g = split(first * group + number * tile.rows + iota(tile.rows), group)
-            head = kv_head * group + g
-            inside = token < last if masked else None
-            lses = load(lse_ref.at[row_of_batch, token, head], mask=inside, other=-jnp.inf)
-            live = None
-            if masked:  # what sees nothing may hold anything, and has no weights
-                live = lses > -jnp.inf
-                lses = jnp.where(live, lses, jnp.inf)
-            at = (row_of_batch, token, head)
-            queries = load_tiles(query_ref, *at, columns, live)
-            douts = load_tiles(dout_ref, *at, value_columns, live)
-            deltas = load(delta_ref.at[*at], mask=live)
+            step = mine.rows(number, masked, lse_ref)
+            queries = load_tiles(query_ref, *step.at, mine.columns, step.live)
+            douts = load_tiles(dout_ref, *step.at, mine.value_columns, step.live)
+            deltas = load(delta_ref.at[*step.at], mask=step.live)
             dkeys, dvalues = sums
-            p = softmax_weights(product(tiles, queries), lses[None, :], scale, key_ref.dtype)
+            logits = product(mine.keys, queries)
+            p = softmax_weights(logits, step.lses[None, :], scale, key_ref.dtype)
             if masked:
-                # rows, not tokens: their numbers in the tile take no registers
-                base, row = first * group + number * tile.rows, iota(tile.rows)[None, :]
-                sees = (row >= (low * group - base)[:, None]) & (
-                    row < (high * group - base)[:, None]
-                )
-                p = jnp.where(sees, p, 0.0)
+                p = jnp.where(mine.sees(number), p, 0.0)
             p_cut = p.astype(dout_ref.dtype)
             dvalues = [
                 x.add(dot(p_cut, y, (1, 0))).settled() for x, y in zip(dvalues, douts, strict=True)
             ]
-            dp = product(value_tiles, douts)
+            dp = product(mine.values, douts)
             ds = (p * (dp - deltas[None, :])).astype(key_ref.dtype)
             dkeys = [
                 x.add(dot(ds, y, (1, 0))).settled() for x, y in zip(dkeys, queries, strict=True)
             ]
             return dkeys, dvalues
 
-        # steps that this part takes, and of those the ones whose rows see all of the keys
-        steps = pl.cdiv(jnp.maximum(last - first, 0) * group, tile.rows)
-        share = pl.cdiv(steps, plan.splits)
-        begin = jnp.minimum(part * share, steps)
-        end = jnp.minimum(begin + share, steps)
-        all_low, all_high = (
-            jnp.max(jnp.where(seen, low, 0)),
-            jnp.min(jnp.where(seen, high, last)),
-        )
-        inner_begin = pl.cdiv(jnp.maximum(all_low - first, 0) * group, tile.rows)
-        inner_end = jnp.maximum(all_high - first, 0) * group // tile.rows
-        inner_begin = jnp.clip(inner_begin, begin, end)
-        inner_end = jnp.clip(inner_end, inner_begin, end)
-
+        steps = mine.steps(plan.splits)
         sums = tuple(
-            [Sum.zeros((block, d.size), exact) for d in cut] for cut in (columns, value_columns)
+            [Sum.zeros((block, d.size), exact) for d in cut]
+            for cut in (mine.columns, mine.value_columns)
         )
-        dkeys, dvalues = fold_tiles(step, sums, begin, inner_begin, inner_end, end)
-        for ref, cut, total, factor in (
-            (dkey_ref, columns, dkeys, scale),
-            (dvalue_ref, value_columns, dvalues, 1.0),
-        ):
-            for d, x in zip(cut, total, strict=True):
-                store(
-                    ref.at[part, row_of_batch, column[:, None], kv_head, d[None, :]],
-                    jnp.where(seen[:, None], x.total * factor, 0.0).astype(ref.dtype),
-                    mask=rows_mask(there, d, ref.shape[4]),
-                )
+        dkeys, dvalues = fold_tiles(step, sums, *steps)
+        mine.store(dkey_ref, mine.columns, dkeys, scale)
+        mine.store(dvalue_ref, mine.value_columns, dvalues, 1.0)
 
     dtype = key.dtype if plan.splits == 1 else jnp.float32
     parts = call(
@@ -128,10 +83,93 @@ def key_gradients(
         lse,
         delta,
         dout,
-        grid=(-(-keys // block), plan.splits, batch * kv_heads),
+        grid=(-(-keys // block), plan.splits, query.shape[0] * kv_heads),
         out_shape=tuple(jax.ShapeDtypeStruct((plan.splits, *x.shape), dtype) for x in (key, value)),
         interpret=interpret,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
     )
     return tuple(jnp.sum(x, axis=0).astype(key.dtype) for x in parts)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Step:
+    """Rows of a step: where they are, their logsumexps, and which of them are there; None: all."""
+
+    at: tuple
+    lses: jax.Array
+    live: jax.Array | None
+
+
+class _Keys:
+    """The keys of a program, and the rows that see them.
+
+    Attributes:
+      columns, value_columns: of the tiles of keys and values.
+      keys, values: tiles [b, columns]; 0 where nobody sees them.
+    """
+
+    def __init__(self, tile, query_ref, key_ref, value_ref, low_ref, high_ref):
+        self.tile, kv_heads = tile, key_ref.shape[2]
+        self.group = query_ref.shape[2] // kv_heads
+        # the first keys are seen by most rows: they come first
+        self.column = pl.program_id(0) * tile.keys + iota(tile.keys)
+        self.part = pl.program_id(1)
+        self.batch, self.kv_head = split(pl.program_id(2), kv_heads)
+        self.there = self.column < key_ref.shape[1]
+        self.low = load(low_ref.at[self.batch, self.column], mask=self.there)
+        self.high = load(high_ref.at[self.batch, self.column], mask=self.there)
+        self.seen = self.high > self.low
+        self.columns, self.value_columns = (columns_of(x, 128) for x in (key_ref, value_ref))
+        self.keys, self.values = (
+            load_tiles(ref, self.batch, self.column, self.kv_head, cut, self.seen)
+            for ref, cut in ((key_ref, self.columns), (value_ref, self.value_columns))
+        )
+        # tokens from the first that sees a key to the last
+        self.first = jnp.min(jnp.where(self.seen, self.low, 2**30))
+        self.last = jnp.max(jnp.where(self.seen, self.high, 0))
+
+    def rows(self, number, masked, lse_ref):
+        """The rows of a step; of one that needs no mask, all are there."""
+        row = self.first * self.group + number * self.tile.rows + iota(self.tile.rows)
+        token, g = split(row, self.group)
+        head = self.kv_head * self.group + g
+        inside = token < self.last if masked else None
+        lses = load(lse_ref.at[self.batch, token, head], mask=inside, other=-jnp.inf)
+        live = None
+        if masked:  # what sees nothing may hold anything, and has no weights
+            live = lses > -jnp.inf
+            lses = jnp.where(live, lses, jnp.inf)
+        return _Step((self.batch, token, head), lses, live)
+
+    def sees(self, number):
+        """Bool [b, R], which rows of a step see each key."""
+        # rows, not tokens: their numbers in the tile take no registers
+        base = self.first * self.group + number * self.tile.rows
+        row = iota(self.tile.rows)[None, :]
+        return (row >= (self.low * self.group - base)[:, None]) & (
+            row < (self.high * self.group - base)[:, None]
+        )
+
+    def steps(self, splits):
+        """The steps of this part, as `fold_tiles` takes them: rows of inner ones see all keys."""
+        first, last, group, rows = self.first, self.last, self.group, self.tile.rows
+        steps = pl.cdiv(jnp.maximum(last - first, 0) * group, rows)
+        share = pl.cdiv(steps, splits)
+        begin = jnp.minimum(self.part * share, steps)
+        end = jnp.minimum(begin + share, steps)
+        all_low = jnp.max(jnp.where(self.seen, self.low, 0))
+        all_high = jnp.min(jnp.where(self.seen, self.high, last))
+        inner_begin = pl.cdiv(jnp.maximum(all_low - first, 0) * group, rows)
+        inner_end = jnp.maximum(all_high - first, 0) * group // rows
+        inner_begin = jnp.clip(inner_begin, begin, end)
+        return begin, inner_begin, jnp.clip(inner_end, inner_begin, end), end
+
+    def store(self, ref, columns, sums, factor):
+        """Stores sums, in tiles of columns, times a factor."""
+        for d, x in zip(columns, sums, strict=True):
+            store(
+                ref.at[self.part, self.batch, self.column[:, None], self.kv_head, d[None, :]],
+                jnp.where(self.seen[:, None], x.total * factor, 0.0).astype(ref.dtype),
+                mask=rows_mask(self.there, d, ref.shape[4]),
+            )
