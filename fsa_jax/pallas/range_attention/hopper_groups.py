@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from fsa_jax.pallas.range_attention import hopper_key_kernel, hopper_query_kernels
-from fsa_jax.pallas.range_attention.hopper_pipeline import ROWS
+from fsa_jax.pallas.range_attention.hopper_layout import ROWS
 
 
 def parts(group: int) -> tuple[int, ...]:

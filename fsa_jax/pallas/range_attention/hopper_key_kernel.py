@@ -3,7 +3,7 @@
 A program owns 128 keys of one key head, 64 a compute warpgroup; their keys and values stay in
 shared memory, their dK and dV in registers. The memory warpgroup copies tiles of 64 rows of the
 tokens that see any of the keys (q, dout, and two numbers a row) into a ring that both warpgroups
-read. The order of rows is that of `hopper_pipeline.py`. Tiles at the edges of the ranges come
+read. The order of rows is that of `hopper_layout.py`. Tiles at the edges of the ranges come
 first, masked; then those whose rows all see all keys.
 
 Scores are [64 keys, 64 rows], so that p and ds are operands in registers of the products that add
@@ -36,23 +36,25 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from fsa_jax.pallas.range_attention.hopper_layout import (
+    ROWS,
+    WARPGROUPS,
+    WIDTH,
+    num_strips,
+    pad,
+    rows_of_heads,
+    strips,
+)
 from fsa_jax.pallas.range_attention.hopper_pipeline import (
     ACC,
     FEW_REGISTERS,
     LAYOUT,
     LOG2_E,
     REGISTERS,
-    ROWS,
-    WARPGROUPS,
-    WIDTH,
     Steps,
     call,
     dot,
-    num_strips,
     number_of_rows,
-    pad,
-    rows_of_heads,
-    strips,
     zeros,
 )
 from fsa_jax.pallas.tile_tables import branch_of

@@ -12,14 +12,14 @@ rings of buffers. Two compute warpgroups have 64 rows each. Masked tiles, at the
 ranges, come first; then those that all rows see whole, without a mask. The warpgroups take turns to
 issue products, so that one multiplies while the other one takes exponents.
 
-TMA copies strips of rows that lie one stride apart in memory. So the order of the 64 rows of a
-warpgroup is by head, then token, for groups of up to 8 heads, else by token, then head.
+`hopper_layout.py` says in which order the rows of a warpgroup are.
 
 Shapes: B rows of the batch, T tokens, N query heads, K key/value heads, G = N/K, M keys, D = 128
 head width of keys and values, I items of a key head.
 """
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -29,8 +29,19 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-#: Head width; rows of a warpgroup, which one wgmma takes; warpgroups of an item.
-WIDTH, ROWS, WARPGROUPS = 128, 64, 2
+from fsa_jax.pallas.range_attention.hopper_layout import (
+    ROWS,
+    WARPGROUPS,
+    WIDTH,
+    bounds_of_items,
+    heads_of_rows,
+    num_strips,
+    pad,
+    rows_of_heads,
+    rows_of_tokens,
+    strips,
+)
+
 #: Multiprocessors of an H100 or H200.
 PROGRAMS = 132
 #: Fewest (query head, key) pairs for which the kernels are worth what is laid out before them.
@@ -149,75 +160,92 @@ def call_on_rows(
     numbers = low.shape[1]
     narrow = (batch, kv_heads, numbers, WARPGROUPS, ROWS)
     tables = [rows_of_heads(pad(x, tokens), kv_heads).reshape(narrow) for x in tables]
-    tables = [*(_rows_of_tokens(x, group) for x in (low, high)), *tables]
+    tables = [*(rows_of_tokens(x, group) for x in (low, high)), *tables]
     shapes = [
         jax.ShapeDtypeStruct(narrow, jnp.float32)
         if dtype is None
         else jax.ShapeDtypeStruct(rows[0].shape, dtype)
         for dtype in results
     ]
-    items, copies = numbers * batch * kv_heads, num_strips(group) * len(rows)
 
     def kernel(*refs):
         row_refs, (key_ref, value_ref, bounds_ref, *refs) = refs[: len(rows)], refs[len(rows) :]
-
-        def walk(visit):
-            """visit(item, steps taken before it) for the items of this program."""
-            program = lax.axis_index("program")
-            count = lax.div(items - program + PROGRAMS - 1, jnp.int32(PROGRAMS))
-
-            def one(i, before):
-                item = Item(program + i * PROGRAMS, bounds_ref, kv_heads, group, ring.keys)
-                visit(item, before)
-                return before + item.tiles.count
-
-            lax.fori_loop(0, count, one, jnp.int32(0))
-
-        def run(row_buffers, keys, values, outs, full, free, turns):
-            warpgroup = lax.axis_index("warpgroup")
-            shared = Shared(row_buffers, keys, values, outs, full, free, turns)
-
-            @pl.when(warpgroup < WARPGROUPS)
-            def _():
-                plgpu.set_max_registers(REGISTERS, action="increase")
-                mine = compute(refs, shared, ring, warpgroup, scale, interpret is not None)
-                mine.start()
-                walk(mine.visit)
-                mine.finish()
-
-            @pl.when(warpgroup == WARPGROUPS)
-            def _():
-                plgpu.set_max_registers(FEW_REGISTERS, action="decrease")
-                arrays = row_refs, key_ref, value_ref
-                walk(lambda item, before: _load(item, before, arrays, shared, ring))
-                shared.await_free(ring)
-
-        def buffers(*shape):
-            return plgpu.SMEM((*shape, WIDTH), rows[0].dtype, transforms=LAYOUT)
-
-        def barriers(arrivals, number):
-            return plgpu.Barrier(num_arrivals=arrivals, num_barriers=number)
-
-        stages = ring.key_stages, ring.value_stages
-        pl.run_scoped(
-            run,
-            [buffers(WARPGROUPS, ROWS) for _ in rows],
-            buffers(ring.key_stages, ring.keys),
-            buffers(ring.value_stages, ring.keys),
-            buffers(WARPGROUPS, ROWS),
-            (barriers(copies, WARPGROUPS), *(barriers(1, n) for n in stages)),
-            (barriers(1, WARPGROUPS), *(barriers(WARPGROUPS, n) for n in stages)),
-            barriers(1, WARPGROUPS),
-            collective_axes="warpgroup",
-        )
+        arrays = row_refs, key_ref, value_ref
+        make = functools.partial(compute, refs, ring=ring, scale=scale, exact=interpret is not None)
+        _run_program(make, arrays, bounds_ref, kv_heads, group, ring)
 
     kernel.__name__ = f"{name}_kernel"
-    arrays = (*rows, key, value, _bounds(low, high, ring.keys), *tables)
+    arrays = (*rows, key, value, bounds_of_items(low, high, ring.keys), *tables)
     found = call(kernel, *arrays, grid={"program": PROGRAMS}, out_shape=shapes, interpret=interpret)
     return [
-        (_heads_of_rows(x, group) if dtype is None else x)[:, :length]
+        (heads_of_rows(x, group) if dtype is None else x)[:, :length]
         for x, dtype in zip(found, results, strict=True)
     ]
+
+
+def _run_program(make_compute, arrays, bounds_ref, kv_heads, group, ring):
+    """A program of `call_on_rows`: its items, by a memory and two compute warpgroups.
+
+    Args:
+      make_compute: from shared memory and the number of a warpgroup to its `Compute`.
+      arrays: (arrays of rows, keys, values) in device memory.
+      bounds_ref: `bounds_of_items`.
+      kv_heads: K.
+      group: G.
+      ring: `Ring`.
+    """
+    row_refs, *_ = arrays
+    batch, numbers, _ = bounds_ref.shape
+    items, copies = numbers * batch * kv_heads, num_strips(group) * len(row_refs)
+
+    def walk(visit):
+        """visit(item, steps taken before it) for the items of this program."""
+        program = lax.axis_index("program")
+        count = lax.div(items - program + PROGRAMS - 1, jnp.int32(PROGRAMS))
+
+        def one(i, before):
+            item = Item(program + i * PROGRAMS, bounds_ref, kv_heads, group, ring.keys)
+            visit(item, before)
+            return before + item.tiles.count
+
+        lax.fori_loop(0, count, one, jnp.int32(0))
+
+    def run(row_buffers, keys, values, outs, full, free, turns):
+        warpgroup = lax.axis_index("warpgroup")
+        shared = Shared(row_buffers, keys, values, outs, full, free, turns)
+
+        @pl.when(warpgroup < WARPGROUPS)
+        def _():
+            plgpu.set_max_registers(REGISTERS, action="increase")
+            mine = make_compute(shared=shared, warpgroup=warpgroup)
+            mine.start()
+            walk(mine.visit)
+            mine.finish()
+
+        @pl.when(warpgroup == WARPGROUPS)
+        def _():
+            plgpu.set_max_registers(FEW_REGISTERS, action="decrease")
+            walk(lambda item, before: _load(item, before, arrays, shared, ring))
+            shared.await_free(ring)
+
+    def buffers(*shape):
+        return plgpu.SMEM((*shape, WIDTH), row_refs[0].dtype, transforms=LAYOUT)
+
+    def barriers(arrivals, number):
+        return plgpu.Barrier(num_arrivals=arrivals, num_barriers=number)
+
+    stages = ring.key_stages, ring.value_stages
+    pl.run_scoped(
+        run,
+        [buffers(WARPGROUPS, ROWS) for _ in row_refs],
+        buffers(ring.key_stages, ring.keys),
+        buffers(ring.value_stages, ring.keys),
+        buffers(WARPGROUPS, ROWS),
+        (barriers(copies, WARPGROUPS), *(barriers(1, n) for n in stages)),
+        (barriers(1, WARPGROUPS), *(barriers(WARPGROUPS, n) for n in stages)),
+        barriers(1, WARPGROUPS),
+        collective_axes="warpgroup",
+    )
 
 
 class Item:
@@ -334,7 +362,7 @@ class Compute:
     and fences its reads.
     """
 
-    def __init__(self, refs, shared, ring, warpgroup, scale, exact):
+    def __init__(self, refs, *, shared, ring, warpgroup, scale, exact):
         self.low_ref, self.high_ref, *self.refs = refs
         self.shared, self.ring, self.warpgroup = shared, ring, warpgroup
         self.rows = [x.at[warpgroup] for x in shared.rows]
@@ -429,72 +457,3 @@ def over_columns(x, like):
 
 def dot(a, b):
     return jnp.dot(a, b, preferred_element_type=jnp.float32)
-
-
-def strips(array_ref, shared_ref, row, kv_head, number, group):
-    """Pairs (part of [B, T, N, D], part of the shared memory) of the 64 rows of a number."""
-    token, head = number * (ROWS // group), kv_head * group
-    count = num_strips(group)
-    rows = ROWS // count
-    for i in range(count):
-        if group <= 8:
-            part = array_ref.at[row, pl.ds(token, rows), head + i]
-        else:
-            part = array_ref.at[row, token + i, pl.ds(head, rows)]
-        yield part, shared_ref.at[pl.ds(i * rows, rows)]
-
-
-def num_strips(group):
-    """Strips of a warpgroup's rows that TMA copies in one go: the tokens of a head, or the heads
-    of a token, whichever are 8 or more, a whole tile of the layout in shared memory.
-    """
-    return group if group <= 8 else ROWS // group
-
-
-def _rows_of_tokens(x, group):
-    """[B, I, tokens] to [B, I, 2, 64] of rows."""
-    x = x.reshape(*x.shape[:2], WARPGROUPS, ROWS // group)
-    return jnp.tile(x, group) if group <= 8 else jnp.repeat(x, group, axis=3)
-
-
-def rows_of_heads(x, kv_heads):
-    """[B, T, N] to [B, K, tiles, 64] of rows."""
-    batch, _, heads = x.shape
-    group = heads // kv_heads
-    x = x.reshape(batch, -1, ROWS // group, kv_heads, group)
-    x = x.transpose((0, 3, 1, 4, 2) if group <= 8 else (0, 3, 1, 2, 4))
-    return x.reshape(batch, kv_heads, -1, ROWS)
-
-
-def _heads_of_rows(x, group):
-    """[B, K, I, 2, 64] of rows to [B, T, N]."""
-    batch, kv_heads = x.shape[:2]
-    tokens = ROWS // group
-    if group <= 8:
-        x = x.reshape(batch, kv_heads, -1, group, tokens).swapaxes(3, 4)
-    x = x.reshape(batch, kv_heads, -1, group).swapaxes(1, 2)
-    return x.reshape(batch, -1, kv_heads * group)
-
-
-def pad(x, multiple, value=0.0):
-    """Numbers behind axis 1, up to a multiple."""
-    missing = -x.shape[1] % multiple
-    widths = [(0, 0), (0, missing)] + [(0, 0)] * (x.ndim - 2)
-    return jnp.pad(x, widths, constant_values=jnp.asarray(value, x.dtype)) if missing else x
-
-
-def _bounds(low, high, keys):
-    """Tiles of keys of each item, int32 [B, I, 4]: begin, inner begin, inner end, end.
-
-    The inner ones are those that all rows which see anything see whole.
-    """
-    sighted = high > low
-    first = jnp.min(jnp.where(sighted, low, 2**30), axis=2)
-    last = jnp.max(jnp.where(sighted, high, 0), axis=2)
-    all_low = jnp.max(jnp.where(sighted, low, 0), axis=2)
-    all_high = jnp.min(jnp.where(sighted, high, 2**30), axis=2)
-    end = jnp.maximum(-(-last // keys), 1)  # one masked tile where nobody sees anything
-    begin = jnp.minimum(first // keys, end - 1)
-    inner_begin = jnp.clip(-(-all_low // keys), begin, end)
-    inner_end = jnp.clip(all_high // keys, inner_begin, end)
-    return jnp.stack((begin, inner_begin, inner_end, end), axis=2).astype(jnp.int32)

@@ -18,11 +18,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from fsa_jax.pallas.range_attention.hopper_layout import ROWS, WIDTH
 from fsa_jax.pallas.range_attention.hopper_pipeline import (
     ACC,
     LOG2_E,
-    ROWS,
-    WIDTH,
     Compute,
     Ring,
     call_on_rows,

@@ -16,6 +16,7 @@ head widths, R rows and b keys of a tile.
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -96,7 +97,7 @@ def key_gradients(
 class _Step:
     """Rows of a step: where they are, their logsumexps, and which of them are there; None: all."""
 
-    at: tuple
+    at: tuple[Any, Any, Any]
     lses: jax.Array
     live: jax.Array | None
 
