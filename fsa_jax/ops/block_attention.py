@@ -168,6 +168,23 @@ def _index_shape(spec, plan, key, lists):
     return passes.lists_shape(plan, lists.starts.shape, key.shape[1], **sizes)
 
 
+def _problem(spec, plan, query, key, value, lists, index):
+    from fsa_jax.pallas.block_attention import passes
+
+    return passes.Problem(
+        plan=plan,
+        query=query,
+        key=key,
+        value=value,
+        starts=lists.starts,
+        lists=index,
+        offset=lists.offset[0],
+        rows=lists.rows(spec.packed),
+        block_size=spec.block_size,
+        **spec.options,
+    )
+
+
 # Chunks are as large as a device's part allows, so the arrays of the index have other shapes on one
 # device than on many. Between forward and backward they are stored by sequence and head, padded to
 # sizes that hold the few more items that smaller chunks may have.
@@ -214,10 +231,7 @@ def _forward(spec, *arrays):
         lists = Lists(*lists)
         plan = _plan(spec, query, key, value, lists)
         index = _build_index(spec, plan, lists)
-        out, lse = passes.attention(
-            plan, query, key, value, lists.starts, index, lists.offset[0],
-            block_size=spec.block_size, **spec.options,
-        )  # fmt: skip
+        out, lse = passes.attention(_problem(spec, plan, query, key, value, lists, index))
         return out, lse, *_pack(index, padded_sizes, key)
 
     def portable(query, key, value, *lists):
@@ -255,11 +269,8 @@ def _backward(spec, has_index, has_sums, *arrays):
             index = _unpack(_index_shape(spec, plan, key, lists), packed)
         else:
             index = _build_index(spec, plan, lists)
-        return passes.gradients(
-            plan, query, key, value, lists.starts, index, lists.offset[0], lists.rows(spec.packed),
-            terms.lse, terms.delta, terms.dout, sums or None,
-            block_size=spec.block_size, **spec.options,
-        )  # fmt: skip
+        problem = _problem(spec, plan, query, key, value, lists, index)
+        return passes.gradients(problem, terms.lse, terms.delta, terms.dout, sums or None)
 
     def portable(query, key, value, *rest):
         lists, terms, _, sums = parts(rest)

@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from fsa_jax.pallas.block_attention.work_item import Item, each_item
+from fsa_jax.pallas.block_attention.work_item import Chunk, Item, each_item
 from fsa_jax.pallas.block_attention.work_item import arrays as item_arrays
 from fsa_jax.pallas.intrinsics import call, dot, iota, load, split, store
 from fsa_jax.pallas.online_softmax import softmax_weights
@@ -79,14 +79,12 @@ def inverse_units(key, value, dout, delta, key_valid, valid):
 
 
 def partial_gradients(
-    where, lists, query, key, value, dout, lse, delta, inverse, sums, *,
-    heads, tokens, slots, block, pairs, scale, tile, pieces, partial_dtype, interpret,
+    chunk: Chunk, query, key, value, dout, lse, delta, inverse, sums, *, tile, partial_dtype
 ):  # fmt: skip
     """Gradients of the pairs of a chunk.
 
     Args:
-      where: int32 [3], as in `kv_outer_forward.partial_attention`.
-      lists: `query_index.Index` of the chunk.
+      chunk: heads and tokens.
       query: [B, T, N, D].
       key: [B, T, K, D].
       value: [B, T, K, E].
@@ -96,28 +94,18 @@ def partial_gradients(
       inverse: `inverse_units`, float32 [B, T, N].
       sums: dkey [B, T, K, D] and dvalue [B, T, K, E], updated in place at the blocks that have one
         item. float32 sums are added to: then a head may come in several chunks. Others are set.
-      heads: H.
-      tokens: C.
-      slots: S.
-      block: b, a power of two.
-      pairs: the most pairs of an item.
-      scale: factor of the logits.
       tile: `tile_config.Tile`.
-      pieces: X.
       partial_dtype: dtype of the partial dq.
-      interpret: run the kernel in interpret mode.
 
     Returns:
       dkey and dvalue; dK [X*b, D] and dV [X*b, E] of blocks that are cut, float32, unwritten where
       there is no such item; and dq / scale * inverse, [H, P*G, D], unwritten where a pair does not
       count.
     """
-    _, length, kv_heads, width = key.shape
-    group = query.shape[2] // kv_heads
-    sizes = {"length": length, "group": group, "kv_heads": kv_heads, "slots": slots}
-    sizes |= {"block": block, "pairs": pairs, "tokens": tokens}
-    sizes |= {"partial": query.shape[1] != length}
-    items, inputs = item_arrays(where, lists), (query, key, value, dout, lse, delta, inverse)
+    width, block, scale = key.shape[3], chunk.block, chunk.scale
+    sizes = chunk.sizes(query, key) | {"tokens": chunk.tokens}
+    group = sizes["group"]
+    items, inputs = item_arrays(chunk), (query, key, value, dout, lse, delta, inverse)
 
     def backward_kernel(*refs):
         item_refs, refs = refs[: len(items)], refs[len(items) :]
@@ -174,33 +162,30 @@ def partial_gradients(
             ):
                 store_block(item, sum_ref, piece_ref, d, [x * factor for x in parts], axis=1)
 
-        each_item(item_refs, lists, work)
+        each_item(item_refs, chunk.lists, work)
 
-    part = jax.ShapeDtypeStruct((heads * tokens * slots * group, width), partial_dtype)
-    rows = max(1, pieces) * block
-    *sums, part = call_on_items(
-        backward_kernel, lists, items, inputs, sums, rows, tile, interpret, part
-    )
-    return *sums, part.reshape(heads, -1, width)
+    count = chunk.heads * chunk.tokens * chunk.slots * group
+    part = jax.ShapeDtypeStruct((count, width), partial_dtype)
+    *sums, part = call_on_items(backward_kernel, chunk, items, inputs, sums, tile, part)
+    return *sums, part.reshape(chunk.heads, -1, width)
 
 
-def call_on_items(kernel, lists, items, inputs, sums, rows, tile, interpret, *more):
+def call_on_items(kernel, chunk: Chunk, items, inputs, sums, tile, *more):
     """Calls a kernel whose programs own an item each.
 
     Args:
       kernel: of the arrays of the items, the inputs, the sums, and the results.
-      lists: `query_index.Index` of the chunk.
+      chunk: whose items they are.
       items: what `work_item.arrays` gives.
       inputs: other arrays.
       sums: dkey and dvalue, updated in place.
-      rows: of the pieces.
       tile: `tile_config.Tile`.
-      interpret: run the kernel in interpret mode.
       *more: shapes of other results.
 
     Returns:
-      The sums, their pieces float32 [rows, width], and the other results.
+      The sums, their pieces float32 [X*b, width], and the other results.
     """
+    rows = max(1, chunk.pieces) * chunk.block
     shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in sums]
     shapes += [jax.ShapeDtypeStruct((rows, x.shape[3]), jnp.float32) for x in sums]
     before = len(items) + len(inputs)
@@ -209,10 +194,10 @@ def call_on_items(kernel, lists, items, inputs, sums, rows, tile, interpret, *mo
         *items,
         *inputs,
         *sums,
-        grid=(lists.programs,),
+        grid=(chunk.lists.programs,),
         out_shape=(*shapes, *more),
         aliases={before: 0, before + 1: 1},
-        interpret=interpret,
+        interpret=chunk.interpret,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
     )
@@ -244,25 +229,21 @@ def store_block(item, sum_ref, piece_ref, columns, sums, axis):
         store(target, total.astype(sum_ref.dtype), mask=alone)
 
 
-def sum_blocks(
-    where, lists, block_start, dkey_parts, dvalue_parts, sums, *, block, spacing, interpret
-):
+def sum_blocks(chunk: Chunk, block_start, dkey_parts, dvalue_parts, sums, *, spacing):
     """Adds up the dK and dV of the items of blocks that are cut, in their order.
 
     Args:
-      where: int32 [2], first (row, KV head) and first token of the chunk.
-      lists: `query_index.Index` of the chunk.
+      chunk: whose items they are.
       block_start: int32 [B, T], first token of the block that each token is in; T at padding.
       dkey_parts: as `partial_gradients` gives it.
       dvalue_parts: likewise.
       sums: as in `partial_gradients`, which has done the other blocks.
-      block: b.
       spacing: as in `query_index.build_index`.
-      interpret: run the kernel in interpret mode.
 
     Bytes: reads the parts once, reads float32 sums, writes the sums: of hot blocks only.
     """
     _, length, kv_heads, _ = sums[0].shape
+    lists, block = chunk.lists, chunk.block
     blocks = -(-length // spacing)
     heads = lists.block_items.size // blocks
 
@@ -309,7 +290,7 @@ def sum_blocks(
 
     return call(
         sum_blocks_kernel,
-        where,
+        chunk.where,
         lists.block_items,
         lists.block_piece,
         block_start,
@@ -319,6 +300,6 @@ def sum_blocks(
         grid=(-(-length // SUM_ROWS), heads),
         out_shape=tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in sums),
         aliases={6: 0, 7: 1},
-        interpret=interpret,
+        interpret=chunk.interpret,
         num_stages=1,
     )

@@ -18,7 +18,7 @@ b keys of a block, D and E head widths, I items.
 import jax
 import jax.numpy as jnp
 
-from fsa_jax.pallas.block_attention.work_item import Item, each_item
+from fsa_jax.pallas.block_attention.work_item import Chunk, Item, each_item
 from fsa_jax.pallas.block_attention.work_item import arrays as item_arrays
 from fsa_jax.pallas.intrinsics import call, dot, store
 from fsa_jax.pallas.online_softmax import Softmax
@@ -28,40 +28,24 @@ from fsa_jax.pallas.tiles import columns_of, fold_tiles, product, rows_mask
 COLUMNS = 128
 
 
-def partial_attention(
-    where, lists, query, key, value, *, heads, tokens, slots, block, pairs, scale, tile,
-    partial_dtype, interpret,
-):  # fmt: skip
+def partial_attention(chunk: Chunk, query, key, value, *, tile, partial_dtype):
     """Attention of each pair of a chunk to its block alone.
 
     Args:
-      where: int32 [3], first (row, KV head) and first token of the chunk, and the token of the
-        keys' row that query token 0 is.
-      lists: `query_index.Index` of the chunk.
+      chunk: heads and tokens.
       query: [B, T, N, D].
       key: [B, T, K, D].
       value: [B, T, K, E].
-      heads: H.
-      tokens: C.
-      slots: S.
-      block: b, a power of two.
-      pairs: the most pairs of an item.
-      scale: factor of the logits.
       tile: `tile_config.Tile`.
       partial_dtype: dtype of the partial outputs.
-      interpret: run the kernel in interpret mode.
 
     Returns:
       out [H, P*G, E] and lse float32 [H, P*G]; row pair*G + g. Unwritten where a pair does
       not count.
     """
-    _, length, kv_heads, _ = key.shape
     value_width = value.shape[3]
-    group = query.shape[2] // kv_heads
-    sizes = {"length": length, "group": group, "kv_heads": kv_heads, "slots": slots}
-    sizes |= {"block": block, "pairs": pairs, "tokens": tokens}
-    sizes |= {"partial": query.shape[1] != length}
-    softmax = Softmax(scale, exact=key.dtype == jnp.float32)
+    sizes = chunk.sizes(query, key) | {"tokens": chunk.tokens}
+    softmax = Softmax(chunk.scale, exact=key.dtype == jnp.float32)
 
     def forward_kernel(*refs):
         *item_refs, query_ref, key_ref, value_ref, out_ref, lse_ref = refs
@@ -96,22 +80,22 @@ def partial_attention(
             steps = item.steps()
             fold_tiles(step, (), 0, item.steps_at_edge(), steps, steps)
 
-        each_item(item_refs, lists, work)
+        each_item(item_refs, chunk.lists, work)
 
-    slots_of_all = heads * tokens * slots * group
+    slots_of_all = chunk.heads * chunk.tokens * chunk.slots * sizes["group"]
     out, lse = call(
         forward_kernel,
-        *item_arrays(where, lists),
+        *item_arrays(chunk),
         query,
         key,
         value,
-        grid=(lists.programs,),
+        grid=(chunk.lists.programs,),
         out_shape=(
             jax.ShapeDtypeStruct((slots_of_all, value_width), partial_dtype),
             jax.ShapeDtypeStruct((slots_of_all,), jnp.float32),
         ),
-        interpret=interpret,
+        interpret=chunk.interpret,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
     )
-    return out.reshape(heads, -1, value_width), lse.reshape(heads, -1)
+    return out.reshape(chunk.heads, -1, value_width), lse.reshape(chunk.heads, -1)

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from fsa_jax.pallas.block_attention.kv_outer_backward import call_on_items, store_block
-from fsa_jax.pallas.block_attention.work_item import Item, each_item
+from fsa_jax.pallas.block_attention.work_item import Chunk, Item, each_item
 from fsa_jax.pallas.block_attention.work_item import arrays as item_arrays
 from fsa_jax.pallas.intrinsics import dot, load
 from fsa_jax.pallas.online_softmax import Sum, softmax_weights
@@ -25,19 +25,14 @@ from fsa_jax.pallas.tiles import columns_of, product
 COLUMNS = 128
 
 
-def key_gradients(
-    where, lists, query, key, value, dout, lse, delta, sums, *,
-    slots, block, pairs, scale, tile, pieces, interpret,
-):  # fmt: skip
+def key_gradients(chunk: Chunk, query, key, value, dout, lse, delta, sums, *, tile):
     """Gradients of the keys and values of a chunk's pairs.
 
     Arguments and results are those of `kv_outer_backward.partial_gradients`, but for dq.
     """
-    _, length, kv_heads, _ = key.shape
-    group = query.shape[2] // kv_heads
-    sizes = {"length": length, "group": group, "kv_heads": kv_heads, "slots": slots}
-    sizes |= {"block": block, "pairs": pairs, "partial": query.shape[1] != length}
-    items, inputs = item_arrays(where, lists), (query, key, value, dout, lse, delta)
+    block, scale, sizes = chunk.block, chunk.scale, chunk.sizes(query, key)
+    group = sizes["group"]
+    items, inputs = item_arrays(chunk), (query, key, value, dout, lse, delta)
 
     def block_key_gradient_kernel(*refs):
         item_refs, refs = refs[: len(items)], refs[len(items) :]
@@ -90,9 +85,6 @@ def key_gradients(
             ):
                 store_block(item, sum_ref, piece_ref, d, [x.total * factor for x in parts], axis=0)
 
-        each_item(item_refs, lists, work)
+        each_item(item_refs, chunk.lists, work)
 
-    rows = max(1, pieces) * block
-    return call_on_items(
-        block_key_gradient_kernel, lists, items, inputs, sums, rows, tile, interpret
-    )
+    return call_on_items(block_key_gradient_kernel, chunk, items, inputs, sums, tile)

@@ -12,6 +12,7 @@ Shapes: B rows, T tokens, N query heads, K key/value heads, S listed blocks; H h
 of a chunk, c chunks.
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -29,6 +30,7 @@ from fsa_jax.pallas.block_attention import (
     query_tile,
 )
 from fsa_jax.pallas.block_attention.plan import Plan
+from fsa_jax.pallas.block_attention.work_item import Chunk
 from fsa_jax.semantics.segments import Rows
 
 #: What a block of a tile of 64 rows costs the query-tile kernels: as much as so many rows of pairs
@@ -38,10 +40,71 @@ KV_OUTER_ROWS, KV_OUTER_DQ_ROWS = 13, 24
 QUERY_OUTER_PAIRS, QUERY_OUTER_DQ_PAIRS = 1.4, 1.5
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Problem:
+    """Selected attention, as both passes take it.
+
+    Attributes:
+      plan: static sizes.
+      query: [B, T, N, D], floating.
+      key: [B, T, K, D].
+      value: [B, T, K, E].
+      starts: first token of each listed block, T where the entry does not count.
+      lists: what `build_lists` gives.
+      offset: the token of the keys' row that query token 0 is; queries may be part of the row.
+      rows: the documents.
+      block_size: tokens of a block.
+      scale: factor of the logits.
+      interpret: run the kernels in interpret mode.
+    """
+
+    plan: Plan
+    query: Float[Array, "B T N D"]
+    key: Float[Array, "B T K D"]
+    value: Float[Array, "B T K E"]
+    starts: Int[Array, "B T K S"]
+    lists: query_index.Index
+    offset: Int[Array, "1"]
+    rows: Rows
+    block_size: int
+    scale: float
+    interpret: bool
+
+    @property
+    def static(self):
+        """What every kernel takes."""
+        return {"block": self.plan.block, "scale": self.scale, "interpret": self.interpret}
+
+    @property
+    def arrays(self):
+        return self.query, self.key, self.value
+
+    def split_starts(self):
+        """`starts` of blocks of the plan's size."""
+        length = self.key.shape[1]
+        return _split_blocks(self.starts, self.offset, length, self.block_size, self.plan.block)
+
+    def chunks(self, starts, lists):
+        """Chunks in their order, as `_fold` takes them."""
+        return *_chunk_lists(self.plan, starts, self.offset, self.key.shape[1]), lists
+
+    def chunk(self, where, starts, lists) -> Chunk:
+        """One of `chunks`, for the kernels."""
+        return Chunk(
+            where=where,
+            lists=lists,
+            heads=self.plan.heads,
+            tokens=self.plan.tokens,
+            slots=starts.shape[-1],
+            pairs=self.plan.pairs,
+            **self.static,
+        )
+
+
 def build_lists(
     plan: Plan, starts: Int[Array, "B T K S"], offset, rows: Rows, *, block_size, interpret
 ) -> query_index.Index:
-    """The query index of all chunks; arguments as in `attention`."""
+    """The query index of all chunks; arguments as in `Problem`."""
     kv_heads, length = starts.shape[2], rows.start.shape[1]
     starts = _split_blocks(starts, offset, length, block_size, plan.block)
     where, starts = _chunk_lists(plan, starts, offset, length)
@@ -74,49 +137,25 @@ def lists_shape(
     return query_index.index_shape(cut, length, spacing=spacing, block=plan.block, pairs=plan.pairs)
 
 
-def attention(
-    plan: Plan,
-    query: Float[Array, "B T N D"],
-    key: Float[Array, "B T K D"],
-    value: Float[Array, "B T K E"],
-    starts: Int[Array, "B T K S"],
-    lists: query_index.Index,
-    offset: Int[Array, "1"],
-    *,
-    block_size: int,
-    scale: float,
-    interpret: bool,
-):
+def attention(problem: Problem):
     """Forward pass.
-
-    Args:
-      plan: static sizes.
-      query: [B, T, N, D], floating.
-      key: [B, T, K, D].
-      value: [B, T, K, E].
-      starts: first token of each listed block, T where the entry does not count.
-      lists: what `build_lists` gives.
-      offset: the token of the keys' row that query token 0 is; queries may be part of the row.
-      block_size: tokens of a block.
-      scale: factor of the logits.
-      interpret: run the kernels in interpret mode.
 
     Returns:
       out [B, T, N, E] in the dtype of `query`, and lse float32 [B, T, N].
     """
-    starts = _split_blocks(starts, offset, key.shape[1], block_size, plan.block)
-    static = {"block": plan.block, "scale": scale, "interpret": interpret}
-    arrays = (query, key, value)
+    plan, query, key, lists = problem.plan, problem.query, problem.key, problem.lists
+    static, arrays = problem.static, problem.arrays
+    starts = problem.split_starts()
     outer = functools.partial(
-        query_outer.attention, starts, *arrays, offset, tile=plan.query_outer, **static
+        query_outer.attention, starts, *arrays, problem.offset, tile=plan.query_outer, **static
     )
     methods, done = plan.forward_methods, jnp.zeros((1,), jnp.int32)
     if methods == ("query_outer",):
         return outer()
     if "query_tile" in methods:
         tile, costs = plan.query_tile, (KV_OUTER_ROWS, QUERY_OUTER_PAIRS)
-        tiles, done = _tiles(starts, arrays, tile, methods, costs, interpret)
-        results = query_tile.attention(tiles, *arrays, offset, done, tile=tile, **static)
+        tiles, done = _tiles(starts, arrays, tile, methods, costs, problem.interpret)
+        results = query_tile.attention(tiles, *arrays, problem.offset, done, tile=tile, **static)
         if "query_outer" in methods:
             return outer(done=done, into=results)
         if "kv_outer" not in methods:
@@ -126,27 +165,15 @@ def attention(
     else:
         # the chunks write all of it
         results = (
-            jax.lax.empty((*query.shape[:3], value.shape[3]), query.dtype),
+            jax.lax.empty((*query.shape[:3], problem.value.shape[3]), query.dtype),
             jax.lax.empty(query.shape[:3], jnp.float32),
         )
-    where, starts = _chunk_lists(plan, starts, offset, key.shape[1])
 
     def step(results, chunk):
         out, lse = results
-        where, starts, lists = chunk
+        where, starts, _ = chunk
         part, part_lse = kv_outer_forward.partial_attention(
-            where,
-            lists,
-            query,
-            key,
-            value,
-            heads=plan.heads,
-            tokens=plan.tokens,
-            slots=starts.shape[-1],
-            pairs=plan.pairs,
-            tile=plan.forward,
-            partial_dtype=plan.partial_dtype,
-            **static,
+            problem.chunk(*chunk), *arrays, tile=plan.forward, partial_dtype=plan.partial_dtype
         )
         return merge_partials.merge_outputs(
             where,
@@ -158,74 +185,52 @@ def attention(
             done,
             kv_heads=key.shape[2],
             elements=plan.merge_elements,
-            interpret=interpret,
+            interpret=problem.interpret,
         )
 
-    return _fold(step, results, (where, starts, lists))
+    return _fold(step, results, problem.chunks(starts, lists))
 
 
-def gradients(
-    plan: Plan, query, key, value, starts, lists, offset, rows, lse, delta, dout, sums=None, *,
-    block_size, scale, interpret,
-):  # fmt: skip
+def gradients(problem: Problem, lse, delta, dout, sums=None):
     """Backward pass: (dq, dk, dv) in the dtypes of query, key and value.
 
-    Args are those of `attention`, the documents, what `attention` returned, and
-    delta = sum(out * dout) - dlse, float32 [B, T, N]. If float32 `sums` of dk and dv are given,
-    they are added to, and returned.
+    Args:
+      problem: that of `attention`.
+      lse: what `attention` returned.
+      delta: sum(out * dout) - dlse, float32 [B, T, N].
+      dout: cotangent of the output.
+      sums: float32 sums of dk and dv, which are added to, and returned.
     """
-    starts = _split_blocks(starts, offset, key.shape[1], block_size, plan.block)
-    static = {"block": plan.block, "scale": scale, "interpret": interpret}
-    kv_heads, spacing = key.shape[2], _spacing(plan, rows.packed)
+    plan, query, key, value, rows = problem.plan, *problem.arrays, problem.rows
+    starts = problem.split_starts()
+    spacing = _spacing(plan, rows.packed)
     methods = plan.backward_methods
     kv_outer, either = "kv_outer" in methods, len(methods) > 1
     if methods == ("kv_outer",):
         # the chunks write all of dq
         dquery, done = jax.lax.empty(query.shape, query.dtype), jnp.zeros((1,), jnp.int32)
     else:
-        arrays = (query, key, value, dout, lse, delta, offset)
-        dquery, done = _query_gradient(plan, starts, arrays, static)
-    where, starts = _chunk_lists(plan, starts, offset, key.shape[1])
+        arrays = (query, key, value, dout, lse, delta, problem.offset)
+        dquery, done = _query_gradient(plan, starts, arrays, problem.static)
+    chunks = problem.chunks(starts, problem.lists)
     inverse = None
     if kv_outer:
-        valid = jax.lax.dynamic_slice_in_dim(rows.valid, offset[0], query.shape[1], axis=1)
+        offset = problem.offset[0]
+        valid = jax.lax.dynamic_slice_in_dim(rows.valid, offset, query.shape[1], axis=1)
         inverse = kv_outer_backward.inverse_units(key, value, dout, delta, rows.valid, valid)
     first = rows.token - rows.position % plan.block
     block_start = jnp.where(rows.valid, first, rows.start.shape[1])
+    arrays = (query, key, value, dout, lse, delta)
 
     def step(sums, chunk):
         where, starts, lists = chunk
         dquery, *sums = sums
-        pieces = query_index.num_pieces(starts.size, plan.pairs)
-        sizes = {"slots": starts.shape[-1], "pairs": plan.pairs, "pieces": pieces} | static
-        arrays = (query, key, value, dout, lse, delta)
-
-        def add(lists, sums, dkey_pieces, dvalue_pieces):
-            return kv_outer_backward.sum_blocks(
-                where,
-                lists,
-                block_start,
-                dkey_pieces,
-                dvalue_pieces,
-                sums,
-                block=plan.block,
-                spacing=spacing,
-                interpret=interpret,
-            )
 
         if kv_outer:
             own = query_index.only_if(done == 0, lists) if either else lists
+            own = problem.chunk(where, starts, own)
             *sums, dkey_pieces, dvalue_pieces, part = kv_outer_backward.partial_gradients(
-                where,
-                own,
-                *arrays,
-                inverse,
-                sums,
-                heads=plan.heads,
-                tokens=plan.tokens,
-                tile=plan.backward,
-                partial_dtype=plan.gradient_dtype,
-                **sizes,
+                own, *arrays, inverse, sums, tile=plan.backward, partial_dtype=plan.gradient_dtype
             )
             dquery = merge_partials.sum_gradients(
                 where,
@@ -234,27 +239,31 @@ def gradients(
                 inverse,
                 dquery,
                 done,
-                scale=scale,
-                kv_heads=kv_heads,
+                scale=problem.scale,
+                kv_heads=key.shape[2],
                 elements=plan.merge_elements,
-                interpret=interpret,
+                interpret=problem.interpret,
             )
-            sums = add(own, sums, dkey_pieces, dvalue_pieces)
+            sums = kv_outer_backward.sum_blocks(
+                own, block_start, dkey_pieces, dvalue_pieces, sums, spacing=spacing
+            )
         if methods != ("kv_outer",):
             own = query_index.only_if(done > 0, lists) if kv_outer else lists
-            tile = plan.key_gradient
+            own = problem.chunk(where, starts, own)
             *sums, dkey_pieces, dvalue_pieces = kv_outer_key_gradients.key_gradients(
-                where, own, *arrays, sums, tile=tile, **sizes
+                own, *arrays, sums, tile=plan.key_gradient
             )
-            sums = add(own, sums, dkey_pieces, dvalue_pieces)
+            sums = kv_outer_backward.sum_blocks(
+                own, block_start, dkey_pieces, dvalue_pieces, sums, spacing=spacing
+            )
         return dquery, *sums
 
     if sums is not None:
-        return _fold(step, (dquery, *sums), (where, starts, lists))
+        return _fold(step, (dquery, *sums), chunks)
     # with all tokens in one chunk, sums are final when they are written: no float32 copy
     whole = plan.tokens >= query.shape[1]
     sums = [jnp.zeros(x.shape, x.dtype if whole else jnp.float32) for x in (key, value)]
-    dquery, dkey, dvalue = _fold(step, (dquery, *sums), (where, starts, lists))
+    dquery, dkey, dvalue = _fold(step, (dquery, *sums), chunks)
     return dquery, dkey.astype(key.dtype), dvalue.astype(value.dtype)
 
 

@@ -7,16 +7,66 @@ Shapes: b keys of a block, R rows (query token, head of its group) of a step, S 
 group. Row r of a step is head r % G of pair r // G; the last R % G rows of a step are idle.
 """
 
+import dataclasses
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
+from fsa_jax.pallas.block_attention.query_index import Index, num_pieces
 from fsa_jax.pallas.intrinsics import iota, load, split
 from fsa_jax.pallas.tiles import load_tiles
 
 
-def arrays(where, lists):
-    """The arrays that `Item` reads, in order: `where` int32 [3], those of `query_index.Index`."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Chunk:
+    """A part of the (row, KV head) pairs and of the tokens of all queries, for a KV-outer kernel.
+
+    Attributes:
+      where: int32 [3], first (row, KV head) and first token of the chunk, and the token of the
+        keys' row that query token 0 is.
+      lists: the index of its queries.
+      heads: H, (row, KV head) pairs.
+      tokens: C.
+      slots: S, entries of a list.
+      block: b, keys of a block, a power of two.
+      pairs: the most pairs of an item.
+      scale: factor of the logits.
+      interpret: run the kernels in interpret mode.
+    """
+
+    where: jax.Array
+    lists: Index
+    heads: int
+    tokens: int
+    slots: int
+    block: int
+    pairs: int
+    scale: float
+    interpret: bool
+
+    @property
+    def pieces(self) -> int:
+        """How many items can be of blocks that are cut."""
+        return num_pieces(self.heads * self.tokens * self.slots, self.pairs)
+
+    def sizes(self, query, key) -> dict[str, Any]:
+        """What `Item` has to know of the chunk and of arrays [B, T, N, D] and [B, M, K, D]."""
+        return {
+            "length": key.shape[1],
+            "group": query.shape[2] // key.shape[2],
+            "kv_heads": key.shape[2],
+            "slots": self.slots,
+            "block": self.block,
+            "pairs": self.pairs,
+            "partial": query.shape[1] != key.shape[1],
+        }
+
+
+def arrays(chunk: Chunk):
+    """The arrays that `Item` reads, in its order: where the chunk is, and those of its index."""
+    where, lists = chunk.where, chunk.lists
     return (
         where,
         lists.start,
