@@ -127,7 +127,7 @@ def _run(arguments: Sequence[str] | None) -> int:
 
 
 def _discard_output() -> None:
-    """Redirects output that cannot be written to the null device, since Python flushes at exit."""
+    """Discards output that cannot be written, so that Python's flush at exit does not fail."""
     try:
         sys.stdout.flush()
     except OSError:

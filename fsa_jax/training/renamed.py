@@ -133,7 +133,7 @@ def rename_flags(arguments: Sequence[str], new_names: Mapping[str, str]) -> list
         if {old, new} <= given:
             raise ValueError(f"--{new} and --{old}, its old name, must not both be given")
         if old in given:
-            say(f"--{old} is now called --{new}; the old name will go with the next release")
+            say(f"--{old} is now called --{new}; the old name will be removed in the next release")
             _warn(f"--{old}", f"--{new}")
     return [_with_new_flag(word, new_names) for word in arguments]
 
@@ -154,7 +154,7 @@ def _with_new_flag(word: str, new_names: Mapping[str, str]) -> str:
 def _warn(old: str, new: str) -> None:
     """Warns the caller: the first frame outside this module and those that copy a dataclass."""
     warnings.warn(
-        f"{old} is now called {new}; the old name will go with the next release",
+        f"{old} is now called {new}; the old name will be removed in the next release",
         DeprecationWarning,
         skip_file_prefixes=_SKIPPED_FRAMES,
     )
