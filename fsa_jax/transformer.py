@@ -22,8 +22,7 @@ from fsa_jax.arguments import checks
 from fsa_jax.arguments.types import AnyArray, IntegerList
 from fsa_jax.inference.nsa_cache import Chunk, KVCache
 from fsa_jax.layers import FullAttention, NativeSparseAttention
-from fsa_jax.nn.base import without_padding
-from fsa_jax.ops import partition
+from fsa_jax.nn.base import layer_call, without_padding
 from fsa_jax.partitioning import partitioned
 from fsa_jax.rope import RoPE
 from fsa_jax.semantics.precision import narrow
@@ -277,7 +276,7 @@ class Transformer(nnx.Module):
         if positions is not None:
             positions = checks.integers("positions", positions, "B T")
         rest = (segment_ids, positions, dropout_key)
-        return partition.layer_call(self, self.config.sequence_axis, tokens, *rest, name="tokens")
+        return layer_call(self, self.config.sequence_axis, tokens, *rest, name="tokens")
 
     def call_part(self, tokens, segment_ids, positions, dropout_key) -> jax.Array:
         """The call without a cache, under mesh axes that are not Explicit."""

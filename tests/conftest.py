@@ -24,7 +24,14 @@ from jaxtyping import install_import_hook
 # The public functions have their own checks, which must meet bad input first.
 INTERNAL = [
     f"fsa_jax.{name}"
-    for name in ("semantics.segments", "reference", "ops.compression", "xla", "xla_tiles")
+    for name in (
+        "semantics.segments",
+        "semantics.selection_rule",
+        "reference",
+        "ops.compression",
+        "xla",
+        "xla_tiles",
+    )
 ]
 # The hook says nothing of a module that has gone elsewhere: its checks would be gone too.
 for name in INTERNAL:

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from flax.typing import Initializer
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Integer
 
 from fsa_jax.arguments import checks
@@ -30,6 +31,36 @@ def check_heads(num_heads: int, num_kv_heads: int) -> None:
             "num_heads must be a positive multiple of num_kv_heads, got "
             f"num_heads={num_heads} and num_kv_heads={num_kv_heads}"
         )
+
+
+def layer_call(
+    layer: Any, sequence_axis: str | None, x: jax.Array, *others, name: str = "x"
+) -> jax.Array:
+    """`layer.call_part(x, *others)`, also where x is split over Explicit axes.
+
+    Args:
+      layer: gives [B, T, C].
+      sequence_axis: mesh axis that may split the tokens.
+      x: [B, T] or [B, T, C].
+      *others: arrays, or None.
+      name: of `x`, for messages.
+    """
+    graphdef, state = nnx.split(layer)
+    mesh = partition.explicit_mesh((state, x, others))
+    if mesh is None:
+        return layer.call_part(x, *others)
+    rows, tokens = (*partition.explicit_spec(x), None, None)[:2]
+    partition.places(
+        {name: "b t"}, {name: (rows, tokens)}, {name: x.shape[:2]}, dict(mesh.shape), sequence_axis
+    )
+
+    def call(given):
+        state, arrays = given
+        return nnx.merge(graphdef, state).call_part(*arrays)
+
+    return partition.on_auto_axes(
+        call, mesh, PartitionSpec(rows, tokens, None), (state, (x, *others))
+    )
 
 
 def without_padding(x: jax.Array, segment_ids: Any) -> jax.Array:
@@ -182,7 +213,7 @@ class AttentionLayer(nnx.Module):
         if cache is None:
             checks.absent("without a cache", num_tokens=num_tokens, fresh=fresh or None)
             arrays = self._arrays(x, segment_ids, positions)
-            return partition.layer_call(self, self.sequence_axis, *arrays)
+            return layer_call(self, self.sequence_axis, *arrays)
         checks.absent("with a cache", segment_ids=segment_ids, positions=positions)
         x = self._check_features(checks.floating("x", x, "B T C"))
         self.check_cache(cache, x.shape[0])

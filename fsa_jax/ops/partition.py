@@ -24,7 +24,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax.custom_batching import custom_vmap
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec, Sharding
@@ -61,7 +60,7 @@ def partitioned(
         shardings = {name: x.sharding for name, x in zip(operands, arrays, strict=True)}
         shapes = {name: x.shape for name, x in zip(operands, arrays, strict=True)}
         mesh, specs = _by_axes(shardings, shapes, mesh, sequence_axis)
-        place = _places(operands, specs, shapes, dict(mesh.shape), sequence_axis)
+        place = places(operands, specs, shapes, dict(mesh.shape), sequence_axis)
 
         def on_one_device(*arrays):
             with tracing.again():
@@ -184,7 +183,7 @@ def _spec(tiles: np.ndarray, sizes: dict[str, int]) -> PartitionSpec | None:
     return PartitionSpec(*entries)
 
 
-def _places(operands, specs, shapes, sizes, sequence_axis=None):
+def places(operands, specs, shapes, sizes, sequence_axis=None):
     """Checks how arguments are split; gives a function from an array's axes to its PartitionSpec.
 
     Raises:
@@ -288,7 +287,7 @@ def partitions_itself[**P, R](**operands: str) -> Callable[[Callable[P, R]], Cal
             if first not in axes:  # not what it takes, which it says itself
                 return function(*args, **kwargs)
             axis = given.get("sequence_axis")
-            place = _places(axes, specs, shapes, dict(mesh.shape), axis)(axes[first])
+            place = places(axes, specs, shapes, dict(mesh.shape), axis)(axes[first])
             out = (place, PartitionSpec(*place[:-1])) if given.get("return_residuals") else place
             call: Any = function
             return on_auto_axes(lambda given: call(**given), mesh, out, given)
@@ -340,31 +339,3 @@ def explicit_mesh(tree: Any) -> AbstractMesh | None:
 def explicit_spec(x: jax.Array | np.ndarray) -> PartitionSpec:
     """How an array is split according to its type; not at all if the type says nothing."""
     return jax.typeof(x).sharding.spec if isinstance(x, jax.Array) else PartitionSpec()
-
-
-def layer_call(
-    layer: Any, sequence_axis: str | None, x: jax.Array, *others, name: str = "x"
-) -> jax.Array:
-    """`layer.call_part(x, *others)`, also where x is split over Explicit axes.
-
-    Args:
-      layer: gives [B, T, C].
-      sequence_axis: mesh axis that may split the tokens.
-      x: [B, T] or [B, T, C].
-      *others: arrays, or None.
-      name: of `x`, for messages.
-    """
-    graphdef, state = nnx.split(layer)
-    mesh = explicit_mesh((state, x, others))
-    if mesh is None:
-        return layer.call_part(x, *others)
-    rows, tokens = (*explicit_spec(x), None, None)[:2]
-    _places(
-        {name: "b t"}, {name: (rows, tokens)}, {name: x.shape[:2]}, dict(mesh.shape), sequence_axis
-    )
-
-    def call(given):
-        state, arrays = given
-        return nnx.merge(graphdef, state).call_part(*arrays)
-
-    return on_auto_axes(call, mesh, PartitionSpec(rows, tokens, None), (state, (x, *others)))
