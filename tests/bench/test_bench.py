@@ -225,10 +225,10 @@ def test_what_tells_most_is_measured_first():
 
 
 def test_a_floor_takes_the_larger_of_both():
-    roofline = {"flops": 1e12, "bytes": 1e9}
-    assert cases.floor_ms(1e12, 1e6, roofline) == 1000
-    assert cases.floor_ms(None, 1e9, roofline) == 1000
-    assert cases.floor_ms(None, None, roofline) is None
+    ceilings = {"flops": 1e12, "bytes": 1e9}
+    assert cases.floor_ms(1e12, 1e6, ceilings) == 1000
+    assert cases.floor_ms(None, 1e9, ceilings) == 1000
+    assert cases.floor_ms(None, None, ceilings) is None
     assert cases.floor_ms(1e12, 1e6, None) is None
 
 
@@ -240,10 +240,10 @@ ASKED = {"lengths": (512, 1024), "heads": ((12, 4), (40, 8))}
 def test_heads_and_lengths_are_those_asked_for(suite, interpret, monkeypatch):
     asked = []
     monkeypatch.setattr(
-        run, "measure_cases", lambda run, found, *_: iter([case for case, _ in found])
+        attention, "measure_cases", lambda run, found, *_: iter([case for case, _ in found])
     )
     state = Run(BenchConfig(**ASKED), interpret=interpret)
-    asked = decode._steps(state) if suite == "decode" else getattr(run, f"_{suite}")(state, None)
+    asked = decode._steps(state) if suite == "decode" else getattr(attention, suite)(state, None)
     shapes = {(case.length, case.heads, case.kv_heads) for case in asked}
     assert shapes == {(t, *heads) for t in (512, 1024) for heads in ((12, 4), (40, 8))}
 
