@@ -1,25 +1,26 @@
 """KV-outer backward: one pass, five matmuls, dK and dV on chip.
 
-Tiling is that of `kv_outer_forward.py`. The rows of a step are the longer side of every product:
-scores are [rows, b], and dK and dV accumulate as [D, b] and [E, b] in float32 registers over the
-steps of an item. So every product is wide enough for the matrix unit, and p and ds go through
-shared memory once, as they are.
+The tiling is the same as in `kv_outer_forward.py`. The rows of a step are the longer side of every
+product: scores are [rows, b], and dK and dV accumulate as [D, b] and [E, b] in float32 registers
+over the steps of a work item. Every product is therefore wide enough for the matrix unit, and p and
+ds pass through shared memory once, without a transpose.
 
-Dataflow of a step: gather q, dout, lse, delta of the pairs; p = 2^(q k^T - lse); dV^T += dout^T p;
-ds = p * (dout v^T - delta); dK^T += q^T ds; ds k, the partial dq, goes to the slot of the pair and
-`merge_partials.sum_gradients` adds the S slots of each token. Partial dq are stored in a unit of
-their query (`inverse_units`), so that float16 holds them with 11 bits: bfloat16 would round each of
-the S terms of a sum to 8, and double the error of dq.
+Dataflow of a step: gather q, dout, lse and delta of the pairs; p = 2^(q k^T - lse);
+dV^T += dout^T p; ds = p * (dout v^T - delta); dK^T += q^T ds. The partial dq, ds k, is stored in
+the slot of the pair, and `merge_partials.sum_gradients` adds the S slots of each token. Partial dq
+are scaled by a power of two for each query (`inverse_units`), so that float16 holds them with 11
+bits: bfloat16 would round each of the S terms of a sum to 8 bits and double the error of dq.
 
-The one item of a block adds its dK and dV to the result. The items of a hot block, which is cut
-into several, write to rows of their own, and `sum_blocks` adds those in their order. So a sum has
-one order, and there are no atomics.
+If a block has a single work item, that item adds its dK and dV to the result. A hot block is split
+into several items: each of them writes to a separate buffer, and `sum_blocks` adds these partial
+sums in a fixed order. The result is deterministic and needs no atomics.
 
-Flops: 5 * 2 * P * G * b * D (D = E). Device memory: q and dout gathered once a pair, P*G*(D+E)
-elements; dq partials written, P*G*D; dK and dV written, b*(D+E) an item, and read if they are sums.
+Flops: 5 * 2 * P * G * b * D (D = E). Device memory: q and dout are gathered once per pair,
+P*G*(D+E) elements; partial dq are written, P*G*D; dK and dV are written, b*(D+E) per item, and also
+read where they are added to float32 sums.
 
-Shapes: H heads of a chunk, C tokens of it, P = C*S pairs of a head, G query heads of a key head,
-b keys of a block, D and E head widths, I items, X of them of blocks that are cut.
+Shapes: H heads and C tokens of a chunk, P = C*S pairs of a head, G query heads per key head, b keys
+of a block, D and E head widths, I work items, X of which belong to split blocks.
 """
 
 import jax
@@ -35,32 +36,33 @@ from fsa_jax.pallas.tiles import columns_of, product, rows_mask
 
 #: Widest tile of columns.
 COLUMNS = 64
-#: Rows of the products of Hopper, which leave fewer registers than those of older matrix units.
+#: Rows of a Hopper matrix product, which leaves fewer registers than one of older matrix units.
 WIDE = 64
 #: Tokens whose gradients one program of `sum_blocks` writes.
 SUM_ROWS = 16
-#: Items of a block whose loads are in flight together: a hot block has many, one after another.
+#: Work items of a block whose loads are in flight together: a hot block has many of them in a row.
 IN_FLIGHT = 4
 
 
 def inverse_units(key, value, dout, delta, key_valid, valid):
-    """Factor of each query's partial dq / scale that keeps all of them within float16.
+    """Factor that keeps each query's partial dq / scale within the range of float16.
 
     |sum over j of p_j (dout . v_j - delta) k_j| <= (|dout|_1 max|v| + |delta|) max|k|, since the
-    p_j add up to at most 1. The factor makes that bound 2^14 to 2^15. Typical partial results are
-    some 2^12 times smaller; float16 keeps its 11 bits for what is up to 2^29 times smaller. It is a
-    power of two, which changes no bit of the rounded numbers: keys that nobody sees may set it.
+    p_j add up to at most 1. The factor moves this bound to between 2^14 and 2^15. Typical partial
+    results are about 2^12 times smaller than the bound; float16 keeps 11 bits for numbers up to
+    2^29 times smaller. The factor is a power of two, so it does not change how numbers are rounded:
+    it is harmless that keys outside every query's view may determine it.
 
     Args:
       key: [B, T, K, D].
       value: [B, T, K, E].
       dout: [B, T, N, E].
       delta: float32 [B, T, N].
-      key_valid: bool [B, T], False at padding, which may hold anything.
-      valid: that of the queries, which may be part of the row.
+      key_valid: bool [B, T], False at padding, which may hold any value.
+      valid: the same mask for the queries, which may be a part of the sequence.
 
     Returns:
-      float32 [B, T, N]; 0 where the bound is 0, as then dq is; NaN where it is not finite.
+      float32 [B, T, N]; 0 where the bound is 0, since dq is then 0; NaN where it is not finite.
     """
 
     def largest(x):
@@ -70,7 +72,7 @@ def inverse_units(key, value, dout, delta, key_valid, valid):
 
     size = jnp.sum(jnp.abs(dout.astype(jnp.float32)), axis=-1)
     bound = (size * largest(value) + jnp.abs(delta)) * largest(key)
-    # a float32 without its fraction is the power of two below it
+    # clearing the mantissa of a float32 rounds it down to a power of two
     exponent = jax.lax.bitcast_convert_type(bound, jnp.int32) & 0x7F800000
     power = jax.lax.bitcast_convert_type(exponent, jnp.float32)
     inverse = jnp.where(power > 0, 2.0**14 / jnp.where(power > 0, power, 1), 0)
@@ -81,26 +83,26 @@ def inverse_units(key, value, dout, delta, key_valid, valid):
 def partial_gradients(
     chunk: Chunk, query, key, value, dout, lse, delta, inverse, sums, *, tile, partial_dtype
 ):  # fmt: skip
-    """Gradients of the pairs of a chunk.
+    """Gradients of the (query, block) pairs of a chunk.
 
     Args:
-      chunk: heads and tokens.
+      chunk: the heads and tokens to process.
       query: [B, T, N, D].
       key: [B, T, K, D].
       value: [B, T, K, E].
       dout: cotangent of the output, [B, T, N, E].
       lse: float32 [B, T, N].
       delta: sum(out * dout) - dlse, float32 [B, T, N].
-      inverse: `inverse_units`, float32 [B, T, N].
-      sums: dkey [B, T, K, D] and dvalue [B, T, K, E], updated in place at the blocks that have one
-        item. float32 sums are added to: then a head may come in several chunks. Others are set.
+      inverse: result of `inverse_units`, float32 [B, T, N].
+      sums: dkey [B, T, K, D] and dvalue [B, T, K, E], updated in place for the blocks that have a
+        single work item. float32 buffers are added to, so that a head may span several chunks;
+        buffers of other dtypes are overwritten.
       tile: `tile_config.Tile`.
       partial_dtype: dtype of the partial dq.
 
     Returns:
-      dkey and dvalue; dK [X*b, D] and dV [X*b, E] of blocks that are cut, float32, unwritten where
-      there is no such item; and dq / scale * inverse, [H, P*G, D], unwritten where a pair does not
-      count.
+      dkey and dvalue; float32 dK [X*b, D] and dV [X*b, E] of split blocks, unwritten where there
+      is no such item; and dq / scale * inverse, [H, P*G, D], unwritten at invalid pairs.
     """
     width, block, scale = key.shape[3], chunk.block, chunk.scale
     sizes = chunk.sizes(query, key) | {"tokens": chunk.tokens}
@@ -129,14 +131,14 @@ def partial_gradients(
                 # This order of the products is the fastest of those that spill no registers.
                 dp = product(douts, values)
                 p = softmax_weights(product(queries, keys), lses[:, None], scale, key_ref.dtype)
-                # idle rows see all keys; their dout and delta are 0, and so is what they add
-                # (a loop of its own for the steps that need no mask spills registers)
+                # Idle rows attend to all keys, but their dout and delta are 0, so they add 0. (A
+                # separate loop for the steps that need no mask would spill registers.)
                 p = jnp.where(item.sees(token), p, 0.0)
                 p_cut = p.astype(dout_ref.dtype)
                 dvalues = [x + dot(do, p_cut, (0, 0)) for x, do in zip(dvalues, douts, strict=True)]
                 ds = (p * (dp - deltas[:, None])).astype(key_ref.dtype)
                 if tile.rows % group and tile.rows >= WIDE:
-                    # found again: kept from the loads on, they would cost registers
+                    # recomputed: keeping them alive since the loads would cost registers
                     live, token, query_head, slot = item.step(at + item.zero())
                 inverses = load(inverse_ref.at[item.batch, token, query_head], mask=live)
                 for d, tile_keys in zip(columns, keys, strict=True):
@@ -154,7 +156,7 @@ def partial_gradients(
                 for cut in (columns, value_columns)
             )
             dkeys, dvalues = jax.lax.fori_loop(0, item.steps(), step, zeros)
-            # read again: kept over the loop, what the item tells would cost registers
+            # reloaded: keeping the item's fields alive over the loop would cost registers
             item = Item(item_refs, number + item.zero(), rows=tile.rows, **sizes)
             for (sum_ref, piece_ref), d, parts, factor in (
                 (refs[::2], columns, dkeys, scale),
@@ -171,19 +173,19 @@ def partial_gradients(
 
 
 def call_on_items(kernel, chunk: Chunk, items, inputs, sums, tile, *more):
-    """Calls a kernel whose programs own an item each.
+    """Calls a kernel in which each program owns a work item.
 
     Args:
-      kernel: of the arrays of the items, the inputs, the sums, and the results.
-      chunk: whose items they are.
-      items: what `work_item.arrays` gives.
-      inputs: other arrays.
+      kernel: takes refs of the item arrays, the inputs, the sums and the results, in this order.
+      chunk: the chunk that the items belong to.
+      items: the arrays that `work_item.arrays` returns.
+      inputs: other input arrays.
       sums: dkey and dvalue, updated in place.
       tile: `tile_config.Tile`.
-      *more: shapes of other results.
+      *more: shapes of further results.
 
     Returns:
-      The sums, their pieces float32 [X*b, width], and the other results.
+      The sums, the partial sums of split blocks, float32 [X*b, width], and the further results.
     """
     rows = max(1, chunk.pieces) * chunk.block
     shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in sums]
@@ -204,9 +206,9 @@ def call_on_items(kernel, chunk: Chunk, items, inputs, sums, tile, *more):
 
 
 def store_block(item, sum_ref, piece_ref, columns, sums, axis):
-    """Stores tiles of an item's sums where they belong; the block may be its alone.
+    """Stores an item's dK or dV tiles: in the result if the block is not split, else in its buffer.
 
-    Keys are axis `axis` of the tiles, columns the other one.
+    Keys run along axis `axis` of the tiles, columns along the other axis.
     """
 
     def keys(x):
@@ -230,17 +232,17 @@ def store_block(item, sum_ref, piece_ref, columns, sums, axis):
 
 
 def sum_blocks(chunk: Chunk, block_start, dkey_parts, dvalue_parts, sums, *, spacing):
-    """Adds up the dK and dV of the items of blocks that are cut, in their order.
+    """Adds up the dK and dV of the work items of split blocks, in item order.
 
     Args:
-      chunk: whose items they are.
-      block_start: int32 [B, T], first token of the block that each token is in; T at padding.
-      dkey_parts: as `partial_gradients` gives it.
-      dvalue_parts: likewise.
-      sums: as in `partial_gradients`, which has done the other blocks.
+      chunk: the chunk that the items belong to.
+      block_start: int32 [B, T], first token of the block that contains each token; T at padding.
+      dkey_parts: the float32 dK of split blocks that `partial_gradients` returns.
+      dvalue_parts: likewise for dV.
+      sums: as in `partial_gradients`, which has already processed the other blocks.
       spacing: as in `query_index.build_index`.
 
-    Bytes: reads the parts once, reads float32 sums, writes the sums: of hot blocks only.
+    Bytes: reads the partial sums once, reads the sums if float32, writes the sums; hot blocks only.
     """
     _, length, kv_heads, _ = sums[0].shape
     lists, block = chunk.lists, chunk.block

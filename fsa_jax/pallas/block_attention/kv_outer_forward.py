@@ -1,18 +1,18 @@
-"""KV-outer forward: a program owns a block of keys and walks the queries that chose it.
+"""KV-outer forward: a program owns a block of keys and walks the queries that selected it.
 
-Tiling. A step takes `rows // G` pairs; the G heads of a pair are neighbouring rows of one
-[rows, D] tile, so that every row but the last rows % G works whatever G is. K and V of the block
-stay on chip for all steps of an item. Widths are cut into tiles of powers of two.
+Tiling. A step takes `rows // G` (query, block) pairs; the G heads of a pair are adjacent rows of
+one [rows, D] tile, so that all but the last rows % G rows are used for any G. K and V of the block
+stay on chip for all steps of a work item. Head widths are split into power-of-two tiles.
 
 Dataflow of a step: order -> token -> gather q [rows, D] -> q K^T -> softmax within the block ->
-p V -> the normalised partial output and its logsumexp, to the slot of the pair. No two
-programs write the same slot. `merge_partials.py` reads the slots once.
+p V -> the normalised partial output and its logsumexp, stored in the slot of the pair. No two
+programs write the same slot. `merge_partials.py` reads each slot once.
 
-Flops: 2 * P * G * b * (D + E). Device memory, besides K and V once an item: q is gathered once a
-pair, P*G*D elements (from L2 where a chunk's queries fit), and partials are written, P*G*E.
+Flops: 2 * P * G * b * (D + E). Device memory, besides K and V once per item: q is gathered once per
+pair, P*G*D elements (from L2 where a chunk's queries fit), and partial outputs are written, P*G*E.
 
-Shapes: H heads of a chunk, C tokens of it, P = C*S pairs of a head, G query heads of a key head,
-b keys of a block, D and E head widths, I items.
+Shapes: H heads and C tokens of a chunk, P = C*S pairs of a head, G query heads per key head, b keys
+of a block, D and E head widths, I work items.
 """
 
 import jax
@@ -29,10 +29,10 @@ COLUMNS = 128
 
 
 def partial_attention(chunk: Chunk, query, key, value, *, tile, partial_dtype):
-    """Attention of each pair of a chunk to its block alone.
+    """Attention of each (query, block) pair of a chunk, restricted to that block.
 
     Args:
-      chunk: heads and tokens.
+      chunk: the heads and tokens to process.
       query: [B, T, N, D].
       key: [B, T, K, D].
       value: [B, T, K, E].
@@ -40,8 +40,8 @@ def partial_attention(chunk: Chunk, query, key, value, *, tile, partial_dtype):
       partial_dtype: dtype of the partial outputs.
 
     Returns:
-      out [H, P*G, E] and lse float32 [H, P*G]; row pair*G + g. Unwritten where a pair does
-      not count.
+      out [H, P*G, E] and lse float32 [H, P*G]; head g of a pair is row pair*G + g. Both are
+      unwritten at invalid pairs.
     """
     value_width = value.shape[3]
     sizes = chunk.sizes(query, key) | {"tokens": chunk.tokens}

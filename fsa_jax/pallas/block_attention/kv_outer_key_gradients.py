@@ -1,14 +1,16 @@
-"""The KV-outer kernel of dK and dV alone, for groups so large that dq comes from other kernels.
+"""KV-outer kernel for dK and dV only, for groups so large that other kernels compute dq.
 
-Items and the order of sums are those of `kv_outer_backward.py`. But scores are [b, rows], as in
-`key_kernel.py`: p and ds stay in registers for the products that add to dV [b, E] and dK [b, D],
-and what is read is q and dout alone, as the copies to shared memory leave them.
+Work items and the order of summation are the same as in `kv_outer_backward.py`. Scores, however,
+are [b, rows], as in `key_kernel.py`: p and ds stay in registers for the products that accumulate
+dV [b, E] and dK [b, D], and only q and dout are read from shared memory, in the layout in which
+they were copied there.
 
-Flops: 4 * 2 * P * G * b * D (D = E). Device memory: q and dout gathered once a pair, P*G*(D+E)
-elements; dK and dV written, b*(D+E) an item, and read if they are sums.
+Flops: 4 * 2 * P * G * b * D (D = E). Device memory: q and dout are gathered once per pair,
+P*G*(D+E) elements; dK and dV are written, b*(D+E) per item, and also read where they are added to
+float32 sums.
 
-Shapes: P pairs of a head, G query heads of a key head, b keys of a block, D and E head widths, R
-rows of a step, X items of blocks that are cut.
+Shapes: P pairs of a head, G query heads per key head, b keys of a block, D and E head widths, R
+rows of a step, X work items of split blocks.
 """
 
 import jax
@@ -26,9 +28,9 @@ COLUMNS = 128
 
 
 def key_gradients(chunk: Chunk, query, key, value, dout, lse, delta, sums, *, tile):
-    """Gradients of the keys and values of a chunk's pairs.
+    """Key and value gradients of the pairs of a chunk.
 
-    Arguments and results are those of `kv_outer_backward.partial_gradients`, but for dq.
+    Arguments and results are those of `kv_outer_backward.partial_gradients`, without dq.
     """
     block, scale, sizes = chunk.block, chunk.scale, chunk.sizes(query, key)
     group = sizes["group"]
@@ -52,7 +54,7 @@ def key_gradients(chunk: Chunk, query, key, value, dout, lse, delta, sums, *, ti
                 douts = item.load_rows(dout_ref, rows, value_columns)
                 lses = load(lse_ref.at[item.batch, token, query_head], mask=live)
                 p = softmax_weights(product(keys, queries), lses[None, :], scale, key_ref.dtype)
-                # idle rows see all keys; their dout and delta are 0, and so is what they add
+                # idle rows attend to all keys, but their dout and delta are 0, so they add 0
                 if masked:
                     p = jnp.where(item.seen_by(token), p, 0.0)
                 p_cut = p.astype(dout_ref.dtype)
@@ -72,12 +74,12 @@ def key_gradients(chunk: Chunk, query, key, value, dout, lse, delta, sums, *, ti
                 for cut in (columns, value_columns)
             )
             steps = item.steps()
-            # a loop for the steps that need no mask, where there are registers for two loops
+            # steps that need no mask get a second loop if the registers suffice for two loops
             edge = steps if group < 8 or tile.rows % group else item.steps_at_edge()
             sums = jax.lax.fori_loop(0, edge, lambda i, x: step(i, x, True), sums)
             if edge is not steps:
                 sums = jax.lax.fori_loop(edge, steps, lambda i, x: step(i, x, False), sums)
-            # read again: kept over the loop, what the item tells would cost registers
+            # reloaded: keeping the item's fields alive over the loop would cost registers
             item = Item(item_refs, number + item.zero(), rows=tile.rows, **sizes)
             for (sum_ref, piece_ref), d, parts, factor in (
                 (refs[::2], columns, sums[0], scale),

@@ -1,11 +1,12 @@
-"""The segmented reduction: merges the S partial results of each token, with online softmax.
+"""Segmented reduction: merges the S partial results of each token with an online softmax.
 
-A tile is some rows (token, head of the group) of one KV head. A program walks the slots of a tile,
-SLOTS at a time: that many loads are in flight at once, which is what a kernel needs that only
-moves bytes. The S*G*E partial results of a token are contiguous, and each is read once. Bytes: read
-P*G*E partials and their logsumexp, write C*G*E results a head; arithmetic does not count.
+A tile consists of several rows (token, head of the group) of one KV head. A program walks the slots
+of a tile, SLOTS at a time, so that as many loads are in flight at once; the kernel is bound by
+memory bandwidth. The S*G*E partial results of a token are contiguous, and each is read once. Bytes
+per head: P*G*E partial results and their logsumexp are read, C*G*E results are written; the cost of
+the arithmetic is negligible.
 
-Shapes: H heads of a chunk, C tokens of it, S slots, P = C*S, G query heads of a key head, E width.
+Shapes: H heads and C tokens of a chunk, S slots, P = C*S, G query heads per key head, E head width.
 """
 
 import functools
@@ -20,7 +21,7 @@ from fsa_jax.pallas.tiles import each, programs_of, rows_mask
 
 #: Slots whose loads are in flight together.
 SLOTS = 16
-#: Programs that any GPU can share evenly: these are short.
+#: Enough programs to balance the load on any GPU; the programs of these kernels are short.
 ENOUGH_PROGRAMS = 4096
 
 
@@ -30,15 +31,16 @@ def merge_outputs(
     """Merges outputs: lse = log(sum of exp(lse_s)), out = sum of exp(lse_s - lse) out_s.
 
     Args:
-      where: int32 [2], first (row, KV head) and first token of the chunk.
-      starts: int32 [H, C, S], the lists; entries of T and more do not count.
-      part: [H, P*G, E], as `kv_outer_forward.partial_attention` gives it.
-      part_lse: [H, P*G], likewise.
-      out: [B, T, N, E], updated in place at the chunk's tokens and heads; 0 where nothing counts.
-      lse: float32 [B, T, N], likewise, natural logarithm; -inf where nothing counts.
-      done: int32 [1]; where it is not 0, nothing is written.
+      where: int32 [2], first (sequence, KV head) pair and first token of the chunk.
+      starts: int32 [H, C, S], the block lists; entries >= T are ignored.
+      part: [H, P*G, E], partial outputs of `kv_outer_forward.partial_attention`.
+      part_lse: [H, P*G], their logsumexp.
+      out: [B, T, N, E], updated in place at the chunk's tokens and heads; 0 for a query without
+        valid entries.
+      lse: float32 [B, T, N], natural logarithm, likewise; -inf for a query without valid entries.
+      done: int32 [1]; if it is not 0, nothing is written.
       kv_heads: K.
-      elements: size of a program's tile of results.
+      elements: number of results in the tile of a program.
       interpret: run the kernel in interpret mode.
     """
     tiles, heads = _tiles(starts, out, kv_heads, elements)
@@ -68,7 +70,7 @@ def merge_outputs(
             new_top = top
             for lse in lses:
                 new_top = jnp.maximum(new_top, lse)
-            # before the first slot that counts, weights and decay are 2^-inf = 0
+            # before the first valid slot, weights and decay are 2^-inf = 0
             safe = jnp.where(new_top == -jnp.inf, 0.0, new_top)
             decay = exp2((top - safe) * LOG2_E)
             total, result = total * decay, result * decay[:, None]
@@ -103,10 +105,10 @@ def merge_outputs(
 def sum_gradients(
     where, starts, part, inverse, dquery, done, *, scale, kv_heads, elements, interpret
 ):  # fmt: skip
-    """Sums the partial gradients of the queries of a chunk into dquery [B, T, N, D], in place.
+    """Sums the partial query gradients of a chunk into dquery [B, T, N, D], in place.
 
-    `part` [H, P*G, D] is what `kv_outer_backward.partial_gradients` gives, in the unit that
-    `inverse` [B, T, N] says; the other arguments are those of `merge_outputs`.
+    `part` [H, P*G, D] holds the partial dq of `kv_outer_backward.partial_gradients`, scaled by
+    `inverse` [B, T, N] / scale; the other arguments are those of `merge_outputs`.
     """
     tiles, heads = _tiles(starts, dquery, kv_heads, elements)
 
@@ -138,7 +140,7 @@ def sum_gradients(
         inverse,
         dquery,
         done,
-        grid=(tiles, heads),  # several to a program are 8% slower
+        grid=(tiles, heads),  # several tiles per program are 8% slower
         out_shape=jax.ShapeDtypeStruct(dquery.shape, dquery.dtype),
         aliases={4: 0},
         interpret=interpret,
@@ -152,14 +154,14 @@ def _rows(width, elements):
 
 
 def _tiles(starts, result, kv_heads, elements):
-    """Tiles of rows of a head, and heads of the chunk."""
+    """Number of tiles of a head, and number of heads of the chunk."""
     heads, tokens, _ = starts.shape
     rows = tokens * (result.shape[2] // kv_heads)
     return -(-rows // _rows(result.shape[3], elements)), heads
 
 
 class _Place:
-    """A tile: rows of one head of the chunk, their slots and their results."""
+    """A tile: several rows of one head of the chunk, with their slots and results."""
 
     def __init__(self, where_ref, starts_ref, result_ref, kv_heads, elements, number, head):
         _, self.tokens, self.slots = starts_ref.shape
@@ -174,7 +176,7 @@ class _Place:
         self.target = (batch, where_ref[1] + self.token, kv_head * self.group + self.g)
 
     def walk(self, add, state):
-        """Folds `add(state, [(row of the partials, does it count), ...])` over the slots."""
+        """Folds `add(state, [(row of the partial results, is it valid), ...])` over the slots."""
 
         def some(first, count, state):
             slots = []
@@ -191,7 +193,7 @@ class _Place:
         return jax.lax.fori_loop(0, -(-self.slots // SLOTS), step, state)
 
     def part(self, part_ref, at, live, e):
-        """Columns `e` of the partial results of one slot, 0 where it does not count."""
+        """Columns `e` of the partial results of one slot, 0 where the slot is invalid."""
         mask = rows_mask(live, e, self.width)
         return load(part_ref.at[self.head, at[:, None], e[None, :]], mask=mask).astype(jnp.float32)
 

@@ -1,15 +1,17 @@
-"""Selected attention from kernels: chunks, the order of the kernels, and the two passes.
+"""Forward and backward pass of selected attention: chunks and the sequence of kernels.
 
-Forward: build_index, then per chunk partial_attention -> merge_outputs, or query_outer where the
-group is large; or, where neighbouring queries share enough of their blocks, query_tile. Which of
-them is decided on the device, by the lists themselves: the other one finds no work and ends.
-Backward, decided likewise: per chunk partial_gradients -> sum_gradients (dQ) and sum_blocks (dK,
-dV); or dQ by query_tile or query_outer, and per chunk key_gradients -> sum_blocks.
-A chunk is some (row, KV head) pairs and some tokens of all queries; its partial results fit the
-scratch budget. Chunks run one after another in a scan, and update the results in place.
+Forward: build_index, then partial_attention -> merge_outputs for each chunk, or query_outer where
+the group is large; or query_tile, where neighbouring queries share enough of their blocks. The
+kernel is chosen on the device, from the overlap of the lists; the other kernel is launched without
+work and returns at once.
+Backward, chosen likewise: partial_gradients -> sum_gradients (dQ) and sum_blocks (dK, dV) for each
+chunk; or dQ by query_tile or query_outer, and key_gradients -> sum_blocks for each chunk.
+A chunk covers some of the (sequence, KV head) pairs and some of the tokens, so that its partial
+results fit the scratch budget. Chunks run one after another in a scan and update the results in
+place.
 
-Shapes: B rows, T tokens, N query heads, K key/value heads, S listed blocks; H heads and C tokens
-of a chunk, c chunks.
+Shapes: B sequences, T tokens, N query heads, K key/value heads, S listed blocks; H heads and C
+tokens of a chunk, c chunks.
 """
 
 import dataclasses
@@ -33,26 +35,26 @@ from fsa_jax.pallas.block_attention.plan import Plan
 from fsa_jax.pallas.block_attention.work_item import Chunk
 from fsa_jax.semantics.segments import Rows
 
-#: What a block of a tile of 64 rows costs the query-tile kernels: as much as so many rows of pairs
-#: cost the KV-outer kernels, forward and for dq, and as so many pairs cost the query-outer kernels,
-#: likewise. Measured at 65,536 tokens, 4 key heads of width 128 (benchmarks/NOTES.md).
+#: Cost of one block of a 64-row tile in the query-tile kernels, forward and for dq: relative to the
+#: cost of a row of pairs in the KV-outer kernels, and of a pair in the query-outer kernels.
+#: Measured at 65,536 tokens, 4 key heads of width 128 (benchmarks/NOTES.md).
 KV_OUTER_ROWS, KV_OUTER_DQ_ROWS = 13, 24
 QUERY_OUTER_PAIRS, QUERY_OUTER_DQ_PAIRS = 1.4, 1.5
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Problem:
-    """Selected attention, as both passes take it.
+    """The inputs of selected attention that both passes share.
 
     Attributes:
       plan: static sizes.
       query: [B, T, N, D], floating.
       key: [B, T, K, D].
       value: [B, T, K, E].
-      starts: first token of each listed block, T where the entry does not count.
-      lists: what `build_lists` gives.
-      offset: the token of the keys' row that query token 0 is; queries may be part of the row.
-      rows: the documents.
+      starts: first token of each listed block, T at entries to ignore.
+      lists: the query index that `build_lists` returns.
+      offset: position of query token 0 in the key sequence; queries may be a part of the sequence.
+      rows: the segments (documents) of the sequences.
       block_size: tokens of a block.
       scale: factor of the logits.
       interpret: run the kernels in interpret mode.
@@ -72,7 +74,7 @@ class Problem:
 
     @property
     def static(self):
-        """What every kernel takes."""
+        """Static arguments that every kernel takes."""
         return {"block": self.plan.block, "scale": self.scale, "interpret": self.interpret}
 
     @property
@@ -80,16 +82,16 @@ class Problem:
         return self.query, self.key, self.value
 
     def split_starts(self):
-        """`starts` of blocks of the plan's size."""
+        """`starts`, with each listed block split into blocks of the plan's size."""
         length = self.key.shape[1]
         return _split_blocks(self.starts, self.offset, length, self.block_size, self.plan.block)
 
     def chunks(self, starts, lists):
-        """Chunks in their order, as `_fold` takes them."""
+        """The stacked arrays of all chunks, in order, for `_fold`."""
         return *_chunk_lists(self.plan, starts, self.offset, self.key.shape[1]), lists
 
     def chunk(self, where, starts, lists) -> Chunk:
-        """One of `chunks`, for the kernels."""
+        """One of the chunks, as the kernels take it."""
         return Chunk(
             where=where,
             lists=lists,
@@ -104,7 +106,7 @@ class Problem:
 def build_lists(
     plan: Plan, starts: Int[Array, "B T K S"], offset, rows: Rows, *, block_size, interpret
 ) -> query_index.Index:
-    """The query index of all chunks; arguments as in `Problem`."""
+    """Builds the query index of all chunks; arguments as in `Problem`."""
     kv_heads, length = starts.shape[2], rows.start.shape[1]
     starts = _split_blocks(starts, offset, length, block_size, plan.block)
     where, starts = _chunk_lists(plan, starts, offset, length)
@@ -126,9 +128,9 @@ def build_lists(
 def lists_shape(
     plan: Plan, lists: tuple[int, ...], length: int, *, block_size: int, packed: bool
 ) -> query_index.Index:
-    """What `build_lists` makes of lists [B, T, K, S], as shapes and dtypes.
+    """Shapes and dtypes of the index that `build_lists` makes of lists [B, T, K, S].
 
-    `length` is that of a row of keys, and `packed` says whether rows have segment ids.
+    `length` is the length of a key sequence; `packed` says whether sequences have segment ids.
     """
     batch, tokens, kv_heads, slots = lists
     chunks = batch * kv_heads // plan.heads * -(-tokens // plan.tokens)
@@ -160,10 +162,10 @@ def attention(problem: Problem):
             return outer(done=done, into=results)
         if "kv_outer" not in methods:
             return results
-        # items without pairs: no kernel below does anything where the results are there already
+        # if query_tile has computed the results, the items are emptied: kernels below do nothing
         lists = query_index.only_if(done == 0, lists)
     else:
-        # the chunks write all of it
+        # the chunks write every element
         results = (
             jax.lax.empty((*query.shape[:3], problem.value.shape[3]), query.dtype),
             jax.lax.empty(query.shape[:3], jnp.float32),
@@ -195,11 +197,11 @@ def gradients(problem: Problem, lse, delta, dout, sums=None):
     """Backward pass: (dq, dk, dv) in the dtypes of query, key and value.
 
     Args:
-      problem: that of `attention`.
-      lse: what `attention` returned.
+      problem: the same as for `attention`.
+      lse: logsumexp that `attention` returned.
       delta: sum(out * dout) - dlse, float32 [B, T, N].
       dout: cotangent of the output.
-      sums: float32 sums of dk and dv, which are added to, and returned.
+      sums: float32 dk and dv to accumulate into; they are returned as the new dk and dv.
     """
     plan, query, key, value, rows = problem.plan, *problem.arrays, problem.rows
     starts = problem.split_starts()
@@ -207,7 +209,7 @@ def gradients(problem: Problem, lse, delta, dout, sums=None):
     methods = plan.backward_methods
     kv_outer, either = "kv_outer" in methods, len(methods) > 1
     if methods == ("kv_outer",):
-        # the chunks write all of dq
+        # the chunks write every element of dq
         dquery, done = jax.lax.empty(query.shape, query.dtype), jnp.zeros((1,), jnp.int32)
     else:
         arrays = (query, key, value, dout, lse, delta, problem.offset)
@@ -260,7 +262,7 @@ def gradients(problem: Problem, lse, delta, dout, sums=None):
 
     if sums is not None:
         return _fold(step, (dquery, *sums), chunks)
-    # with all tokens in one chunk, sums are final when they are written: no float32 copy
+    # with all tokens in one chunk, dk and dv are written once: they need no float32 accumulator
     whole = plan.tokens >= query.shape[1]
     sums = [jnp.zeros(x.shape, x.dtype if whole else jnp.float32) for x in (key, value)]
     dquery, dkey, dvalue = _fold(step, (dquery, *sums), chunks)
@@ -268,10 +270,11 @@ def gradients(problem: Problem, lse, delta, dout, sums=None):
 
 
 def _query_gradient(plan, starts, arrays, static):
-    """Dq by kernels whose programs own queries; `arrays` are those of `query_outer`.
+    """Computes dq by kernels whose programs own queries; `arrays` as `query_outer` takes them.
 
     Returns:
-      dq, and int32 [1]: 0 where the lists leave it to the KV-outer kernels; then it is unwritten.
+      dq, and an int32 [1] flag; if it is 0, the KV-outer kernels are to compute dq, which is
+      unwritten.
     """
     outer = functools.partial(
         query_outer.query_gradient, starts, *arrays, tile=plan.query_outer_backward, **static
@@ -286,10 +289,10 @@ def _query_gradient(plan, starts, arrays, static):
 
 
 def _tiles(starts, arrays, tile, methods, costs, interpret):
-    """The lists of tiles, and whether those pay; where there is no other method, they do.
+    """The merged lists of tiles, and an int32 [1] flag: 1 if the query-tile kernels are faster.
 
-    `costs` are what a block of a tile costs, in rows of KV-outer and in pairs of query-outer
-    kernels.
+    The flag is always 1 if there is no other method. `costs` are the costs of a block of a tile, in
+    rows of the KV-outer kernels and in pairs of the query-outer kernels.
     """
     query, key, *_ = arrays
     end, group = key.shape[1], query.shape[2] // key.shape[2]
@@ -302,14 +305,14 @@ def _tiles(starts, arrays, tile, methods, costs, interpret):
 
 
 def _counted(starts, query, key):
-    """Lists as `merge_partials.py` takes them: entries that do not count are T of the queries."""
+    """Lists for `merge_partials.py`, where invalid entries equal the number of query tokens."""
     if query.shape[1] == key.shape[1]:
         return starts
     return jnp.where(starts < key.shape[1], 0, query.shape[1])
 
 
 def _split_blocks(starts, offset, length, block_size, block):
-    """Lists of smaller blocks: those of `block` tokens that make up the listed ones."""
+    """Replaces each listed block by the blocks of `block` tokens that it consists of."""
     if block == block_size:
         return starts
     part = jnp.arange(0, block_size, block, dtype=jnp.int32)[None, None, None, None]
@@ -320,10 +323,10 @@ def _split_blocks(starts, offset, length, block_size, block):
 
 
 def _chunk_lists(plan, starts, offset, length):
-    """Cuts the lists of rows of `length` keys.
+    """Splits the lists of sequences of `length` keys into chunks.
 
     Returns:
-      where [c, 3]: first (row, KV head) and token, and the offset; starts [c, H, C, S].
+      where [c, 3]: first (sequence, KV head) pair, first token and offset; starts [c, H, C, S].
     """
     tokens = starts.shape[1]
     missing = -tokens % plan.tokens
@@ -339,12 +342,12 @@ def _chunk_lists(plan, starts, offset, length):
 
 
 def _spacing(plan, packed):
-    """Every block starts at a multiple of this."""
+    """The number of which every block start is a multiple."""
     return 1 if packed else plan.block
 
 
 def _fold(step, results, chunks):
-    """Runs `step(results, chunk)` over the chunks in their order."""
+    """Folds `step(results, chunk)` over the chunks in order."""
     if jax.tree.leaves(chunks)[0].shape[0] == 1:
         return step(results, jax.tree.map(lambda x: x[0], chunks))
     return jax.lax.scan(lambda carry, chunk: (step(carry, chunk), None), results, chunks)[0]

@@ -1,7 +1,7 @@
 """Sizes of the kernels of selected attention: tiles, buffers, and the method of each pass.
 
-They change time and memory, never the meaning of a result. `SelectedTuning()` leaves everything to
-the measured heuristics of this file; a field that is set is used as it stands.
+They affect time and memory, never the meaning of a result. `SelectedTuning()` leaves every choice
+to the measured heuristics of this file; a field that is set is used as given.
 """
 
 import dataclasses
@@ -22,11 +22,11 @@ from fsa_jax.pallas.tile_sizes import next_power_of_two
 
 SelectedMethod = Literal["kv_outer", "query_outer", "query_tile"]
 METHODS: tuple[SelectedMethod, ...] = get_args(SelectedMethod)
-#: Elements of K and V of a tile, so that dK and dV stay in registers.
+#: Most elements of a block's K and V with which dK and dV still fit in registers.
 ON_CHIP = 20480
-#: Largest group for which the KV-outer kernels of a pass are always taken, and the largest for
-#: which the lists decide between them and the query-tile kernels; for larger ones they decide
-#: between query-tile and query-outer kernels. Measured, see benchmarks/NOTES.md.
+#: Largest group for which a pass always uses the KV-outer kernels, and the largest for which the
+#: lists decide between KV-outer and query-tile kernels; for larger groups they decide between
+#: query-outer and query-tile kernels. Measured, see benchmarks/NOTES.md.
 KV_OUTER_FORWARD, KV_OUTER_BACKWARD = (2, 10), (7, 15)
 
 
@@ -36,17 +36,18 @@ class SelectedTuning:
 
     Attributes:
       method: "kv_outer" (FSA), "query_outer" (vanilla NSA), "query_tile" (neighbouring queries
-        share what they load) or None for the fastest one.
+        share the blocks that they load) or None for the fastest one.
       forward: tile of the forward kernel, None for the heuristic one.
       backward: tile of the backward kernel, likewise.
       pairs: the most (query, block) pairs that one program walks; None for the heuristic number.
-      block_k: keys of a tile, a power of two from 16 on that divides the block size; None for the
-        whole block, or less of it where that would not fit on chip.
+      block_k: keys of a tile, a power of two of at least 16 that divides the block size; None for
+        the whole block, or a part of it if the whole block does not fit on chip.
       merge_elements: partial results that a program of the segmented reduction holds at once.
-      partial_dtype: "float32" keeps partial results in float32; None in as many bits as the inputs.
+      partial_dtype: "float32" keeps partial results in float32; None uses as many bits as the
+        inputs have.
       scratch_bytes: most bytes of partial results and gather lists at a time. Longer inputs are
-        worked on in chunks of heads, then of tokens. Not in it: the float32 sums of dK and dV,
-        which are 4*B*T*K*(D+E) bytes, and what the sort of a chunk needs besides its lists.
+        processed in chunks of heads, then of tokens. The budget does not include the float32 sums
+        of dK and dV, which are 4*B*T*K*(D+E) bytes, and the scratch memory of a chunk's sort.
 
     Raises:
       ValueError: a size is out of its range.
@@ -80,20 +81,21 @@ class SelectedTuning:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Everything static about a call of the kernels.
+    """All static parameters of a call of the kernels.
 
     Attributes:
-      forward_methods, backward_methods: of `METHODS`; of two, the lists decide on the device.
-      block: keys of a tile; a listed block is `block_size // block` of them.
+      forward_methods, backward_methods: one or two of `METHODS`; if there are two, the lists decide
+        between them on the device.
+      block: keys of a tile; a listed block consists of `block_size // block` tiles.
       forward, backward: tiles of the KV-outer kernels.
-      key_gradient: that of dK and dV alone.
+      key_gradient: tile of the KV-outer kernel that computes dK and dV only.
       query_outer, query_outer_backward: tiles of the query-outer kernels.
       query_tile, query_tile_backward: tiles of the query-tile kernels.
-      pairs: the most pairs of an item.
-      heads, tokens: (row, KV head) pairs and tokens of a chunk.
+      pairs: the most pairs of a work item.
+      heads, tokens: (sequence, KV head) pairs and tokens of a chunk.
       sort_pairs: the most pairs that are sorted at a time.
       merge_elements: see `SelectedTuning`.
-      partial_dtype, gradient_dtype: of partial outputs and of partial dq.
+      partial_dtype, gradient_dtype: dtypes of partial outputs and of partial dq.
     """
 
     forward_methods: tuple[str, ...]
@@ -116,7 +118,7 @@ class Plan:
 
 
 def _reason(tuning: SelectedTuning, query, key, value, block_size: int) -> str | None:
-    """Why no kernel takes such a call, on whatever GPU; None if they do."""
+    """Why the kernels cannot serve such a call on any GPU; None if they can."""
     if reason := arrays_reason(query, key, value):
         return reason
     if block_size % 16:
@@ -143,7 +145,7 @@ def _too_wide(query, key, value, capability: int) -> str:
 def make_plan(
     tuning: SelectedTuning, query, key, value, slots: int, block_size: int, capability: int
 ) -> Plan | Unsupported:
-    """Fills what `tuning` leaves open, from shapes, dtypes and the device's capability.
+    """Chooses what `tuning` leaves open, from shapes, dtypes and the device's compute capability.
 
     Raises:
       ValueError: `scratch_bytes` does not hold the partial results of one token.
@@ -157,12 +159,12 @@ def make_plan(
     group, value_width = query.shape[2] // kv_heads, value.shape[3]
     widths = padded_width(width) + padded_width(value_width)
     dtype = jnp.dtype(tuning.partial_dtype or query.dtype)
-    # partial dq need more bits than the dq that they are summed to
+    # partial dq need more bits than the dq that they are summed into
     gradient_dtype = jnp.dtype(jnp.float16 if dtype == jnp.bfloat16 else jnp.float32)
     block, rows = tuning.block_k or sizes[0], sizes[1]
-    # float32: short sums, since one of thousands of terms in a row loses what float32 is chosen for
+    # float32: short sums, since adding thousands of terms in sequence would lose its precision
     pairs = tuning.pairs or (64 if query.dtype == jnp.float32 else 1024)
-    # a tile of queries holds its sums in registers, float32 products theirs too
+    # a tile of queries holds its sums in registers, and float32 products need registers as well
     narrow = query.dtype.itemsize == 2 and widths <= 256
     most = max(64 if narrow else 32 if widths <= 256 else 16, next_power_of_two(group))
     query_tile = Tile(rows=most, num_warps=max(4, most // 16), num_stages=3 if narrow else 2)
@@ -170,15 +172,15 @@ def make_plan(
         (tuning.method,) if tuning.method else _methods(group, narrow, *bounds)
         for bounds in (KV_OUTER_FORWARD, KV_OUTER_BACKWARD)
     )
-    # bytes of a pair: its place in the lists, its share of the pieces of hot blocks, and, of the
-    # kernels that make them, its partial results
+    # bytes of a pair: its list entries, its share of the partial sums of hot blocks, and, in the
+    # kernels that have them, its partial results
     pair_bytes = 16 + 8 * block * (width + value_width) // pairs
     if "kv_outer" in forward + backward:
         part = max(width * gradient_dtype.itemsize, value_width * dtype.itemsize)
         pair_bytes += group * (part + 4)
     slots = slots * (block_size // block)
     batch_heads, length = batch * kv_heads, query.shape[1]
-    # the rows of partial results of a chunk have numbers of 32 bits
+    # the rows of a chunk's partial results are indexed in 32 bits
     budget = min(tuning.scratch_bytes, 2**31 // group * pair_bytes)
     heads, tokens = _chunk(budget, batch_heads, length, slots, pair_bytes)
     return Plan(
@@ -186,7 +188,7 @@ def make_plan(
         backward_methods=backward,
         block=block,
         forward=tuning.forward or Tile(rows=rows),
-        # a third stage pays, but costs registers that groups other than powers of two do not leave
+        # a third stage is faster, but costs registers; only power-of-two groups leave enough
         backward=tuning.backward or Tile(rows=rows, num_stages=2 if rows % group else 3),
         key_gradient=tuning.backward or Tile(rows=rows, num_stages=2),
         query_outer=tuning.forward or Tile(num_warps=2, num_stages=2),
@@ -204,21 +206,21 @@ def make_plan(
 
 
 def _methods(group: int, narrow: bool, alone: int, most: int) -> tuple[str, ...]:
-    """Those of a pass; query tiles are for matrix units, and `narrow` heads."""
+    """The methods of a pass; query tiles are for groups above `alone` and `narrow` heads only."""
     outer = "kv_outer" if group <= most else "query_outer"
     return ("query_tile", outer) if narrow and group > alone else (outer,)
 
 
 def _tile_sizes(query, key, value, block_size: int, capability: int) -> tuple[int, int] | None:
-    """Keys and rows of a tile: the largest whose backward kernel fits on chip; None if none does.
+    """Keys and rows of the largest tile whose backward kernel fits on chip; None if none fits.
 
-    Two limits: registers hold dK and dV of the block, which is why block * (D + E) is bounded;
+    There are two limits: registers hold dK and dV of the block, which bounds block * (D + E);
     shared memory holds K and V, two stages of q and dout, and p and ds.
     """
     group, itemsize = query.shape[2] // key.shape[2], query.dtype.itemsize
     widths = sum(padded_width(x.shape[3]) for x in (key, value))
     shared = shared_memory(capability)
-    # wide heads, and older matrix units, need more registers a row
+    # wide heads and older matrix units need more registers per row
     most = 64 if widths <= 256 and capability >= 90 and itemsize == 2 else 32
     most = max(most, next_power_of_two(group))
     blocks = [b for b in (128, 64, 32, 16) if block_size % b == 0 and b * widths <= ON_CHIP]
@@ -230,7 +232,7 @@ def _tile_sizes(query, key, value, block_size: int, capability: int) -> tuple[in
 
 
 def _chunk(budget: int, heads: int, length: int, slots: int, pair_bytes: int) -> tuple[int, int]:
-    """Heads and tokens of a chunk: whole heads where they fit, else part of one head's tokens."""
+    """Heads and tokens of a chunk: whole heads where they fit, else a part of one head's tokens."""
     token_bytes = slots * pair_bytes
     if token_bytes > budget:
         raise ValueError(
