@@ -1,10 +1,11 @@
-"""Kernels for GPUs, in Pallas: pure functions of arrays, static sizes and a tuning object.
+"""Pallas kernels for GPUs: pure functions of arrays, static sizes and a tuning object.
 
-A room for each computation: `range_attention`, `block_attention`, `block_selection` and, for
-decoding, `decode`. Its `plan` or `passes` chooses sizes from shapes and the device (`tile_config`,
-measured ones in `tile_tables`), its passes run the kernels in their order. What kernels share lies
-here, each file on those before it: `intrinsics`, `tiles`, `online_softmax`. Kernels know the rules
-of `fsa_jax.semantics`, and nothing of who calls them.
+There is a package for each computation: `range_attention`, `block_attention`, `block_selection`
+and, for decoding, `decode`. Its `plan` or `passes` module chooses sizes from shapes and the device
+(`tile_config`; `tile_tables` holds measured sizes), and its passes run the kernels in sequence.
+Code that the kernels share is in this package: `intrinsics`, `tiles` and `online_softmax`, each of
+which may import the modules named before it. Kernels follow the rules of `fsa_jax.semantics` and
+know nothing about their callers.
 """
 
 from fsa_jax.pallas.block_attention.plan import SelectedTuning

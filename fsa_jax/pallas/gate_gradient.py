@@ -1,10 +1,11 @@
-"""The kernel of a gate's gradient: everything that a branch needs of dout, in one pass.
+"""Gate gradient kernel: computes everything that a branch needs from dout in one pass.
 
-With the output o of the branch and its gate g, a program owns R rows (token, head)::
+A program owns R rows (token, head). With the branch output o and its gate g it computes::
 
     dgate = sum(o * dout),    dbranch = g * dout,    delta = sum(o * dbranch)
 
-where delta is what every ds of the branch subtracts, of dbranch as it is rounded.
+where delta is the row sum that the backward pass of the branch subtracts from dp; it is computed
+from dbranch after rounding.
 
 Flops: 7 for each of B*T*N*E elements. Bytes: reads dout and the output, writes dbranch.
 """

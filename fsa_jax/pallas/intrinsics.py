@@ -1,4 +1,4 @@
-"""What kernels in Triton are made of: the call, instructions, products, loads and stores."""
+"""Building blocks of the Triton kernels: the call, instructions, products, loads and stores."""
 
 import contextlib
 import contextvars
@@ -13,18 +13,17 @@ from fsa_jax.pallas.tile_sizes import next_power_of_two as next_power_of_two
 from fsa_jax.pallas.tile_sizes import tile_width as tile_width
 
 LOG2_E = math.log2(math.e)
-#: Whether the kernel that is being traced is for interpret mode, which knows no instructions of a
-#: GPU.
+#: Whether the kernel being traced is for interpret mode, which cannot execute GPU instructions.
 _interpreted = contextvars.ContextVar("interpreted", default=False)
 
 
 def call(kernel, *arrays, grid, out_shape, interpret, num_warps=4, num_stages=2, aliases=None):
-    """`pallas_call` through Triton: whole arrays in device memory, one program a grid point.
+    """`pallas_call` through Triton: whole arrays in device memory, one program per grid point.
 
-    Kernels count in 32 bits, whatever `jax_enable_x64` says.
+    Kernels use 32-bit integers regardless of `jax_enable_x64`.
     """
-    # interpret mode evaluates a kernel anew when it is lowered, where x64 may be on: there weakly
-    # typed numbers would become int64
+    # Interpret mode evaluates the kernel again at lowering, where x64 may be enabled: weakly typed
+    # numbers would then become int64.
     arrays = [jax.lax.convert_element_type(x, x.dtype) for x in arrays]
     with _tracing(interpret), jax.enable_x64(False):
         return pl.pallas_call(
@@ -50,41 +49,41 @@ def _tracing(interpret: bool):
 def exp2(x: jax.Array) -> jax.Array:
     """2^x of float32 as one instruction; 0 where the result is below 2^-126.
 
-    jnp.exp2 takes care of smaller results, which a softmax adds to nothing: four instructions.
+    jnp.exp2 also handles smaller results, which are negligible in a softmax, in four instructions.
     """
     return _instruction("ex2.approx.ftz.f32 $0, $1;", jnp.exp2, x)
 
 
 def reciprocal(x: jax.Array) -> jax.Array:
-    """1 / x of float32 as one instruction, right to the last bit but one."""
+    """1 / x of float32 as one instruction, accurate to the last bit but one."""
     return _instruction("rcp.approx.ftz.f32 $0, $1;", lambda x: 1 / x, x)
 
 
 def log2(x: jax.Array) -> jax.Array:
-    """Binary logarithm of float32 as one instruction, right to 2^-22."""
+    """Binary logarithm of float32 as one instruction, accurate to 2^-22."""
     return _instruction("lg2.approx.ftz.f32 $0, $1;", jnp.log2, x)
 
 
 def multiply_add(a, b, c) -> jax.Array:
-    """The sum a * b + c of float32, broadcast, rounded once: one instruction instead of two.
+    """a * b + c of float32, broadcast and rounded once: one instruction instead of two.
 
-    The compiler may not fuse the two by itself, since that changes the rounding.
+    The compiler may not fuse the two operations by itself, since that changes the rounding.
     """
     return _instruction("fma.rn.f32 $0, $1, $2, $3;", lambda a, b, c: a * b + c, a, b, c)
 
 
 def settled(x: jax.Array) -> jax.Array:
-    """The float32 `x` itself: products that were added to it have ended when it is used.
+    """The float32 `x` unchanged; waits for the matrix products that accumulate into it.
 
-    A sum of products over a loop may be left running on the matrix unit into the next step. Where
-    the assembler then finds other instructions on its registers, it makes every product wait for
-    the one before it. The instruction costs nothing: the assembler drops it.
+    A sum of products over a loop may be left running on the matrix unit into the next step. If the
+    assembler then finds other instructions that use its registers, it serializes all products. The
+    instruction itself costs nothing, since the assembler removes it.
     """
     return _instruction("mov.b32 $0, $1;", lambda x: x, x)
 
 
 def _instruction(assembly: str, interpreted, *args) -> jax.Array:
-    """An elementwise PTX instruction; what `interpreted` computes in interpret mode."""
+    """Emits an elementwise PTX instruction, or calls `interpreted` in interpret mode."""
     args = [jnp.asarray(x, jnp.float32) for x in args]
     shape = jnp.broadcast_shapes(*(x.shape for x in args))
     args = [jnp.broadcast_to(x, shape) for x in args]
@@ -100,7 +99,7 @@ def _instruction(assembly: str, interpreted, *args) -> jax.Array:
 
 
 def iota(size: int) -> jax.Array:
-    """int32 numbers 0 .. size-1."""
+    """The int32 numbers 0 .. size-1."""
     return jax.lax.iota(jnp.int32, size)
 
 
@@ -113,7 +112,7 @@ def split(x: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
 def dot(a: jax.Array, b: jax.Array, contract: tuple[int, int]) -> jax.Array:
     """Product over axis `contract[0]` of `a` and `contract[1]` of `b`, summed in float32.
 
-    float32 operands are multiplied as they are: tf32 would lose 13 bits of them.
+    float32 operands are multiplied in full precision: tf32 would drop 13 of their bits.
     """
     return jax.lax.dot_general(
         a,
@@ -125,7 +124,7 @@ def dot(a: jax.Array, b: jax.Array, contract: tuple[int, int]) -> jax.Array:
 
 
 def load(ref, *, mask=None, other: float = 0) -> jax.Array:
-    """Loads what `mask` allows, all without a mask, and `other` elsewhere."""
+    """Loads the elements where `mask` is true, `other` elsewhere; all elements without a mask."""
     return plgpu.load(ref, mask=mask, other=None if mask is None else other)
 
 
@@ -133,6 +132,6 @@ store = plgpu.store
 
 
 def barrier() -> None:
-    """Every thread of the program gets here before any goes on, and sees what others stored."""
+    """Synchronizes the threads of a program; each then sees what the others have stored."""
     if not _interpreted.get():
         plgpu.debug_barrier()

@@ -1,4 +1,4 @@
-"""The softmax of kernels in Triton, over tiles of logits, and float32 sums of many tiles."""
+"""Online softmax of the Triton kernels over tiles of logits, and float32 sums of many tiles."""
 
 import dataclasses
 
@@ -12,10 +12,11 @@ from fsa_jax.pallas.tile_sizes import tile_width as tile_width
 
 @dataclasses.dataclass(frozen=True)
 class Softmax:
-    """A softmax over scale * logits, in the fewest instructions a logit.
+    """A softmax over scale * logits, with the fewest possible instructions per logit.
 
-    float32 inputs get a few more: the largest weight of a row is exactly 1, so that a query that
-    sees one key gives back its value, and numbers are rounded in the unit in which they are kept.
+    float32 inputs (`exact`) take a few instructions more: the largest weight of a row is exactly 1,
+    so that a query that attends to one key returns its value, and exponents are kept in natural
+    units, in which they are also rounded.
     """
 
     scale: float
@@ -23,11 +24,11 @@ class Softmax:
 
     @property
     def factor(self) -> float:
-        """Of the logits that `signed` gives, to the unit of the exponents."""
+        """Factor from the logits that `signed` returns to exponents."""
         return (abs(self.scale) or 1.0) * (1 if self.exact else LOG2_E)
 
     def signed(self, logits: jax.Array) -> jax.Array:
-        """The logits, so that larger ones get larger weights."""
+        """The logits, negated if the scale is negative: larger logits then get larger weights."""
         if self.scale == 0:
             return logits * 0.0
         return logits if self.scale > 0 else -logits
@@ -37,27 +38,27 @@ class Softmax:
         return jnp.max(logits, axis=1) * self.factor
 
     def weights(self, logits: jax.Array, top: jax.Array) -> jax.Array:
-        """exp(scale * logits) in units of that of an exponent `top`."""
+        """exp(scale * logits), relative to the weight of the exponent `top`."""
         if self.exact:
             return exp2((logits * self.factor - top) * LOG2_E)
         return exp2(multiply_add(logits, self.factor, -top))
 
     def decay(self, top: jax.Array, new_top: jax.Array) -> jax.Array:
-        """What the unit of `top` is in that of `new_top`."""
+        """Factor that rescales weights relative to `top` to weights relative to `new_top`."""
         return exp2((top - new_top) * (LOG2_E if self.exact else 1.0))
 
     def fold(self, top: jax.Array, logits: jax.Array, whole: bool = False):
         """A step of an online softmax: the new largest exponents, the weights, and the decay.
 
-        A row that has seen nothing yet, -inf alone, gets weights and decay 2^-inf = 0; where there
-        is no such row, `whole` spares the care for it.
+        A row whose logits are all -inf so far gets weights and decay 2^-inf = 0; if there is no
+        such row, `whole` omits the instructions for this case.
         """
         new_top = jnp.maximum(top, self.top(logits))
         safe = new_top if whole else jnp.where(new_top == -jnp.inf, 0.0, new_top)
         return new_top, self.weights(logits, safe[:, None]), self.decay(top, safe)
 
     def attend(self, state, logits: jax.Array, values):
-        """The next state (largest exponents, sums of weights, sums of weighted values in tiles)."""
+        """The next state: largest exponents, sums of weights, tiles of sums of weighted values."""
         top, total, out = state
         top, p, decay = self.fold(top, logits)
         p_cut = p.astype(values[0].dtype)
@@ -65,11 +66,11 @@ class Softmax:
         return top, total * decay + jnp.sum(p, axis=1), out
 
     def mean(self, x: jax.Array, total: jax.Array) -> jax.Array:
-        """Sums x [R, D] of weighted values over the sums of the weights [R]."""
+        """Divides sums x [R, D] of weighted values by the sums of the weights [R]."""
         return x / total[:, None] if self.exact else x * reciprocal(total)[:, None]
 
     def lse(self, top: jax.Array, total: jax.Array) -> jax.Array:
-        """Natural logarithm of a sum of weights, `total` in the unit of `top`."""
+        """Natural logarithm of a sum of weights; `total` is that sum relative to `top`."""
         if self.exact:
             return top + jnp.log(total)
         return (top + log2(total)) * (1 / LOG2_E)
@@ -85,10 +86,10 @@ def softmax_weights(logits: jax.Array, lse: jax.Array, scale: float, dtype) -> j
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Sum:
-    """A float32 sum of many tiles; with `lost`, the rounding errors of its additions (Kahan).
+    """A float32 sum of many tiles, with an optional Kahan compensation term, `lost`.
 
-    Products of float32 are exact enough that the order of long sums shows: thousands of terms added
-    in a row err several times more than what dense attention adds in trees.
+    float32 products are so accurate that the order of long sums matters: the error of thousands of
+    terms added in sequence is several times that of dense attention, which adds them in trees.
     """
 
     total: jax.Array
@@ -109,5 +110,5 @@ class Sum:
         return Sum(new, (new - total) - part)
 
     def settled(self) -> "Sum":
-        """The same sum; its products have ended here, see `settled`."""
+        """The same sum, once its products have completed; see `settled`."""
         return self if self.lost is not None else Sum(settled(self.total), None)

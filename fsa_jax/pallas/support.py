@@ -1,32 +1,32 @@
-"""What the kernels can serve: which GPUs, and the answer of a plan that cannot be made.
+"""Support checks of the kernels: the GPUs that they run on, and the reason why a plan is refused.
 
-A module of kernels answers `make_plan(...)` with a plan, which holds everything static about a
-call, or with `Unsupported`, which says why there is none. Nothing here imports kernels, since
-`import fsa_jax` would then take twice as long.
+`make_plan(...)` of a kernel package returns a plan, which holds all static parameters of a call, or
+`Unsupported`, which says why there is none. This module imports no kernels, since `import fsa_jax`
+would then take twice as long.
 """
 
 import dataclasses
 
-#: The oldest compute capability whose matrix units and asynchronous copies the kernels use.
+#: The oldest compute capability with the matrix units and asynchronous copies that kernels need.
 OLDEST = 80
-#: The capability of the GPUs that the kernels in Mosaic GPU are written for.
+#: The compute capability of the GPUs that the Mosaic GPU kernels are written for.
 HOPPER = 90
-#: The capability whose tile sizes are taken where there is no such GPU to ask: in interpret mode.
+#: The capability for which tiles are sized if there is no such GPU, as in interpret mode.
 ASSUMED = 90
 
 
 @dataclasses.dataclass(frozen=True)
 class Unsupported:
-    """The answer of kernels that cannot serve a call, with the reason in words."""
+    """The result of planning a call that the kernels cannot serve, with the reason in words."""
 
     reason: str
 
 
 def supported[Plan](plan: Plan | Unsupported) -> Plan:
-    """The plan.
+    """Returns the plan unless it is `Unsupported`.
 
     Raises:
-      NotImplementedError: there is none; the message is the reason.
+      NotImplementedError: the call is unsupported; the message is the reason.
     """
     if isinstance(plan, Unsupported):
         raise NotImplementedError(plan.reason)
@@ -34,9 +34,10 @@ def supported[Plan](plan: Plan | Unsupported) -> Plan:
 
 
 def capability() -> int | None:
-    """Compute capability (90 for 9.0) of the GPU to compile for; None if that is no NVIDIA GPU.
+    """Compute capability (90 for 9.0) of the GPU to compile for; None if it is no NVIDIA GPU.
 
-    The GPU is that of the abstract mesh in use (ahead-of-time compilation) or the default device.
+    The GPU is taken from the current abstract mesh (ahead-of-time compilation), or else it is the
+    default device.
     """
     from jax.experimental.pallas import triton as plgpu
 
@@ -57,7 +58,7 @@ def device_reason() -> str | None:
 
 
 def hopper_reason() -> str | None:
-    """Why the kernels in Mosaic GPU cannot run on the device to compile for; None if they can."""
+    """Why the Mosaic GPU kernels cannot run on the device to compile for; None if they can."""
     found = capability()
     if found in (None, HOPPER):
         return None
@@ -65,5 +66,5 @@ def hopper_reason() -> str | None:
 
 
 def planned_capability() -> int:
-    """The capability that tiles are sized for: of the GPU, or `ASSUMED` where none can serve."""
+    """The capability that tiles are sized for: the GPU's, or `ASSUMED` without a usable GPU."""
     return ASSUMED if device_reason() else capability() or ASSUMED

@@ -1,4 +1,4 @@
-"""What the sizes of any kernel obey: tiles, the arrays that kernels serve, memory of a device."""
+"""Limits on the sizes of all kernels: tiles, supported arrays, and shared memory of a device."""
 
 import dataclasses
 
@@ -7,18 +7,18 @@ import jax.numpy as jnp
 from fsa_jax.arguments import scalars
 from fsa_jax.pallas.tile_sizes import cut_width, next_power_of_two
 
-#: Shared memory that one program may use, bytes, by compute capability; the least of a family.
+#: Shared memory that one program may use, in bytes, by compute capability: the minimum of a family.
 SHARED_MEMORY = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
-#: Widest head, and most query heads of a key head.
+#: Widest head, and most query heads per key head.
 WIDEST, MOST_ROWS = 256, 128
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Tile:
-    """How a program of a KV-outer kernel is cut.
+    """Tile sizes and launch parameters of a program of a KV-outer kernel.
 
     Attributes:
-      rows: rows (query token, head of the group) of a step's matrices, a power of two from 16 on.
+      rows: rows (query token, head of the group) of a step's matrices, a power of two >= 16.
       num_warps: warps of a program, a power of two up to 16.
       num_stages: depth of the software pipeline, 1 to 8.
     """
@@ -36,14 +36,14 @@ class Tile:
 
 
 def set_integer(owner, name, least, most) -> int:
-    """Checks a field, and makes an integer of NumPy one of Python."""
+    """Checks an integer field and converts a NumPy integer to a Python one."""
     size = scalars.size(name, getattr(owner, name), least, most)
     object.__setattr__(owner, name, size)
     return size
 
 
 def arrays_reason(query, key, value) -> str | None:
-    """Why no kernel takes arrays of these shapes and dtypes; None if they do."""
+    """Why the kernels cannot serve arrays of these shapes and dtypes; None if they can."""
     if query.dtype not in (jnp.float16, jnp.bfloat16, jnp.float32):
         return f"the dtype must be float16, bfloat16 or float32, got {query.dtype}"
     for name, x in (("key", key), ("value", value)):
@@ -56,10 +56,10 @@ def arrays_reason(query, key, value) -> str | None:
 
 
 def shared_memory(capability: int) -> int:
-    """Bytes of shared memory that one program may use on a GPU of that capability."""
+    """Bytes of shared memory that one program may use on a GPU of this compute capability."""
     return SHARED_MEMORY[max(c for c in SHARED_MEMORY if c <= capability)]
 
 
 def padded_width(width: int) -> int:
-    """Columns that `tile_sizes.cut_width` makes of `width`."""
+    """Total columns of the tiles that `tile_sizes.cut_width` makes of `width`."""
     return sum(size for _, size in cut_width(width, 64))

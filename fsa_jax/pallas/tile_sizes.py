@@ -1,29 +1,29 @@
-"""How tiles are cut: plain integers, for plans that are made where no kernel is loaded."""
+"""Arithmetic of tile sizes on plain integers, for plans, which must not import kernels."""
 
-#: Above every rank and every number of a block or an entry: all of them are int32.
+#: Greater than every rank and every block or entry number, all of which are int32.
 LARGEST = 2**31 - 1
 
 
 def next_power_of_two(size: int) -> int:
-    """The smallest power of two that is at least `size`; Triton's tiles have no other sizes."""
+    """The smallest power of two that is at least `size`; Triton tiles must have such sizes."""
     return 1 << max(size - 1, 0).bit_length()
 
 
 def tile_width(width: int) -> int:
-    """Columns of a tile that holds `width`; matrix units take at least 16."""
+    """Columns of a tile that holds `width` columns; matrix units need at least 16."""
     return max(16, next_power_of_two(width))
 
 
 def cut_width(width: int, most: int) -> list[tuple[int, int]]:
-    """Cuts `width` columns into tiles (start, size) of at most `most`.
+    """Splits `width` columns into tiles (start, size) of at most `most` columns.
 
-    Tiles are powers of two from 16 on, so that little is padded: 80 is 64 + 16, not 128.
+    Tile sizes are powers of two of at least 16, chosen to pad little: 80 is 64 + 16, not 128.
     """
     tiles, start = [], 0
     while start < width:
         left = width - start
         size = tile_width(left)
-        if size - left >= 16:  # a smaller tile and another one after it pad less
+        if size - left >= 16:  # a smaller tile followed by another one needs less padding
             size //= 2
         size = min(most, size)
         tiles.append((start, size))

@@ -1,4 +1,4 @@
-"""Tiles of kernels in Triton: columns, tasks of a program, loads, products, walks over tiles."""
+"""Tiles of the Triton kernels: columns, tasks of a program, loads, products, loops over tiles."""
 
 import jax
 import jax.numpy as jnp
@@ -9,16 +9,16 @@ from fsa_jax.pallas.tile_sizes import cut_width
 from fsa_jax.pallas.tile_sizes import next_power_of_two as next_power_of_two
 from fsa_jax.pallas.tile_sizes import tile_width as tile_width
 
-#: Programs that any GPU can share evenly, and the most tasks that one gets where there are more.
+#: Enough programs to balance the load on any GPU; with more tasks, the most tasks per program.
 ENOUGH_PROGRAMS, MOST_TASKS = 16384, 4
-#: Widest tile of float32 columns; products of float32 hold one of each side in registers.
+#: Widest tile of float32 columns; float32 products hold a tile of each operand in registers.
 FLOAT32_COLUMNS = 32
 
 
 def columns_of(array, most: int) -> list[jax.Array]:
     """Column numbers of the tiles that `cut_width` makes of the last axis of an array.
 
-    Those of float32 are narrow: `product` then rounds sums of few terms, as a dense product does.
+    float32 tiles are narrow: `product` then rounds sums of few terms, as a dense product does.
     """
     if array.dtype == jnp.float32:
         most = min(most, FLOAT32_COLUMNS)
@@ -26,18 +26,19 @@ def columns_of(array, most: int) -> list[jax.Array]:
 
 
 def programs_of(tasks: int, rows: int, enough: int = ENOUGH_PROGRAMS) -> int:
-    """Programs for the tasks of each row: several to one, where all need more than enough.
+    """Number of programs for the tasks of a grid row.
 
-    For idle programs cost time too: 0.2 ms for 262,144 of them.
+    A program takes several tasks if all rows together have more than enough of them, because even
+    idle programs cost time: 0.2 ms for 262,144 of them.
     """
     return -(-tasks // max(1, min(tasks * rows // enough, MOST_TASKS)))
 
 
 def each(tasks: int, wanted: jax.Array, body) -> None:
-    """Calls `body(task)` for the tasks of a program of axis 0; if not wanted, it is over at once.
+    """Calls `body(task)` for the tasks of this program of grid axis 0; for none if not `wanted`.
 
-    They are neighbours, so that programs that run at the same time are at about the same place, and
-    what they load is in the L2 cache.
+    The tasks of a program are adjacent, so that programs that run concurrently process nearby tasks
+    and find what they load in the L2 cache.
     """
     number, programs = pl.program_id(0), pl.num_programs(0)
     several = jax.lax.div(jnp.asarray(tasks + programs - 1), jnp.asarray(programs))
@@ -47,24 +48,24 @@ def each(tasks: int, wanted: jax.Array, body) -> None:
 
 
 def rows_mask(rows: jax.Array, columns: jax.Array, width: int) -> jax.Array:
-    """Mask [rows, columns] of the rows that exist and the first `width` columns."""
+    """Mask [rows, columns] of the valid rows and the first `width` columns."""
     return rows[:, None] & (columns < width)[None, :]
 
 
 def load_tiles(ref, batch, token, head, columns: list[jax.Array], rows=None) -> list[jax.Array]:
-    """Tiles [R, columns] of `ref` [B, T, H, D] at R tokens of one row, cut as `columns` say.
+    """Loads R tokens of one sequence of `ref` [B, T, H, D] as tiles [R, columns].
 
     Args:
       ref: the array.
-      batch: row of the batch.
+      batch: batch index of the sequence.
       token: int32 [R].
       head: one head, or one for each token.
-      columns: what `columns_of` gives.
-      rows: bool [R], rows that are loaded, 0 elsewhere; None for all.
+      columns: column numbers of the tiles, from `columns_of`.
+      rows: bool [R], the rows to load, 0 elsewhere; None for all.
     """
     width = ref.shape[3]
     head = head[:, None] if head.ndim else head
-    # without anything to leave out there is no mask to compute
+    # if everything is loaded, there is no mask to compute
     masked = rows is not None or sum(d.size for d in columns) != width
     rows = jnp.full(token.shape, True) if rows is None else rows
     return [
@@ -77,10 +78,11 @@ def load_tiles(ref, batch, token, head, columns: list[jax.Array], rows=None) -> 
 
 
 def product(a: list[jax.Array], b: list[jax.Array]) -> jax.Array:
-    """Product a b^T of matrices that are cut into tiles of columns.
+    """Product a b^T of matrices that are split into tiles of columns.
 
-    Sums of float32 tiles are kept apart until each is whole: in one long sum, the last of 128 terms
-    would be rounded in the unit of all of them, which dp - delta shows where a query sees few keys.
+    The products of float32 tiles are computed separately and then added: in one long sum, the last
+    of 128 terms would be rounded at the magnitude of the whole sum, an error that shows in
+    dp - delta where a query attends to few keys.
     """
     parts = [dot(x, y, (1, 1)) for x, y in zip(a, b, strict=True)]
     if a[0].dtype == jnp.float32:
@@ -91,7 +93,7 @@ def product(a: list[jax.Array], b: list[jax.Array]) -> jax.Array:
 def fold_tiles(step, state, begin, inner_begin, inner_end, end):
     """Folds `step(number, state, masked)` over the tiles begin .. end-1.
 
-    Those from inner_begin to inner_end-1 need no mask, and come first; then those before and after.
+    Tiles inner_begin .. inner_end-1 need no mask and come first, then the tiles before and after.
     """
     before = inner_begin - begin
 

@@ -1,18 +1,19 @@
-"""The query index: which queries chose each block of keys, as gather lists cut into items.
+"""The query index: the queries that selected each block of keys, as lists split into work items.
 
-Dataflow, for c chunks of H heads and C tokens with P = C*S (token, slot) pairs a head:
+Dataflow, for c chunks of H heads and C tokens with P = C*S (token, slot) pairs per head:
 
 1. Sort the pairs by (chunk, head, block): one stable radix sort of c*H*P small numbers.
-2. Find the first pair of each block: a binary search for each.
-3. Cut the pairs of each block into items of at most `pairs` pairs. An item is the work of one
-   program of a KV-outer kernel; a hot block is many items, never one long one.
+2. Find the first pair of each block by binary search.
+3. Split the pairs of each block into work items of at most `pairs` pairs. An item is the work of
+   one program of a KV-outer kernel; a hot block becomes many items rather than a long one.
 
-Everything depends on the lists alone, so that forward and backward share one index. Sizes are
-static: the sum over blocks of ceil(n / pairs) is at most P // pairs plus the number of blocks.
-Memory is linear in the pairs; nothing is a table of tokens by blocks.
+The index depends on the lists alone, so the forward and backward pass share it. Sizes are static:
+the sum over blocks of ceil(n / pairs) is at most P // pairs plus the number of blocks. Memory is
+linear in the number of pairs; there is no tokens-by-blocks table.
 
-Blocks are numbered by where they may start: every `spacing` tokens. In rows that are one document
-that is the block size; in packed rows a block may start at any token, so `spacing` is 1.
+Blocks are numbered by their possible starts, which are `spacing` tokens apart. In a sequence that
+is one document, `spacing` is the block size; in packed sequences a block may start at any token, so
+`spacing` is 1.
 """
 
 import dataclasses
@@ -26,30 +27,30 @@ from jaxtyping import Array, Bool, Int
 from fsa_jax.pallas.intrinsics import call, iota, load, store
 from fsa_jax.semantics.segments import Rows
 
-#: Numbers that one program of the binary search looks up.
+#: Number of values that one program of the binary search looks up.
 SEARCH_TILE = 256
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Index:
-    """Gather lists of the chunks, and the items that they are cut into; all int32.
+    """Gather lists of the chunks, and the work items that they are split into; all int32.
 
     Attributes:
-      order: pairs (token * S + slot) by head, then by block, then ascending; pairs
-        that do not count stand at the end of their head.
+      order: pairs (token * S + slot), ordered by head, then by block, then ascending; invalid pairs
+        come last within their head.
       start: first token of the item's block.
       stop: one past the last token of the block's document.
       head: head of the chunk.
-      first: where the item's pairs begin in `order`.
-      count: number of pairs, 0 for the items that are left over, the last ones.
+      first: position of the item's first pair in `order`.
+      count: number of pairs; 0 for the unused items, which come last.
       begins: 1 for the first item of a block, 0 for the others.
-      piece: -1 for an item that is its block's only one; those of blocks that are cut are numbered
-        0, 1, ... in each chunk.
+      piece: -1 for the only item of a block; the items of split blocks are numbered 0, 1, ... in
+        each chunk.
       block_items: number of items of each block.
-      block_piece: the number `piece` of its first item, if it is cut.
-      items: how many items there are.
-      programs: of the kernels that work on the items of a chunk, each on a share of them.
+      block_piece: `piece` of the first item of a split block.
+      items: number of items in use.
+      programs: number of programs of the kernels that share out the items of a chunk.
     """
 
     order: Int[Array, "c HP"]
@@ -67,18 +68,18 @@ class Index:
 
     @property
     def shared(self) -> bool:
-        """Whether a program may have several items."""
+        """Whether a program may have to process several items."""
         return self.programs < self.start.shape[-1]
 
 
 def index_shape(
     lists: tuple[int, ...], length: int, *, spacing: int, block: int, pairs: int
 ) -> Index:
-    """The index that `build_index` makes of lists [c, H, C, S], as shapes and dtypes.
+    """Shapes and dtypes of the index that `build_index` makes of lists [c, H, C, S].
 
     Args:
       lists: shape of the lists.
-      length: tokens T of a row of keys.
+      length: T, tokens of a key sequence.
       spacing: as in `build_index`.
       block: likewise.
       pairs: likewise.
@@ -96,16 +97,16 @@ def index_shape(
     return Index(
         order=of_chunks(heads * of_head),
         **{name: of_chunks(size) for name, size in sizes.items()},
-        # In packed rows each token may open a block, but few do: documents of one block on average
-        # have two blocks for each `block` tokens. An idle program costs 13 ns.
+        # In packed sequences a block may start at any token, but few do: documents of one block on
+        # average have two blocks per `block` tokens. An idle program costs 13 ns.
         programs=min(bound, 2 * heads * -(-length // block) + cut),
     )
 
 
 def num_pieces(pairs_of_chunk: int, pairs: int) -> int:
-    """How many items of a chunk can be of blocks that are cut.
+    """Upper bound on the number of work items of a chunk that belong to split blocks.
 
-    A block of n > pairs pairs has ceil(n / pairs) items: at most twice n // pairs.
+    A block of n > pairs pairs has ceil(n / pairs) items, which is at most twice n // pairs.
     """
     return 2 * (pairs_of_chunk // pairs)
 
@@ -121,16 +122,16 @@ def build_index(
     pairs: int,
     interpret: bool,
 ) -> Index:
-    """Sorts the pairs of each chunk by block and cuts them into items.
+    """Sorts the pairs of each chunk by block and splits them into work items.
 
     Args:
-      where: first (row, KV head) and first token of each chunk.
-      starts: first token of each listed block in the row, T where the entry does not count.
-      rows: the documents.
+      where: first (sequence, KV head) pair and first token of each chunk.
+      starts: first token of each listed block in its sequence, T at entries to ignore.
+      rows: the segments (documents) of the sequences.
       kv_heads: K.
-      spacing: every block starts at a multiple of it.
+      spacing: every block starts at a multiple of this number.
       block: tokens of a block.
-      pairs: the most pairs of an item.
+      pairs: the most pairs of a work item.
       interpret: run the kernel in interpret mode.
     """
     chunks, heads, tokens, slots = starts.shape
@@ -156,7 +157,7 @@ def build_index(
     both = jnp.stack([needed, jnp.where(needed > 1, needed, 0)])
     ends = jnp.cumsum(both.reshape(2, -1), axis=1, dtype=jnp.int32).reshape(both.shape)
     before = jnp.concatenate([jnp.zeros((2, 1), jnp.int32), ends[:, :-1, -1]], axis=1)
-    # of the item, among those of all chunks
+    # number of each item among the items of all chunks
     number = before[0][:, None] + iota(shape.start.shape[1])[None]
     found = search(ends[0].reshape(-1), number.reshape(-1) + 1, interpret=interpret)
     found = found.reshape(number.shape) - iota(chunks)[:, None] * (heads * blocks)
@@ -184,7 +185,7 @@ def build_index(
 
 
 def only_if(wanted: Bool[Array, "1"], lists: Index) -> Index:
-    """The items as they are where `wanted`, bool [1], is true, else items without pairs."""
+    """The index unchanged if `wanted`, bool [1], is true, else an index without items."""
     return dataclasses.replace(
         lists,
         items=jnp.where(wanted, lists.items, 0),
@@ -197,9 +198,9 @@ def only_if(wanted: Bool[Array, "1"], lists: Index) -> Index:
 def search(
     ascending: Int[Array, " n"], wanted: Int[Array, " m"], *, interpret: bool
 ) -> Int[Array, " m"]:
-    """For each wanted number, how many of the ascending ones are smaller.
+    """For each value in `wanted`, the number of values in `ascending` that are smaller.
 
-    Reads m * log2(n) numbers; writes m.
+    The kernel reads m * log2(n) numbers and writes m.
     """
     (size,), (count,) = ascending.shape, wanted.shape
 

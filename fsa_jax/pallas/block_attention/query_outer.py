@@ -1,13 +1,15 @@
-"""Query-outer kernels, the vanilla NSA: a program owns the G heads of a token and walks its blocks.
+"""Query-outer kernels (vanilla NSA): a program owns the G heads of a token and walks its blocks.
 
-The baseline of the KV-outer kernels, and the faster one where G is large. No partial results: the
-output, its logsumexp and dq are accumulated on chip. dK and dV come from `kv_outer_backward.py`.
+They are the baseline for the KV-outer kernels, and faster where G is large. There are no partial
+results: the output, its logsumexp and dq are accumulated on chip. dK and dV come from
+`kv_outer_key_gradients.py`.
 
-Tiling: the G rows of a token are padded to at least 16, the least a matrix unit takes. Flops, with
-G' the padded G: forward 2 * T*K*S * G' * b * (D + E), dq 2 * T*K*S * G' * b * (2 D + E). Bytes
-through L2, whatever G is: T*K*S*b*(D+E) elements of K and V.
+Tiling: the G rows of a token are padded to at least 16, the minimum of a matrix unit. Flops, with
+G' the padded G: forward 2 * T*K*S * G' * b * (D + E), dq 2 * T*K*S * G' * b * (2 D + E). Traffic
+through L2, independent of G: T*K*S*b*(D+E) elements of K and V.
 
-Shapes: B rows, T tokens, N query heads, K key/value heads, G = N/K, S slots, b keys of a block.
+Shapes: B sequences, T tokens, N query heads, K key/value heads, G = N/K, S slots, b keys of a
+block.
 """
 
 import jax
@@ -27,17 +29,17 @@ def attention(
     """Attention of each query to its listed blocks.
 
     Args:
-      starts: int32 [B, T, K, S], first token of each listed block, T where it does not count.
+      starts: int32 [B, T, K, S], first token of each listed block, T at entries to ignore.
       query: [B, T, N, D].
       key: [B, T, K, D].
       value: [B, T, K, E].
-      offset: int32 [1], the token of the keys' row that query token 0 is.
+      offset: int32 [1], position of query token 0 in the key sequence.
       block: b, a power of two.
       scale: factor of the logits.
-      tile: `tile_config.Tile`; its rows are not used.
+      tile: `tile_config.Tile`; its `rows` are not used.
       interpret: run the kernel in interpret mode.
-      done: int32 [1] or None; where it is not 0, the results are there already.
-      into: those results, given back as they are.
+      done: int32 [1] or None; if it is not 0, another kernel has already computed the results.
+      into: the buffers (out, lse) that hold those results; they are then returned unchanged.
 
     Returns:
       out [B, T, N, E] in the dtype of `query` and lse float32 [B, T, N], natural logarithm.
@@ -104,7 +106,8 @@ def query_gradient(
 ):  # fmt: skip
     """Gradient [B, T, N, D] of the queries; arguments as in `attention` and `kv_outer_backward.py`.
 
-    Where `done`, int32 [1], is not 0, the gradient is there already: `into`, given back as it is.
+    If `done`, int32 [1], is not 0, another kernel has already computed the gradient, and the buffer
+    `into` that holds it is returned unchanged.
     """
     given = () if done is None else (done, into)
     tokens, rows = query.shape[1], key.shape[0] * key.shape[2]
@@ -161,7 +164,7 @@ def query_gradient(
 
 
 def _heads(query_ref, key_ref):
-    """Row of the batch and KV head of a program, the head's query heads, which of them exist."""
+    """Batch index and KV head of a program, its (padded) query heads, and which of them exist."""
     kv_heads = key_ref.shape[2]
     group = query_ref.shape[2] // kv_heads
     batch, kv_head = split(pl.program_id(1), kv_heads)
@@ -170,13 +173,13 @@ def _heads(query_ref, key_ref):
 
 
 def _block(starts_ref, offset_ref, batch, token, kv_head, slot, block):
-    """Tokens of a listed block, and which of them the query sees."""
+    """Tokens of a listed block, and which of them the query attends to."""
     start = starts_ref[batch, token, kv_head, slot]
     column = start + iota(block)
     return column, column <= token + offset_ref[0]
 
 
 def _load_rows(ref, batch, token, query_head, there, columns):
-    """Tiles [G', columns] of the heads of a token."""
+    """Loads the tiles [G', columns] of the heads of a token."""
     token = jnp.full(query_head.shape, token)
     return load_tiles(ref, batch, token, query_head, columns, there)

@@ -1,21 +1,22 @@
 """Query-tile kernels: a program owns the heads of neighbouring tokens and walks all their blocks.
 
-Neighbouring queries choose much the same blocks. So a program takes as many tokens as fill the rows
-of a matrix unit, and loads each block that any of them chose once, for all of them; a mask hides it
-from the others. As with query-outer kernels there are no partial results; unlike there, K and V
-cross L2 once a tile, and no row is padding. The worst case, tokens that share no block, moves as
-many bytes as query-outer kernels do, and multiplies `tokens` times as much.
+Neighbouring queries select mostly the same blocks. A program therefore takes as many tokens as fill
+the rows of a matrix unit, and loads each block that any of them selected once for all of them; a
+mask hides the block from the tokens that did not select it. As in the query-outer kernels there are
+no partial results, but K and V cross L2 once per tile and no rows are padding. In the worst case,
+when the tokens share no block, these kernels move as many bytes as the query-outer kernels and
+perform `tokens` times as many multiplications.
 
-Dataflow: `merge_lists` holds the lists of a tile's tokens, takes the lowest block, then the lowest
-one behind it, and so on, and writes each with the set of tokens that chose it. The main kernels
-then are those of `query_kernels.py`, but for the blocks they load and the mask.
+Dataflow: `merge_lists` holds the lists of a tile's tokens in registers, extracts the blocks in
+ascending order, and writes each with the set of tokens that selected it. The main kernels differ
+from those of `query_kernels.py` only in the blocks that they load and in the mask.
 
-Flops, with U the blocks of all tiles: forward 2*U*R*b*(D + E), dq 2*U*R*b*(2*D + E). Bytes: q, dout
-and the result once, U*b*(D + E) elements of K and V from L2; 8*T*K*S bytes of lists written, and
-those of U read.
+Flops, with U the number of blocks of all tiles: forward 2*U*R*b*(D + E), dq 2*U*R*b*(2*D + E).
+Bytes: q, dout and the result once, U*b*(D + E) elements of K and V from L2; 8*T*K*S bytes reserved
+for merged lists, of which the U entries are written and read.
 
-Shapes: B rows of the batch, T tokens, N query heads, K key/value heads, G = N/K, S slots, n tokens
-of a tile, R >= n*G rows of it, b keys of a block, D and E head widths.
+Shapes: B sequences, T tokens, N query heads, K key/value heads, G = N/K, S slots, n tokens and
+R >= n*G rows of a tile, b keys of a block, D and E head widths.
 """
 
 import dataclasses
@@ -32,11 +33,11 @@ from fsa_jax.pallas.tile_config import Tile
 from fsa_jax.pallas.tile_sizes import next_power_of_two
 from fsa_jax.pallas.tiles import columns_of, each, load_tiles, product, programs_of, rows_mask
 
-#: Most tokens of a tile: a set of them is 16 bits, which a float32 holds exactly.
+#: Most tokens of a tile: a set of tokens is a 16-bit mask, which float32 represents exactly.
 MOST_TOKENS = 16
-#: Entries of lists that a program of `merge_lists` holds: of several tiles, where they are few.
+#: List entries that a program of `merge_lists` holds; it takes several tiles if these are small.
 MERGED = 4096
-#: Comparisons of two entries of a tile, at most, to find whether this kernel pays.
+#: Most comparisons of two list entries of a tile, to estimate whether this kernel is profitable.
 COMPARED = 2**24
 #: Widest tile of columns.
 COLUMNS = 128
@@ -48,9 +49,9 @@ class Lists:
     """The blocks of all tiles; int32.
 
     Attributes:
-      start: first token of each block of a tile, ascending; unwritten behind the last one.
-      members: bit i is set where token i of the tile chose the block.
-      count: number of blocks.
+      start: first token of each block of a tile, ascending; unwritten after the last block.
+      members: bit i is set if token i of the tile selected the block.
+      count: number of blocks of a tile.
     """
 
     start: Int[Array, "B K M nS"]
@@ -59,26 +60,28 @@ class Lists:
 
 
 def tile_tokens(tile: Tile, group: int) -> int:
-    """Tokens of a tile."""
+    """Number of tokens of a tile."""
     return min(tile.rows // group, MOST_TOKENS)
 
 
 def pays(
     starts: Int[Array, "B T K S"], end: int, pairs: float, tile: Tile, group: int
 ) -> Int[Array, "1"]:
-    """Whether tiles share so many blocks that one costs less than the `pairs` that it stands for.
+    """Whether neighbouring queries share so many blocks that the query-tile kernel is faster.
 
-    By some tiles, where there are many: as many as `COMPARED` comparisons of entries allow.
+    It is if a tile's block costs less than the (query, block) pairs that it replaces. If there are
+    many tiles, only a sample is inspected, as large as `COMPARED` comparisons of entries allow.
 
     Args:
       starts: first token of each listed block.
-      end: marks the entries of `starts` that do not count.
-      pairs: how many (query, block) pairs another kernel serves in the time of a tile's block.
-      tile: that of the kernel to ask for.
-      group: query heads of a key head.
+      end: marks the entries of `starts` to ignore.
+      pairs: number of (query, block) pairs that the other kernel processes in the time that this
+        one needs for a block of a tile.
+      tile: tile of the query-tile kernel in question.
+      group: query heads per key head.
 
     Returns:
-      1 or 0.
+      int32 [1], 1 or 0.
     """
     batch, length, kv_heads, slots = starts.shape
     tokens = min(tile_tokens(tile, group), length)
@@ -101,10 +104,10 @@ def pays(
 def merge_lists(
     starts: Int[Array, "B T K S"], end: int, tile: Tile, group: int, wanted=None, *, interpret: bool
 ) -> Lists:
-    """Merges the lists of the neighbouring tokens of each tile of `group` heads a token.
+    """Merges the block lists of the tokens of each tile, with `group` query heads per key head.
 
-    `starts` holds the first token of each listed block, `end` where the entry does not count. Where
-    `wanted`, int32 [1], is 0, tiles have no blocks.
+    `starts` holds the first token of each listed block, or `end` at entries to ignore. If `wanted`,
+    int32 [1], is 0, the merged lists are empty.
     """
     batch, length, kv_heads, slots = starts.shape
     tokens = tile_tokens(tile, group)
@@ -134,7 +137,7 @@ def merge_lists(
             live = first < end
             at = (row, kv_head, number_of_tile, number)
             store(start_ref.at[*at], first, mask=live)
-            # a list is a set: each bit is added once at most
+            # the entries of a list are distinct, so each bit is added at most once
             members = jnp.sum(jnp.where(listed == first[:, None], bits, 0), axis=1)
             store(members_ref.at[*at], members, mask=live)
             later = jnp.min(jnp.where(listed > first[:, None], listed, end), axis=1)
@@ -166,12 +169,12 @@ def attention(
     """Attention of each query to its listed blocks.
 
     Args:
-      lists: what `merge_lists` gives.
+      lists: the merged lists that `merge_lists` returns.
       query: [B, T, N, D].
       key: [B, T, K, D].
       value: [B, T, K, E].
-      offset: int32 [1], the token of the keys' row that query token 0 is.
-      enabled: int32 [1]; where it is 0, nothing is computed, and the results are unwritten.
+      offset: int32 [1], position of query token 0 in the key sequence.
+      enabled: int32 [1]; if it is 0, nothing is computed, and the results are unwritten.
       block: b, a power of two.
       scale: factor of the logits.
       tile: `tile_config.Tile`.
@@ -244,7 +247,7 @@ def query_gradient(
             rows = _Rows(list_refs, query_ref, key_ref, block, tile, number, head)
             columns, value_columns = (columns_of(x, COLUMNS) for x in (key, value))
             lses = load(lse_ref.at[*rows.target], mask=rows.there, other=-jnp.inf)
-            live = lses > -jnp.inf  # what sees nothing may hold anything
+            live = lses > -jnp.inf  # a row that attends to no key may hold any value
             queries = load_tiles(query_ref, *rows.target, columns, live)
             douts = load_tiles(dout_ref, *rows.target, value_columns, live)
             deltas = load(delta_ref.at[*rows.target], mask=live)
@@ -282,12 +285,12 @@ def query_gradient(
 
 
 def _list_arrays(lists, offset, enabled):
-    """What `_Rows` reads, in its order."""
+    """The arrays that `_Rows` reads, in its order."""
     return lists.start, lists.members, lists.count, offset, enabled
 
 
 def _sizes(lists):
-    """Tiles of a row, and rows of keys."""
+    """Number of tiles of a sequence, and number of (sequence, key head) pairs."""
     batch, kv_heads, tiles = lists.count.shape
     return tiles, batch * kv_heads
 
@@ -297,9 +300,9 @@ class _Rows:
 
     Attributes:
       count: number of blocks of the tile.
-      there: bool [R], rows that exist.
-      target: batch row, token [R] and query head [R].
-      column: int32 [R], the token of each row in the row of keys.
+      there: bool [R], which rows exist.
+      target: batch index, token [R] and query head [R].
+      column: int32 [R], position of each row's token in the key sequence.
     """
 
     def __init__(self, list_refs, query_ref, key_ref, block, tile, number, head):
@@ -315,19 +318,19 @@ class _Rows:
         token = self.tile * tokens + self.of_tile
         self.there = (self.of_tile < tokens) & (token < length)
         self.target = (self.batch, token, self.kv_head * group + g)
-        # where the tile and its queries are in the row of keys
+        # positions of the tile and of its queries in the key sequence
         self.first = self.tile * tokens + offset_ref[0]
         self.column = token + offset_ref[0]
 
     def load_block(self, number, refs, columns):
-        """Tiles [b, columns] of the keys and values of a block, and who sees them, bool [R, b]."""
+        """Tiles [b, columns] of a block's keys and values, and the attention mask, bool [R, b]."""
         at = (self.batch, self.kv_head, self.tile, number)
         column = self.start_ref[*at] + iota(self.block)
         members = self.members_ref[*at]
         chosen = (jnp.right_shift(jnp.full_like(self.of_tile, members), self.of_tile) & 1) > 0
-        # the last token that chose the block, from the exponent of the set as a number
+        # the highest set bit is the last token that selected the block: the exponent of the float32
         exponent = jax.lax.bitcast_convert_type(members.astype(jnp.float32), jnp.int32) >> 23
-        # keys that nobody sees may hold anything
+        # keys that no query of the tile attends to may hold any value, so they are not loaded
         visible = column <= self.first + exponent - 127
         tiles = (
             load_tiles(ref, self.batch, column, self.kv_head, cut, visible)

@@ -1,10 +1,10 @@
-"""What a program of a KV-outer kernel works on: an item of the query index.
+"""The unit of work of a KV-outer kernel's program: a work item of the query index.
 
-Shared by `kv_outer_forward.py`, `kv_outer_backward.py` and `kv_outer_key_gradients.py`: which keys,
-which queries in which step, how to load them.
+`kv_outer_forward.py`, `kv_outer_backward.py` and `kv_outer_key_gradients.py` share this code, which
+determines the keys of a work item and the queries of each step, and loads them.
 
-Shapes: b keys of a block, R rows (query token, head of its group) of a step, S slots, G heads of a
-group. Row r of a step is head r % G of pair r // G; the last R % G rows of a step are idle.
+Shapes: b keys of a block, R rows (query token, head of its group) of a step, S slots, G query heads
+per key head. Row r of a step is head r % G of pair r // G; the last R % G rows of a step are idle.
 """
 
 import dataclasses
@@ -21,17 +21,17 @@ from fsa_jax.pallas.tiles import load_tiles
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Chunk:
-    """A part of the (row, KV head) pairs and of the tokens of all queries, for a KV-outer kernel.
+    """Some of the (sequence, KV head) pairs and some of the tokens, for a KV-outer kernel.
 
     Attributes:
-      where: int32 [3], first (row, KV head) and first token of the chunk, and the token of the
-        keys' row that query token 0 is.
-      lists: the index of its queries.
-      heads: H, (row, KV head) pairs.
+      where: int32 [3], first (sequence, KV head) pair and first token of the chunk, and the
+        position of query token 0 in the key sequence.
+      lists: the index of the chunk's queries.
+      heads: H, number of (sequence, KV head) pairs.
       tokens: C.
       slots: S, entries of a list.
       block: b, keys of a block, a power of two.
-      pairs: the most pairs of an item.
+      pairs: the most pairs of a work item.
       scale: factor of the logits.
       interpret: run the kernels in interpret mode.
     """
@@ -48,11 +48,11 @@ class Chunk:
 
     @property
     def pieces(self) -> int:
-        """How many items can be of blocks that are cut."""
+        """Upper bound on the number of work items that belong to split blocks."""
         return num_pieces(self.heads * self.tokens * self.slots, self.pairs)
 
     def sizes(self, query, key) -> dict[str, Any]:
-        """What `Item` has to know of the chunk and of arrays [B, T, N, D] and [B, M, K, D]."""
+        """Static arguments of `Item`, from the chunk and arrays [B, T, N, D] and [B, M, K, D]."""
         return {
             "length": key.shape[1],
             "group": query.shape[2] // key.shape[2],
@@ -65,7 +65,7 @@ class Chunk:
 
 
 def arrays(chunk: Chunk):
-    """The arrays that `Item` reads, in its order: where the chunk is, and those of its index."""
+    """The arrays that `Item` reads, in its order: the chunk's origin, then the index's arrays."""
     where, lists = chunk.where, chunk.lists
     return (
         where,
@@ -82,9 +82,10 @@ def arrays(chunk: Chunk):
 
 
 def each_item(refs, lists, work) -> None:
-    """Calls `work(number)` for the items of this program: one, or a share of those of packed rows.
+    """Calls `work(number)` for each work item of this program.
 
-    `refs` are those of `arrays`.
+    A program has one item, or a share of all items if sequences are packed. `refs` are the refs of
+    `arrays`.
     """
     first, items = pl.program_id(0), refs[-1]
     if not lists.shared:
@@ -94,22 +95,22 @@ def each_item(refs, lists, work) -> None:
         work(number)
         return number + lists.programs
 
-    # Programs that run at the same time are at neighbouring items. How many there are is read again
-    # for each item: kept meanwhile, it would cost a register.
+    # Programs that run concurrently process neighbouring items. The number of items is reloaded for
+    # each item, since keeping it would cost a register.
     jax.lax.while_loop(lambda number: number < items[0], step, first)
 
 
 class Item:
-    """An item, by its number in the chunk.
+    """A work item, identified by its number in the chunk.
 
     Attributes:
-      head: head of the chunk; `batch` and `kv_head` are where it is in the arrays.
+      head: head of the chunk; `batch` and `kv_head` are its indices in the arrays.
       count: number of pairs.
-      begins: whether it is the first item of its block.
-      piece: -1 for the only item of its block, else its number.
+      begins: whether this is the first item of its block.
+      piece: -1 for the only item of a block, else its number among the items of split blocks.
       column: int32 [b], tokens of the block.
-      inside: bool [b], which of them are in the block's document.
-      query_column: the same counted from query token 0, if the queries are part of the row.
+      inside: bool [b], which of these tokens are in the block's document.
+      query_column: `column` counted from query token 0, if the queries are a part of the sequence.
     """
 
     def __init__(
@@ -121,50 +122,51 @@ class Item:
         self.head, self.first, self.count = head[item], first[item], count[item]
         self.begins, self.piece = begins[item] > 0, piece[item]
         self.batch, self.kv_head = split(where[0] + self.head, kv_heads)
-        # From a slot of a head's row to one of all heads of the chunk, of C = tokens (for nothing
-        # else are they needed): as one number, it costs one register.
+        # Offset from a slot number within a head to one within the chunk; `tokens` (C) is needed
+        # only here. A single number costs a single register.
         self.base = self.head * (tokens * slots * group) - where[1] * (slots * group)
-        # the first key, counted from query token 0, if the queries are part of the row
+        # the first key, counted from query token 0 if the queries are a part of the sequence
         self.start = start[item] - where[2] if partial else start[item]
         self.column, self.query_column = start[item] + iota(block), self.start + iota(block)
         self.inside = (self.column < stop[item]) & (self.count > 0)
-        # Keys after the item's last query are seen by nobody: they may hold anything.
+        # No query attends to keys after the item's last query, so those may hold any value.
         last, _ = split(self.order[self.first + jnp.maximum(self.count - 1, 0)], slots)
         self.visible = self.inside & (self.query_column <= last)
 
     def zero(self):
-        """A 0 that the compiler does not know: what is added to it stays where it is."""
+        """An opaque zero: keeps the compiler from hoisting what is added to it."""
         return jnp.minimum(self.count, 0)
 
     def sees(self, token):
-        """Bool [R, b], which keys of the block come before or at each query."""
-        # compared so, the keys need no register each: their numbers are the same in every item
+        """Causal mask, bool [R, b]: which keys of the block are at or before each query."""
+        # in this form the keys' numbers are the same for every item and need no registers
         return iota(self.block)[None, :] <= (token - self.start)[:, None]
 
     def seen_by(self, token):
-        """Bool [b, R], the same; here the queries are those that would need registers."""
+        """The same mask transposed, bool [b, R]; here the queries would be what needs registers."""
         return self.query_column[:, None] <= token[None, :]
 
     def load_block(self, ref, columns):
-        """Tiles [b, columns] of the block's keys or values, 0 where nobody sees them."""
+        """Tiles [b, columns] of the block's keys or values, 0 where no query attends to them."""
         return load_tiles(ref, self.batch, self.column, self.kv_head, columns, self.visible)
 
     def steps(self):
         return pl.cdiv(self.count, self.rows // self.group)
 
     def steps_at_edge(self):
-        """How many steps need a mask, the first ones; the queries of the others see all keys.
+        """Number of leading steps that need a causal mask; later queries attend to all keys.
 
-        Queries that do not see the whole block are in it: fewer than b, and its first pairs.
+        Queries that do not attend to the whole block lie within it: there are fewer than b of them,
+        and they are the first pairs of the block.
         """
         some = jnp.minimum(pl.cdiv(self.block - 1, self.rows // self.group), self.steps())
-        others = 0 if self.pairs >= self.block else self.steps()  # of other items of the block
+        others = 0 if self.pairs >= self.block else self.steps()  # for the block's later items
         return jnp.where(self.begins, some, others)
 
     def step(self, number):
-        """Rows of a step: do they exist, their token, query head and slot of H*P*G; [R] each.
+        """Rows of a step: active or idle, token, query head, and slot of H*P*G; [R] each.
 
-        Idle rows stand at token T, behind all others: they see every key, and their slot is unused.
+        Idle rows have token T, after all others: they attend to all keys, and their slot is unused.
         """
         pairs, row = self.rows // self.group, iota(self.rows)
         if self.rows % self.group == 0:
@@ -172,8 +174,8 @@ class Item:
             at = number * pairs + of_step
             live = at < self.count
         else:
-            # divided anew in every step: kept over the loop, the results would cost registers, and
-            # so would the rows, kept from item to item
+            # The division is repeated in every step, since keeping its results over the loop would
+            # cost registers; so would keeping the row numbers from item to item.
             row += self.zero()
             row += number * (pairs * self.group)
             at, g = split(row, self.group)
@@ -183,6 +185,6 @@ class Item:
         return live, token, self.kv_head * self.group + g, pair * self.group + (g + self.base)
 
     def load_rows(self, ref, step, columns):
-        """Tiles [R, columns] of a step's queries or their cotangents, 0 where there is none."""
+        """Tiles [R, columns] of a step's queries or their cotangents, 0 at idle rows."""
         live, token, query_head, _ = step
         return load_tiles(ref, self.batch, token, query_head, columns, live)
