@@ -1,14 +1,16 @@
-"""Measured tiles: what `fsa-jax tune` found to be the fastest on a device.
+"""Measured tiles: the tiles that `fsa-jax tune` found to be the fastest on a device.
 
-A table is a JSON file of one device. There are those that the package ships (`devices/*.json`), and
-the user's own, which the environment variable FSA_JAX_TUNING names; of two tables of one device the
-user's is taken. No table, or no entry that fits a call: the heuristics of the plans stay. A table
-picks tiles and nothing else, so that results mean the same with and without it.
+A table is a JSON file for one device. The package ships some tables (`devices/*.json`), and the
+environment variable FSA_JAX_TUNING may name a table of the user, which takes precedence over the
+shipped one for the same device. Without a table, or without an entry that fits a call, the
+heuristics of the plans apply. A table selects tiles and nothing else, so it never changes the
+meaning of results.
 
-An entry serves calls of its kernel, branch, bits of a number, padded head widths and block size. Of
-those that serve, the one whose group is nearest is taken, by ratio, at most a factor of 2 away; of
-two equally near ones that of the smaller group. Where the heuristic tile won (`chosen` is 0), the
-heuristics stay: they know what that group's tile would cost another one in registers.
+An entry applies to calls with the same kernel, branch, bits per number, padded head widths and
+block size. Of the entries that apply, the one with the nearest group by ratio is taken, at most a
+factor of 2 away, and the smaller group of two equally near ones. If the heuristic tile was the
+fastest for that entry (`chosen` is 0), the heuristics apply: unlike the entry's tile, they account
+for the registers that the call's own group needs.
 """
 
 import contextlib
@@ -30,8 +32,8 @@ from fsa_jax.pallas.tile_config import Tile, padded_width
 
 WHAT = "fsa-jax tune"
 VARIABLE = "FSA_JAX_TUNING"
-#: Kernels of selected attention of which a table may hold tiles: their method, pass, and field of
-#: the plan.
+#: Kernels of selected attention for which a table may hold tiles: method, pass, and field of the
+#: plan.
 SELECTED = {
     "kv_outer_forward": ("kv_outer", "forward", "forward"),
     "kv_outer_backward": ("kv_outer", "backward", "backward"),
@@ -48,17 +50,17 @@ KERNELS = (
 )
 BRANCHES = ("compressed", "window")
 _SIZES = ("rows", "num_warps", "num_stages")
-#: Largest ratio of the group of a call to that of the entry that serves it.
+#: Largest ratio between the group of a call and the group of the entry that applies to it.
 _NEAR = 2
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Table:
-    """What a file of tiles holds. No two are equal: what is traced with one serves no other.
+    """A table of tiles. Tables compare by identity, so a trace with one is not reused for another.
 
     Attributes:
-      device: the kind of device that it was measured on; "" of one that `using` makes.
-      tiles: the entries, each as `entry` writes it.
+      device: the kind of device that it was measured on; "" for a table made by `using`.
+      tiles: the entries, in the format of `entry`.
     """
 
     device: str
@@ -70,15 +72,15 @@ _IN_USE: contextvars.ContextVar[Table | None] = contextvars.ContextVar("tiles", 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Key:
-    """What an entry is of.
+    """The properties of a call that identify an entry.
 
     Attributes:
-      kernel: of `KERNELS`.
-      branch: of `BRANCHES` for the kernels of ranges, else None.
-      bits: of a number, 16 or 32.
+      kernel: one of `KERNELS`.
+      branch: one of `BRANCHES` for the range kernels, else None.
+      bits: bits per number, 16 or 32.
       width, value_width: padded head widths D and E.
-      group: query heads of a key head.
-      block_size: of selected attention, else None.
+      group: query heads per key head.
+      block_size: block size of selected attention, else None.
     """
 
     kernel: str
@@ -91,7 +93,7 @@ class Key:
 
 
 def branch_of(query, key) -> str:
-    """Which branch a range of keys is of: compressed keys are at most half as many as queries."""
+    """The branch of a call on ranges: there are at most half as many compressed keys as queries."""
     return BRANCHES[2 * key.shape[1] > query.shape[1]]
 
 
@@ -110,12 +112,13 @@ def key_of(kernel: str, query, key, value, block_size: int | None = None) -> Key
 
 
 def table() -> Table | None:
-    """The table for the device to compile for; None where there is none.
+    """The table for the device to compile for; None if there is none.
 
-    The device is that of the abstract mesh in use (ahead-of-time compilation), or the default one.
+    The device is taken from the current abstract mesh (ahead-of-time compilation), or else it is
+    the default device.
 
     Raises:
-      ValueError: the user's file is broken.
+      ValueError: the user's file is invalid.
     """
     if (found := _IN_USE.get()) is not None:
         return found
@@ -134,7 +137,7 @@ def _default_device_kind() -> str:
 
 @contextlib.contextmanager
 def using(tiles: Mapping[Key, Tile]) -> Iterator[None]:
-    """Takes these tiles, and heuristics for the rest, in what this thread traces meanwhile."""
+    """Context in which this thread traces with these tiles, and with heuristics for the rest."""
     made = Table("", tuple(entry(key, tile) for key, tile in tiles.items()))
     token = _IN_USE.set(made)
     try:
@@ -144,7 +147,7 @@ def using(tiles: Mapping[Key, Tile]) -> Iterator[None]:
 
 
 def entry(key: Key, tile: Tile) -> dict[str, Any]:
-    """A key and its tile as a table holds them."""
+    """The entry of a table for a key and its tile."""
     return dataclasses.asdict(key) | dataclasses.asdict(tile)
 
 
@@ -157,16 +160,16 @@ def choose[Some: Tile](
     value,
     block_size: int | None = None,
 ) -> Some:
-    """The tile of a kernel for a call: the measured one of the table, else the heuristic one.
+    """The tile of a kernel for a call: the measured tile of the table, else the heuristic one.
 
     Args:
-      kernel: of `KERNELS`.
-      table: from the function of that name; None: there is none.
-      heuristic: what the plan would take.
-      query: of the call, like `key` and `value`.
+      kernel: one of `KERNELS`.
+      table: result of the function `table`, or None.
+      heuristic: the tile that the plan would use without a table.
+      query: [B, T, N, D].
       key: [B, M, K, D].
       value: [B, M, K, E].
-      block_size: of selected attention.
+      block_size: block size of selected attention.
     """
     if table is None:
         return heuristic
@@ -196,7 +199,7 @@ def choose[Some: Tile](
 def fill(
     plan: Plan, tuning: SelectedTuning, table: Table | None, query, key, value, block_size: int
 ) -> Plan:
-    """A plan of selected attention with measured tiles where `tuning` asks for nothing else."""
+    """A plan of selected attention with measured tiles for those that `tuning` leaves open."""
     if table is None or tuning.block_k is not None:
         return plan
     tiles = {
@@ -208,13 +211,13 @@ def fill(
 
 
 def entries(table: Table | None) -> tuple[dict, ...]:
-    """What a table holds; nothing where there is none."""
+    """The entries of a table; empty for None."""
     return () if table is None else table.tiles
 
 
 @functools.cache
 def _shipped() -> dict[str, Table]:
-    """The tables in the package, by device."""
+    """The tables that the package ships, by device."""
     folder = importlib.resources.files("fsa_jax.pallas") / "devices"
     paths = [path for path in folder.iterdir() if path.name.endswith(".json")]
     tables = [_table_of(path.read_text(encoding="utf-8"), path.name) for path in paths]
@@ -222,7 +225,7 @@ def _shipped() -> dict[str, Table]:
 
 
 def _load(path: str) -> Table:
-    """The user's table."""
+    """Loads the user's table."""
     try:
         text = Path(path).read_text(encoding="utf-8")
     except OSError as error:
@@ -232,16 +235,16 @@ def _load(path: str) -> Table:
 
 @functools.cache
 def _table_of(text: str, where: str) -> Table:
-    """The table in a file: the same object while the file stays as it is; see `Table`."""
+    """The table with the content `text`: the same object as long as a file does not change."""
     content = read(text, where)
     return Table(content["device"], tuple(content["tiles"]))
 
 
 def read(text: str, where: str) -> dict[str, Any]:
-    """The content of a table, checked.
+    """Parses and checks the content of a table.
 
     Raises:
-      ValueError: it is no table, measures nothing, or an entry is not what `entry` writes.
+      ValueError: it is no table, no measurement, or an entry does not have the format of `entry`.
     """
     try:
         content = json.loads(text)

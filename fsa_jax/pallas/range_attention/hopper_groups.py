@@ -1,11 +1,11 @@
-"""The kernels for Hopper at any group: one that is no power of two goes as powers of two in turn.
+"""The Hopper kernels for any group size, which is split into powers of two, one call for each.
 
-A program of these kernels has 64 rows of one key head, which only a power of two of query heads
-divides. So the 5 query heads of a group, say, are 4 and 1: two calls with the same keys. The parts
-of dK and dV are added in float32. That reads K and V once more for each call, from L2, and copies
-q, dout and the results once: little where a query sees many keys.
+A program of these kernels has 64 rows of one key head, a number that only powers of two divide. A
+group of 5 query heads, for example, is split into 4 and 1: two calls with the same keys. The
+partial dK and dV are added in float32. Each further call reads K and V once more, from L2, and
+q, dout and the results are copied once: a small cost where a query attends to many keys.
 
-Shapes: B rows of the batch, T tokens, N query heads, K key/value heads, G = N/K, D head width.
+Shapes: B sequences, T tokens, N query heads, K key/value heads, G = N/K, D head width.
 """
 
 import functools
@@ -19,7 +19,7 @@ from fsa_jax.pallas.range_attention.hopper_layout import ROWS
 
 
 def parts(group: int) -> tuple[int, ...]:
-    """The powers of two up to `ROWS` that sum to a group, the largest first.
+    """The powers of two, each at most `ROWS`, that sum to a group size, in descending order.
 
     Example:
       >>> parts(16), parts(7), parts(128)
@@ -33,7 +33,7 @@ def parts(group: int) -> tuple[int, ...]:
 
 
 def _cut(x: jax.Array, kv_heads: int) -> list[jax.Array]:
-    """[B, T, N, ...] to an array [B, T, K * g, ...] for each part g of a group."""
+    """Splits [B, T, N, ...] into an array [B, T, K * g, ...] for each part g of the group."""
     grouped = x.reshape(*x.shape[:2], kv_heads, -1, *x.shape[3:])
     sizes = parts(grouped.shape[3])
     ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
@@ -49,7 +49,7 @@ def _join(found: Sequence[jax.Array], kv_heads: int) -> jax.Array:
 
 
 def attention(query, key, value, visible, seers, *, scale, interpret=None):
-    """`hopper_query_kernels.attention` at any group."""
+    """`hopper_query_kernels.attention` for any group size."""
     kv_heads = key.shape[2]
     run = functools.partial(hopper_query_kernels.attention, scale=scale, interpret=interpret)
     if len(parts(query.shape[2] // kv_heads)) == 1:
@@ -61,7 +61,7 @@ def attention(query, key, value, visible, seers, *, scale, interpret=None):
 def query_gradient(
     query, key, value, visible, seers, lse, delta, dout, *, scale, interpret=None
 ):  # fmt: skip
-    """`hopper_query_kernels.query_gradient` at any group."""
+    """`hopper_query_kernels.query_gradient` for any group size."""
     kv_heads = key.shape[2]
     run = functools.partial(hopper_query_kernels.query_gradient, scale=scale, interpret=interpret)
     if len(parts(query.shape[2] // kv_heads)) == 1:
@@ -72,7 +72,7 @@ def query_gradient(
 
 
 def key_gradients(query, key, value, seers, lse, delta, dout, *, scale, interpret=None):
-    """`hopper_key_kernel.key_gradients` at any group."""
+    """`hopper_key_kernel.key_gradients` for any group size."""
     kv_heads = key.shape[2]
     run: Callable = functools.partial(
         hopper_key_kernel.key_gradients, scale=scale, interpret=interpret
@@ -81,7 +81,7 @@ def key_gradients(query, key, value, seers, lse, delta, dout, *, scale, interpre
         return run(query, key, value, seers, lse, delta, dout)
     cut = _cut_all(kv_heads, query, lse, delta, dout)
     found = [run(q, key, value, seers, *rest, dtype=jnp.float32) for q, *rest in cut]
-    # in the order of the parts, whatever the shapes: the same bits on every run
+    # always added in the order of the parts, so that every run gives the same bits
     sums = [functools.reduce(jnp.add, some) for some in zip(*found, strict=True)]
     return tuple(x.astype(like.dtype) for x, like in zip(sums, (key, value), strict=True))
 

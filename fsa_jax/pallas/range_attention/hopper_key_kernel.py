@@ -1,30 +1,32 @@
-"""dK and dV of attention to contiguous ranges of keys on Hopper: what `key_kernel.py` computes.
+"""dK and dV of attention to contiguous key ranges on Hopper: the counterpart of `key_kernel.py`.
 
-A program owns 128 keys of one key head, 64 a compute warpgroup; their keys and values stay in
-shared memory, their dK and dV in registers. The memory warpgroup copies tiles of 64 rows of the
-tokens that see any of the keys (q, dout, and two numbers a row) into a ring that both warpgroups
-read. The order of rows is that of `hopper_layout.py`. Tiles at the edges of the ranges come
-first, masked; then those whose rows all see all keys.
+A program owns 128 keys of one key head, 64 per compute warpgroup. K and V stay in shared memory, dK
+and dV in registers. The memory warpgroup copies tiles of 64 rows of the tokens that attend to any
+of the keys (q, dout, and two numbers per row) into a ring that both compute warpgroups read. The
+row order is that of `hopper_layout.py`. Tiles at the edges of the ranges come first and are masked;
+then come the tiles in which all rows attend to all keys.
 
-Scores are [64 keys, 64 rows], so that p and ds are operands in registers of the products that add
-to dV and dK. The sums of q.k start from -lse / scale, those of dout.v from -delta: then p is a
-power of a multiple, ds the product of the two, and neither lse nor delta takes registers. The
-exponents are taken while dout.v is multiplied.
+Scores are [64 keys, 64 rows], so that p and ds are register operands of the products that
+accumulate dV and dK. The accumulators of q.k start from -lse / scale, those of dout.v from -delta:
+p is then the exponential of a multiple of the first, ds is p times the second, and neither lse nor
+delta takes registers. Exponentials are computed while the product dout.v runs.
 
-Rows that see nothing get weights of 0 by what their sums start from. But their q and dout may hold
-anything, and 0 times NaN is NaN: in tiles with such rows, always masked, the warpgroups clear them
-in shared memory, one q and one dout. Keys that nobody sees reach no rows of dK and dV but their
-own, which are cleared at the end. dK and dV of one part leave by way of the keys and values.
+Rows with an empty range get weights of 0 from the initial value of their accumulators. But their q
+and dout may hold any value, and 0 times NaN is NaN: in tiles with such rows, which are always
+masked, the warpgroups zero them in shared memory, one warpgroup q and the other dout. Keys outside
+every range affect only their own rows of dK and dV, which are zeroed at the end. With one split, dK
+and dV are stored through the shared memory of K and V.
 
-Early keys may be seen by many more rows than late ones. So the rows are cut into `splits` parts, at
-the same tokens for all keys: programs that run side by side read the same rows from L2. Each leaves
-float32 parts that are added in their order. The longest programs come first.
+Early keys may be attended to by many more rows than late ones. The rows are therefore divided into
+`splits` parts, at the same tokens for all keys, so that programs that run concurrently read the
+same rows from L2. Each part yields float32 partial sums, which are added in order. The longest
+programs come first.
 
-Flops, with V the visible (row, key) pairs: 8*V*D. Bytes: q, dout and 12 bytes a row once for each
-128 keys, from L2; with more than one split, 8*splits*M*D bytes of parts, written and read.
+Flops, with V the visible (row, key) pairs: 8*V*D. Bytes: q, dout and 12 bytes per row once for each
+128 keys, from L2; with more than one split, 8*splits*M*D bytes of partial sums, written and read.
 
-Shapes: B rows of the batch, T tokens, N query heads, K key/value heads, G = N/K, M keys, D = 128
-head width, tiles of 64 rows: 64/G tokens.
+Shapes: B sequences, T tokens, N query heads, K key/value heads, G = N/K, M keys, D = 128 head
+width, tiles of 64 rows (64/G tokens).
 """
 
 import math
@@ -59,9 +61,9 @@ from fsa_jax.pallas.range_attention.hopper_pipeline import (
 )
 from fsa_jax.pallas.tile_tables import branch_of
 
-#: Keys of a warpgroup; tiles of rows in shared memory.
+#: Keys of a warpgroup; row tiles in shared memory.
 KEYS, STAGES = 64, 4
-#: Programs that keep a GPU busy, fewest tiles of rows of one, and most bytes of all parts.
+#: Programs that keep a GPU busy, fewest row tiles of a program, and most bytes of partial sums.
 ENOUGH_PROGRAMS, SHORTEST, PARTS_BYTES = 1024, 32, 2**28
 
 
@@ -74,13 +76,13 @@ def key_gradients(
       query: [B, T, N, D].
       key: [B, M, K, D].
       value: [B, M, K, D].
-      seers: the range of tokens that see each key, int32 [B, M] each; empty where nobody does.
-      lse: float32 [B, T, N], natural logarithm; -inf where a query sees nothing.
+      seers: (first, end) of the tokens that attend to each key, int32 [B, M] each; empty if none.
+      lse: float32 [B, T, N], natural logarithm; -inf for a query with an empty range.
       delta: sum(out * dout) - dlse, float32 [B, T, N].
       dout: [B, T, N, D].
       scale: factor of the logits, not 0.
-      splits: parts of the tokens; None: as many as keep a GPU busy.
-      dtype: of the results, that of key and value or float32; None: that of key and value.
+      splits: number of parts that the tokens are divided into; None for as many as keep a GPU busy.
+      dtype: dtype of the results: float32, or that of key and value, which is what None means.
       interpret: `InterpretGPUParams` of Pallas Mosaic GPU, to run on a CPU.
     """
     batch, _, heads, _ = query.shape
@@ -101,9 +103,9 @@ def key_gradients(
 
 
 def _num_splits(branch, key, tiles):
-    """Parts of the tokens, an even number: then long and short ones fill the GPU evenly.
+    """Number of parts of the tokens; an even number, so that long and short parts balance the load.
 
-    One for a window: the rows that see a key are neighbours, most of them in the same part.
+    A window gets one part: the rows that attend to a key are adjacent, most of them in one part.
     """
     if branch == "window":
         return 1
@@ -116,7 +118,7 @@ def _num_splits(branch, key, tiles):
 def _call(
     query, key, value, dout, items, first, end, starts, *, scale, splits, out_dtype, interpret
 ):  # fmt: skip
-    """Parts of dK and dV, [splits, B, M, K, D]."""
+    """Partial dK and dV, [splits, B, M, K, D]."""
     group = query.shape[2] // key.shape[2]
     dtype = key.dtype
 
@@ -173,7 +175,7 @@ def _call(
 
 
 def _load(item, refs, buffers, barriers, group):
-    """Copies what a program needs; the memory warpgroup."""
+    """The memory warpgroup: copies the inputs of a program into shared memory."""
     query_ref, key_ref, value_ref, dout_ref, starts_ref = refs
     keys, values, queries, douts, starts, *_ = buffers
     own, full, free, _ = barriers
@@ -195,7 +197,7 @@ def _load(item, refs, buffers, barriers, group):
                 plgpu.copy_gmem_to_smem(part, rows, full.at[slot])
 
     lax.fori_loop(0, tiles.count, step, None)
-    for slot in range(STAGES):  # nothing may be under way when the program ends
+    for slot in range(STAGES):  # no copy may be in flight when the program ends
         plgpu.barrier_wait(free.at[slot])
 
 
@@ -208,7 +210,7 @@ class _Compute:
         self.own, self.full, self.free, self.clean = barriers
         self.row, self.kv_head, self.number, self.part, *bounds = item
         self.tiles = Steps(*bounds[:4])
-        # tiles of rows that see any of the keys of this warpgroup
+        # row tiles that attend to any of this warpgroup's keys
         self.begin, self.end = (
             jnp.where(warpgroup == 0, bounds[4 + i], bounds[6 + i]) for i in range(2)
         )
@@ -223,7 +225,7 @@ class _Compute:
             limit[...] = number_of_rows(ref.at[self.row, self.number, self.warpgroup])
         plgpu.commit_smem()
         plgpu.barrier_wait(self.own.at[self.warpgroup])
-        # of the masked tiles, those in which this warpgroup has something to do
+        # the masked tiles in which some rows attend to this warpgroup's keys
         before = tiles.inner_begin - tiles.begin
         begin = lax.clamp(jnp.int32(0), self.begin - tiles.begin, before)
         end = before + lax.clamp(jnp.int32(0), self.end - tiles.inner_end, tiles.masked - before)
@@ -239,7 +241,7 @@ class _Compute:
         for (ref, buffer, factor), x in zip(own, sums, strict=True):
             x = jnp.where(seen, x * factor, 0.0).astype(ref.dtype)
             part = ref.at[self.part, self.row, some, self.kv_head]
-            if ref.dtype == buffer.dtype:  # numbers of 16 bits do not fill the sectors of a store
+            if ref.dtype == buffer.dtype:  # direct stores of 16-bit numbers leave sectors part-full
                 buffer[...] = x
                 plgpu.commit_smem()
                 plgpu.copy_smem_to_gmem(buffer, part)
@@ -248,11 +250,11 @@ class _Compute:
         plgpu.wait_smem_to_gmem(0)
 
     def ranges(self):
-        """The first token that sees each key, and the one after the last."""
+        """The first token that attends to each key, and one past the last."""
         return [number_of_rows(x) for x in self.limits]
 
     def ready(self, step, masked):
-        """Waits for the tile of rows of a step; its slot."""
+        """Waits for the row tile of a step and returns its slot."""
         slot = lax.rem(step, STAGES)
         plgpu.barrier_wait(self.full.at[slot])
         if masked:
@@ -260,7 +262,7 @@ class _Compute:
         return slot
 
     def clear_blind(self, slot):
-        """Clears rows that see nothing, q by one warpgroup and dout by the other."""
+        """Zeroes the rows with an empty range: one warpgroup zeroes q, the other dout."""
 
         def clear(rows):
             blind = jnp.abs(number_of_rows(self.starts.at[slot, 0])) == jnp.inf
@@ -275,13 +277,13 @@ class _Compute:
         plgpu.barrier_wait(self.clean)
 
     def skip(self, step, _):
-        """A tile of rows that see none of this warpgroup's keys."""
+        """Releases a row tile in which no row attends to this warpgroup's keys."""
         slot = self.ready(step, True)
         plgpu.commit_smem()
         plgpu.barrier_arrive(self.free.at[slot])
 
     def start(self, slot, number):
-        """What the sums of the scores of a tile start from."""
+        """Initial value of the accumulators of a tile's scores."""
         x = plgpu.load(self.starts.at[slot, number], layout=plgpu.Layout.WGMMA.reduce(0))
         return lax.broadcast_in_dim(x, (KEYS, ROWS), [1])
 
@@ -297,7 +299,7 @@ class _Compute:
         return jnp.where((token >= first) & (token < end), p, 0.0)
 
     def step(self, step, sums, masked):
-        """The sums dK and dV with those of a tile of rows added."""
+        """Adds the contribution of a row tile to the sums dK and dV."""
         dkey, dvalue = sums
         slot = self.ready(step, masked)
         queries, douts = self.queries.at[slot], self.douts.at[slot]
@@ -331,15 +333,15 @@ class _Compute:
 
 
 def _items(first, end, tiles, kv_heads, tokens, splits):
-    """int32 [items, 12] of programs, the longest first.
+    """The work items of programs, int32 [items, 12], the longest first.
 
-    Row of the batch, key head, tile of keys and part; `Steps`; and for each of the warpgroups the
-    first tile of rows that sees its keys and the one after the last.
+    The numbers of an item are: batch index, key head, key tile and part; the four of `Steps`; and
+    for each warpgroup the first row tile that attends to its keys and one past the last.
     """
     batch = first.shape[0]
 
     def bounds(keys):
-        """First and last tiles of rows that see any of some keys, and all of them; [B, 1, ...]."""
+        """Bounds of the row tiles that attend to any, and to all, of `keys` keys; [B, 1, ...]."""
         low, high = (x.reshape(batch, 1, -1, keys) for x in (first, end))
         seen = high > low
         return (
@@ -369,9 +371,9 @@ def _items(first, end, tiles, kv_heads, tokens, splits):
 
 
 def _starts(lse, delta, scale, kv_heads):
-    """float32 [B, K, tiles, 3, 64]: what the sums of q.k and of dout.v of rows start from.
+    """float32 [B, K, tiles, 3, 64]: initial accumulators of q.k and of dout.v of each row.
 
-    The third number is 1 in tiles of which some rows see nothing, 0 in others.
+    The third number is 1 in tiles where some row has an empty range, 0 in others.
     """
     blind = jnp.isneginf(lse)
     never = -math.copysign(math.inf, scale)

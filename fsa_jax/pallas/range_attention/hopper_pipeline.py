@@ -1,21 +1,22 @@
-"""What the kernels for Hopper share: Pallas Mosaic GPU, attention to contiguous ranges of keys.
+"""Shared pipeline of the Hopper kernels (Pallas Mosaic GPU) for attention to contiguous key ranges.
 
-They compute what `query_kernels.py` and `key_kernel.py` do, faster where their shapes fit:
-asynchronous copies (TMA) feed products (wgmma) that run while exponents are taken, which Triton
-does not arrange. Those that own keys are in `hopper_key_kernel.py`; of those that own rows,
-`hopper_query_kernels.py`, this file has the dataflow.
+The Hopper kernels compute the same as `query_kernels.py` and `key_kernel.py`, faster where the
+shapes fit: asynchronous copies (TMA) feed matrix products (wgmma) that overlap with exponentials,
+which Triton does not arrange. `hopper_key_kernel.py` has the kernel whose programs own keys. This
+module has the dataflow of the kernels whose programs own rows, which are in
+`hopper_query_kernels.py`.
 
-Programs, one a multiprocessor, walk over items: 128 rows of one key head, those with the longest
-ranges first. A row is a query token and a head of its group. A memory warpgroup copies the rows of
-an item, and tiles of keys and values from the first that any of its rows sees to the last, into
+Programs, one per multiprocessor, walk over work items of 128 rows of one key head, those with the
+longest ranges first. A row is a query token and a head of its group. A memory warpgroup copies the
+rows of an item into shared memory, and all key and value tiles that any of its rows attends to into
 rings of buffers. Two compute warpgroups have 64 rows each. Masked tiles, at the edges of the
-ranges, come first; then those that all rows see whole, without a mask. The warpgroups take turns to
-issue products, so that one multiplies while the other one takes exponents.
+ranges, come first; then the tiles to which all rows attend entirely, without a mask. The warpgroups
+take turns to issue products, so that one multiplies while the other computes exponentials.
 
-`hopper_layout.py` says in which order the rows of a warpgroup are.
+`hopper_layout.py` defines the order of the rows of a warpgroup.
 
-Shapes: B rows of the batch, T tokens, N query heads, K key/value heads, G = N/K, M keys, D = 128
-head width of keys and values, I items of a key head.
+Shapes: B sequences, T tokens, N query heads, K key/value heads, G = N/K, M keys, D = 128 head width
+of keys and values, I work items of a key head.
 """
 
 import dataclasses
@@ -44,19 +45,19 @@ from fsa_jax.pallas.range_attention.hopper_layout import (
 
 #: Multiprocessors of an H100 or H200.
 PROGRAMS = 132
-#: Fewest (query head, key) pairs for which the kernels are worth what is laid out before them.
+#: Fewest (query head, key) pairs for which the kernels are worth preparing their inputs.
 ENOUGH_PAIRS = 2**26
-#: The same where a group goes in parts: compressed keys of 32,768 tokens of 40 heads (measured).
+#: The same for a group split into parts: compressed keys of 32,768 tokens of 40 heads (measured).
 ENOUGH_PAIRS_IN_PARTS = 2**31
-#: Registers of a thread of a compute and of the memory warpgroup.
+#: Registers of a thread of a compute warpgroup and of the memory warpgroup.
 REGISTERS, FEW_REGISTERS = 240, 24
 LOG2_E = math.log2(math.e)
-#: Of matrices in shared memory: what wgmma takes.
+#: Layout of matrices in shared memory that wgmma takes.
 LAYOUT = (
     plgpu.TilingTransform((8, 64)),  # pyright: ignore[reportAbstractUsage]
     plgpu.SwizzleTransform(128),  # pyright: ignore[reportAbstractUsage]
 )
-#: Sums of products in registers.
+#: Accumulators of matrix products in registers.
 ACC = plgpu.ACC  # pyright: ignore[reportPrivateImportUsage]
 
 
@@ -73,9 +74,9 @@ def reason(query, key, value) -> str | None:
 
 
 def pays(query, key, value, *, window: bool = False) -> bool:
-    """Whether these kernels serve a call, and faster than those in Triton.
+    """Whether these kernels can serve a call, and faster than the Triton kernels.
 
-    `window`: a query sees few keys, too few for what a group in parts costs.
+    With `window`, a query attends to so few keys that splitting a group into parts does not pay.
     """
     if reason(query, key, value):
         return False
@@ -84,19 +85,19 @@ def pays(query, key, value, *, window: bool = False) -> bool:
     in_parts = ROWS % group != 0  # `hopper_groups.py`
     if in_parts and window:
         return False
-    tokens = WARPGROUPS * ROWS // (1 if in_parts else group)  # of an item
-    whole = length % tokens == 0  # else q is copied
+    tokens = WARPGROUPS * ROWS // (1 if in_parts else group)  # tokens of a work item
+    whole = length % tokens == 0  # otherwise padding would copy q
     enough = ENOUGH_PAIRS_IN_PARTS if in_parts else ENOUGH_PAIRS
     return whole and batch * length * heads * key.shape[1] >= enough
 
 
 @dataclasses.dataclass(frozen=True)
 class Ring:
-    """Tiles of keys and values in shared memory.
+    """Ring buffers of key tiles and value tiles in shared memory.
 
     Attributes:
-      keys: of a tile.
-      key_stages, value_stages: tiles of keys, and of values.
+      keys: keys of a tile.
+      key_stages, value_stages: number of key tiles, and of value tiles.
     """
 
     keys: int
@@ -104,14 +105,15 @@ class Ring:
     value_stages: int
 
     def slots(self, number):
-        """Where the keys and the values of a program's tile `number` are."""
+        """Slots of the keys and of the values of a program's tile `number`."""
         return lax.rem(number, self.key_stages), lax.rem(number, self.value_stages)
 
 
 def call(kernel, *arrays, grid, out_shape, interpret):
-    """`kernel` through Mosaic GPU: compute warpgroups and one for memory; `grid` names its axes.
+    """Calls a Mosaic GPU kernel with compute warpgroups and one memory warpgroup.
 
-    Kernels count in 32 bits, whatever `jax_enable_x64` says.
+    `grid` maps the names of the grid axes to their sizes. Kernels use 32-bit integers regardless of
+    `jax_enable_x64`.
     """
     with jax.enable_x64(False):
         return plgpu.kernel(
@@ -129,18 +131,18 @@ def call(kernel, *arrays, grid, out_shape, interpret):
 def call_on_rows(
     name, compute, rows, key, value, visible, seers, tables, results, *, ring, scale, interpret
 ):  # fmt: skip
-    """Calls a kernel that walks over items.
+    """Calls a kernel that walks over work items.
 
     Args:
-      name: of the kernel.
+      name: name of the kernel.
       compute: a subclass of `Compute`.
       rows: arrays [B, T, N, D] that stay in shared memory during an item.
-      key: [B, M, K, D]; keys that nobody sees may hold anything.
+      key: [B, M, K, D]; keys outside every query's range may hold any value.
       value: [B, M, K, D], likewise.
-      visible: (low, high), int32 [B, T]; empty where the query sees nothing.
-      seers: the range of tokens that see each key, int32 [B, M] each; empty where nobody does.
-      tables: float32 [B, T, N] arrays of numbers of rows.
-      results: dtypes of the results [B, T, N, D], or None for float32 numbers of rows.
+      visible: (low, high), int32 [B, T]; low >= high is an empty range.
+      seers: (first, end) of the tokens that attend to each key, int32 [B, M] each; empty if none.
+      tables: float32 arrays [B, T, N] of one number per row.
+      results: dtypes of the results [B, T, N, D], or None for float32 results [B, T, N].
       ring: `Ring`.
       scale: factor of the logits.
       interpret: `InterpretGPUParams` of Pallas Mosaic GPU, to run on a CPU.
@@ -151,10 +153,10 @@ def call_on_rows(
     batch, length, heads, _ = rows[0].shape
     kv_heads = key.shape[2]
     group = heads // kv_heads
-    # a weight of 0 times NaN is NaN: what nobody sees may hold anything
+    # keys outside every range may hold any value: they are zeroed, since 0 times NaN is NaN
     seen = (seers[0] < seers[1])[:, :, None, None]
     key, value = (pad(jnp.where(seen, x, 0), ring.keys) for x in (key, value))
-    tokens = WARPGROUPS * ROWS // group  # of an item
+    tokens = WARPGROUPS * ROWS // group  # tokens of a work item
     low, high = (pad(x, tokens).reshape(batch, -1, tokens) for x in visible)
     rows = [pad(x, tokens) for x in rows]
     numbers = low.shape[1]
@@ -184,12 +186,12 @@ def call_on_rows(
 
 
 def _run_program(make_compute, arrays, bounds_ref, kv_heads, group, ring):
-    """A program of `call_on_rows`: its items, by a memory and two compute warpgroups.
+    """A program of `call_on_rows`: a memory warpgroup and two compute warpgroups walk its items.
 
     Args:
-      make_compute: from shared memory and the number of a warpgroup to its `Compute`.
+      make_compute: makes a warpgroup's `Compute` from shared memory and the warpgroup's number.
       arrays: (arrays of rows, keys, values) in device memory.
-      bounds_ref: `bounds_of_items`.
+      bounds_ref: ref of the result of `bounds_of_items`.
       kv_heads: K.
       group: G.
       ring: `Ring`.
@@ -199,7 +201,7 @@ def _run_program(make_compute, arrays, bounds_ref, kv_heads, group, ring):
     items, copies = numbers * batch * kv_heads, num_strips(group) * len(row_refs)
 
     def walk(visit):
-        """visit(item, steps taken before it) for the items of this program."""
+        """Calls visit(item, number of steps before it) for the items of this program."""
         program = lax.axis_index("program")
         count = lax.div(items - program + PROGRAMS - 1, jnp.int32(PROGRAMS))
 
@@ -249,11 +251,11 @@ def _run_program(make_compute, arrays, bounds_ref, kv_heads, group, ring):
 
 
 class Item:
-    """128 rows of one key head, and the tiles of keys that they take; longest ranges come first.
+    """128 rows of one key head and the key tiles of their ranges; the longest ranges come first.
 
     Attributes:
-      number: of the rows among those of its row of the batch.
-      row, kv_head: where they are.
+      number: index of these rows among the work items of the sequence.
+      row, kv_head: batch index and key head.
       tiles: `Steps`.
     """
 
@@ -269,14 +271,14 @@ class Item:
         return self.tiles.tile(step) * self.keys
 
     def strips(self, array_ref, shared_ref, warpgroup):
-        """`strips` of a warpgroup's rows."""
+        """The strips of a warpgroup's rows; see `hopper_layout.strips`."""
         number = self.number * WARPGROUPS + warpgroup
         return strips(array_ref, shared_ref, self.row, self.kv_head, number, self.group)
 
 
 @dataclasses.dataclass(frozen=True)
 class Steps:
-    """Tiles from `begin` to `end`, those that need a mask first, then the inner ones."""
+    """The order of the tiles `begin` .. `end` - 1: masked tiles first, then inner tiles."""
 
     begin: Any
     inner_begin: Any
@@ -289,11 +291,11 @@ class Steps:
 
     @property
     def masked(self):
-        """How many steps need a mask."""
+        """Number of steps that need a mask."""
         return self.count - (self.inner_end - self.inner_begin)
 
     def tile(self, step):
-        """Tile of a step."""
+        """Number of the tile of a step."""
         before = self.inner_begin - self.begin
         edge = jnp.where(step < before, self.begin + step, self.inner_end + step - before)
         return jnp.where(step < self.masked, edge, self.inner_begin + step - self.masked)
@@ -301,14 +303,14 @@ class Steps:
 
 @dataclasses.dataclass(frozen=True)
 class Shared:
-    """Shared memory of a program: buffers, and barriers that say which are full and which free.
+    """Shared memory of a program: buffers, and barriers that signal full and free buffers.
 
     Attributes:
-      rows: of each array of rows, by warpgroup.
+      rows: a buffer for each array of rows, by warpgroup.
       keys, values: rings of tiles.
-      outs: results, by warpgroup.
-      full, free: of rows by warpgroup, of keys and of values.
-      turns: whose turn it is, by warpgroup.
+      outs: buffers of results, by warpgroup.
+      full, free: barriers of the rows (by warpgroup), of the keys and of the values.
+      turns: barriers by warpgroup that signal its turn to issue products.
     """
 
     rows: Any
@@ -320,7 +322,7 @@ class Shared:
     turns: Any
 
     def await_free(self, ring):
-        """Nothing may be under way when a program ends."""
+        """Waits for all buffers, since no copy may be in flight when a program ends."""
         numbers = (WARPGROUPS, ring.key_stages, ring.value_stages)
         for barriers, number in zip(self.free, numbers, strict=True):
             for i in range(number):
@@ -328,7 +330,7 @@ class Shared:
 
 
 def _load(item, before, arrays, shared, ring):
-    """Copies what an item needs; the memory warpgroup."""
+    """The memory warpgroup: copies the inputs of a work item into shared memory."""
     row_refs, key_ref, value_ref = arrays
 
     def step(number, _):
@@ -356,10 +358,10 @@ def _load(item, before, arrays, shared, ring):
 
 
 class Compute:
-    """A compute warpgroup. Subclasses `visit(item, before)`: item by item, 64 rows of each.
+    """A compute warpgroup; subclasses define `visit(item, before)`, which computes 64 rows.
 
-    Interpret mode knows no wgmma of registers. There `exact` multiplies what shared memory holds,
-    and fences its reads.
+    Interpret mode does not support wgmma with register operands. `exact`, which is set there,
+    multiplies values loaded from shared memory instead and fences those reads.
     """
 
     def __init__(self, refs, *, shared, ring, warpgroup, scale, exact):
@@ -369,7 +371,7 @@ class Compute:
         self.scale, self.exact = scale, exact
 
     def start(self):
-        """All buffers are free, and it is the turn of the first warpgroup."""
+        """Marks all buffers as free and gives the first warpgroup its turn."""
         stages = (self.ring.key_stages, self.ring.value_stages)
         for barriers, number in zip(self.shared.free[1:], stages, strict=True):
             for slot in range(number):
@@ -391,14 +393,14 @@ class Compute:
         plgpu.barrier_arrive(self.shared.free[0].at[self.warpgroup])
 
     def ranges(self, item):
-        """The first key that each row sees, and the one behind its last."""
+        """The first key of each row's range, and one past the last."""
         return tuple(
             number_of_rows(x.at[item.row, item.number, self.warpgroup])
             for x in (self.low_ref, self.high_ref)
         )
 
     def seen(self, item, step, ranges, shape):
-        """Which keys of the tile of a step each row sees."""
+        """Mask of the keys of a step's tile that are in each row's range."""
         column = item.first_key(step) + plgpu.broadcasted_iota(
             jnp.int32, shape, 1, layout=plgpu.Layout.WGMMA
         )
@@ -406,18 +408,18 @@ class Compute:
         return (column >= low) & (column < high)
 
     def at(self, ref, item):
-        """Where a table of numbers has those of the rows."""
+        """The part of a table of numbers that belongs to this warpgroup's rows."""
         return ref.at[item.row, item.kv_head, item.number, self.warpgroup]
 
     def fold(self, item, step, state):
-        """Folds step(number, state, masked) over the steps of an item but the first."""
+        """Folds step(number, state, masked) over all steps of an item except the first."""
         tiles = item.tiles
         state = lax.fori_loop(1, tiles.masked, lambda i, x: step(i, x, True), state)
         begin = lax.max(tiles.masked, jnp.int32(1))
         return lax.fori_loop(begin, tiles.count, lambda i, x: step(i, x, False), state)
 
     def added(self, x, a, tiles, slot):
-        """The sum x + a b, with the tile b in a slot of a ring."""
+        """The sum x + a b, where b is the tile in `slot` of the ring `tiles`."""
 
         def multiply(sum_ref):
             sum_ref[...] = x
@@ -441,17 +443,17 @@ class Compute:
 
 
 def number_of_rows(ref):
-    """A number of each row."""
+    """Loads one number per row."""
     return plgpu.load(ref, layout=plgpu.Layout.WGMMA.reduce(1), optimized=False)
 
 
 def zeros(columns):
-    """A sum [64, columns]."""
+    """A zero accumulator [64, columns]."""
     return plgpu.layout_cast(jnp.zeros((ROWS, columns), jnp.float32), plgpu.Layout.WGMMA)
 
 
 def over_columns(x, like):
-    """A number of each row, along the columns."""
+    """Broadcasts one number per row along the columns."""
     return lax.broadcast_in_dim(x, like.shape, [0])
 
 

@@ -1,14 +1,14 @@
-"""Attention to one range of keys on Hopper, and its dq: what `query_kernels.py` computes.
+"""Attention to one range of keys on Hopper, and its dq: the counterpart of `query_kernels.py`.
 
-`hopper_pipeline.py` says how rows, tiles of keys and warpgroups go. A compute warpgroup issues the
-products of a tile together with the sum that the tile before adds to, and takes exponents while the
-matrix unit works on that sum.
+`hopper_pipeline.py` describes the pipeline of rows, key tiles and warpgroups. A compute warpgroup
+issues the products of a tile together with the accumulating product of the previous tile, and
+computes exponentials while the matrix unit works on the latter.
 
 Flops, with V the visible (row, key) pairs: forward 4*V*D, dq 6*V*D. Bytes: q, dout and the result
-once; K and V once for each 128 rows, from L2; 8 to 16 bytes a row of ranges, logsumexp and delta.
+once; K and V once for each 128 rows, from L2; 8 to 16 bytes per row of ranges, logsumexp and delta.
 
-Shapes: B rows of the batch, T tokens, N query heads, K key/value heads, G = N/K, M keys, D = 128
-head width of keys and values.
+Shapes: B sequences, T tokens, N query heads, K key/value heads, G = N/K, M keys, D = 128 head width
+of keys and values.
 """
 
 from typing import Any
@@ -31,8 +31,8 @@ from fsa_jax.pallas.range_attention.hopper_pipeline import (
     zeros,
 )
 
-#: With the rows and the results both take 192 KB of shared memory. A tile of keys is in use for two
-#: steps of the gradient, one of values for one.
+#: Together with the rows and the results, each ring takes 192 KB of shared memory. In the gradient
+#: kernel a tile of keys is in use for two steps, a tile of values for one.
 FORWARD, GRADIENT = Ring(128, 2, 2), Ring(64, 3, 3)
 
 
@@ -43,14 +43,14 @@ def attention(query, key, value, visible, seers, *, scale, interpret=None):
       query: [B, T, N, D].
       key: [B, M, K, D].
       value: [B, M, K, D].
-      visible: (low, high), int32 [B, T]; empty where the query sees nothing.
-      seers: the range of tokens that see each key, int32 [B, M] each; empty where nobody does.
+      visible: (low, high), int32 [B, T]; low >= high is an empty range.
+      seers: (first, end) of the tokens that attend to each key, int32 [B, M] each; empty if none.
       scale: factor of the logits.
       interpret: `InterpretGPUParams` of Pallas Mosaic GPU, to run on a CPU.
 
     Returns:
       out [B, T, N, D] in the dtype of `query` and lse float32 [B, T, N], natural logarithm; 0 and
-      -inf where a query sees nothing.
+      -inf for a query with an empty range.
     """
     return tuple(
         call_on_rows(
@@ -76,7 +76,7 @@ def query_gradient(
 
 
 class _Forward(Compute):
-    """Logits of a tile together with the weighted sum of the tile before."""
+    """Forward pass: overlaps the logits of a tile with the weighted sum of the previous tile."""
 
     def visit(self, item, before):
         out_ref, lse_ref = self.refs
@@ -97,7 +97,7 @@ class _Forward(Compute):
 
             folded, new = self.multiply(p, out, slots(number)[0], slots(number - 1)[1], fold)
             top, total, new_p, decay = folded
-            # the products read p until here: the new one must not take its registers before
+            # products read p up to here, so the new p must not be written to its registers before
             _, new_p, new = lax.optimization_barrier((p, new_p, new))
             return top, total, new_p, new * over_columns(decay, new)
 
@@ -113,7 +113,7 @@ class _Forward(Compute):
         self.store(item, out_ref, out)
 
     def softmax(self, top, total, logits, masked):
-        """A step of an online softmax: see `online_softmax.Softmax.fold`; exponents are of 2."""
+        """A step of an online softmax in base 2; see `online_softmax.Softmax.fold`."""
         factor = (abs(self.scale) or 1.0) * LOG2_E
         new_top = jnp.max(logits, axis=1) * factor
         new_top = new_top if top is None else jnp.maximum(top, new_top)
@@ -127,7 +127,7 @@ class _Forward(Compute):
         return new_top, total * decay + added, p, decay
 
     def signed(self, logits):
-        """The logits, so that larger ones get larger weights."""
+        """The logits, negated if the scale is negative: larger logits then get larger weights."""
         if self.scale == 0:
             return logits * 0.0
         return logits if self.scale > 0 else -logits
@@ -185,7 +185,7 @@ class _Forward(Compute):
         return folded, new
 
     def last(self, p, out, slot):
-        """The weighted sum of the last tile, added to `out`."""
+        """Adds the weighted sum of the last tile to `out`."""
         plgpu.barrier_wait(self.shared.full[2].at[slot])
         out = self.added(out, p, self.shared.values, slot)
         plgpu.barrier_arrive(self.shared.free[2].at[slot])
@@ -193,7 +193,7 @@ class _Forward(Compute):
 
 
 class _QueryGradient(Compute):
-    """Logits and dp of a tile together with the sum ds K of the tile before."""
+    """Gradient dq: overlaps logits and dp of a tile with the product ds K of the previous one."""
 
     def visit(self, item, before):
         lse_ref, delta_ref, dquery_ref = self.refs
@@ -219,7 +219,7 @@ class _QueryGradient(Compute):
                 slots(number), weights, lambda p, dp: gradient(p, dp, number, masked),
                 (ds, dquery, slots(number - 1)[0]),
             )  # fmt: skip
-            # the products read ds until here: the new one must not take its registers before
+            # products read ds up to here, so the new ds must not be written to its registers before
             return lax.optimization_barrier((ds, *new))[1:]
 
         plgpu.barrier_wait(self.shared.full[0].at[self.warpgroup])
@@ -235,7 +235,7 @@ class _QueryGradient(Compute):
     def multiply(self, slots, weights, gradient, before: Any = None):
         """(gradient(weights(q k^T), dout v^T), dquery + ds K), overlapped.
 
-        `before` = (ds, dquery, slot of its keys); without it there is no sum.
+        `before` = (ds, dquery, slot of the previous keys); without it only ds is computed.
         """
         (queries, douts), keys, values = self.rows, self.shared.keys, self.shared.values
         key_slot, value_slot = slots

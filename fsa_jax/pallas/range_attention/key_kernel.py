@@ -1,18 +1,19 @@
 """The kernel whose programs own keys: dK and dV of attention to contiguous ranges of keys.
 
-The tokens that see a key are a contiguous range, too, so a program walks the rows from the first to
-the last token that sees any of its keys. Rows of steps are as in `query_kernels.py`: query head r %
-G of token r // G. Scores are [b, rows], so that p and ds stay in registers for the products that
-add to dK [b, D] and dV [b, E]; the G heads of a group are added up with them.
+The tokens that attend to a key also form a contiguous range, so a program walks the rows from the
+first to the last token that attends to any of its keys. The rows of a step are as in
+`query_kernels.py`: row r is query head r % G of token r // G. Scores are [b, rows], so that p and
+ds stay in registers for the products that accumulate dK [b, D] and dV [b, E]; these products also
+sum over the G heads of a group.
 
-Early keys are seen by many more rows than late ones. So the rows of each tile of keys are cut into
-`splits` even parts, a program each; the parts are added in their order afterwards.
+Many more rows attend to early keys than to late ones. The rows of each key tile are therefore
+divided into `splits` even parts, one program each; the partial sums are added in order afterwards.
 
-Flops, with V the visible (row, key) pairs: 2*V*(2*D + 2*E). Bytes: q and dout once for each tile of
-keys, from L2; with more than one split, 4*splits*M*(D + E) bytes of parts, written and read.
+Flops, with V the visible (row, key) pairs: 2*V*(2*D + 2*E). Bytes: q and dout once for each key
+tile, from L2; with more than one split, 4*splits*M*(D + E) bytes of partial sums, written and read.
 
-Shapes: B rows of the batch, T tokens, N query heads, K key/value heads, G = N/K, M keys, D and E
-head widths, R rows and b keys of a tile.
+Shapes: B sequences, T tokens, N query heads, K key/value heads, G = N/K, M keys, D and E head
+widths, R rows and b keys of a tile.
 """
 
 import dataclasses
@@ -32,7 +33,7 @@ def key_gradients(
 ):  # fmt: skip
     """Gradients dK [B, M, K, D] and dV [B, M, K, E] in the dtypes of key and value.
 
-    Args are those of `query_kernels.query_gradient`.
+    The arguments are those of `query_kernels.query_gradient`, without `visible`.
     """
     _, keys, kv_heads, _ = key.shape
     tile, block = plan.key_gradient, plan.key_gradient.keys
@@ -95,7 +96,7 @@ def key_gradients(
 
 @dataclasses.dataclass(frozen=True)
 class _Step:
-    """Rows of a step: where they are, their logsumexps, and which of them are there; None: all."""
+    """Rows of a step: their indices, their logsumexps, and which are active; None means all."""
 
     at: tuple[Any, Any, Any]
     lses: jax.Array
@@ -103,17 +104,17 @@ class _Step:
 
 
 class _Keys:
-    """The keys of a program, and the rows that see them.
+    """The keys of a program, and the rows that attend to them.
 
     Attributes:
-      columns, value_columns: of the tiles of keys and values.
-      keys, values: tiles [b, columns]; 0 where nobody sees them.
+      columns, value_columns: column numbers of the key tiles and value tiles.
+      keys, values: tiles [b, columns]; 0 at keys that no query attends to.
     """
 
     def __init__(self, tile, query_ref, key_ref, value_ref, low_ref, high_ref):
         self.tile, kv_heads = tile, key_ref.shape[2]
         self.group = query_ref.shape[2] // kv_heads
-        # the first keys are seen by most rows: they come first
+        # most rows attend to the first keys, so their programs come first
         self.column = pl.program_id(0) * tile.keys + iota(tile.keys)
         self.part = pl.program_id(1)
         self.batch, self.kv_head = split(pl.program_id(2), kv_heads)
@@ -126,26 +127,26 @@ class _Keys:
             load_tiles(ref, self.batch, self.column, self.kv_head, cut, self.seen)
             for ref, cut in ((key_ref, self.columns), (value_ref, self.value_columns))
         )
-        # tokens from the first that sees a key to the last
+        # the tokens from the first to the last that attends to any of the keys
         self.first = jnp.min(jnp.where(self.seen, self.low, 2**30))
         self.last = jnp.max(jnp.where(self.seen, self.high, 0))
 
     def rows(self, number, masked, lse_ref):
-        """The rows of a step; of one that needs no mask, all are there."""
+        """The rows of a step; in a step that needs no mask, all rows are active."""
         row = self.first * self.group + number * self.tile.rows + iota(self.tile.rows)
         token, g = split(row, self.group)
         head = self.kv_head * self.group + g
         inside = token < self.last if masked else None
         lses = load(lse_ref.at[self.batch, token, head], mask=inside, other=-jnp.inf)
         live = None
-        if masked:  # what sees nothing may hold anything, and has no weights
+        if masked:  # a row with an empty range may hold any value, and gets weights of 0
             live = lses > -jnp.inf
             lses = jnp.where(live, lses, jnp.inf)
         return _Step((self.batch, token, head), lses, live)
 
     def sees(self, number):
-        """Bool [b, R], which rows of a step see each key."""
-        # rows, not tokens: their numbers in the tile take no registers
+        """Mask, bool [b, R]: which rows of a step attend to each key."""
+        # compares rows, not tokens, since row numbers within the tile take no registers
         base = self.first * self.group + number * self.tile.rows
         row = iota(self.tile.rows)[None, :]
         return (row >= (self.low * self.group - base)[:, None]) & (
@@ -153,7 +154,7 @@ class _Keys:
         )
 
     def steps(self, splits):
-        """The steps of this part, as `fold_tiles` takes them: rows of inner ones see all keys."""
+        """Bounds of this part's steps for `fold_tiles`; rows of inner steps attend to all keys."""
         first, last, group, rows = self.first, self.last, self.group, self.tile.rows
         steps = pl.cdiv(jnp.maximum(last - first, 0) * group, rows)
         share = pl.cdiv(steps, splits)
@@ -167,7 +168,7 @@ class _Keys:
         return begin, inner_begin, jnp.clip(inner_end, inner_begin, end), end
 
     def store(self, ref, columns, sums, factor):
-        """Stores sums, in tiles of columns, times a factor."""
+        """Stores the tiles of a sum, multiplied by a factor."""
         for d, x in zip(columns, sums, strict=True):
             store(
                 ref.at[self.part, self.batch, self.column[:, None], self.kv_head, d[None, :]],

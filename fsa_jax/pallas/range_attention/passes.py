@@ -1,8 +1,9 @@
-"""Attention to contiguous ranges of keys from kernels: sizes, and the two passes.
+"""Forward and backward pass of attention to contiguous ranges of keys, and the plan of their sizes.
 
-Forward: one kernel. Backward: dq by one whose programs own rows, dK and dV by one whose programs
-own keys; seven matmuls instead of the five of a single pass, and no sums between programs but those
-of the splits, so the order of every sum is fixed.
+The forward pass is one kernel. In the backward pass, one kernel whose programs own rows computes
+dq, and one whose programs own keys computes dK and dV. These take seven matmuls instead of the five
+of a single pass, but apart from the splits no sums cross programs, so the order of every sum is
+fixed.
 """
 
 import dataclasses
@@ -12,21 +13,21 @@ from fsa_jax.pallas.range_attention import hopper_groups, key_kernel, query_kern
 from fsa_jax.pallas.support import Unsupported
 from fsa_jax.pallas.tile_config import Tile, arrays_reason, padded_width, shared_memory
 
-#: Programs of the kernel of dK and dV that keep a GPU busy, whatever the number of keys.
+#: Programs of the dK and dV kernel that keep a GPU busy, for any number of keys.
 PROGRAMS = 1024
-#: Fewest steps of one of them, if all rows see its keys.
+#: Fewest steps of such a program if all rows attend to its keys.
 SHORTEST = 8
-#: Most bytes of the parts of dK and dV that they leave.
+#: Most bytes of the partial dK and dV of these programs.
 PARTS_BYTES = 2**28
-#: Most programs of the second and third axis of a grid.
+#: Most programs along the second and third axis of a grid.
 MOST_HEADS = 65535
 
 
-#: Rows, keys, warps and stages of tiles, the fastest first, by kernel and what it multiplies:
-#: 16-bit numbers of D + E <= 256 or more, or float32, which has no matrix unit. Measured on an H100
-#: (benchmarks/NOTES.md): two programs of 4 warps on a multiprocessor, one of which multiplies while
-#: the other one takes exponents, beat one of 8. A window has few tiles of keys that all rows see
-#: whole: narrower ones leave less to mask.
+#: Rows, keys, warps and stages of tiles, the fastest first, by kernel and kind of operands: 16-bit
+#: numbers with D + E <= 256 ("narrow") or more ("wide"), or float32, which has no matrix unit.
+#: Measured on an H100 (benchmarks/NOTES.md): two programs of 4 warps per multiprocessor, one of
+#: which multiplies while the other computes exponentials, are faster than one program of 8 warps.
+#: In a window few key tiles need no mask; narrower tiles leave less to mask.
 TILES = {
     ("forward", "window"): ((64, 32, 4, 3), (32, 32, 4, 3)),
     ("forward", "narrow"): ((64, 64, 4, 3), (64, 32, 4, 3), (32, 32, 4, 3)),
@@ -43,18 +44,18 @@ TILES = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RangeTile(Tile):
-    """How a program is cut: like `Tile`, with the number of `keys` of a tile."""
+    """Tile sizes and launch parameters: a `Tile` with the number of `keys` of a key tile."""
 
     keys: int = 64
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Everything static about a call of the kernels.
+    """All static parameters of a call of the kernels.
 
     Attributes:
       forward, query_gradient, key_gradient: tiles of the kernels.
-      splits: parts of the rows that see a tile of keys.
+      splits: number of parts that the rows attending to a key tile are divided into.
     """
 
     forward: RangeTile
@@ -64,7 +65,7 @@ class Plan:
 
 
 def _reason(query, key, value) -> str | None:
-    """Why no kernel takes such a call, on whatever GPU; None if they do."""
+    """Why the kernels cannot serve such a call on any GPU; None if they can."""
     if reason := arrays_reason(query, key, value):
         return reason
     batch, length, heads, _ = query.shape
@@ -76,7 +77,7 @@ def _reason(query, key, value) -> str | None:
 
 
 def shared_bytes(kernel: str, tile: RangeTile, query, key, value) -> int:
-    """Shared memory that a kernel takes, bytes."""
+    """Shared memory that a kernel takes, in bytes."""
     width = padded_width(key.shape[3])
     both = width + padded_width(value.shape[3])
     rows, keys, stages = tile.rows, tile.keys, tile.num_stages
@@ -97,9 +98,9 @@ def make_plan(
     *,
     causal: bool = False,
 ) -> Plan | Unsupported:
-    """The tiles of the table, else the first of `TILES` that fit on chip.
+    """Plans a call: tiles of the table, or else the first tiles of `TILES` that fit on chip.
 
-    `causal`: a query sees most of what comes before it, so that few tiles of keys are masked.
+    With `causal`, a query attends to most tokens before it, so that few key tiles are masked.
     """
     if reason := _reason(query, key, value):
         return Unsupported(reason)
@@ -108,7 +109,7 @@ def make_plan(
     window = kind == "narrow" and tile_tables.branch_of(query, key) == "window" and not causal
 
     def fitting(kernel):
-        """The first tile that fits in shared memory, unless a faster one is known."""
+        """The first tile that fits in shared memory, unless the table has a faster one."""
         known = (kernel, "window") if window and (kernel, "window") in TILES else (kernel, kind)
         for rows, keys, num_warps, most in TILES[known]:
             if num_warps == 8 and capability < 90 and kind == "narrow":
@@ -116,7 +117,7 @@ def make_plan(
             for stages in range(most, 1, -1):
                 tile = RangeTile(rows=rows, keys=keys, num_warps=num_warps, num_stages=stages)
                 if shared_bytes(kernel, tile, query, key, value) <= shared_memory(capability):
-                    # tables are measured with the ranges of sparse attention
+                    # tables are measured on the ranges of sparse attention, not on causal ranges
                     measured = None if causal else table
                     return tile_tables.choose(f"range_{kernel}", measured, tile, query, key, value)
         return None
@@ -131,7 +132,7 @@ def make_plan(
 
 
 def _splits(query, key, value, tile: RangeTile) -> int:
-    """Enough parts to keep a GPU busy, not so many that they are short or need much memory."""
+    """Enough parts to keep a GPU busy, but not so many that they are short or need much memory."""
     batch, slots, kv_heads, _ = key.shape
     programs = max(1, batch * kv_heads * -(-slots // tile.keys))
     part_bytes = max(1, 4 * (key.size + value.size))
@@ -140,7 +141,7 @@ def _splits(query, key, value, tile: RangeTile) -> int:
 
 
 def attention(plan, query, key, value, visible, seers, *, scale, interpret):
-    """Out [B, T, N, E] and lse float32 [B, T, N]; arguments as in `query_kernels.attention`."""
+    """Returns out [B, T, N, E], lse float32 [B, T, N]; arguments as `query_kernels.attention`."""
     return query_kernels.attention(
         query, key, value, visible, seers, plan=plan, scale=scale, interpret=interpret
     )
@@ -149,13 +150,14 @@ def attention(plan, query, key, value, visible, seers, *, scale, interpret):
 def gradients(
     plan, query, key, value, visible, seers, lse, delta, dout, *, scale, interpret, mosaic=False
 ):  # fmt: skip
-    """(dq, dk, dv) in the dtypes of query, key and value; arguments as in `range_rows`.
+    """Returns (dq, dk, dv) in the dtypes of query, key and value.
 
-    `mosaic`: by the kernels in Mosaic GPU.
+    The arguments are those of `query_kernels.query_gradient`; `mosaic` selects the Mosaic GPU
+    kernels.
     """
     static: dict = {"plan": plan, "scale": scale, "interpret": interpret}
     query_gradient, key_gradients = query_kernels.query_gradient, key_kernel.key_gradients
-    if mosaic and scale:  # `hopper_key_kernel.py` divides by it
+    if mosaic and scale:  # `hopper_key_kernel.py` divides by the scale
         static = {"scale": scale}
         query_gradient, key_gradients = hopper_groups.query_gradient, hopper_groups.key_gradients
     rest = (lse, delta, dout)

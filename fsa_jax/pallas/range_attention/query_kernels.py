@@ -1,18 +1,18 @@
 """Kernels whose programs own query rows: attention to one contiguous range of keys, and its dq.
 
-Serves compressed attention (keys are the windows that a query has behind it) and the sliding
-window. Row r of a head is query head r % G of token r // G, so R rows in a row fill a tile whatever
-G is, and the heads of a token share every key that is loaded.
+They serve compressed attention (the keys are the compressed windows that end before a query) and
+the sliding window. Row r of a key head is query head r % G of token r // G, so that R consecutive
+rows fill a tile for any G, and the heads of a token share every key that is loaded.
 
-Dataflow of a program: R rows of q stay on chip; tiles of b keys go by, from the first that any row
-sees to the last. Tiles that all rows see whole take the short way, without a mask; those at the
-edges of the ranges are masked. Tiles that nobody sees are never loaded.
+Dataflow of a program: R rows of q stay on chip while the program walks the tiles of b keys from the
+first to the last key that any row attends to. Tiles to which all rows attend entirely need no mask;
+tiles at the edges of the ranges are masked. Tiles to which no row attends are never loaded.
 
 Flops, with V the visible (row, key) pairs: forward 2*V*(D + E), dq 2*V*(2*D + E). Bytes: q, dout
-and the result once; K and V once for each tile of rows, from L2.
+and the result once; K and V once for each row tile, from L2.
 
-Shapes: B rows of the batch, T tokens, N query heads, K key/value heads, G = N/K, M keys, D and E
-head widths, R rows and b keys of a tile.
+Shapes: B sequences, T tokens, N query heads, K key/value heads, G = N/K, M keys, D and E head
+widths, R rows and b keys of a tile.
 """
 
 import jax
@@ -31,15 +31,15 @@ def attention(query, key, value, visible, seers, *, plan, scale, interpret):
       query: [B, T, N, D].
       key: [B, M, K, D].
       value: [B, M, K, E].
-      visible: (low, high), int32 [B, T]; empty where the query sees nothing.
-      seers: the range of tokens that see each key, int32 [B, M] each; empty where nobody does.
+      visible: (low, high), int32 [B, T]; low >= high is an empty range.
+      seers: (first, end) of the tokens that attend to each key, int32 [B, M] each; empty if none.
       plan: `passes.Plan`.
       scale: factor of the logits.
       interpret: run the kernel in interpret mode.
 
     Returns:
       out [B, T, N, E] in the dtype of `query` and lse float32 [B, T, N], natural logarithm; 0 and
-      -inf where a query sees nothing.
+      -inf for a query with an empty range.
     """
     tile = plan.forward
     exact = key.dtype == jnp.float32
@@ -159,10 +159,10 @@ class _Rows:
     """The rows of a program.
 
     Attributes:
-      there: bool [R], rows that exist.
-      target: batch row, token [R] and query head [R].
-      low, high: int32 [R], the range of keys of each row.
-      sighted: bool [R], rows that see something.
+      there: bool [R], which rows exist.
+      target: batch index, token [R] and query head [R].
+      low, high: int32 [R], the key range of each row.
+      sighted: bool [R], which rows have a non-empty range.
     """
 
     def __init__(self, query_ref, key_ref, low_ref, high_ref, tile):
@@ -170,7 +170,7 @@ class _Rows:
         _, self.keys, kv_heads, _ = key_ref.shape
         self.block = tile.keys
         group = heads // kv_heads
-        # the last rows see most keys: they start first
+        # the last rows have the most keys, so their programs start first
         number = pl.num_programs(0) - 1 - pl.program_id(0)
         token, g = split(number * tile.rows + iota(tile.rows), group)
         self.batch, self.kv_head = split(pl.program_id(1), kv_heads)
@@ -181,11 +181,11 @@ class _Rows:
         self.sighted = self.high > self.low
 
     def load(self, ref, columns):
-        """Tiles [R, columns] of the rows, 0 for those that see nothing."""
+        """Tiles [R, columns] of the rows, 0 for rows with an empty range."""
         return load_tiles(ref, *self.target, columns, self.sighted)
 
     def store(self, ref, x, columns):
-        """Stores a tile [R, columns] of results; 0 for rows that see nothing."""
+        """Stores a tile [R, columns] of results; 0 for rows with an empty range."""
         batch, token, head = self.target
         store(
             ref.at[batch, token[:, None], head[:, None], columns[None, :]],
@@ -194,10 +194,10 @@ class _Rows:
         )
 
     def walk(self, step, state):
-        """Folds `step(first key, state, masked)` over the tiles of keys that any row sees.
+        """Folds `step(first key, state, masked)` over the key tiles to which any row attends.
 
-        In tiles that all sighted rows see whole, `masked` is False; then rows that see nothing get
-        any result.
+        `masked` is False in tiles that are entirely in every non-empty range; the results of rows
+        with an empty range are then arbitrary.
         """
         lows = jnp.where(self.sighted, self.low, self.keys)
         highs = jnp.where(self.sighted, self.high, 0)
@@ -218,7 +218,7 @@ class _Rows:
         return (column >= self.low[:, None]) & (column < self.high[:, None])
 
     def load_keys(self, start, refs, columns, seers_refs, masked):
-        """Tiles [b, columns] of keys and of values; 0 where nobody at all sees them."""
+        """Tiles [b, columns] of keys and of values; 0 at keys outside the ranges of all queries."""
         column = start + iota(self.block)
         seen = None
         if masked:
