@@ -65,7 +65,7 @@ def log2(x: jax.Array) -> jax.Array:
 
 
 def multiply_add(a, b, c) -> jax.Array:
-    """a * b + c of float32, broadcast and rounded once: one instruction instead of two.
+    """Computes a * b + c of float32, broadcast and rounded once, in one instruction, not two.
 
     The compiler may not fuse the two operations by itself, since that changes the rounding.
     """

@@ -1,5 +1,5 @@
-"""Kernels of block selection: which blocks each query attends to.
+"""Kernels of block selection, which choose the blocks that each query attends to.
 
-`plan` chooses the sizes; `passes` goes over chunks of heads and tokens, and for each of them has
-`score_kernel` write the ranks of all blocks and `choose_kernel` take the best of them.
+`plan` chooses the sizes; `passes` runs over chunks of heads and tokens. For each chunk,
+`score_kernel` writes the ranks of all blocks and `choose_kernel` selects the best of them.
 """

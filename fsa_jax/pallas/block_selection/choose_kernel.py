@@ -1,10 +1,10 @@
-"""The kernel of the choice: the best blocks of each query and KV head, by their ranks.
+"""Top-k kernel: selects the best blocks of each query and KV head by their ranks.
 
-A program has some tokens, and keeps the largest ranks of their tiles on chip. It takes the best
-block `free` times: the best tile, then the best block in it, by loading just that tile again.
-Blocks go in the order of (rank descending, number ascending).
+A program has several tokens and keeps the largest rank of each of their tiles on chip. It selects
+the best block `free` times: it finds the best tile, reloads only that tile, and takes the best
+block in it. Blocks are ordered by (rank descending, number ascending).
 
-Shapes: B rows of the batch, T tokens, K key/value heads; see `score_kernel`.
+Shapes: B sequences, T tokens, K key/value heads; see `score_kernel`.
 """
 
 import jax
@@ -19,7 +19,7 @@ from fsa_jax.pallas.tile_sizes import LARGEST, next_power_of_two
 def choose_blocks(where, own, ranks, tops, lists, *, config, plan, interpret):
     """Writes the lists of a chunk into `lists` [B, T, K, topk], in place.
 
-    The other arguments are those of `score_kernel.rank_blocks`, and what it returns.
+    The other arguments are those of `score_kernel.rank_blocks` and its results.
     """
     _, length, kv_heads, topk = lists.shape
     tokens = plan.choose_tokens
@@ -33,7 +33,7 @@ def choose_blocks(where, own, ranks, tops, lists, *, config, plan, interpret):
         there = (of_chunk < plan.tokens) & (token < length)
         owns = load(own_ref.at[batch, token], mask=there, other=-1)
         live = owns >= topk
-        # all blocks of an easy token, the forced ones of the others
+        # all blocks of a token that has at most topk blocks, the forced blocks of other tokens
         s = iota(next_power_of_two(topk))[None, :]
         forced = (s < config.init_blocks) | (s >= topk - config.local_blocks)
         last = jnp.where(s < config.init_blocks, s, owns[:, None] - (topk - 1 - s))
@@ -44,7 +44,7 @@ def choose_blocks(where, own, ranks, tops, lists, *, config, plan, interpret):
             return
 
         tile = iota(next_power_of_two(tops.shape[2]))[None, :]
-        # the last free block is in tile `ends`; easy tokens have no tiles
+        # the last free block is in tile `ends`; tokens with at most topk blocks have no tiles
         ends = jnp.where(live, jax.lax.div(owns - config.local_blocks, BLOCKS), -1)
         state = (
             load(tops_ref.at[head, of_chunk[:, None], tile], mask=tile <= ends[:, None], other=-1),
@@ -57,7 +57,7 @@ def choose_blocks(where, own, ranks, tops, lists, *, config, plan, interpret):
 
         def take(i, state):
             tops, last_rank, last, chosen, position = state
-            # the lowest tile that holds the best rank that is left, its lowest such block
+            # the first tile that contains the best remaining rank, and its first such block
             best = jnp.max(tops, axis=1)
             at = jnp.min(jnp.where(tops == best[:, None], tile, LARGEST), axis=1)
             block = (at * BLOCKS)[:, None] + iota(BLOCKS)[None, :]
@@ -66,14 +66,14 @@ def choose_blocks(where, own, ranks, tops, lists, *, config, plan, interpret):
                 mask=live[:, None] & (block >= 0),
                 other=-1,
             )
-            # What is above `best` is taken. Of what equals it, all up to the last block taken.
+            # Blocks ranked above `best` are taken, as are equal ones up to the last block taken.
             left = (block > last[:, None]) | (last_rank != best)[:, None]
             equal = (rank == best[:, None]) & left
             new = jnp.min(jnp.where(equal, block, LARGEST), axis=1)
             left = (rank < best[:, None]) | (equal & (block > new[:, None]))
             rest = jnp.max(jnp.where(left, rank, -1), axis=1)
             tops = jnp.where(tile == at[:, None], rest[:, None], tops)
-            # insert: those chosen before that are larger move up by one
+            # insertion: blocks chosen earlier with a larger number move up by one
             below = jnp.sum((chosen < new[:, None]).astype(jnp.int32), axis=1)
             position += (chosen > new[:, None]).astype(jnp.int32)
             position = jnp.where(s == i, below[:, None], position)

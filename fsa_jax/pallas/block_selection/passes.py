@@ -1,16 +1,16 @@
-"""Block selection from kernels: scores of the blocks, then the best of them.
+"""Block selection: computes scores of the blocks and selects the best of them.
 
-A query takes the first `init_blocks` and the last `local_blocks` blocks of its document whatever
-they score, and free = topk - init_blocks - local_blocks more by score. If it has no more than topk
-blocks it takes them all: such an easy query needs no scores. Any other has all the forced blocks,
-and they do not overlap, so `free` is one number for all.
+A query always selects the first `init_blocks` and the last `local_blocks` blocks of its document
+(the forced blocks), and free = topk - init_blocks - local_blocks more by score. A query that has at
+most topk blocks selects all of them and needs no scores. Any other query has all forced blocks
+without overlap, so `free` is the same for all of these.
 
-Dataflow, for each chunk of (row, KV head) pairs and tokens: `rank_blocks` writes the ranks of all
-blocks, `choose_blocks` takes the best of them. Bytes: ranks are written once, 4 * T*K * J/2, and
-free * BLOCKS of J read again.
+Dataflow, for each chunk of (sequence, KV head) pairs and tokens: `rank_blocks` writes the ranks of
+all blocks, and `choose_blocks` selects the best. Bytes: ranks are written once, 4 * T*K * J/2, and
+free * BLOCKS of the J ranks are read again.
 
-Shapes: B rows of the batch, T tokens, N query heads, K key/value heads, M window slots, J blocks of
-a row.
+Shapes: B sequences, T tokens, N query heads, K key/value heads, M window slots, J blocks of a
+sequence.
 """
 
 import jax
@@ -36,21 +36,23 @@ def select_blocks(
     plan: SelectPlan,
     interpret: bool,
 ) -> Int[Array, "B T K topk"]:
-    """The topk blocks of each query and KV head.
+    """Selects topk blocks for each query and KV head.
 
     Args:
       query: float16, bfloat16 or float32.
       key: the compressed keys, M >= 1.
-      lse: float32, natural logarithm, of the compressed attention; -inf where no window is seen.
-      rows: the documents.
-      windows: their compressed windows.
-      config: what is selected.
+      lse: float32, natural logarithm; logsumexp of compressed attention, -inf for a query without
+        visible windows.
+      rows: the segments (documents) of the sequences.
+      windows: the compressed windows of the documents.
+      config: the configuration of the selection.
       scale: factor of the logits.
-      plan: `make_plan`.
+      plan: result of `make_plan`.
       interpret: run the kernels in interpret mode.
 
     Returns:
-      Block numbers, counted in the query's document, ascending, -1 at the tail and at padding.
+      Block numbers relative to the query's document, ascending, -1 at unused entries and at
+      padding.
     """
     batch, length, _, _ = query.shape
     kv_heads = key.shape[2]

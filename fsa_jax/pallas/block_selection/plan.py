@@ -1,7 +1,7 @@
 """Sizes of the kernels of block selection.
 
-Shapes: R rows (token, head of the group) of a tile, G heads of a group, H heads and C tokens of a
-chunk.
+Shapes: R rows (token, head of the group) of a tile, G query heads per key head, H heads and C
+tokens of a chunk.
 """
 
 import dataclasses
@@ -14,21 +14,21 @@ from fsa_jax.pallas.tile_sizes import next_power_of_two
 
 #: Blocks of a tile.
 BLOCKS = 64
-#: Most programs of the second axis of a grid.
+#: Most programs along the second axis of a grid.
 MOST_HEADS = 65535
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SelectPlan:
-    """Everything static about a call of the kernels.
+    """All static parameters of a call of the kernels.
 
     Attributes:
-      rows: R, a power of two from 16 on, at least G.
-      num_warps, num_stages: of the score kernel.
-      hands_over: whether a window that two blocks share is computed once, see `score_kernel`.
+      rows: R, a power of two that is at least 16 and at least G.
+      num_warps, num_stages: warps and pipeline stages of the score kernel.
+      hands_over: whether a window that two blocks share is computed only once; see `score_kernel`.
       heads, tokens: H and C of a chunk.
-      choose_tokens: tokens of a program of the second kernel, a power of two.
-      choose_warps: its warps.
+      choose_tokens: tokens of a program of the choose kernel, a power of two.
+      choose_warps: warps of a program of the choose kernel.
     """
 
     rows: int
@@ -49,7 +49,9 @@ def make_plan(
     capability: int = 90,
     table: tile_tables.Table | None = None,
 ) -> SelectPlan | Unsupported:
-    """Sizes from shapes, dtypes, the most bytes of ranks at a time, and the device's capability.
+    """Chooses sizes from shapes, dtypes and the device's compute capability.
+
+    `scratch_bytes` is the most bytes of ranks at a time.
 
     Raises:
       ValueError: `scratch_bytes` does not hold the ranks of one tile of rows.
@@ -73,13 +75,13 @@ def make_plan(
     step = tile_tokens(rows, query_heads // kv_heads, config)[0]
     tiles = num_tiles(query, key, config)
     heads, tokens = _chunk(
-        min(scratch_bytes, 2**32),  # offsets of ranks have 32 bits
+        min(scratch_bytes, 2**32),  # offsets into the ranks have 32 bits
         batch * kv_heads,
         length,
         step,
         4 * tiles * (BLOCKS + 1),
     )
-    # on chip: the largest ranks of all tiles, and a tile of ranks
+    # kept on chip: the largest ranks of all tiles, and one tile of ranks
     choose_tokens = min(16, max(1, 2048 // max(next_power_of_two(tiles), BLOCKS)))
     return SelectPlan(
         rows=rows,
@@ -94,18 +96,19 @@ def make_plan(
 
 
 def num_tiles(query, key, config: NSAConfig) -> int:
-    """Tiles of BLOCKS blocks of a row."""
+    """Number of tiles of BLOCKS blocks of a sequence."""
     length, stride = query.shape[1], config.kernel_stride
     if length // stride != key.shape[1]:
-        # The queries are part of the row: that of M windows has less than M + 1 strides.
+        # The queries are a part of the sequence, which has M windows: fewer than M + 1 strides.
         length = (key.shape[1] + 1) * stride - 1
     return -(-config.num_blocks(length) // BLOCKS)
 
 
 def tile_tokens(rows: int, group: int, config: NSAConfig) -> tuple[int, int]:
-    """Tokens of a tile of rows, and rows of a token.
+    """Tokens of a row tile, and rows of a token.
 
-    No more than topk * block_size tokens: then those that need scores are of one document.
+    A tile has at most topk * block_size tokens, so that all of its tokens that need scores belong
+    to one document.
     """
     padded_group = next_power_of_two(group)
     tokens = max(1, rows // padded_group)
@@ -115,16 +118,16 @@ def tile_tokens(rows: int, group: int, config: NSAConfig) -> tuple[int, int]:
 
 
 def _tile_sizes(query, key, config, capability) -> tuple[int, int] | None:
-    """Rows of a tile and stages of its pipeline: the most that fit on chip; None if none do."""
+    """Rows of a tile and stages of its pipeline: the most that fit on chip; None if none fit."""
     group, itemsize = query.shape[2] // key.shape[2], query.dtype.itemsize
     width = padded_width(key.shape[3])
     least = max(16, next_power_of_two(group))
-    # float32 is multiplied without the matrix unit, and holds more registers a row
+    # float32 is multiplied without the matrix unit and needs more registers per row
     most = max(least, 64 if itemsize == 4 else 128)
-    # Hopper keeps a buffer more; with 2 stages it has registers for two programs at a time
+    # Hopper keeps one more buffer; with 2 stages it has registers for two concurrent programs
     for stages in (2, 1) if capability >= 90 else (3, 2, 1):
         for rows in (r for r in (128, 64, 32, 16) if least <= r <= most):
-            # q, keys, and ranks on their way from the layout of the matrix unit to device memory
+            # q, keys, and ranks that change from the matrix unit's layout to that of the stores
             used = itemsize * width * (rows + stages * BLOCKS)
             used += 4 * BLOCKS * tile_tokens(rows, group, config)[0] + 1024
             if used <= shared_memory(capability):
@@ -133,7 +136,7 @@ def _tile_sizes(query, key, config, capability) -> tuple[int, int] | None:
 
 
 def _chunk(budget: int, heads: int, length: int, step: int, token_bytes: int) -> tuple[int, int]:
-    """Heads and tokens of a chunk: whole heads where they fit, else part of one head's tokens."""
+    """Heads and tokens of a chunk: whole heads where they fit, else a part of one head's tokens."""
     whole = -(-length // step) * step
     fit = min(MOST_HEADS, budget // (whole * token_bytes))
     if fit:

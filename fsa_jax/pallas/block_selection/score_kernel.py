@@ -1,19 +1,20 @@
-"""The kernel of scores: ranks of all blocks for each query and KV head.
+"""Score kernel: computes the ranks of all blocks for each query and KV head.
 
 A program has R rows (token, head of the group; row r is head r % Gp of token r // Gp) and walks
-tiles of BLOCKS blocks. Windows are aligned with blocks by strided loads: for each offset o, the
-keys of windows r*j + o of all blocks j of the tile. p from the logsumexp, times the units that such
-a window shares with its block, summed over offsets and heads. The last window of each block, if
-windows are of two strides, hands the next block its share, through the place where the ranks will
-be; others are computed again for each block that they touch. It writes ranks, int32 that order as
-the scores do, and the largest rank of each tile.
+tiles of BLOCKS blocks. Strided loads align windows with blocks: for each offset o, the program
+loads the keys of the windows r*j + o of all blocks j of the tile. It recomputes p from the
+logsumexp, multiplies it by the number of strides that such a window shares with its block, and sums
+over offsets and heads. If a window is two strides long, the last window of each block is computed
+once and its share is passed to the next block, through the memory in which the ranks will be
+stored; otherwise windows are recomputed for each block that they overlap. The kernel writes ranks,
+which are int32 numbers in the same order as the scores, and the largest rank of each tile.
 
-Flops: T*N*D * M, times (r + q - 1) / r where q is not 2; no rank is computed of a block after the
-query. Bytes: K once for each tile of rows, from L2.
+Flops: T*N*D * M, times (r + q - 1) / r if q is not 2; blocks after the query are not ranked. Bytes:
+K once for each row tile, from L2.
 
-Shapes: B rows of the batch, T tokens, N query heads, K key/value heads, G = N/K, Gp = G padded, M
-window slots, J blocks of a row, Jp = J padded to BLOCKS; H heads and C tokens of a chunk. r strides
-are a block, q a window.
+Shapes: B sequences, T tokens, N query heads, K key/value heads, G = N/K, Gp = G padded, M window
+slots, J blocks of a sequence, Jp = J padded to BLOCKS; H heads and C tokens of a chunk. A block is
+r strides long, a window q strides.
 """
 
 import dataclasses
@@ -34,23 +35,23 @@ COLUMNS = 128
 
 
 def rank_blocks(where, query, key, lse, own, first, visible, *, config, scale, plan, interpret):
-    """Ranks of the blocks of a chunk.
+    """Computes the ranks of the blocks of a chunk.
 
-    `where` int32 [2] is the first (row, KV head) and the first token of the chunk; `own`, `first`
-    and `visible`, int32 [B, T], are the token's block, -1 at padding, the slot of the first window
-    of its document, and how many windows from there on it sees. The other arguments are those of
-    `passes.select_blocks`.
+    `where` int32 [2] is the first (sequence, KV head) pair and the first token of the chunk. `own`,
+    `first` and `visible`, int32 [B, T], are the token's block (-1 at padding), the slot of the
+    first window of its document, and the number of windows from there on that it attends to. The
+    other arguments are those of `passes.select_blocks`.
 
     Returns:
-      ranks int32 [H, C, Jp] and the largest of each tile [H, C, Jp/BLOCKS]; -1 where a block is not
-      free to be chosen or not to be. Unwritten for easy tokens, and in tiles after a token's last
-      free block.
+      ranks int32 [H, C, Jp] and the largest rank of each tile [H, C, Jp/BLOCKS]; -1 at blocks that
+      are not candidates because they are forced or after the query. Both are unwritten for tokens
+      with at most topk blocks, and in tiles after a token's last free block.
     """
     sizes = _Sizes(config, plan, query.shape, key.shape[2], scale)
 
     def score_kernel(*refs):
         program = _Program(sizes, *refs)
-        # Tiles begin .. end-1 hold windows that all live tokens see, and need no mask.
+        # All live tokens attend to all windows of tiles begin .. end-1, which need no mask.
         tiles = program.tiles
         begin = jnp.minimum(min(sizes.before, 1), tiles)
         end = jnp.clip(jax.lax.div(program.least, BLOCKS * sizes.per_block), begin, tiles)
@@ -82,7 +83,7 @@ def rank_blocks(where, query, key, lse, own, first, visible, *, config, scale, p
 
 @dataclasses.dataclass(frozen=True)
 class _Sizes:
-    """Everything static about a program."""
+    """Static sizes of a program."""
 
     config: NSAConfig
     plan: SelectPlan
@@ -96,12 +97,12 @@ class _Sizes:
 
     @property
     def tokens(self) -> int:
-        """Tokens of a program."""
+        """Number of tokens of a program."""
         return tile_tokens(self.plan.rows, self.group, self.config)[0]
 
     @property
     def padded_group(self) -> int:
-        """Rows of a token."""
+        """Number of rows of a token."""
         return tile_tokens(self.plan.rows, self.group, self.config)[1]
 
     @property
@@ -110,32 +111,34 @@ class _Sizes:
 
     @property
     def per_block(self) -> int:
-        """Strides of a block."""
+        """Number of strides of a block."""
         return self.config.block_size // self.config.kernel_stride
 
     @property
     def per_window(self) -> int:
-        """Strides of a window."""
+        """Number of strides of a window."""
         return self.config.kernel_size // self.config.kernel_stride
 
     @property
     def before(self) -> int:
-        """The windows that share units with a block begin at offsets -before .. per_block - 1.
+        """Windows that overlap a block begin at offsets -before .. per_block - 1 from it.
 
-        Of two strides, the one before the block is the last one of the block before.
+        This is 0 for windows of two strides, since the previous block then hands over the share of
+        its last window.
         """
         return 0 if self.plan.hands_over else self.per_window - 1
 
 
 class _Program:
-    """The rows of a program, and what is done with a tile of blocks.
+    """The rows of a program, and the operations on a tile of blocks.
 
-    A live token stands at position topk * block_size of its document or behind, which is as far as
-    the tile is long: all live tokens are of one document.
+    A live token, which is one that needs scores, is at position topk * block_size of its document
+    or later. A row tile has at most that many tokens, so all its live tokens belong to one
+    document.
 
     Attributes:
-      tiles: how many tiles hold blocks that a live token may choose.
-      least, most: windows that every live token sees, and that some do.
+      tiles: number of tiles that contain blocks from which a live token may choose.
+      least, most: smallest and largest number of windows that a live token attends to.
     """
 
     def __init__(
@@ -145,7 +148,7 @@ class _Program:
         self.sizes, config = sizes, sizes.config
         self.where_ref, self.own_ref, self.key_ref = where_ref, own_ref, key_ref
         self.ranks_ref, self.tops_ref = ranks_ref, tops_ref
-        # the last tokens have most windows behind them: they start first
+        # the last tokens have the most windows before them, so their programs start first
         self.number = pl.num_programs(0) - 1 - pl.program_id(0)
         self.head = pl.program_id(1)
         self.batch, self.kv_head = split(where_ref[0] + self.head, sizes.kv_heads)
@@ -167,7 +170,7 @@ class _Program:
         self.row_seen = load(visible_ref.at[self.batch, row_token], mask=row_live)
         lses = load(lse_ref.at[self.batch, row_token, row_head], mask=row_live)
         lses = jnp.where(lses == -jnp.inf, 0.0, lses)
-        # idle rows have no weight: exp(0 - inf) = 0
+        # idle rows get weights of exp(0 - inf) = 0
         self.lses = jnp.where(row_live, lses, jnp.inf)
         self.columns = columns_of(query_ref, COLUMNS)
         self.queries = load_tiles(
@@ -175,7 +178,7 @@ class _Program:
         )
 
     def _place(self, of_tile):
-        """Token in the chunk, token in the row, block; that is -1 where there is no token."""
+        """Token within the chunk, token within the sequence, and its block; -1 without a token."""
         of_chunk = self.number * self.sizes.tokens + of_tile
         token = self.where_ref[1] + of_chunk
         there = (of_chunk < self.sizes.plan.tokens) & (token < self.sizes.query_shape[1])
@@ -197,13 +200,13 @@ class _Program:
         return p
 
     def of_tokens(self, x):
-        """Sums over the heads of each token."""
+        """Sums x [R, BLOCKS] over the heads of each token."""
         if self.sizes.padded_group == 1:
             return x
         return jnp.sum(x.reshape(self.sizes.tokens, self.sizes.padded_group, BLOCKS), axis=1)
 
     def hand_over(self, tile, share):
-        """Puts the share [tokens, BLOCKS] of each block's last window where `taken` looks."""
+        """Stores the share [tokens, BLOCKS] of each block's last window, for `taken` to load."""
         block = tile * BLOCKS + iota(BLOCKS)
         bits = jax.lax.bitcast_convert_type(share, jnp.int32)
         mask = rows_mask(self.live, block, self.ranks_ref.shape[2])
@@ -211,9 +214,9 @@ class _Program:
         store(self.ranks_ref.at[*at], bits, mask=mask)
 
     def taken(self, tile, carry):
-        """What each block gets of the one before it; `carry` [tokens] is for the first one.
+        """The share that each block takes over from the previous block, and the next tile's carry.
 
-        Also the carry for the next tile.
+        `carry` [tokens] is the share of the first block of the tile.
         """
         barrier()
         of_tile = iota(BLOCKS)[None, :]
@@ -228,10 +231,10 @@ class _Program:
         return moved, jax.lax.bitcast_convert_type(bits, jnp.float32)
 
     def finish(self, tile, score):
-        """Stores the ranks of a tile, given the scores of its tokens."""
+        """Stores the ranks of a tile, given its scores [tokens, BLOCKS]."""
         config = self.sizes.config
         block = tile * BLOCKS + iota(BLOCKS)
-        # the bits of a float >= 0 order like the number; see `selection_rule.block_ranks`
+        # the bits of floats >= 0 have the order of the floats; see `selection_rule.block_ranks`
         rank = jnp.clip(jax.lax.bitcast_convert_type(score, jnp.int32), 0, LARGEST - 1)
         free = block[None, :] <= self.owns[:, None] - config.local_blocks
         if config.init_blocks:
@@ -244,7 +247,7 @@ class _Program:
         store(top_ref, jnp.max(rank, axis=1), mask=self.live)
 
     def walk(self, carry, count, tile_of, masked):
-        """Scores of `count` tiles: one loop over tiles and offsets, so that loads run ahead."""
+        """Scores `count` tiles, in one loop over tiles and offsets so that loads are pipelined."""
         sizes = self.sizes
         offsets = sizes.before + sizes.per_block
 
@@ -258,7 +261,7 @@ class _Program:
             score = multiply_add(p, shared.astype(jnp.float32), score)
 
             def last(score, carry):
-                if sizes.plan.hands_over:  # first: sums of p and of scores do not fit on chip
+                if sizes.plan.hands_over:  # before the sum of scores: both do not fit on chip
                     self.hand_over(tile, self.of_tokens(p))
                 total = self.of_tokens(score)
                 if sizes.plan.hands_over:

@@ -1,6 +1,6 @@
-"""Kernels of decoding: a few queries of each sequence, whose keys and values stand in pages.
+"""Decoding kernels: a few queries of each sequence, whose keys and values are stored in pages.
 
-`attention` serves all three branches: the compressed keys with their logits, the chosen blocks, the
-window. `selection` chooses the blocks from those logits. `fsa_jax.inference.decode_step` calls them
-in that order on a cache.
+`attention` serves all three branches: compressed keys (it also returns their logits), selected
+blocks, and the window. `selection` selects the blocks from those logits.
+`fsa_jax.inference.decode_step` runs a decoding step with them on a cache.
 """

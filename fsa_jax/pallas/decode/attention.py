@@ -1,26 +1,29 @@
-"""Kernels of decoding: a few queries a sequence attend to keys and values that stand in pages.
+"""Decoding kernels: a few queries of each sequence attend to keys and values stored in pages.
 
-Decoding moves bytes: every key and value that is seen crosses device memory once, for the G query
-heads of a KV head, and the arithmetic is G times less than that of training. So a program takes all
-query heads of one KV head, and what it reads is split over programs until they fill the card:
+Decoding is bound by memory bandwidth: every key and value that is attended to is read once from
+device memory for the G query heads of its KV head, with G times less arithmetic than in training. A
+program therefore takes all query heads of one KV head, and the keys and values are split over
+enough programs to fill the GPU:
 
-* `range_attention` and `block_attention` are one kernel. Its programs are (sequence, KV head) x
-  splits: a split walks its share of the entries in tiles of b, a gather through the page table
-  each, with the loads of the next tiles under way, and writes partial sums. Shares are cut by what
-  is seen, not by the capacity: a short sequence in a large cache fills the card too.
+* `range_attention` and `block_attention` share one implementation. Its programs are (sequence, KV
+  head) x splits: a split walks its share of the entries in tiles of b, each gathered through the
+  page table with the loads of the next tiles in flight, and writes partial sums. The entries that
+  are attended to are divided, not the capacity, so that a short sequence in a large cache also
+  fills the GPU.
 * `merge_splits_kernel` merges the partial sums of a row, all splits at once in a fixed tree.
 
-Products go through the matrix unit, rows padded to 16: 16 flops a byte of 16-bit K and V, which is
-77 TFLOP/s at 4.8 TB/s, a tenth of what an H200's matrix unit does. In plain registers an element
-takes a conversion and G multiplications, of the 14 instructions there are in the time that memory
-needs for it: all of them at G = 16, and addresses, masks and sums over lanes want some too.
-float32 has no matrix unit that is exact: there rows are padded to a power of two alone.
+Products use the matrix unit, with rows padded to 16: 16 flops per byte of 16-bit K and V, which is
+77 TFLOP/s at 4.8 TB/s, a tenth of the throughput of an H200's matrix unit. In ordinary registers an
+element would take a conversion and G multiplications, while 14 instructions can be issued in the
+time that memory needs to deliver it: at G = 16 that uses up all of them, and addresses, masks and
+sums over lanes also need some. No matrix unit multiplies float32 exactly, so float32 rows are
+only padded to a power of two.
 
-What nobody sees is never loaded, and may hold anything. Page numbers outside the pool, and blocks
-outside the page table, count as nothing.
+Entries to which no query attends are never loaded and may hold any value. Page numbers outside the
+pool and blocks outside the page table are ignored.
 
 Shapes: B sequences, n queries of each, N query heads, K key/value heads, G = N/K, D and E head
-widths, P pages of p entries, J pages that a sequence may have, S listed blocks, b entries a tile.
+widths, P pages of p entries, J pages that a sequence may have, S listed blocks, b entries per tile.
 """
 
 import dataclasses
@@ -37,17 +40,17 @@ from fsa_jax.pallas.tile_config import padded_width
 from fsa_jax.pallas.tile_sizes import LARGEST, next_power_of_two
 from fsa_jax.pallas.tiles import columns_of, load_tiles, product, rows_mask
 
-#: Programs that run side by side: two on each of the 132 multiprocessors of an H100 or H200, each
-#: with two tiles of K and V on their way. Those are 17 MB, three times what 4.8 TB/s bring in the
+#: Programs that run concurrently: two on each of the 132 multiprocessors of an H100 or H200, each
+#: with two tiles of K and V in flight. These are 17 MB, three times what 4.8 TB/s deliver in the
 #: microsecond that a load takes.
 PROGRAMS = 264
-#: Most tiles of a split, where that does not pass MOST_SPLITS: more splits than fill the card cost
-#: little, and keep it filled where one sequence is much longer than the others.
+#: Most tiles of a split, as long as there are at most MOST_SPLITS: more splits than fill the GPU
+#: cost little, and keep it filled if one sequence is much longer than the others.
 SPLIT_TILES = 16
 MOST_SPLITS = 128
-#: Most bytes of K and V of a tile.
+#: Most bytes of K and V in a tile.
 TILE_BYTES = 32768
-#: Columns of a program that merges: few, so that there are many programs.
+#: Columns of a program of `merge_splits_kernel`: few, so that there are many programs.
 MERGE_COLUMNS = 32
 #: Widest tile of columns.
 COLUMNS = 128
@@ -68,28 +71,28 @@ def range_attention(
 ) -> tuple[Float[Array, "B n N E"], Float[Array, "B n N"], Float[Array, "B n N J*p"] | None]:
     """Attention of each query to the entries low .. high-1 of its sequence.
 
-    Entry e of a sequence is pool[pages[b, e // p], e % p]. Flops, with V the seen entries of all
-    sequences: 2*V*N*(D + E) a query. Bytes: V*K*(D + E) elements of K and V, once while n*G is at
-    most 64 (32 for wide heads, 16 for float32), else once for each so many rows; 8*N*(E + 2) of
-    partial results a split and query; 4*V*N of logits, where they are wanted.
+    Entry e of a sequence is pool[pages[b, e // p], e % p]. Flops, with V the attended entries of
+    all sequences: 2*V*N*(D + E) per query. Bytes: V*K*(D + E) elements of K and V, once if n*G is
+    at most 64 (32 for wide heads, 16 for float32), else once for each group of as many rows;
+    8*N*(E + 2) of partial results per split and query; 4*V*N of logits, if requested.
 
     Args:
       query: float16, bfloat16 or float32.
       key_pool: pages of keys.
       value_pool: pages of values.
       pages: page numbers of each sequence.
-      low: int32, first entry that a query sees.
-      high: int32, one past the last; nothing is seen where it is not above `low`.
+      low: int32, first entry of each query's range.
+      high: int32, one past the last; the range is empty if `high` <= `low`.
       scale: factor of the logits.
-      logits: whether the logits are wanted.
-      most: how many entries the queries of a sequence see together at most, where that is known: a
-        window needs few splits. A wrong number costs time alone.
+      logits: whether to return the logits.
+      most: upper bound on the entries that the queries of a sequence attend to together, if known:
+        a window needs few splits. A wrong number affects only the speed.
       interpret: run the kernels in interpret mode.
 
     Returns:
-      out in the dtype of `query`; lse float32, natural logarithm; the scaled logits float32, where
-      an entry is seen, and anything elsewhere (None if they are not wanted). 0 and -inf where a
-      query sees nothing.
+      out in the dtype of `query`; lse float32, natural logarithm; and the scaled logits, float32,
+      arbitrary at entries outside a query's range (None unless requested). out is 0 and lse is -inf
+      for a query with an empty range.
     """
     entries = pages.shape[1] * key_pool.shape[1]
     positions = min(entries, most or entries)
@@ -114,26 +117,26 @@ def block_attention(
 
     A page is a block: block j of a sequence is pool[pages[b, j]]. Flops: 2*B*n*N*S*p*(D + E).
     Bytes: B*n*K*S*p*(D + E) elements of K and V, each once, and 8*N*(E + 2) of partial
-    results a split and query.
+    results per split and query.
 
     Args:
       query: float16, bfloat16 or float32.
       key_pool: pages of keys.
       value_pool: pages of values.
       pages: page numbers of each sequence.
-      blocks: int32, each block at most once in a list; -1 and others that a sequence cannot have
-        count as nothing.
-      last: int32, the last token that a query sees; -1 for none.
+      blocks: int32, each block at most once in a list; -1 and other numbers outside the page table
+        are ignored.
+      last: int32, the last token that a query attends to; -1 for none.
       scale: factor of the logits.
       interpret: run the kernels in interpret mode.
 
     Returns:
-      out in the dtype of `query` and lse float32, natural logarithm; 0 and -inf where a query sees
-      nothing.
+      out in the dtype of `query` and lse float32, natural logarithm; 0 and -inf for a query that
+      attends to no entry.
     """
     batch, tokens, heads, width = query.shape
     kv_heads, slots = blocks.shape[2:]
-    # each query has lists of its own: it is a sequence for itself, with the pages of another one
+    # queries have different lists, so each becomes a sequence that shares the pages of its sequence
     high = last.reshape(-1, 1) + 1
     out, lse, _ = _attention(
         query.reshape(batch * tokens, 1, heads, width),
@@ -146,7 +149,7 @@ def block_attention(
 
 @dataclasses.dataclass(frozen=True)
 class _Plan:
-    """How the programs are cut: rows and entries of a tile, splits, tiles of rows of a KV head."""
+    """Sizes of the programs: rows and entries of a tile, splits, row tiles of a KV head."""
 
     rows: int
     entries: int
@@ -162,14 +165,14 @@ def _make_plan(query, key, value, positions: int, listed: bool) -> _Plan:
     exact = itemsize == 4
     widths = sum(padded_width(x.shape[3]) for x in (key, value))
     rows_of_head = tokens * (heads // kv_heads)
-    # A matrix unit takes at least 16 rows; float32 knows none, and pays for every row. More rows
-    # than a program has registers for are another one's, which reads K and V from L2.
+    # A matrix unit takes at least 16 rows; float32 does not use one and pays for every row. Rows
+    # for which a program has no registers go to another program, which reads K and V from L2.
     least, most = (1, 16) if exact else (16, 64 if widths <= 256 else 32)
     rows = min(max(least, next_power_of_two(rows_of_head)), most)
     row_tiles = -(-rows_of_head // rows)
     fit = TILE_BYTES // (itemsize * next_power_of_two(widths))
     entries = max(16, min(fit, 64, next_power_of_two(positions)))
-    tiles = -(-positions // entries) + (not listed)  # a range need not start with a tile
+    tiles = -(-positions // entries) + (not listed)  # a range may start within a tile
     programs = batch * kv_heads * row_tiles
     splits = max(PROGRAMS // programs, min(-(-tiles // SPLIT_TILES), MOST_SPLITS), 1)
     return _Plan(
@@ -185,10 +188,10 @@ def _make_plan(query, key, value, positions: int, listed: bool) -> _Plan:
 def _attention(
     query, key, value, pages, low, high, blocks, *, scale, positions, logits, interpret
 ):  # fmt: skip
-    """Both functions: with `blocks`, the entries are those of the listed blocks, else all.
+    """Implements both functions: attends to the entries of listed `blocks`, or of ranges if None.
 
-    `positions` is the most of them that there can be. A row of `pages` serves as many rows of
-    `query` as there are for each.
+    `positions` is an upper bound on the number of entries. If `query` has more sequences than
+    `pages`, consecutive sequences of `query` share the pages of one sequence.
     """
     plan = _make_plan(query, key, value, positions, blocks is not None)
     rows = query.shape[:3]
@@ -228,14 +231,14 @@ def _attention(
 
 
 class _Rows:
-    """The rows of a program: (query token, head) of one sequence and KV head, and what they see.
+    """The rows of a program, (query token, head) of one sequence and KV head, and their ranges.
 
     Attributes:
-      row, kv_head: where they are.
-      token, head: int32 [R].
-      there: bool [R], rows that exist.
-      lows, highs: int32 [R], entries that each row sees.
-      first, end: no row sees anything before `first`, or from `end` on.
+      row, kv_head: index of the sequence, and KV head.
+      token, head: int32 [R], query token and query head of each row.
+      there: bool [R], which rows exist.
+      lows, highs: int32 [R], the range of entries of each row.
+      first, end: bounds of the union of all ranges.
       queries: tiles [R, columns].
     """
 
@@ -262,25 +265,25 @@ class _Rows:
 
 
 class _Entries:
-    """The entries that a program walks: position i of its walk is entry i."""
+    """The entries that a program walks: position i of the walk is entry i."""
 
     def __init__(self, plan, rows, pages_ref, key_ref):
         self.size, self.rows, self.pages_ref = plan.entries, rows, pages_ref
         self.num_pages, self.page_size = key_ref.shape[:2]
-        # a row of pages serves several rows of queries
+        # several rows of queries share a row of the page table
         self.sharing = rows.batch // pages_ref.shape[0]
 
     def tiles(self, positions) -> Any:
-        """The first tile that any row sees, and the one behind the last."""
+        """The first tile to which any row attends, and one past the last."""
         del positions
         return jax.lax.div(self.rows.first, self.size), pl.cdiv(self.rows.end, self.size)
 
     def at(self, position):
-        """The entry of each position, -1 where there is none."""
+        """The entry at each position, -1 if there is none."""
         return position
 
     def look_up(self, tile):
-        """The entries of a tile and their pages, -1 where nobody sees the entry."""
+        """The entries of a tile and their pages; page -1 at entries outside every row's range."""
         entry = self.at(tile * self.size + iota(self.size))
         seen = (entry >= self.rows.first) & (entry < self.rows.end)
         at, _ = split(entry, self.page_size)
@@ -289,7 +292,7 @@ class _Entries:
 
 
 class _ListedEntries(_Entries):
-    """Those of listed blocks: a block of the list follows the one before it."""
+    """The entries of listed blocks, in the order of the list."""
 
     def __init__(self, plan, rows, pages_ref, key_ref, blocks_ref):
         super().__init__(plan, rows, pages_ref, key_ref)
@@ -308,21 +311,21 @@ class _ListedEntries(_Entries):
 
 
 def _walk(plan, softmax, rows, entries, positions, key_ref, value_ref, out_refs, logits_refs):
-    """Attention of the rows to this program's share of the entries; stores partial sums.
+    """Computes attention of the rows to this program's share of the entries; stores partial sums.
 
-    `logits_refs` is where the scaled logits go, if they are wanted.
+    `logits_refs` has the ref for the scaled logits if they are requested, else it is empty.
     """
     value_columns, b = rows.value_columns, plan.entries
 
     def step(tile, state):
         (entry, page), top, total, out = state
-        # page numbers come one step ahead of the keys, so that these need not wait for them
+        # page numbers are loaded one step ahead, so that the loads of keys need not wait for them
         following = entries.look_up(tile + 1)
         seen = page >= 0
         _, offset = split(entry, entries.page_size)
         visible = (entry[None, :] >= rows.lows[:, None]) & (entry[None, :] < rows.highs[:, None])
         visible &= seen[None, :]
-        if rows.tokens > 1:  # there may be entries between the ranges of two queries
+        if rows.tokens > 1:  # there may be a gap between the ranges of two queries
             seen = jnp.max(visible.astype(jnp.int32), axis=0) > 0
         keys, values = (
             [
@@ -350,7 +353,7 @@ def _walk(plan, softmax, rows, entries, positions, key_ref, value_ref, out_refs,
         ]
         return following, top, total * decay + jnp.sum(p, axis=1), out
 
-    # what there is to walk, in equal shares
+    # the tiles are divided into equal shares
     begin, tiles_end = entries.tiles(positions)
     each = pl.cdiv(tiles_end - begin, plan.splits)
     begin = begin + rows.share * each
@@ -374,9 +377,9 @@ def _walk(plan, softmax, rows, entries, positions, key_ref, value_ref, out_refs,
 def _merge(part, top, total, softmax: Softmax, dtype, interpret):
     """Merges partial sums [splits, B, n, N, E] of weighted values, and the sums of their weights.
 
-    The weights of a split are in the unit of its own exponent `top`: where logits are large, a
-    logsumexp would be a rounded one. A program takes a few columns of one row, of all splits at a
-    time: all loads are in flight together. Bytes: 4*splits*(E + 2) read a row.
+    The weights of a split are relative to its largest exponent, `top`; storing a logsumexp instead
+    would lose precision where logits are large. A program takes a few columns of one row and all
+    splits at once, so that all loads are in flight together. Bytes: 4*splits*(E + 2) read per row.
     """
     splits, *rows, width = part.shape
     count = rows[0] * rows[1] * rows[2]
@@ -396,7 +399,7 @@ def _merge(part, top, total, softmax: Softmax, dtype, interpret):
         total = jnp.where(some, total, 1.0)
         out = jnp.sum(parts * weight[:, None], axis=0) / total
         store(out_ref.at[row, e], out.astype(dtype), mask=e < width)
-        # the same number from every program of the row
+        # every program of the row stores the same number
         store(lse_ref.at[row + iota(1)], jnp.where(some, softmax.lse(top, total), -jnp.inf))
 
     out, lse = call(

@@ -1,4 +1,4 @@
-"""Selection of blocks in decoding, from the logits that attention to the compressed keys leaves.
+"""Block selection in decoding, from the logits that attention to the compressed keys returns.
 
 Shapes: B sequences, n queries of each, N query heads, K key/value heads, M compressed keys, J
 blocks, S selected blocks.
@@ -15,7 +15,7 @@ from fsa_jax.pallas.intrinsics import call, iota, load, store
 from fsa_jax.pallas.tile_sizes import LARGEST, next_power_of_two
 from fsa_jax.semantics.selection_rule import block_ranks, group_weights, take_best
 
-#: Most blocks of which one program chooses: their ranks stay in registers.
+#: Most blocks that one program can choose from, since their ranks stay in registers.
 MOST_BLOCKS = 16384
 
 
@@ -31,21 +31,22 @@ def select_blocks(
 ) -> Int[Array, "B n K S"]:
     """The blocks that each query and KV head selects, by the rule of `semantics.selection_rule`.
 
-    Bytes: 4*B*n*(N*M + 2*K*J) and the lists, all of them in L2: XLA sums the weights and folds them
-    into ranks of the J = M / (p/d) blocks, and one program of a kernel takes the best of a list
-    without a sort: a round of it for each of the S slots, all ranks in registers.
+    XLA sums the weights and turns them into ranks of the J = M / (p/d) blocks, where a block is p
+    and a stride d tokens long. One program of a kernel then selects the blocks of a list without a
+    sort, one round for each of the S slots, with all ranks in registers. Bytes:
+    4*B*n*(N*M + 2*K*J) and the lists, all of which stay in L2.
 
     Args:
-      logits: of the compressed keys, from `range_attention`; M of whole blocks.
-      lse: likewise.
-      visible: int32, how many compressed keys a query sees, from the first one on.
+      logits: logits of the compressed keys from `range_attention`; M must cover whole blocks.
+      lse: logsumexp from `range_attention`.
+      visible: int32, number of compressed keys that a query attends to, from the first one on.
       own: int32, the block of each query; -1 for none.
-      config: what is selected.
+      config: the configuration of the selection.
       kv_heads: K.
       interpret: run the kernel in interpret mode.
 
     Returns:
-      int32 block numbers, ascending, -1 at the tail.
+      int32 block numbers, ascending, -1 at unused entries.
     """
     blocks = logits.shape[3] // (config.block_size // config.kernel_stride)
     grouped = rearrange(logits, "b q (k g) m -> b k g q m", k=kv_heads)
@@ -80,7 +81,7 @@ def _take_best(rank, topk: int, interpret: bool):
 
         chosen = jnp.full(s.shape, LARGEST, jnp.int32)
         _, chosen = jax.lax.fori_loop(0, topk, take, (ranks, chosen))
-        # each goes behind those that are smaller; of the slots without a block, in their order
+        # each block is placed after the smaller ones; slots without a block keep their order
         before = chosen[None, :] < chosen[:, None]
         before |= (chosen[None, :] == chosen[:, None]) & (s[None, :] < s[:, None])
         place = jnp.sum(before.astype(jnp.int32), axis=1)
