@@ -1,1 +1,1 @@
-"""The kernels in interpret mode: each computation against float64 or dense attention."""
+"""Tests of the kernels in interpret mode against float64 references or dense attention."""

@@ -1,7 +1,7 @@
 """The Pallas-Triton kernels in interpret mode, against the dense reference in float64.
 
-Interpret mode fills the buffers that a kernel is to write with NaN, as `unwritten_is_nan` does
-those that come from `jax.lax.empty`: what no kernel writes fails every comparison here.
+Interpret mode fills the output buffers of a kernel with NaN, and `unwritten_is_nan` does so for the
+buffers of `jax.lax.empty`: an element that no kernel writes fails every comparison here.
 """
 
 import dataclasses
@@ -48,7 +48,7 @@ kernel_attention = functools.partial(selected, implementation="triton_interpret"
 def unwritten_is_nan():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(jax.lax, "empty", lambda shape, dtype: jnp.full(shape, jnp.nan, dtype))
-        jax.clear_caches()  # nothing that was traced without the patch may serve
+        jax.clear_caches()  # no trace made without the patch may be reused
         yield
     jax.clear_caches()
 
@@ -59,14 +59,14 @@ def inputs(shape, dtype=jnp.float32, seed=0):
 
 
 def packed_ids(shape, seed=0):
-    """Documents of 1 to 60 tokens and padding."""
+    """Segment ids of documents of 1 to 60 tokens, and padding."""
     rng = np.random.default_rng(seed)
     ids = [np.repeat(rng.integers(0, 4, 99), rng.integers(1, 60, 99)) for _ in range(shape.batch)]
     return jnp.asarray(np.stack([row[: shape.length] for row in ids]), jnp.int32)
 
 
 def exact(make, cotangent_seed, *args):
-    """The dense reference in float64, from the same numbers."""
+    """Results of the dense reference in float64 on the same inputs."""
     with jax.enable_x64(True):
         wide = (x.astype(jnp.float64) for x in args)
         reference = make(implementation="reference")
@@ -77,7 +77,7 @@ def group(heads, *, kv_heads=1, length=70, **sizes):
     return Shape(length=length, heads=heads * kv_heads, kv_heads=kv_heads, **sizes)
 
 
-# Together: every group, width, block size and number of slots that the kernels promise.
+# Together these cover every group, width, block size and number of slots that kernels support.
 CASES = {
     "g1": (group(1, kv_heads=2, batch=2, width=32, value_width=32, block_size=16), "float32"),
     "g2": (group(2, kv_heads=2, width=64, value_width=32, block_size=32), "bfloat16"),
@@ -115,7 +115,7 @@ SMALL = Shape(batch=2, length=90, heads=6, kv_heads=2, width=32, value_width=16,
 
 @functools.cache
 def compiled(implementation, tuning=None, block_size=16):
-    """Values and gradients as a function of lists, documents and the arrays: compiled once."""
+    """Values and gradients as a function of lists, segment ids and arrays, compiled only once."""
 
     def run(indices, segment_ids, *args):
         attend = selected(indices, block_size, segment_ids, implementation, tuning=tuning)
@@ -125,7 +125,7 @@ def compiled(implementation, tuning=None, block_size=16):
 
 
 def exact_small(indices, segment_ids, *args, block_size=16):
-    """The dense reference of `compiled` in float64."""
+    """Results of the dense reference in float64, for comparison with `compiled`."""
     with jax.enable_x64(True):
         wide = (x.astype(jnp.float64) for x in args)
         run = compiled("reference", block_size=block_size)
@@ -158,7 +158,7 @@ def test_tuning_changes_no_result(name):
 @pytest.mark.parametrize("alike", [True, False])
 @pytest.mark.parametrize("group", [4, 8, 16])
 def test_the_lists_decide_which_kernels_run(group, alike):
-    """Query tiles or others: KV-outer (forward from group 3, backward from 8), or query-outer."""
+    """Query-tile, or else KV-outer (forward from group 3, backward from 8) or query-outer kernels."""
     shape = Shape(length=480, heads=2 * group, kv_heads=2, width=32, value_width=32, slots=1)
     args = inputs(shape, jnp.bfloat16)
     token = jnp.arange(shape.length, dtype=jnp.int32)
@@ -184,7 +184,7 @@ def test_the_lists_decide_which_kernels_run(group, alike):
     [(2, 90, 2**20, True), (2, 34, 2**20, False), (1, 34, 1, True), (4, 7, 1, False)],
 )
 def test_chunks_change_no_result(heads, tokens, sort_pairs, packed, monkeypatch):
-    """Few pairs an item: then blocks have several items in each chunk, also inside the block."""
+    """With few pairs per item, blocks have several items in each chunk, also at the causal edge."""
 
     def chunked(*args, **sizes):
         plan = supported(make_plan(*args, **sizes))
@@ -202,10 +202,10 @@ def test_chunks_change_no_result(heads, tokens, sort_pairs, packed, monkeypatch)
 @pytest.mark.fast_cases("query_tile")
 @pytest.mark.parametrize("method", [None, "kv_outer", "query_tile"])
 def test_many_short_documents(method):
-    """More blocks than programs: each has several items to work on."""
+    """There are more blocks than programs, so each program has several work items."""
     tuning = SelectedTuning(method=method)
     rng = np.random.default_rng(4)
-    ids = np.arange(2 * SMALL.length).reshape(2, -1) + 1  # a document a token
+    ids = np.arange(2 * SMALL.length).reshape(2, -1) + 1  # each token is a document
     ids[1] = np.repeat(np.arange(1, 41), rng.integers(1, 5, 40))[: SMALL.length]
     ids, args = jnp.asarray(ids, jnp.int32), inputs(SMALL)
     indices = jnp.asarray(rng.integers(-1, 2, SMALL.indices), jnp.int32)
@@ -222,7 +222,7 @@ def test_rows_of_a_chunk_have_numbers_of_32_bits():
     tuning = SelectedTuning(method="kv_outer", scratch_bytes=2**40)
     plan = supported(make_plan(tuning, query, key, value, shape.slots, 64, 90))
     assert plan.heads * plan.tokens * shape.slots * 16 <= 2**31
-    assert plan.tokens == shape.length  # and no smaller than that
+    assert plan.tokens == shape.length  # chunks are no smaller than needed
 
 
 @pytest.mark.parametrize("scratch_mib", [1, 7, 64, 1024])
@@ -243,7 +243,7 @@ def test_a_chunk_fits_the_scratch_budget(scratch_mib, dtype):
         partial = pairs * (heads // kv_heads) * (width + 4)
         pieces = num_pieces(pairs, plan.pairs) * plan.block * 256 * 4
         assert partial + pieces + 16 * pairs <= budget
-        # no more chunks than needed: the next larger one would not fit, or is everything
+        # no more chunks than needed: a larger chunk would not fit, or this one is everything
         whole = plan.heads == kv_heads and plan.tokens == length
         assert whole or 2.1 * (partial + pieces + 16 * pairs) >= budget
 
@@ -261,7 +261,7 @@ def test_any_segmentation_and_any_lists(method, segment_ids, seed):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["hot", "own", "none"])
 def test_skewed_lists(name):
-    """All queries on one block, each on its own, none on any."""
+    """All queries select one block, each query selects its own block, or no query selects any."""
     own = jnp.arange(SMALL.length, dtype=jnp.int32)[None, :, None, None] // 16
     block = {"hot": jnp.zeros_like(own), "own": own, "none": jnp.full_like(own, -1)}[name]
     args = (jnp.broadcast_to(block, SMALL.indices), None, *inputs(SMALL))
@@ -311,7 +311,7 @@ def compiled_index(spacing, pairs):
 @settings(deadline=None, max_examples=20)
 @given(st.integers(0, 2**31), st.booleans())
 def test_index(seed, packed):
-    """Every pair that counts stands in exactly one item of its block, in order."""
+    """Every valid pair is in exactly one work item of its block, in order."""
     rng = np.random.default_rng(seed)
     chunks, heads, tokens, slots, length, pairs = 2, 2, 12, 3, 40, 4
     spacing = 1 if packed else 8
@@ -349,7 +349,7 @@ def test_index(seed, packed):
                 assert got["stop"][chunk, i] == length
         assert items == wanted
         assert got["items"][chunk] == len(wanted)
-        assert all(got["count"][chunk, : len(wanted)])  # the others stand behind
+        assert all(got["count"][chunk, : len(wanted)])  # unused items come last
         assert pieces <= num_pieces(heads * tokens * slots, pairs)
 
 
@@ -403,7 +403,7 @@ UNSUPPORTED = {
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("name", UNSUPPORTED)
 def test_a_call_that_the_kernels_cannot_serve(name, monkeypatch, caplog):
-    """A named choice raises with the reason; None takes another implementation and says so."""
+    """A named implementation raises with the reason; None takes another one and logs the reason."""
     shape, dtype, block_size, tuning, reason = UNSUPPORTED[name]
     indices = jnp.zeros(shape.indices, jnp.int32)
     call = functools.partial(
@@ -441,7 +441,7 @@ def test_an_old_gpu_or_none_is_refused(monkeypatch):
 
 
 def test_on_a_cpu_the_choice_for_either_device_is_the_portable_implementation():
-    """What None does in a process that has a GPU, lowered for a CPU: values and gradients."""
+    """Lowers implementation None for a CPU in a process with a GPU: values and gradients."""
     indices = lists(0, *SMALL.indices, SMALL.blocks)
     rows = describe_rows(packed_ids(SMALL), SMALL.batch, SMALL.length)
     spec = BlockSpec(scale=0.3, block_size=16, packed=True)

@@ -1,8 +1,8 @@
 """The Pallas-Triton kernels of block selection in interpret mode, against scores in float64.
 
-A list is right if it holds the forced blocks, its length is right, and no block outside it scores
-higher than one inside by more than rounding. How equal scores are broken is tested on exact ties.
-Interpret mode fills what no kernel wrote with large negative numbers, which rank last.
+A list is right if it contains the forced blocks, has the right length, and no block outside it has
+a higher score than a block in it, up to rounding. Tie-breaking is tested on exact ties. Interpret
+mode fills unwritten elements with large negative numbers, which rank last.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ SCALE = 0.3
 
 
 def kernel(query, key, lse, segment_ids, config, interpret=True, capability=90, **sizes):
-    """Lists from the kernels; `sizes` replace those of the plan."""
+    """Lists that the kernels select; `sizes` replace fields of the plan."""
     rows = describe_rows(segment_ids, *query.shape[:2])
     plan = supported(make_plan(query, key, config, capability=capability))
     return select_blocks(
@@ -56,7 +56,7 @@ def describe(segment_ids, batch, length, config):
 
 
 def exact(query, key, segment_ids, config):
-    """In float64: lse [B, T, N], scores [B, T, K, J], and the block of each token [B, T]."""
+    """Float64 lse [B, T, N] and scores [B, T, K, J], and the block of each token [B, T]."""
     batch, length, heads, _ = query.shape
     slots, kv_heads = key.shape[1:3]
     rows, windows = describe(segment_ids, batch, length, config)
@@ -72,7 +72,7 @@ def exact(query, key, segment_ids, config):
     with np.errstate(divide="ignore"):
         lse = np.log(np.exp(logits).sum(-1))
     p = np.exp(np.where(sees, logits - np.where(np.isinf(lse), 0, lse)[..., None], -np.inf))
-    # window i is the units i .. i+q-1 of its document, block j the units j*r .. (j+1)*r-1
+    # window i covers strides i .. i+q-1 of its document, block j covers strides j*r .. (j+1)*r-1
     per_window = config.kernel_size // config.kernel_stride
     per_block = config.block_size // config.kernel_stride
     score = np.zeros((batch, length, kv_heads, config.num_blocks(length)))
@@ -86,7 +86,7 @@ def exact(query, key, segment_ids, config):
 
 
 def assert_best(lists, score, own, config):
-    """Every list holds the forced blocks and the best others, ascending, then -1."""
+    """Asserts that every list has the forced blocks and the best others, ascending, then -1."""
     lists, own = np.asarray(lists), own[:, :, None, None]
     blocks, count = score.shape[-1], np.minimum(own + 1, config.topk)
     s = np.arange(config.topk)
@@ -135,7 +135,7 @@ OFFSETS = NSAConfig(
     kernel_size=8, kernel_stride=2, block_size=32, topk=3, init_blocks=0, local_blocks=0
 )
 
-# Together: every group, width and kind of config that the kernels promise.
+# Together these cover every group, width and kind of config that the kernels support.
 CASES = {
     "g1": (LONGEST_WINDOW, 151, 1, 5, {"batch": 2}),
     "g2": (PAPER, 700, 2, 128, {}),
@@ -159,7 +159,7 @@ def test_the_best_blocks(case):
     run(config, length, group, width, **kinds)
 
 
-# Blocks that may be chosen have all their windows, seen whole: then equal sums are of equal terms.
+# All windows of the candidate blocks are entirely visible, so that equal sums have equal terms.
 TIES = {
     "paper": TILES,
     "units": UNITS,
@@ -186,7 +186,7 @@ def test_equal_scores_go_to_the_lower_numbers(name):
 
 
 def test_scores_of_zero_are_ties():
-    """Far from the maximum p is 0 in float32: a block of one such window is like the next."""
+    """Far from the maximum, p is 0 in float32, so blocks with only such windows are tied."""
     query, key = inputs(TILES, 400, 2, 16, seed=3)
     key = key.at[:, 150].set(0) * 1e3
     lse = jnp.asarray(exact(query / 1e3, key, None, TILES)[0] * 1e3, jnp.float32)
@@ -227,7 +227,7 @@ def compiled(config):
 @settings(deadline=None, max_examples=15)
 @given(segmentations(2, 90), st.integers(0, 2**31))
 def test_any_segmentation(config, segment_ids, seed):
-    """Documents of one token too, and NaN where nobody looks: padding, slots without a window."""
+    """Includes documents of one token, and NaN in padding and in slots without a window."""
     query, key = inputs(config, 90, 3, 16, batch=2, seed=seed)
     lse, score, own = exact(query, key, segment_ids, config)
     rows, windows = describe(segment_ids, 2, 90, config)
@@ -239,7 +239,7 @@ def test_any_segmentation(config, segment_ids, seed):
 
 
 def test_keys_of_later_windows_are_never_used():
-    """The last window of the second tile is NaN: tokens before and after it share a program."""
+    """The last window of the second tile is NaN; tokens before and after it share a program."""
     config, length, cut = dataclasses.replace(FREE, topk=5), 540, 2 * 128 - 1
     query, key = inputs(config, length, 2, 16)
     lse, score, own = exact(query, key, None, config)
@@ -259,7 +259,7 @@ def test_a_chunk_fits_the_scratch_budget(length, scratch_mib):
     used = 4 * plan.heads * plan.tokens * (blocks + blocks // 64)
     assert used <= scratch_mib * 2**20
     assert 12 % plan.heads == 0
-    # no more chunks than needed: the next larger one would not fit, or is everything
+    # no more chunks than needed: a larger chunk would not fit, or this one is everything
     assert plan.heads == 12 or 2.1 * used >= scratch_mib * 2**20
     chunks = -(-length // plan.tokens)
     assert chunks * plan.tokens < length + 64 * chunks
@@ -296,5 +296,5 @@ def test_compiles(device, length, packed):
 
     found = compile_for(device, select_blocks, *shapes).memory_analysis()
     assert found is not None
-    # ranks of a chunk, and what is linear in the tokens: the documents and the lists
+    # the ranks of a chunk, and the arrays that are linear in the tokens: documents and lists
     assert found.temp_size_in_bytes <= 2**29 + length * 4 * 80

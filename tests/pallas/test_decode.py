@@ -1,8 +1,8 @@
-"""The kernels of decoding in interpret mode, against float64 attention over the gathered pages.
+"""The decoding kernels in interpret mode, against float64 attention over the gathered pages.
 
-Interpret mode fills the buffers that a kernel is to write with NaN. Pools hold NaN too, but for the
-entries that some query sees: what a kernel leaves unwritten, or reads though nobody sees it, fails
-every comparison here.
+Interpret mode fills the output buffers of a kernel with NaN, and the pools contain NaN except at
+entries to which some query attends. An element that a kernel leaves unwritten, or an entry that it
+reads although no query attends to it, fails every comparison here.
 """
 
 import dataclasses
@@ -35,7 +35,7 @@ DENSE = jax.jit(reference._attend, static_argnums=4)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Case:
-    """B sequences, n queries, K heads of G, widths D and E, p entries a page, J pages, S blocks."""
+    """Sizes: B sequences, n queries, K heads of G, widths D, E, J pages of p entries, S blocks."""
 
     batch: int = 2
     tokens: int = 1
@@ -68,10 +68,10 @@ CASES = {
 
 
 def pools(case, seen, seed=0):
-    """Pools, their page table, and the keys and values of each sequence in their order.
+    """Pools, their page table, and the keys and values of each sequence in order.
 
-    Pages stand anywhere in pools that have more of them; what is not in `seen` [B, J*p] holds NaN,
-    and a page with nothing in it has no number or a wild one.
+    Pages are scattered over pools that have additional pages. Entries that are not in `seen`
+    [B, J*p] hold NaN, and the page table has -1 or an out-of-range number for empty pages.
     """
     rng = np.random.default_rng(seed)
     count = case.batch * case.columns + 7
@@ -96,7 +96,7 @@ def query_of(case, seed=5):
 
 
 def exact(query, key, value, sees, scale=SCALE):
-    """(out, lse, logits) in float64; `sees` bool [B, K or 1, n, A] of A keys."""
+    """(out, lse, logits) in float64; `sees` is the mask, bool [B, K or 1, n, A], of A keys."""
     query, key, value = (np.asarray(x, np.float64) for x in (query, key, value))
     batch, tokens, heads, _ = query.shape
     kv_heads = key.shape[2]
@@ -115,7 +115,7 @@ def exact(query, key, value, sees, scale=SCALE):
 
 
 def assert_right(case, got, key, value, sees):
-    """Results of `query_of(case)` within twice the errors of dense attention in the same dtype."""
+    """Asserts that errors are at most twice those of dense attention in the same dtype."""
     wanted = exact(query_of(case), key, value, sees)[:2]
     dense = DENSE(query_of(case), key, value, jnp.asarray(sees), SCALE)
     assert got[0].dtype == case.dtype
@@ -124,7 +124,7 @@ def assert_right(case, got, key, value, sees):
 
 
 def ranges_of(case, seed=3):
-    """Ranges of all kinds: ragged, empty, whole, past both ends; the first sequence sees much."""
+    """Ragged, empty, whole and out-of-bounds ranges; those of the first sequence are long."""
     rng = np.random.default_rng(seed)
     low = rng.integers(-3, case.entries, (case.batch, case.tokens))
     high = rng.integers(0, case.entries + 3, low.shape)
@@ -178,7 +178,7 @@ def test_nothing_between_the_ranges_of_two_queries_is_read():
 
 
 def lists_of(case, seed=4):
-    """Lists with all kinds of numbers: -1 anywhere, wild ones, empty lists; none stands twice."""
+    """Lists with -1 anywhere, out-of-range numbers, and empty lists; no block appears twice."""
     rng = np.random.default_rng(seed)
     shape = (case.batch, case.tokens, case.kv_heads)
     lists = np.full((*shape, case.slots), -1)
@@ -187,7 +187,7 @@ def lists_of(case, seed=4):
         lists[place][:count] = rng.permutation(case.columns)[:count]
         rng.shuffle(lists[place])
     lists = np.where(rng.random(lists.shape) < 0.2, -1, lists)
-    # 2^30 blocks of 4 entries and more start at entry 0 in 32 bits
+    # block 2^30 of 4 or more entries starts at entry 0 in 32-bit arithmetic
     wild = rng.choice([case.columns, 2**30, 2**31 - 1, -(2**31)], lists.shape)
     lists = np.where(rng.random(lists.shape) < 0.2, wild, lists)
     several = lists[..., 0].size > 1
@@ -208,7 +208,7 @@ def test_a_query_sees_its_blocks(name):
     sees = (listed & (entry <= last[..., None, None])).transpose(0, 2, 1, 3)
     sighted = sees.any(axis=-1)
     assert sighted.any()
-    assert not sighted.all() or sighted.size == 1  # some see nothing
+    assert not sighted.all() or sighted.size == 1  # some queries attend to nothing
     key_pool, value_pool, pages, key, value = pools(case, sees.any(axis=(1, 2)))
     got = attend_blocks(query_of(case), key_pool, value_pool, pages, lists, last)
     assert_right(case, got, key, value, sees)
@@ -220,7 +220,7 @@ def test_a_query_sees_its_blocks(name):
     [
         {"PROGRAMS": 1, "SPLIT_TILES": 1000},  # one split
         {"MOST_SPLITS": 2, "TILE_BYTES": 1},
-        {"TILE_BYTES": 1},  # as many splits as there are tiles of 16 entries
+        {"TILE_BYTES": 1},  # one split for each tile of 16 entries
     ],
 )
 def test_splits_and_tiles_change_rounding_alone(sizes, monkeypatch):
@@ -241,7 +241,7 @@ def split_arguments():
 
 @functools.cache
 def by_both_kernels():
-    """What both functions make of the same arrays, compiled anew at each call."""
+    """Results of both functions on the same arrays, compiled again at each call."""
     (*arrays, low, high), lists, _ = split_arguments()
     low, high, blocks, last = (jnp.asarray(x, jnp.int32) for x in (low, high, *lists))
 
@@ -254,7 +254,7 @@ def by_both_kernels():
 
 
 def test_a_bound_on_the_entries_changes_rounding_alone():
-    """Even a wrong one: it decides how many splits there are."""
+    """This holds even for a wrong bound, which only affects the number of splits."""
     case = Case(columns=60, page=8)
     low, high = ranges_of(case)
     key_pool, value_pool, pages, *_ = pools(case, sees_range(case, low, high).any(axis=(1, 2)))
@@ -291,7 +291,7 @@ def test_pages_outside_the_pool_count_as_nothing(kind):
 @pytest.mark.parametrize("sign", [1, -1])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_logits_of_ten_thousand(dtype, sign):
-    """Logits are whole numbers near 10,000: exact, so that only the softmax can lose anything."""
+    """Logits are integers near 10,000, which are exact, so only the softmax can lose precision."""
     case = Case(columns=40, page=8, dtype=dtype, tokens=2)
     sees = np.ones((case.batch, 1, case.tokens, case.entries), bool)
     key_pool, value_pool, pages, key, value = pools(case, sees[:, 0, 0])
@@ -329,7 +329,7 @@ def test_bitwise_the_same_on_every_rerun():
     low, high = ranges_of(case)
     key_pool, value_pool, pages, *_ = pools(case, sees_range(case, low, high).any(axis=(1, 2)))
     args = (query_of(case), key_pool, value_pool, pages, low, high)
-    shown = sees_range(case, low, high)[:, 0, :, None]  # nobody writes the other logits
+    shown = sees_range(case, low, high)[:, 0, :, None]  # the other logits are unwritten
 
     def run():
         out, lse, logits = attend_range(*args)
@@ -354,7 +354,7 @@ WIDE_WINDOWS = dataclasses.replace(CONFIG, kernel_size=24, init_blocks=0, local_
 @pytest.mark.parametrize("config", [CONFIG, WIDE_WINDOWS], ids=["paper", "wide"])
 @pytest.mark.parametrize("ties", [False, True])
 def test_selection_is_that_of_the_portable_path(config, ties, monkeypatch):
-    """Also where all scores are equal, and where blocks are fewer than slots."""
+    """Includes cases where all scores are equal, and where there are fewer blocks than slots."""
     batch, length, group, kv_heads = 2, 200, 3, 2
     slots = -(-length // config.block_size) * config.block_size // config.kernel_stride
     query = normal(1, batch, length, group * kv_heads, 8) * (0.0 if ties else 1.0)
@@ -385,7 +385,7 @@ def test_selection_is_that_of_the_portable_path(config, ties, monkeypatch):
     wanted = np.where(there[:, :, None, None], np.asarray(wanted), -1)
     np.testing.assert_array_equal(got, wanted)
     assert (np.asarray(got) == -1).any()
-    monkeypatch.setattr(selection, "MOST_BLOCKS", 1)  # the way of very long sequences
+    monkeypatch.setattr(selection, "MOST_BLOCKS", 1)  # the path for very long sequences
     np.testing.assert_array_equal(jax.jit(lambda: select())(), wanted)
 
 
@@ -393,13 +393,13 @@ def test_selection_is_that_of_the_portable_path(config, ties, monkeypatch):
 
 
 def mean_windows(x):
-    """Compressed keys as the cache wants them: of the whole windows of consecutive tokens."""
+    """Compressed keys, as the cache expects them, of the complete windows of consecutive tokens."""
     size, stride = CONFIG.kernel_size, CONFIG.kernel_stride
     return fsa_jax.compress(x, kernel_size=size, kernel_stride=stride, method="mean")
 
 
 def filled(arrays, lengths, window_of_its_own, layers):
-    """A cache with those tokens in every layer; pages are handed out in turn, so none follows."""
+    """A cache with those tokens in every layer, whose sequences get non-adjacent pages in turn."""
     key, value, window_key, window_value = arrays
     batch, length, kv_heads, width = key.shape
     options = {"config": CONFIG, "num_kv_heads": kv_heads, "head_dim": width, "layers": layers}
@@ -424,7 +424,7 @@ def filled(arrays, lengths, window_of_its_own, layers):
 
 
 def whole_branches(query, arrays, window_of_its_own):
-    """The branches of all tokens of whole sequences, by definition."""
+    """The outputs of the branches for all tokens of whole sequences, by the reference functions."""
     key, value, *window = arrays
     compressed = [mean_windows(x) for x in (key, value)]
     windows = {"kernel_size": CONFIG.kernel_size, "kernel_stride": CONFIG.kernel_stride}

@@ -1,4 +1,4 @@
-"""The kernels for Hopper, interpreted: numbers, races, blind queries and unseen keys."""
+"""The Hopper kernels in interpret mode: numbers, races, queries without keys, unattended keys."""
 
 import dataclasses
 import functools
@@ -21,11 +21,11 @@ TOLERANCE = {"float16": 4e-3, "bfloat16": 3e-2}
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Case:
-    """T tokens of a branch; with documents or without."""
+    """A branch on sequences of T tokens, packed or not."""
 
     length: int
     group: int
-    window: int = 0  # 0: compressed attention
+    window: int = 0  # 0 means compressed attention
     kv_heads: int = 1
     batch: int = 1
     dtype: str = "bfloat16"
@@ -33,7 +33,7 @@ class Case:
     scale: float = 0.1
 
     def segment_ids(self):
-        """Documents, some of a token, and padding at both ends."""
+        """Segment ids of documents, some of one token, and padding at both ends."""
         if not self.packed:
             return None
         ids = np.repeat([0, 1, 2, 2, 3, 0], [9, 40, 1, 60, self.length, 5])
@@ -42,7 +42,7 @@ class Case:
         ].astype(jnp.int32)
 
     def ranges(self):
-        """Which keys each token sees, and which tokens see each key."""
+        """The range of keys that each token attends to, and of tokens that attend to each key."""
         rows = segments.describe_rows(self.segment_ids(), self.batch, self.length)
         if self.window:
             seen, by = segments.visible_tokens, segments.seers_of_tokens
@@ -80,7 +80,7 @@ CASES = {
 @pytest.mark.fast_cases("one_token", "no_scale")
 @pytest.mark.parametrize("name", CASES)
 def test_numbers_are_those_of_the_reference(name, monkeypatch):
-    """Two programs, so that one has several items; what nobody sees is NaN."""
+    """Uses two programs, so that one has several work items; unattended keys are NaN."""
     monkeypatch.setattr(hopper_pipeline, "PROGRAMS", 2)
     case = CASES[name]
     visible, seers = case.ranges()
@@ -135,7 +135,7 @@ def test_what_it_serves(monkeypatch):
 
 
 def test_what_pays():
-    """Measured thresholds; a group of five goes in parts where there is much to do."""
+    """The measured thresholds; a group of five is split into parts if there are enough pairs."""
     array = lambda *shape: jax.ShapeDtypeStruct((1, *shape, 128), jnp.bfloat16)  # noqa: E731
 
     def pays(tokens, heads, keys, window=False):

@@ -1,7 +1,7 @@
-"""The kernels of compressed and window attention, and the whole operator on kernels, interpreted.
+"""Compressed and window attention, and the whole operator, on kernels in interpret mode.
 
-Interpret mode fills the buffers that a kernel is to write with NaN: what a kernel leaves unwritten
-fails every comparison here.
+Interpret mode fills the output buffers of a kernel with NaN: an element that a kernel leaves
+unwritten fails every comparison here.
 """
 
 import dataclasses
@@ -58,7 +58,7 @@ def inputs(
 
 
 def documents(batch, length):
-    """Documents of many lengths, one-token ones too, and padding."""
+    """Segment ids of documents of many lengths, including one token, and padding."""
     rng = np.random.default_rng(0)
     rows = [
         np.repeat(rng.integers(0, 4, 999), rng.choice([1, 5, 30, 90], 999)) for _ in range(batch)
@@ -167,7 +167,7 @@ def test_many_rows_of_few_keys_are_split():
 
 @pytest.mark.parametrize("branch", ["compressed", "window"])
 def test_poison_that_nobody_sees_changes_no_bit(branch):
-    """NaN and infinity in padding, in slots without a window, in cotangents of padding."""
+    """NaN and infinity are in padding, in slots without a window, and in cotangents of padding."""
     sizes = {"compressed": WINDOWS, "window": {"window_size": 20}}[branch]
     ids = np.asarray([[1] * 50 + [0] * 9 + [2] * 61 + [3] * 3 + [0] * 13], np.int32)
     args = inputs(branch, sizes, ids.size, 2)
@@ -237,7 +237,7 @@ def operator(implementation, segment_ids, query, key, value, gates):
 
 
 def test_values_of_the_operator():
-    """The forward pass alone, which compiles fast: branches, selection and gates on kernels."""
+    """Tests the forward pass only, which compiles fast: branches, selection, gates on kernels."""
     args = [normal(i, 1, 90, *x) for i, x in enumerate(((4, 16), (2, 16), (2, 16), (4, 3)))]
     got, wanted = (
         jax.jit(functools.partial(operator, name, documents(1, 90)))(*args)
@@ -249,13 +249,13 @@ def test_values_of_the_operator():
 @pytest.mark.slow
 @pytest.mark.parametrize(("gate_heads", "packed"), [(1, True), (6, False)])
 def test_the_operator_and_its_gradients(gate_heads, packed):
-    """Through gates, compression, selection and all three branches."""
+    """Gradients flow through gates, compression, selection and all three branches."""
     shapes = ((6, 32), (2, 32), (2, 48), (gate_heads, 3))
     args = [normal(i, 2, 210, *shape) for i, shape in enumerate(shapes)]
     ids = documents(2, 210) if packed else None
     run = both_ways(functools.partial(operator, KERNELS, ids), 5)
     got = run(*args)
-    if ids is not None:  # whatever stands at padding
+    if ids is not None:  # inputs at padding may hold any value
         padding = (ids == 0)[:, :, None, None]
         assert_same_bits(run(*(jnp.where(padding, jnp.nan, x) for x in args)), got)
     with jax.enable_x64(True):
@@ -285,7 +285,7 @@ def test_vmap_of_the_operator_under_checkpoint():
 
 @pytest.mark.slow
 def test_on_a_cpu_the_choice_for_either_device_is_the_portable_implementation(monkeypatch):
-    """What None does in a process that has a GPU, lowered for a CPU: values and gradients."""
+    """Lowers implementation None for a CPU in a process with a GPU: values and gradients."""
     args = [normal(i, 1, 90, *shape) for i, shape in enumerate(((4, 8), (2, 8), (2, 8), (4, 3)))]
     ids = documents(1, 90)
     wanted = value_and_gradients(functools.partial(operator, "xla", ids), 3, *args)
