@@ -158,7 +158,7 @@ def test_tuning_changes_no_result(name):
 @pytest.mark.parametrize("alike", [True, False])
 @pytest.mark.parametrize("group", [4, 8, 16])
 def test_the_lists_decide_which_kernels_run(group, alike):
-    """Query-tile, or else KV-outer (forward from group 3, backward from 8) or query-outer kernels."""
+    """Query-tile, or else KV-outer (forward from group 3, backward from 8) or query-outer."""
     shape = Shape(length=480, heads=2 * group, kv_heads=2, width=32, value_width=32, slots=1)
     args = inputs(shape, jnp.bfloat16)
     token = jnp.arange(shape.length, dtype=jnp.int32)
