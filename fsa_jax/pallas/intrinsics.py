@@ -72,7 +72,7 @@ def multiply_add(a, b, c) -> jax.Array:
     return _instruction("fma.rn.f32 $0, $1, $2, $3;", lambda a, b, c: a * b + c, a, b, c)
 
 
-def settled(x: jax.Array) -> jax.Array:
+def await_mma(x: jax.Array) -> jax.Array:
     """The float32 `x` unchanged; waits for the matrix products that accumulate into it.
 
     A sum of products over a loop may be left running on the matrix unit into the next step. If the

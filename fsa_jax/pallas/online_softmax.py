@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from fsa_jax.pallas.intrinsics import LOG2_E, dot, exp2, log2, multiply_add, reciprocal, settled
+from fsa_jax.pallas.intrinsics import LOG2_E, await_mma, dot, exp2, log2, multiply_add, reciprocal
 from fsa_jax.pallas.tile_sizes import next_power_of_two as next_power_of_two
 from fsa_jax.pallas.tile_sizes import tile_width as tile_width
 
@@ -33,47 +33,47 @@ class Softmax:
             return logits * 0.0
         return logits if self.scale > 0 else -logits
 
-    def top(self, logits: jax.Array) -> jax.Array:
+    def row_max(self, logits: jax.Array) -> jax.Array:
         """The largest exponent of each row."""
         return jnp.max(logits, axis=1) * self.factor
 
-    def weights(self, logits: jax.Array, top: jax.Array) -> jax.Array:
-        """exp(scale * logits), relative to the weight of the exponent `top`."""
+    def weights(self, logits: jax.Array, row_max: jax.Array) -> jax.Array:
+        """exp(scale * logits), relative to the weight of the exponent `row_max`."""
         if self.exact:
-            return exp2((logits * self.factor - top) * LOG2_E)
-        return exp2(multiply_add(logits, self.factor, -top))
+            return exp2((logits * self.factor - row_max) * LOG2_E)
+        return exp2(multiply_add(logits, self.factor, -row_max))
 
-    def decay(self, top: jax.Array, new_top: jax.Array) -> jax.Array:
-        """Factor that rescales weights relative to `top` to weights relative to `new_top`."""
-        return exp2((top - new_top) * (LOG2_E if self.exact else 1.0))
+    def decay(self, row_max: jax.Array, new_max: jax.Array) -> jax.Array:
+        """Factor that rescales weights relative to `row_max` to weights relative to `new_max`."""
+        return exp2((row_max - new_max) * (LOG2_E if self.exact else 1.0))
 
-    def fold(self, top: jax.Array, logits: jax.Array, whole: bool = False):
+    def fold(self, row_max: jax.Array, logits: jax.Array, whole: bool = False):
         """A step of an online softmax: the new largest exponents, the weights, and the decay.
 
         A row whose logits are all -inf so far gets weights and decay 2^-inf = 0; if there is no
         such row, `whole` omits the instructions for this case.
         """
-        new_top = jnp.maximum(top, self.top(logits))
-        safe = new_top if whole else jnp.where(new_top == -jnp.inf, 0.0, new_top)
-        return new_top, self.weights(logits, safe[:, None]), self.decay(top, safe)
+        new_max = jnp.maximum(row_max, self.row_max(logits))
+        safe = new_max if whole else jnp.where(new_max == -jnp.inf, 0.0, new_max)
+        return new_max, self.weights(logits, safe[:, None]), self.decay(row_max, safe)
 
     def attend(self, state, logits: jax.Array, values):
         """The next state: largest exponents, sums of weights, tiles of sums of weighted values."""
-        top, total, out = state
-        top, p, decay = self.fold(top, logits)
+        row_max, row_sum, out = state
+        row_max, p, decay = self.fold(row_max, logits)
         p_cut = p.astype(values[0].dtype)
         out = [x * decay[:, None] + dot(p_cut, v, (1, 0)) for x, v in zip(out, values, strict=True)]
-        return top, total * decay + jnp.sum(p, axis=1), out
+        return row_max, row_sum * decay + jnp.sum(p, axis=1), out
 
-    def mean(self, x: jax.Array, total: jax.Array) -> jax.Array:
+    def mean(self, x: jax.Array, row_sum: jax.Array) -> jax.Array:
         """Divides sums x [R, D] of weighted values by the sums of the weights [R]."""
-        return x / total[:, None] if self.exact else x * reciprocal(total)[:, None]
+        return x / row_sum[:, None] if self.exact else x * reciprocal(row_sum)[:, None]
 
-    def lse(self, top: jax.Array, total: jax.Array) -> jax.Array:
-        """Natural logarithm of a sum of weights; `total` is that sum relative to `top`."""
+    def lse(self, row_max: jax.Array, row_sum: jax.Array) -> jax.Array:
+        """Natural logarithm of a sum of weights; `row_sum` is that sum relative to `row_max`."""
         if self.exact:
-            return top + jnp.log(total)
-        return (top + log2(total)) * (1 / LOG2_E)
+            return row_max + jnp.log(row_sum)
+        return (row_max + log2(row_sum)) * (1 / LOG2_E)
 
 
 def softmax_weights(logits: jax.Array, lse: jax.Array, scale: float, dtype) -> jax.Array:
@@ -86,14 +86,14 @@ def softmax_weights(logits: jax.Array, lse: jax.Array, scale: float, dtype) -> j
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Sum:
-    """A float32 sum of many tiles, with an optional Kahan compensation term, `lost`.
+    """A float32 sum of many tiles, with an optional Kahan compensation term.
 
     float32 products are so accurate that the order of long sums matters: the error of thousands of
     terms added in sequence is several times that of dense attention, which adds them in trees.
     """
 
     total: jax.Array
-    lost: jax.Array | None
+    compensation: jax.Array | None
 
     @staticmethod
     def zeros(shape: tuple[int, ...], exact: bool) -> "Sum":
@@ -103,12 +103,12 @@ class Sum:
     def add(self, part: jax.Array, decay: jax.Array | None = None) -> "Sum":
         """The sum times `decay`, plus `part`."""
         total = self.total if decay is None else self.total * decay
-        if self.lost is None:
+        if self.compensation is None:
             return Sum(total + part, None)
-        part = part - (self.lost if decay is None else self.lost * decay)
+        part = part - (self.compensation if decay is None else self.compensation * decay)
         new = total + part
         return Sum(new, (new - total) - part)
 
-    def settled(self) -> "Sum":
-        """The same sum, once its products have completed; see `settled`."""
-        return self if self.lost is not None else Sum(settled(self.total), None)
+    def await_mma(self) -> "Sum":
+        """The same sum, once its products have completed; see `await_mma`."""
+        return self if self.compensation is not None else Sum(await_mma(self.total), None)

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from fsa_jax.pallas.intrinsics import dot, iota, load, settled
+from fsa_jax.pallas.intrinsics import await_mma, dot, iota, load
 from fsa_jax.pallas.tile_sizes import cut_width
 from fsa_jax.pallas.tile_sizes import next_power_of_two as next_power_of_two
 from fsa_jax.pallas.tile_sizes import tile_width as tile_width
@@ -86,7 +86,7 @@ def product(a: list[jax.Array], b: list[jax.Array]) -> jax.Array:
     """
     parts = [dot(x, y, (1, 1)) for x, y in zip(a, b, strict=True)]
     if a[0].dtype == jnp.float32:
-        parts = [settled(x) for x in parts]
+        parts = [await_mma(x) for x in parts]
     return sum(parts[1:], parts[0])
 
 

@@ -63,18 +63,18 @@ def partial_attention(chunk: Chunk, query, key, value, *, tile, partial_dtype):
                 logits = softmax.signed(product(queries, keys))
                 if masked:
                     logits = jnp.where(item.sees(token), logits, -jnp.inf)
-                top = softmax.top(logits)
-                p = softmax.weights(logits, top[:, None])
-                total = jnp.sum(p, axis=1)
+                row_max = softmax.row_max(logits)
+                p = softmax.weights(logits, row_max[:, None])
+                row_sum = jnp.sum(p, axis=1)
                 p = p.astype(value_ref.dtype)
                 for e, tile_values in zip(value_columns, values, strict=True):
-                    out = softmax.mean(dot(p, tile_values, (1, 0)), total)
+                    out = softmax.mean(dot(p, tile_values, (1, 0)), row_sum)
                     store(
                         out_ref.at[slot[:, None], e[None, :]],
                         out.astype(out_ref.dtype),
                         mask=rows_mask(live, e, value_width),
                     )
-                store(lse_ref.at[slot], softmax.lse(top, total), mask=live)
+                store(lse_ref.at[slot], softmax.lse(row_max, row_sum), mask=live)
                 return ()
 
             steps = item.steps()

@@ -59,13 +59,14 @@ def key_gradients(chunk: Chunk, query, key, value, dout, lse, delta, sums, *, ti
                     p = jnp.where(item.seen_by(token), p, 0.0)
                 p_cut = p.astype(dout_ref.dtype)
                 dvalues = [
-                    x.add(dot(p_cut, y, (1, 0))).settled()
+                    x.add(dot(p_cut, y, (1, 0))).await_mma()
                     for x, y in zip(dvalues, douts, strict=True)
                 ]
                 deltas = load(delta_ref.at[item.batch, token, query_head], mask=live)
                 ds = (p * (product(values, douts) - deltas[None, :])).astype(key_ref.dtype)
                 dkeys = [
-                    x.add(dot(ds, y, (1, 0))).settled() for x, y in zip(dkeys, queries, strict=True)
+                    x.add(dot(ds, y, (1, 0))).await_mma()
+                    for x, y in zip(dkeys, queries, strict=True)
                 ]
                 return dkeys, dvalues
 

@@ -54,31 +54,31 @@ def merge_outputs(
             place = _Place(where_ref, starts_ref, out_ref, kv_heads, elements, number, head)
             zeros = jnp.zeros((place.rows,), jnp.float32)
             state = (zeros - jnp.inf, zeros, jnp.zeros((place.rows, e.size), jnp.float32))
-            top, total, result = place.walk(functools.partial(add, place), state)
-            some = total > 0
-            total = jnp.where(some, total, 1.0)
-            place.store(out_ref, result / total[:, None], e)
-            result_lse = jnp.where(some, top + jnp.log(total), -jnp.inf)
+            row_max, row_sum, result = place.walk(functools.partial(add, place), state)
+            some = row_sum > 0
+            row_sum = jnp.where(some, row_sum, 1.0)
+            place.store(out_ref, result / row_sum[:, None], e)
+            result_lse = jnp.where(some, row_max + jnp.log(row_sum), -jnp.inf)
             store(lse_ref.at[*place.target], result_lse, mask=place.there)
 
         def add(place, state, slots):
-            top, total, result = state
+            row_max, row_sum, result = state
             lses = [
                 jnp.where(live, load(part_lse_ref.at[place.head, at], mask=live), -jnp.inf)
                 for at, live in slots
             ]
-            new_top = top
+            new_max = row_max
             for lse in lses:
-                new_top = jnp.maximum(new_top, lse)
+                new_max = jnp.maximum(new_max, lse)
             # before the first valid slot, weights and decay are 2^-inf = 0
-            safe = jnp.where(new_top == -jnp.inf, 0.0, new_top)
-            decay = exp2((top - safe) * LOG2_E)
-            total, result = total * decay, result * decay[:, None]
+            safe = jnp.where(new_max == -jnp.inf, 0.0, new_max)
+            decay = exp2((row_max - safe) * LOG2_E)
+            row_sum, result = row_sum * decay, result * decay[:, None]
             for (at, live), lse in zip(slots, lses, strict=True):
                 weight = exp2((lse - safe) * LOG2_E)
-                total += weight
+                row_sum += weight
                 result += weight[:, None] * place.part(part_ref, at, live, e)
-            return new_top, total, result
+            return new_max, row_sum, result
 
         each(tiles, done_ref[0] == 0, merge)
 

@@ -68,14 +68,14 @@ def attention(
             zeros = jnp.zeros((rows,), jnp.float32)
             out = [jnp.zeros((rows, e.size), jnp.float32) for e in value_columns]
             state = (zeros - jnp.inf, zeros, out)
-            top, total, out = jax.lax.fori_loop(0, starts_ref.shape[3], step, state)
-            some = total > 0
-            total = jnp.where(some, total, 1.0)
+            row_max, row_sum, out = jax.lax.fori_loop(0, starts_ref.shape[3], step, state)
+            some = row_sum > 0
+            row_sum = jnp.where(some, row_sum, 1.0)
             for e, x in zip(value_columns, out, strict=True):
                 target = out_ref.at[batch, token, query_head[:, None], e[None, :]]
                 mask = rows_mask(there, e, out_ref.shape[3])
-                store(target, softmax.mean(x, total).astype(out_ref.dtype), mask=mask)
-            lse = jnp.where(some, softmax.lse(top, total), -jnp.inf)
+                store(target, softmax.mean(x, row_sum).astype(out_ref.dtype), mask=mask)
+            lse = jnp.where(some, softmax.lse(row_max, row_sum), -jnp.inf)
             store(lse_ref.at[batch, token, query_head], lse, mask=there)
 
         each(tokens, refs[0][0] == 0 if given else jnp.asarray(True), attend)

@@ -205,12 +205,12 @@ def attention(
             zeros = jnp.zeros((tile.rows,), jnp.float32)
             out = [jnp.zeros((tile.rows, e.size), jnp.float32) for e in value_columns]
             state = (zeros - jnp.inf, zeros, out)
-            top, total, out = jax.lax.fori_loop(0, rows.count, step, state)
-            some = total > 0
-            total = jnp.where(some, total, 1.0)
+            row_max, row_sum, out = jax.lax.fori_loop(0, rows.count, step, state)
+            some = row_sum > 0
+            row_sum = jnp.where(some, row_sum, 1.0)
             for e, x in zip(value_columns, out, strict=True):
-                rows.store(out_ref, softmax.mean(x, total), e)
-            lse = jnp.where(some, softmax.lse(top, total), -jnp.inf)
+                rows.store(out_ref, softmax.mean(x, row_sum), e)
+            lse = jnp.where(some, softmax.lse(row_max, row_sum), -jnp.inf)
             store(lse_ref.at[*rows.target], lse, mask=rows.there)
 
         each(tiles, list_refs[-1][0] > 0, attend)

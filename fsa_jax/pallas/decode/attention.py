@@ -211,7 +211,7 @@ def _attention(
 
     shapes = [(plan.splits, *rows, value.shape[3]), *[(plan.splits, *rows)] * 2]
     shapes += [(*rows, pages.shape[1] * key.shape[1])] * logits
-    part, top, total, *found = call(
+    part, row_max, row_sum, *found = call(
         paged_range_kernel if blocks is None else paged_block_kernel,
         query,
         key,
@@ -226,7 +226,7 @@ def _attention(
         num_warps=plan.num_warps,
         num_stages=plan.num_stages,
     )
-    out, lse = _merge(part, top, total, softmax, query.dtype, interpret)
+    out, lse = _merge(part, row_max, row_sum, softmax, query.dtype, interpret)
     return out, lse, found[0] if logits else None
 
 
@@ -318,7 +318,7 @@ def _walk(plan, softmax, rows, entries, positions, key_ref, value_ref, out_refs,
     value_columns, b = rows.value_columns, plan.entries
 
     def step(tile, state):
-        (entry, page), top, total, out = state
+        (entry, page), row_max, row_sum, out = state
         # page numbers are loaded one step ahead, so that the loads of keys need not wait for them
         following = entries.look_up(tile + 1)
         seen = page >= 0
@@ -346,12 +346,12 @@ def _walk(plan, softmax, rows, entries, positions, key_ref, value_ref, out_refs,
                 mask=visible,
             )
         products = jnp.where(visible, softmax.signed(products), -jnp.inf)
-        top, p, decay = softmax.fold(top, products)
+        row_max, p, decay = softmax.fold(row_max, products)
         p_cut = p.astype(value_ref.dtype)
         out = [
             x.add(dot(p_cut, v, (1, 0)), decay[:, None]) for x, v in zip(out, values, strict=True)
         ]
-        return following, top, total * decay + jnp.sum(p, axis=1), out
+        return following, row_max, row_sum * decay + jnp.sum(p, axis=1), out
 
     # the tiles are divided into equal shares
     begin, tiles_end = entries.tiles(positions)
@@ -361,8 +361,8 @@ def _walk(plan, softmax, rows, entries, positions, key_ref, value_ref, out_refs,
     out = [Sum.zeros((plan.rows, e.size), softmax.exact) for e in value_columns]
     state = (entries.look_up(begin), zeros - jnp.inf, zeros, out)
     limit = jnp.minimum(begin + each, tiles_end)
-    _, top, total, out = jax.lax.fori_loop(begin, limit, step, state)
-    out_ref, top_ref, total_ref = out_refs
+    _, row_max, row_sum, out = jax.lax.fori_loop(begin, limit, step, state)
+    out_ref, row_max_ref, row_sum_ref = out_refs
     at = (rows.share, rows.row)
     for e, x in zip(value_columns, out, strict=True):
         store(
@@ -370,43 +370,43 @@ def _walk(plan, softmax, rows, entries, positions, key_ref, value_ref, out_refs,
             x.total,
             mask=rows_mask(rows.there, e, value_ref.shape[3]),
         )
-    store(top_ref.at[*at, rows.token, rows.head], top, mask=rows.there)
-    store(total_ref.at[*at, rows.token, rows.head], total, mask=rows.there)
+    store(row_max_ref.at[*at, rows.token, rows.head], row_max, mask=rows.there)
+    store(row_sum_ref.at[*at, rows.token, rows.head], row_sum, mask=rows.there)
 
 
-def _merge(part, top, total, softmax: Softmax, dtype, interpret):
+def _merge(part, row_max, row_sum, softmax: Softmax, dtype, interpret):
     """Merges partial sums [splits, B, n, N, E] of weighted values, and the sums of their weights.
 
-    The weights of a split are relative to its largest exponent, `top`; storing a logsumexp instead
+    The weights of a split are relative to its largest exponent, `row_max`; storing a logsumexp instead
     would lose precision where logits are large. A program takes a few columns of one row and all
     splits at once, so that all loads are in flight together. Bytes: 4*splits*(E + 2) read per row.
     """
     splits, *rows, width = part.shape
     count = rows[0] * rows[1] * rows[2]
 
-    def merge_splits_kernel(part_ref, top_ref, total_ref, out_ref, lse_ref):
+    def merge_splits_kernel(part_ref, row_max_ref, row_sum_ref, out_ref, lse_ref):
         row = pl.program_id(0)
         s = iota(next_power_of_two(splits))
         e = pl.program_id(1) * MERGE_COLUMNS + iota(MERGE_COLUMNS)
         there = s < splits
-        tops = load(top_ref.at[s, row], mask=there, other=-jnp.inf)
-        totals = load(total_ref.at[s, row], mask=there)
+        row_maxes = load(row_max_ref.at[s, row], mask=there, other=-jnp.inf)
+        row_sums = load(row_sum_ref.at[s, row], mask=there)
         parts = load(part_ref.at[s[:, None], row, e[None, :]], mask=rows_mask(there, e, width))
-        top = jnp.max(tops, keepdims=True)
-        weight = softmax.decay(tops, jnp.where(top == -jnp.inf, 0.0, top))
-        total = jnp.sum(totals * weight, keepdims=True)
-        some = total > 0
-        total = jnp.where(some, total, 1.0)
-        out = jnp.sum(parts * weight[:, None], axis=0) / total
+        row_max = jnp.max(row_maxes, keepdims=True)
+        weight = softmax.decay(row_maxes, jnp.where(row_max == -jnp.inf, 0.0, row_max))
+        row_sum = jnp.sum(row_sums * weight, keepdims=True)
+        some = row_sum > 0
+        row_sum = jnp.where(some, row_sum, 1.0)
+        out = jnp.sum(parts * weight[:, None], axis=0) / row_sum
         store(out_ref.at[row, e], out.astype(dtype), mask=e < width)
         # every program of the row stores the same number
-        store(lse_ref.at[row + iota(1)], jnp.where(some, softmax.lse(top, total), -jnp.inf))
+        store(lse_ref.at[row + iota(1)], jnp.where(some, softmax.lse(row_max, row_sum), -jnp.inf))
 
     out, lse = call(
         merge_splits_kernel,
         part.reshape(splits, count, width),
-        top.reshape(splits, count),
-        total.reshape(splits, count),
+        row_max.reshape(splits, count),
+        row_sum.reshape(splits, count),
         grid=(count, pl.cdiv(width, MERGE_COLUMNS)),
         out_shape=(
             jax.ShapeDtypeStruct((count, width), dtype),

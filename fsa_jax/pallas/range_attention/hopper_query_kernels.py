@@ -90,41 +90,43 @@ class _Forward(Compute):
             return jnp.where(self.seen(item, step, ranges, logits.shape), logits, -jnp.inf)
 
         def step(number, state, masked):
-            top, total, p, out = state
+            row_max, row_sum, p, out = state
 
             def fold(logits):
-                return self.softmax(top, total, mask(logits, number) if masked else logits, masked)
+                return self.softmax(
+                    row_max, row_sum, mask(logits, number) if masked else logits, masked
+                )
 
             folded, new = self.multiply(p, out, slots(number)[0], slots(number - 1)[1], fold)
-            top, total, new_p, decay = folded
+            row_max, row_sum, new_p, decay = folded
             # products read p up to here, so the new p must not be written to its registers before
             _, new_p, new = lax.optimization_barrier((p, new_p, new))
-            return top, total, new_p, new * over_columns(decay, new)
+            return row_max, row_sum, new_p, new * over_columns(decay, new)
 
         state = self.first(lambda x: self.softmax(None, None, mask(x, 0), True), slots(0)[0])
-        top, total, p, out = self.fold(item, step, state)
+        row_max, row_sum, p, out = self.fold(item, step, state)
         self.free_rows()
         out = self.last(p, out, slots(item.tiles.count - 1)[1])
         sighted = high > low
-        total = jnp.where(sighted, total, 1.0)
-        out = jnp.where(over_columns(sighted, out), out * over_columns(1.0 / total, out), 0.0)
-        lse = jnp.where(sighted, (top + jnp.log2(total)) * (1 / LOG2_E), -jnp.inf)
+        row_sum = jnp.where(sighted, row_sum, 1.0)
+        out = jnp.where(over_columns(sighted, out), out * over_columns(1.0 / row_sum, out), 0.0)
+        lse = jnp.where(sighted, (row_max + jnp.log2(row_sum)) * (1 / LOG2_E), -jnp.inf)
         self.at(lse_ref, item)[...] = lse
         self.store(item, out_ref, out)
 
-    def softmax(self, top, total, logits, masked):
+    def softmax(self, row_max, row_sum, logits, masked):
         """A step of an online softmax in base 2; see `online_softmax.Softmax.fold`."""
         factor = (abs(self.scale) or 1.0) * LOG2_E
-        new_top = jnp.max(logits, axis=1) * factor
-        new_top = new_top if top is None else jnp.maximum(top, new_top)
-        safe = jnp.where(new_top == -jnp.inf, 0.0, new_top) if masked else new_top
+        new_max = jnp.max(logits, axis=1) * factor
+        new_max = new_max if row_max is None else jnp.maximum(row_max, new_max)
+        safe = jnp.where(new_max == -jnp.inf, 0.0, new_max) if masked else new_max
         p = jnp.exp2(logits * factor - over_columns(safe, logits))
         added = jnp.sum(p, axis=1)
         p = p.astype(self.rows[0].dtype)
-        if top is None:
-            return new_top, added, p, None
-        decay = jnp.exp2(top - safe)
-        return new_top, total * decay + added, p, decay
+        if row_max is None:
+            return new_max, added, p, None
+        decay = jnp.exp2(row_max - safe)
+        return new_max, row_sum * decay + added, p, decay
 
     def signed(self, logits):
         """The logits, negated if the scale is negative: larger logits then get larger weights."""
@@ -151,8 +153,8 @@ class _Forward(Compute):
         else:
             logits = pl.run_scoped(multiply, ACC((ROWS, self.ring.keys)))
         plgpu.barrier_arrive(self.shared.free[1].at[slot])
-        top, total, p, _ = fold(self.signed(logits))
-        return top, total, p, zeros(WIDTH)
+        row_max, row_sum, p, _ = fold(self.signed(logits))
+        return row_max, row_sum, p, zeros(WIDTH)
 
     def multiply(self, p, out, slot, last, fold):
         """(fold(logits of the keys in `slot`), out + p V of the values in `last`), overlapped."""

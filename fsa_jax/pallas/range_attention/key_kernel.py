@@ -57,12 +57,13 @@ def key_gradients(
                 p = jnp.where(mine.sees(number), p, 0.0)
             p_cut = p.astype(dout_ref.dtype)
             dvalues = [
-                x.add(dot(p_cut, y, (1, 0))).settled() for x, y in zip(dvalues, douts, strict=True)
+                x.add(dot(p_cut, y, (1, 0))).await_mma()
+                for x, y in zip(dvalues, douts, strict=True)
             ]
             dp = product(mine.values, douts)
             ds = (p * (dp - deltas[None, :])).astype(key_ref.dtype)
             dkeys = [
-                x.add(dot(ds, y, (1, 0))).settled() for x, y in zip(dkeys, queries, strict=True)
+                x.add(dot(ds, y, (1, 0))).await_mma() for x, y in zip(dkeys, queries, strict=True)
             ]
             return dkeys, dvalues
 

@@ -54,28 +54,28 @@ def attention(query, key, value, visible, seers, *, plan, scale, interpret):
         queries = rows.load(query_ref, columns)
 
         def step(start, state, masked):
-            top, total, out = state
+            row_max, row_sum, out = state
             keys, values = rows.load_keys(
                 start, (key_ref, value_ref), (columns, value_columns), seers_refs, masked
             )
             logits = softmax.signed(product(queries, keys))
             if masked:
                 logits = jnp.where(rows.sees(start), logits, -jnp.inf)
-            top, p, decay = softmax.fold(top, logits, whole=not masked)
+            row_max, p, decay = softmax.fold(row_max, logits, whole=not masked)
             p_cut = p.astype(value_ref.dtype)
             out = [
                 x.add(dot(p_cut, v, (1, 0)), decay[:, None])
                 for x, v in zip(out, values, strict=True)
             ]
-            return top, total * decay + jnp.sum(p, axis=1), out
+            return row_max, row_sum * decay + jnp.sum(p, axis=1), out
 
         zeros = jnp.zeros((tile.rows,), jnp.float32)
         out = [Sum.zeros((tile.rows, e.size), exact) for e in value_columns]
-        top, total, out = rows.walk(step, (zeros - jnp.inf, zeros, out))
-        total = jnp.where(rows.sighted, total, 1.0)
+        row_max, row_sum, out = rows.walk(step, (zeros - jnp.inf, zeros, out))
+        row_sum = jnp.where(rows.sighted, row_sum, 1.0)
         for e, x in zip(value_columns, out, strict=True):
-            rows.store(out_ref, softmax.mean(x.total, total), e)
-        lse = jnp.where(rows.sighted, softmax.lse(top, total), -jnp.inf)
+            rows.store(out_ref, softmax.mean(x.total, row_sum), e)
+        lse = jnp.where(rows.sighted, softmax.lse(row_max, row_sum), -jnp.inf)
         store(lse_ref.at[*rows.target], lse, mask=rows.there)
 
     return call(
