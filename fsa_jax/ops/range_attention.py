@@ -82,10 +82,12 @@ class RangeSpec(OpSpec):
         if isinstance(tiles, Unsupported):
             return tiles
         mosaic = self.backend is Backend.MOSAIC_GPU
-        if mosaic and (reason := hopper_pipeline.reason(query, key, value)):
+        if mosaic and (reason := hopper_pipeline.unsupported_reason(query, key, value)):
             return Unsupported(reason)
         if self.backend is Backend.BY_PLATFORM and self.capability == HOPPER:
-            mosaic = hopper_pipeline.pays(query, key, value, window=self.branch == "window")
+            mosaic = hopper_pipeline.is_profitable(
+                query, key, value, window=self.branch == "window"
+            )
         return RangePlan(tiles, mosaic)
 
 

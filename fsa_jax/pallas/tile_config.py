@@ -42,7 +42,7 @@ def set_integer(owner, name, least, most) -> int:
     return size
 
 
-def arrays_reason(query, key, value) -> str | None:
+def unsupported_arrays_reason(query, key, value) -> str | None:
     """Why the kernels cannot serve arrays of these shapes and dtypes; None if they can."""
     if query.dtype not in (jnp.float16, jnp.bfloat16, jnp.float32):
         return f"the dtype must be float16, bfloat16 or float32, got {query.dtype}"

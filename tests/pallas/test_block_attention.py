@@ -171,8 +171,8 @@ def test_the_lists_decide_which_kernels_run(group, alike):
         16: (QUERY_OUTER_PAIRS, QUERY_OUTER_DQ_PAIRS),
     }
     for pairs in costs[group]:
-        pays = query_tile.pays(starts, shape.length, pairs, Tile(), group)
-        assert bool(pays[0]) == alike
+        profitable = query_tile.is_profitable(starts, shape.length, pairs, Tile(), group)
+        assert bool(profitable[0]) == alike
     make = functools.partial(selected, indices, shape.block_size, None)
     got = value_and_gradients(make("triton_interpret"), 7, *args)
     assert_close(got, exact(make, 7, *args), TOLERANCE["bfloat16"])

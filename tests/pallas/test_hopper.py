@@ -125,26 +125,26 @@ def test_numbers_are_those_of_the_reference(name, monkeypatch):
 def test_what_it_serves(monkeypatch):
     array = lambda *shape, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(shape, dtype)  # noqa: E731
     key = array(1, 64, 2, 128)
-    assert hopper_pipeline.reason(array(1, 64, 8, 128), key, key) is None
+    assert hopper_pipeline.unsupported_reason(array(1, 64, 8, 128), key, key) is None
     for query, keys, why in (
         (array(1, 64, 8, 64), array(1, 64, 2, 64), "head widths must be 128, got 64"),
         (array(1, 64, 8, 128, dtype=jnp.float32), key, "dtype must be .* float32"),
     ):
         with pytest.raises(AssertionError, match=why):
-            raise AssertionError(hopper_pipeline.reason(query, keys, keys))
+            raise AssertionError(hopper_pipeline.unsupported_reason(query, keys, keys))
 
 
-def test_what_pays():
+def test_what_is_profitable():
     """The measured thresholds; a group of five is split into parts if there are enough pairs."""
     array = lambda *shape: jax.ShapeDtypeStruct((1, *shape, 128), jnp.bfloat16)  # noqa: E731
 
-    def pays(tokens, heads, keys, window=False):
+    def profitable(tokens, heads, keys, window=False):
         key = array(keys, 8)
-        return hopper_pipeline.pays(array(tokens, heads), key, key, window=window)
+        return hopper_pipeline.is_profitable(array(tokens, heads), key, key, window=window)
 
-    assert pays(32768, 32, 2048)
-    assert pays(32768, 40, 2048)
-    assert not pays(8192, 40, 512)
-    assert pays(32768, 32, 32768, window=True)
-    assert not pays(32768, 40, 32768, window=True)
-    assert not pays(32768 + 1, 32, 2048)
+    assert profitable(32768, 32, 2048)
+    assert profitable(32768, 40, 2048)
+    assert not profitable(8192, 40, 512)
+    assert profitable(32768, 32, 32768, window=True)
+    assert not profitable(32768, 40, 32768, window=True)
+    assert not profitable(32768 + 1, 32, 2048)

@@ -300,7 +300,7 @@ def _tiles(starts, arrays, tile, methods, costs, interpret):
     if pairs is None:
         done = jnp.ones((1,), jnp.int32)
     else:
-        done = query_tile.pays(starts, end, pairs, tile, group)
+        done = query_tile.is_profitable(starts, end, pairs, tile, group)
     return query_tile.merge_lists(starts, end, tile, group, done, interpret=interpret), done
 
 

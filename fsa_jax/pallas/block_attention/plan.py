@@ -13,10 +13,10 @@ from fsa_jax.arguments import scalars
 from fsa_jax.pallas.support import Unsupported
 from fsa_jax.pallas.tile_config import (
     Tile,
-    arrays_reason,
     padded_width,
     set_integer,
     shared_memory,
+    unsupported_arrays_reason,
 )
 from fsa_jax.pallas.tile_sizes import next_power_of_two
 
@@ -117,9 +117,9 @@ class Plan:
     gradient_dtype: jnp.dtype
 
 
-def _reason(tuning: SelectedTuning, query, key, value, block_size: int) -> str | None:
+def _unsupported_reason(tuning: SelectedTuning, query, key, value, block_size: int) -> str | None:
     """Why the kernels cannot serve such a call on any GPU; None if they can."""
-    if reason := arrays_reason(query, key, value):
+    if reason := unsupported_arrays_reason(query, key, value):
         return reason
     if block_size % 16:
         return f"block_size must be a multiple of 16, got {block_size}"
@@ -150,7 +150,7 @@ def make_plan(
     Raises:
       ValueError: `scratch_bytes` does not hold the partial results of one token.
     """
-    if reason := _reason(tuning, query, key, value, block_size):
+    if reason := _unsupported_reason(tuning, query, key, value, block_size):
         return Unsupported(reason)
     sizes = _tile_sizes(query, key, value, block_size, capability)
     if sizes is None:

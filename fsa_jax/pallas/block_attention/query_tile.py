@@ -64,7 +64,7 @@ def tile_tokens(tile: Tile, group: int) -> int:
     return min(tile.rows // group, MOST_TOKENS)
 
 
-def pays(
+def is_profitable(
     starts: Int[Array, "B T K S"], end: int, pairs: float, tile: Tile, group: int
 ) -> Int[Array, "1"]:
     """Whether neighbouring queries share so many blocks that the query-tile kernel is faster.

@@ -9,7 +9,7 @@ import dataclasses
 from fsa_jax.config import NSAConfig
 from fsa_jax.pallas import tile_tables
 from fsa_jax.pallas.support import Unsupported
-from fsa_jax.pallas.tile_config import Tile, arrays_reason, padded_width, shared_memory
+from fsa_jax.pallas.tile_config import Tile, padded_width, shared_memory, unsupported_arrays_reason
 from fsa_jax.pallas.tile_sizes import next_power_of_two
 
 #: Blocks of a tile.
@@ -56,7 +56,7 @@ def make_plan(
     Raises:
       ValueError: `scratch_bytes` does not hold the ranks of one tile of rows.
     """
-    if reason := arrays_reason(query, key, key):
+    if reason := unsupported_arrays_reason(query, key, key):
         return Unsupported(reason)
     batch, length, query_heads, _ = query.shape
     kv_heads = key.shape[2]

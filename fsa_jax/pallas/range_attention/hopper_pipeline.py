@@ -61,7 +61,7 @@ LAYOUT = (
 ACC = plgpu.ACC  # pyright: ignore[reportPrivateImportUsage]
 
 
-def reason(query, key, value) -> str | None:
+def unsupported_reason(query, key, value) -> str | None:
     """Why these kernels cannot serve arrays of these shapes and dtypes; None if they can."""
     batch, length, heads, _ = query.shape
     if max(batch * length * heads, key.size) >= 2**31:
@@ -73,12 +73,12 @@ def reason(query, key, value) -> str | None:
     return None
 
 
-def pays(query, key, value, *, window: bool = False) -> bool:
+def is_profitable(query, key, value, *, window: bool = False) -> bool:
     """Whether these kernels can serve a call, and faster than the Triton kernels.
 
     With `window`, a query attends to so few keys that splitting a group into parts does not pay.
     """
-    if reason(query, key, value):
+    if unsupported_reason(query, key, value):
         return False
     batch, length, heads, _ = query.shape
     group = heads // key.shape[2]

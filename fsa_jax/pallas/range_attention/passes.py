@@ -11,7 +11,7 @@ import dataclasses
 from fsa_jax.pallas import tile_tables
 from fsa_jax.pallas.range_attention import hopper_groups, key_kernel, query_kernels
 from fsa_jax.pallas.support import Unsupported
-from fsa_jax.pallas.tile_config import Tile, arrays_reason, padded_width, shared_memory
+from fsa_jax.pallas.tile_config import Tile, padded_width, shared_memory, unsupported_arrays_reason
 
 #: Programs of the dK and dV kernel that keep a GPU busy, for any number of keys.
 PROGRAMS = 1024
@@ -64,9 +64,9 @@ class Plan:
     splits: int
 
 
-def _reason(query, key, value) -> str | None:
+def _unsupported_reason(query, key, value) -> str | None:
     """Why the kernels cannot serve such a call on any GPU; None if they can."""
-    if reason := arrays_reason(query, key, value):
+    if reason := unsupported_arrays_reason(query, key, value):
         return reason
     batch, length, heads, _ = query.shape
     if batch * key.shape[2] > MOST_HEADS:
@@ -102,7 +102,7 @@ def make_plan(
 
     With `causal`, a query attends to most tokens before it, so that few key tiles are masked.
     """
-    if reason := _reason(query, key, value):
+    if reason := _unsupported_reason(query, key, value):
         return Unsupported(reason)
     both = sum(padded_width(x.shape[3]) for x in (key, value))
     kind = "float32" if query.dtype.itemsize == 4 else "wide" if both > 256 else "narrow"
