@@ -38,19 +38,19 @@ def gradients(gate, dout, out, *, interpret: bool):
 
     def gate_gradient_kernel(gate_ref, dout_ref, out_ref, dgate_ref, dbranch_ref, delta_ref):
         row = pl.program_id(0) * ROWS + iota(ROWS)
-        there = row < rows
+        in_bounds = row < rows
         owner, _ = split(row, shared)
-        g = load(gate_ref.at[owner], mask=there).astype(jnp.float32)
+        g = load(gate_ref.at[owner], mask=in_bounds).astype(jnp.float32)
         dgate = delta = jnp.zeros((ROWS,), jnp.float32)
         for d in columns_of(dout, 128):
-            at, mask = (row[:, None], d[None, :]), rows_mask(there, d, width)
+            at, mask = (row[:, None], d[None, :]), rows_mask(in_bounds, d, width)
             x, o = (load(ref.at[*at], mask=mask).astype(jnp.float32) for ref in (dout_ref, out_ref))
             own = (x * g[:, None]).astype(dout_ref.dtype)
             dgate += jnp.sum(o * x, axis=1)
             delta += jnp.sum(o * own.astype(jnp.float32), axis=1)
             store(dbranch_ref.at[*at], own, mask=mask)
-        store(dgate_ref.at[row], dgate, mask=there)
-        store(delta_ref.at[row], delta, mask=there)
+        store(dgate_ref.at[row], dgate, mask=in_bounds)
+        store(delta_ref.at[row], delta, mask=in_bounds)
 
     numbers = jax.ShapeDtypeStruct((rows,), jnp.float32)
     dgate, dbranch, delta = call(

@@ -206,9 +206,9 @@ def test_a_query_sees_its_blocks(name):
     entry = np.arange(case.entries)
     listed = (entry[:, None] // case.page == lists[..., None, :]).any(axis=-1)
     sees = (listed & (entry <= last[..., None, None])).transpose(0, 2, 1, 3)
-    sighted = sees.any(axis=-1)
-    assert sighted.any()
-    assert not sighted.all() or sighted.size == 1  # some queries attend to nothing
+    has_keys = sees.any(axis=-1)
+    assert has_keys.any()
+    assert not has_keys.all() or has_keys.size == 1  # some queries attend to nothing
     key_pool, value_pool, pages, key, value = pools(case, sees.any(axis=(1, 2)))
     got = attend_blocks(query_of(case), key_pool, value_pool, pages, lists, last)
     assert_right(case, got, key, value, sees)

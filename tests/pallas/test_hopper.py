@@ -98,11 +98,11 @@ def test_numbers_are_those_of_the_reference(name, monkeypatch):
         wanted_gradients = pull((dout.astype(jnp.float64), dlse.astype(jnp.float64)))
         out, lse = wanted = jax.tree.map(np.asarray, wanted)
         delta = np.sum(out * np.asarray(dout, np.float64), axis=-1) - np.asarray(dlse, np.float64)
-    blind = (visible[0] >= visible[1])[:, :, None]
+    no_keys = (visible[0] >= visible[1])[:, :, None]
     unseen = (seers[0] >= seers[1])[:, :, None, None]
-    query, dout = (jnp.where(blind[..., None], jnp.nan, x) for x in (query, dout))
+    query, dout = (jnp.where(no_keys[..., None], jnp.nan, x) for x in (query, dout))
     key, value = (jnp.where(unseen, jnp.nan, x) for x in (key, value))
-    delta = jnp.where(blind, jnp.nan, jnp.asarray(delta, jnp.float32))
+    delta = jnp.where(no_keys, jnp.nan, jnp.asarray(delta, jnp.float32))
     static = {"scale": case.scale, "interpret": InterpretGPUParams(detect_races=True)}
     arrays = (query, key, value, visible, seers)
     got = jax.jit(functools.partial(hopper_query_kernels.attention, **static))(*arrays)

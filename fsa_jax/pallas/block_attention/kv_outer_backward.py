@@ -123,11 +123,11 @@ def partial_gradients(
             def step(at, sums):
                 dkeys, dvalues = sums
                 rows = item.step(at)
-                live, token, query_head, slot = rows
+                active, token, query_head, slot = rows
                 queries = item.load_rows(query_ref, rows, columns)
                 douts = item.load_rows(dout_ref, rows, value_columns)
-                lses = load(lse_ref.at[item.batch, token, query_head], mask=live)
-                deltas = load(delta_ref.at[item.batch, token, query_head], mask=live)
+                lses = load(lse_ref.at[item.batch, token, query_head], mask=active)
+                deltas = load(delta_ref.at[item.batch, token, query_head], mask=active)
                 # This order of the products is the fastest of those that spill no registers.
                 dp = product(douts, values)
                 p = softmax_weights(product(queries, keys), lses[:, None], scale, key_ref.dtype)
@@ -139,14 +139,14 @@ def partial_gradients(
                 ds = (p * (dp - deltas[:, None])).astype(key_ref.dtype)
                 if tile.rows % group and tile.rows >= WIDE:
                     # recomputed: keeping them alive since the loads would cost registers
-                    live, token, query_head, slot = item.step(at + item.zero())
-                inverses = load(inverse_ref.at[item.batch, token, query_head], mask=live)
+                    active, token, query_head, slot = item.step(at + item.zero())
+                inverses = load(inverse_ref.at[item.batch, token, query_head], mask=active)
                 for d, tile_keys in zip(columns, keys, strict=True):
                     part = dot(ds, tile_keys, (1, 0)) * inverses[:, None]
                     store(
                         part_ref.at[slot[:, None], d[None, :]],
                         part.astype(part_ref.dtype),
-                        mask=rows_mask(live, d, width),
+                        mask=rows_mask(active, d, width),
                     )
                 dkeys = [x + dot(q, ds, (0, 0)) for x, q in zip(dkeys, queries, strict=True)]
                 return dkeys, dvalues
@@ -256,9 +256,9 @@ def sum_blocks(chunk: Chunk, block_start, dkey_parts, dvalue_parts, sums, *, spa
         head = pl.program_id(1)
         batch, kv_head = split(where_ref[0] + head, kv_heads)
         token = pl.program_id(0) * SUM_ROWS + iota(SUM_ROWS)
-        there = token < length
-        start = load(start_ref.at[batch, token], mask=there)
-        inside = there & (start < length)
+        in_bounds = token < length
+        start = load(start_ref.at[batch, token], mask=in_bounds)
+        inside = in_bounds & (start < length)
         at = head * blocks + split(start, spacing)[0]
         items = load(items_ref.at[at], mask=inside)
         hot = items > 1
@@ -266,9 +266,9 @@ def sum_blocks(chunk: Chunk, block_start, dkey_parts, dvalue_parts, sums, *, spa
         widths = [ref.shape[3] for ref in sum_refs]
         columns = [iota(tile_width(width)) for width in widths]
 
-        def parts(row, live):
+        def parts(row, active):
             return [
-                load(ref.at[row[:, None], d[None, :]], mask=rows_mask(live, d, width))
+                load(ref.at[row[:, None], d[None, :]], mask=rows_mask(active, d, width))
                 for ref, d, width in zip(
                     (dkey_parts_ref, dvalue_parts_ref), columns, widths, strict=True
                 )

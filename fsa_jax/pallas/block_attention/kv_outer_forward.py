@@ -58,7 +58,7 @@ def partial_attention(chunk: Chunk, query, key, value, *, tile, partial_dtype):
 
             def step(at, _, masked):
                 rows = item.step(at)
-                live, token, _, slot = rows
+                active, token, _, slot = rows
                 queries = item.load_rows(query_ref, rows, columns)
                 logits = softmax.signed(product(queries, keys))
                 if masked:
@@ -72,9 +72,9 @@ def partial_attention(chunk: Chunk, query, key, value, *, tile, partial_dtype):
                     store(
                         out_ref.at[slot[:, None], e[None, :]],
                         out.astype(out_ref.dtype),
-                        mask=rows_mask(live, e, value_width),
+                        mask=rows_mask(active, e, value_width),
                     )
-                store(lse_ref.at[slot], softmax.lse(row_max, row_sum), mask=live)
+                store(lse_ref.at[slot], softmax.lse(row_max, row_sum), mask=active)
                 return ()
 
             steps = item.steps()

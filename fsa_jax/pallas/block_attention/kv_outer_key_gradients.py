@@ -49,10 +49,10 @@ def key_gradients(chunk: Chunk, query, key, value, dout, lse, delta, sums, *, ti
             def step(at, sums, masked):
                 dkeys, dvalues = sums
                 rows = item.step(at)
-                live, token, query_head, _ = rows
+                active, token, query_head, _ = rows
                 queries = item.load_rows(query_ref, rows, columns)
                 douts = item.load_rows(dout_ref, rows, value_columns)
-                lses = load(lse_ref.at[item.batch, token, query_head], mask=live)
+                lses = load(lse_ref.at[item.batch, token, query_head], mask=active)
                 p = softmax_weights(product(keys, queries), lses[None, :], scale, key_ref.dtype)
                 # idle rows attend to all keys, but their dout and delta are 0, so they add 0
                 if masked:
@@ -62,7 +62,7 @@ def key_gradients(chunk: Chunk, query, key, value, dout, lse, delta, sums, *, ti
                     x.add(dot(p_cut, y, (1, 0))).await_mma()
                     for x, y in zip(dvalues, douts, strict=True)
                 ]
-                deltas = load(delta_ref.at[item.batch, token, query_head], mask=live)
+                deltas = load(delta_ref.at[item.batch, token, query_head], mask=active)
                 ds = (p * (product(values, douts) - deltas[None, :])).astype(key_ref.dtype)
                 dkeys = [
                     x.add(dot(ds, y, (1, 0))).await_mma()

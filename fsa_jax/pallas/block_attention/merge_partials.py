@@ -59,13 +59,13 @@ def merge_outputs(
             row_sum = jnp.where(some, row_sum, 1.0)
             place.store(out_ref, result / row_sum[:, None], e)
             result_lse = jnp.where(some, row_max + jnp.log(row_sum), -jnp.inf)
-            store(lse_ref.at[*place.target], result_lse, mask=place.there)
+            store(lse_ref.at[*place.target], result_lse, mask=place.in_bounds)
 
         def add(place, state, slots):
             row_max, row_sum, result = state
             lses = [
-                jnp.where(live, load(part_lse_ref.at[place.head, at], mask=live), -jnp.inf)
-                for at, live in slots
+                jnp.where(active, load(part_lse_ref.at[place.head, at], mask=active), -jnp.inf)
+                for at, active in slots
             ]
             new_max = row_max
             for lse in lses:
@@ -74,10 +74,10 @@ def merge_outputs(
             safe = jnp.where(new_max == -jnp.inf, 0.0, new_max)
             decay = exp2((row_max - safe) * LOG2_E)
             row_sum, result = row_sum * decay, result * decay[:, None]
-            for (at, live), lse in zip(slots, lses, strict=True):
+            for (at, active), lse in zip(slots, lses, strict=True):
                 weight = exp2((lse - safe) * LOG2_E)
                 row_sum += weight
-                result += weight[:, None] * place.part(part_ref, at, live, e)
+                result += weight[:, None] * place.part(part_ref, at, active, e)
             return new_max, row_sum, result
 
         each(tiles, done_ref[0] == 0, merge)
@@ -118,13 +118,13 @@ def sum_gradients(
         head, d = pl.program_id(1), iota(next_power_of_two(dquery.shape[3]))
 
         def add(place, total, slots):
-            for at, live in slots:
-                total += place.part(part_ref, at, live, d)
+            for at, active in slots:
+                total += place.part(part_ref, at, active, d)
             return total
 
         def merge(number):
             place = _Place(where_ref, starts_ref, dquery_ref, kv_heads, elements, number, head)
-            inverses = load(inverse_ref.at[*place.target], mask=place.there)
+            inverses = load(inverse_ref.at[*place.target], mask=place.in_bounds)
             unit = jnp.where(inverses == 0, 0.0, scale / inverses)
             zeros = jnp.zeros((place.rows, d.size), jnp.float32)
             total = place.walk(functools.partial(add, place), zeros)
@@ -172,7 +172,7 @@ class _Place:
         self.head = head
         self.token, self.g = split(number * self.rows + iota(self.rows), self.group)
         batch, kv_head = split(where_ref[0] + self.head, kv_heads)
-        self.there = (self.token < self.tokens) & (where_ref[1] + self.token < self.length)
+        self.in_bounds = (self.token < self.tokens) & (where_ref[1] + self.token < self.length)
         self.target = (batch, where_ref[1] + self.token, kv_head * self.group + self.g)
 
     def walk(self, add, state):
@@ -181,7 +181,7 @@ class _Place:
         def some(first, count, state):
             slots = []
             for slot in (first + i for i in range(count)):
-                listed = self.there & (slot < self.slots)
+                listed = self.in_bounds & (slot < self.slots)
                 start = load(self.starts_ref.at[self.head, self.token, slot], mask=listed)
                 at = (self.token * self.slots + slot) * self.group + self.g
                 slots.append((at, listed & (start < self.length)))
@@ -192,9 +192,9 @@ class _Place:
         step = lambda i, state: some(i * SLOTS, SLOTS, state)  # noqa: E731
         return jax.lax.fori_loop(0, -(-self.slots // SLOTS), step, state)
 
-    def part(self, part_ref, at, live, e):
+    def part(self, part_ref, at, active, e):
         """Columns `e` of the partial results of one slot, 0 where the slot is invalid."""
-        mask = rows_mask(live, e, self.width)
+        mask = rows_mask(active, e, self.width)
         return load(part_ref.at[self.head, at[:, None], e[None, :]], mask=mask).astype(jnp.float32)
 
     def store(self, result_ref, result, e):
@@ -202,5 +202,5 @@ class _Place:
         store(
             result_ref.at[batch, token[:, None], query_head[:, None], e[None, :]],
             result.astype(result_ref.dtype),
-            mask=rows_mask(self.there, e, self.width),
+            mask=rows_mask(self.in_bounds, e, self.width),
         )

@@ -161,8 +161,8 @@ def build_index(
     number = before[0][:, None] + iota(shape.start.shape[1])[None]
     found = search(ends[0].reshape(-1), number.reshape(-1) + 1, interpret=interpret)
     found = found.reshape(number.shape) - iota(chunks)[:, None] * (heads * blocks)
-    live = found < heads * blocks
-    found = jnp.where(live, found, 0)
+    active = found < heads * blocks
+    found = jnp.where(active, found, 0)
     block_piece = ends[1] - both[1] - before[1][:, None]
     of_item = lambda x: jnp.take_along_axis(x, found, axis=1)  # noqa: E731
     ordinal = number - of_item(ends[0] - needed)
@@ -173,10 +173,10 @@ def build_index(
         start=start,
         stop=rows.end[(where[:, :1] + head) // kv_heads, start],
         head=head,
-        first=jnp.where(live, first, 0),
-        count=jnp.where(live, jnp.minimum(of_item(end) - first, pairs), 0),
+        first=jnp.where(active, first, 0),
+        count=jnp.where(active, jnp.minimum(of_item(end) - first, pairs), 0),
         begins=(ordinal == 0).astype(jnp.int32),
-        piece=jnp.where(live & (of_item(needed) > 1), of_item(block_piece) + ordinal, -1),
+        piece=jnp.where(active & (of_item(needed) > 1), of_item(block_piece) + ordinal, -1),
         block_items=needed,
         block_piece=block_piece,
         items=ends[0][:, -1:] - before[0][:, None],
@@ -212,8 +212,8 @@ def search(
         def halve(_, bounds):
             low, high = bounds  # the answer is in low .. high
             middle = (low + high) // 2
-            there = load(ascending_ref.at[middle], mask=middle < high).astype(jnp.int32)
-            smaller = (low < high) & (there < number)
+            middle_value = load(ascending_ref.at[middle], mask=middle < high).astype(jnp.int32)
+            smaller = (low < high) & (middle_value < number)
             return jnp.where(smaller, middle + 1, low), jnp.where(smaller, high, middle)
 
         low = jnp.zeros((SEARCH_TILE,), jnp.int32)

@@ -51,11 +51,11 @@ def attention(
 
     def query_outer_kernel(starts_ref, query_ref, key_ref, value_ref, offset_ref, *refs):
         out_ref, lse_ref = refs[-2:]
-        batch, kv_head, query_head, there = _heads(query_ref, key_ref)
+        batch, kv_head, query_head, in_bounds = _heads(query_ref, key_ref)
 
         def attend(token):
             columns, value_columns = (columns_of(x, WIDEST) for x in (key, value))
-            queries = _load_rows(query_ref, batch, token, query_head, there, columns)
+            queries = _load_rows(query_ref, batch, token, query_head, in_bounds, columns)
 
             def step(slot, state):
                 column, seen = _block(starts_ref, offset_ref, batch, token, kv_head, slot, block)
@@ -73,10 +73,10 @@ def attention(
             row_sum = jnp.where(some, row_sum, 1.0)
             for e, x in zip(value_columns, out, strict=True):
                 target = out_ref.at[batch, token, query_head[:, None], e[None, :]]
-                mask = rows_mask(there, e, out_ref.shape[3])
+                mask = rows_mask(in_bounds, e, out_ref.shape[3])
                 store(target, softmax.mean(x, row_sum).astype(out_ref.dtype), mask=mask)
             lse = jnp.where(some, softmax.lse(row_max, row_sum), -jnp.inf)
-            store(lse_ref.at[batch, token, query_head], lse, mask=there)
+            store(lse_ref.at[batch, token, query_head], lse, mask=in_bounds)
 
         each(tokens, refs[0][0] == 0 if given else jnp.asarray(True), attend)
 
@@ -116,21 +116,21 @@ def query_gradient(
         starts_ref, query_ref, key_ref, value_ref, dout_ref, lse_ref, delta_ref, offset_ref, *refs
     ):  # fmt: skip
         dquery_ref = refs[-1]
-        batch, kv_head, query_head, there = _heads(query_ref, key_ref)
+        batch, kv_head, query_head, in_bounds = _heads(query_ref, key_ref)
 
         def differentiate(token):
             columns, value_columns = (columns_of(x, WIDEST) for x in (key, value))
-            queries = _load_rows(query_ref, batch, token, query_head, there, columns)
-            douts = _load_rows(dout_ref, batch, token, query_head, there, value_columns)
-            lses = load(lse_ref.at[batch, token, query_head], mask=there)
-            deltas = load(delta_ref.at[batch, token, query_head], mask=there)
+            queries = _load_rows(query_ref, batch, token, query_head, in_bounds, columns)
+            douts = _load_rows(dout_ref, batch, token, query_head, in_bounds, value_columns)
+            lses = load(lse_ref.at[batch, token, query_head], mask=in_bounds)
+            deltas = load(delta_ref.at[batch, token, query_head], mask=in_bounds)
 
             def step(slot, dquery):
                 column, seen = _block(starts_ref, offset_ref, batch, token, kv_head, slot, block)
                 keys = load_tiles(key_ref, batch, column, kv_head, columns, seen)
                 values = load_tiles(value_ref, batch, column, kv_head, value_columns, seen)
                 p = softmax_weights(product(keys, queries), lses[None, :], scale, key_ref.dtype)
-                p = jnp.where(seen[:, None] & there[None, :], p, 0.0)
+                p = jnp.where(seen[:, None] & in_bounds[None, :], p, 0.0)
                 ds = (p * (product(values, douts) - deltas[None, :])).astype(key_ref.dtype)
                 return [x + dot(k, ds, (0, 0)) for x, k in zip(dquery, keys, strict=True)]
 
@@ -138,7 +138,7 @@ def query_gradient(
             dquery = jax.lax.fori_loop(0, starts_ref.shape[3], step, zeros)
             for d, x in zip(columns, dquery, strict=True):
                 target = dquery_ref.at[batch, token, query_head[None, :], d[:, None]]
-                mask = rows_mask(there, d, dquery_ref.shape[3]).T
+                mask = rows_mask(in_bounds, d, dquery_ref.shape[3]).T
                 store(target, (x * scale).astype(dquery_ref.dtype), mask=mask)
 
         each(tokens, refs[0][0] == 0 if given else jnp.asarray(True), differentiate)
@@ -179,7 +179,7 @@ def _block(starts_ref, offset_ref, batch, token, kv_head, slot, block):
     return column, column <= token + offset_ref[0]
 
 
-def _load_rows(ref, batch, token, query_head, there, columns):
+def _load_rows(ref, batch, token, query_head, in_bounds, columns):
     """Loads the tiles [G', columns] of the heads of a token."""
     token = jnp.full(query_head.shape, token)
-    return load_tiles(ref, batch, token, query_head, columns, there)
+    return load_tiles(ref, batch, token, query_head, columns, in_bounds)

@@ -122,10 +122,10 @@ def merge_lists(
         number_of_tile = pl.program_id(0) * merged + iota(merged)
         of_tile, slot = (x[None, :] for x in split(iota(entries), width))
         token = number_of_tile[:, None] * tokens + of_tile
-        there = (token < length) & (of_tile < tokens) & (slot < slots)
+        in_bounds = (token < length) & (of_tile < tokens) & (slot < slots)
         if wanted is not None:
-            there &= refs[0][0] > 0
-        listed = load(starts_ref.at[row, token, kv_head, slot], mask=there, other=end)
+            in_bounds &= refs[0][0] > 0
+        listed = load(starts_ref.at[row, token, kv_head, slot], mask=in_bounds, other=end)
         bits = jnp.left_shift(jnp.ones_like(of_tile), of_tile)
 
         def more(state):
@@ -134,14 +134,14 @@ def merge_lists(
 
         def step(state):
             number, first = state
-            live = first < end
+            active = first < end
             at = (row, kv_head, number_of_tile, number)
-            store(start_ref.at[*at], first, mask=live)
+            store(start_ref.at[*at], first, mask=active)
             # the entries of a list are distinct, so each bit is added at most once
             members = jnp.sum(jnp.where(listed == first[:, None], bits, 0), axis=1)
-            store(members_ref.at[*at], members, mask=live)
+            store(members_ref.at[*at], members, mask=active)
             later = jnp.min(jnp.where(listed > first[:, None], listed, end), axis=1)
-            return number + live.astype(jnp.int32), later
+            return number + active.astype(jnp.int32), later
 
         state = (jnp.zeros((merged,), jnp.int32), jnp.min(listed, axis=1))
         count, _ = jax.lax.while_loop(more, step, state)
@@ -193,7 +193,7 @@ def attention(
         def attend(number):
             rows = _Rows(list_refs, query_ref, key_ref, block, tile, number, head)
             columns, value_columns = (columns_of(x, COLUMNS) for x in (key, value))
-            queries = load_tiles(query_ref, *rows.target, columns, rows.there)
+            queries = load_tiles(query_ref, *rows.target, columns, rows.in_bounds)
 
             def step(number, state):
                 keys, values, seen = rows.load_block(
@@ -211,7 +211,7 @@ def attention(
             for e, x in zip(value_columns, out, strict=True):
                 rows.store(out_ref, softmax.mean(x, row_sum), e)
             lse = jnp.where(some, softmax.lse(row_max, row_sum), -jnp.inf)
-            store(lse_ref.at[*rows.target], lse, mask=rows.there)
+            store(lse_ref.at[*rows.target], lse, mask=rows.in_bounds)
 
         each(tiles, list_refs[-1][0] > 0, attend)
 
@@ -246,11 +246,11 @@ def query_gradient(
         def differentiate(number):
             rows = _Rows(list_refs, query_ref, key_ref, block, tile, number, head)
             columns, value_columns = (columns_of(x, COLUMNS) for x in (key, value))
-            lses = load(lse_ref.at[*rows.target], mask=rows.there, other=-jnp.inf)
-            live = lses > -jnp.inf  # a row that attends to no key may hold any value
-            queries = load_tiles(query_ref, *rows.target, columns, live)
-            douts = load_tiles(dout_ref, *rows.target, value_columns, live)
-            deltas = load(delta_ref.at[*rows.target], mask=live)
+            lses = load(lse_ref.at[*rows.target], mask=rows.in_bounds, other=-jnp.inf)
+            active = lses > -jnp.inf  # a row that attends to no key may hold any value
+            queries = load_tiles(query_ref, *rows.target, columns, active)
+            douts = load_tiles(dout_ref, *rows.target, value_columns, active)
+            deltas = load(delta_ref.at[*rows.target], mask=active)
 
             def step(number, dquery):
                 keys, values, seen = rows.load_block(
@@ -300,7 +300,7 @@ class _Rows:
 
     Attributes:
       count: number of blocks of the tile.
-      there: bool [R], which rows exist.
+      in_bounds: bool [R], which rows exist.
       target: batch index, token [R] and query head [R].
       column: int32 [R], position of each row's token in the key sequence.
     """
@@ -316,7 +316,7 @@ class _Rows:
         self.count = count_ref[self.batch, self.kv_head, self.tile]
         self.of_tile, g = split(iota(tile.rows), group)
         token = self.tile * tokens + self.of_tile
-        self.there = (self.of_tile < tokens) & (token < length)
+        self.in_bounds = (self.of_tile < tokens) & (token < length)
         self.target = (self.batch, token, self.kv_head * group + g)
         # positions of the tile and of its queries in the key sequence
         self.first = self.tile * tokens + offset_ref[0]
@@ -345,5 +345,5 @@ class _Rows:
         store(
             ref.at[batch, token[:, None], head[:, None], columns[None, :]],
             x.astype(ref.dtype),
-            mask=rows_mask(self.there, columns, ref.shape[3]),
+            mask=rows_mask(self.in_bounds, columns, ref.shape[3]),
         )

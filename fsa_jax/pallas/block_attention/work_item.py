@@ -172,19 +172,19 @@ class Item:
         if self.rows % self.group == 0:
             of_step, g = split(row, self.group)
             at = number * pairs + of_step
-            live = at < self.count
+            active = at < self.count
         else:
             # The division is repeated in every step, since keeping its results over the loop would
             # cost registers; so would keeping the row numbers from item to item.
             row += self.zero()
             row += number * (pairs * self.group)
             at, g = split(row, self.group)
-            live = row < jnp.minimum(self.count, (number + 1) * pairs) * self.group
-        pair = load(self.order.at[self.first + at], mask=live, other=self.length * self.slots)
+            active = row < jnp.minimum(self.count, (number + 1) * pairs) * self.group
+        pair = load(self.order.at[self.first + at], mask=active, other=self.length * self.slots)
         token, _ = split(pair, self.slots)
-        return live, token, self.kv_head * self.group + g, pair * self.group + (g + self.base)
+        return active, token, self.kv_head * self.group + g, pair * self.group + (g + self.base)
 
     def load_rows(self, ref, step, columns):
         """Tiles [R, columns] of a step's queries or their cotangents, 0 at idle rows."""
-        live, token, query_head, _ = step
-        return load_tiles(ref, self.batch, token, query_head, columns, live)
+        active, token, query_head, _ = step
+        return load_tiles(ref, self.batch, token, query_head, columns, active)

@@ -30,22 +30,22 @@ def choose_blocks(where, own, ranks, tops, lists, *, config, plan, interpret):
         batch, kv_head = split(where_ref[0] + head, kv_heads)
         of_chunk = pl.program_id(0) * tokens + iota(tokens)
         token = where_ref[1] + of_chunk
-        there = (of_chunk < plan.tokens) & (token < length)
-        owns = load(own_ref.at[batch, token], mask=there, other=-1)
-        live = owns >= topk
+        in_bounds = (of_chunk < plan.tokens) & (token < length)
+        owns = load(own_ref.at[batch, token], mask=in_bounds, other=-1)
+        active = owns >= topk
         # all blocks of a token that has at most topk blocks, the forced blocks of other tokens
         s = iota(next_power_of_two(topk))[None, :]
         forced = (s < config.init_blocks) | (s >= topk - config.local_blocks)
         last = jnp.where(s < config.init_blocks, s, owns[:, None] - (topk - 1 - s))
-        number = jnp.where(live[:, None], last, jnp.where(s <= owns[:, None], s, -1))
-        mask = there[:, None] & (s < topk) & (forced | ~live[:, None])
+        number = jnp.where(active[:, None], last, jnp.where(s <= owns[:, None], s, -1))
+        mask = in_bounds[:, None] & (s < topk) & (forced | ~active[:, None])
         store(lists_ref.at[batch, token[:, None], kv_head, s], number, mask=mask)
         if not free:
             return
 
         tile = iota(next_power_of_two(tops.shape[2]))[None, :]
         # the last free block is in tile `ends`; tokens with at most topk blocks have no tiles
-        ends = jnp.where(live, jax.lax.div(owns - config.local_blocks, BLOCKS), -1)
+        ends = jnp.where(active, jax.lax.div(owns - config.local_blocks, BLOCKS), -1)
         state = (
             load(tops_ref.at[head, of_chunk[:, None], tile], mask=tile <= ends[:, None], other=-1),
             jnp.full((tokens,), -1, jnp.int32),
@@ -63,7 +63,7 @@ def choose_blocks(where, own, ranks, tops, lists, *, config, plan, interpret):
             block = (at * BLOCKS)[:, None] + iota(BLOCKS)[None, :]
             rank = load(
                 ranks_ref.at[head, of_chunk[:, None], block],
-                mask=live[:, None] & (block >= 0),
+                mask=active[:, None] & (block >= 0),
                 other=-1,
             )
             # Blocks ranked above `best` are taken, as are equal ones up to the last block taken.
@@ -86,7 +86,7 @@ def choose_blocks(where, own, ranks, tops, lists, *, config, plan, interpret):
         store(
             lists_ref.at[batch, token[:, None], kv_head, position],
             chosen,
-            mask=live[:, None] & (s < free),
+            mask=active[:, None] & (s < free),
         )
 
     return call(

@@ -51,7 +51,7 @@ def rank_blocks(where, query, key, lse, own, first, visible, *, config, scale, p
 
     def score_kernel(*refs):
         program = _Program(sizes, *refs)
-        # All live tokens attend to all windows of tiles begin .. end-1, which need no mask.
+        # All active tokens attend to all windows of tiles begin .. end-1, which need no mask.
         tiles = program.tiles
         begin = jnp.minimum(min(sizes.before, 1), tiles)
         end = jnp.clip(jax.lax.div(program.least, BLOCKS * sizes.per_block), begin, tiles)
@@ -132,13 +132,12 @@ class _Sizes:
 class _Program:
     """The rows of a program, and the operations on a tile of blocks.
 
-    A live token, which is one that needs scores, is at position topk * block_size of its document
-    or later. A row tile has at most that many tokens, so all its live tokens belong to one
-    document.
+    An active token is one that needs scores: it is at position topk * block_size of its document or
+    later. A row tile has at most that many tokens, so all its active tokens belong to one document.
 
     Attributes:
-      tiles: number of tiles that contain blocks from which a live token may choose.
-      least, most: smallest and largest number of windows that a live token attends to.
+      tiles: number of tiles that contain blocks from which an active token may choose.
+      least, most: smallest and largest number of windows that an active token attends to.
     """
 
     def __init__(
@@ -154,24 +153,24 @@ class _Program:
         self.batch, self.kv_head = split(where_ref[0] + self.head, sizes.kv_heads)
 
         self.of_chunk, token, self.owns = self._place(iota(sizes.tokens))
-        self.live = self.owns >= config.topk
-        self.slot = jnp.max(load(first_ref.at[self.batch, token], mask=self.live))
-        seen = load(visible_ref.at[self.batch, token], mask=self.live)
+        self.active = self.owns >= config.topk
+        self.slot = jnp.max(load(first_ref.at[self.batch, token], mask=self.active))
+        seen = load(visible_ref.at[self.batch, token], mask=self.active)
         self.most = jnp.max(seen)
-        self.least = jnp.min(jnp.where(self.live, seen, LARGEST))
+        self.least = jnp.min(jnp.where(self.active, seen, LARGEST))
         # the last free block
-        top = jnp.max(jnp.where(self.live, self.owns - config.local_blocks, -1))
+        top = jnp.max(jnp.where(self.active, self.owns - config.local_blocks, -1))
         self.tiles = (top + BLOCKS) // BLOCKS
 
         of_tile, g = split(iota(sizes.rows), sizes.padded_group)
         _, row_token, row_owns = self._place(of_tile)
-        row_live = (row_owns >= config.topk) & (g < sizes.group)
+        row_active = (row_owns >= config.topk) & (g < sizes.group)
         row_head = self.kv_head * sizes.group + g
-        self.row_seen = load(visible_ref.at[self.batch, row_token], mask=row_live)
-        lses = load(lse_ref.at[self.batch, row_token, row_head], mask=row_live)
+        self.row_seen = load(visible_ref.at[self.batch, row_token], mask=row_active)
+        lses = load(lse_ref.at[self.batch, row_token, row_head], mask=row_active)
         lses = jnp.where(lses == -jnp.inf, 0.0, lses)
         # idle rows get weights of exp(0 - inf) = 0
-        self.lses = jnp.where(row_live, lses, jnp.inf)
+        self.lses = jnp.where(row_active, lses, jnp.inf)
         self.columns = columns_of(query_ref, COLUMNS)
         self.queries = load_tiles(
             query_ref, self.batch, row_token, row_head, self.columns, self.row_seen > 0
@@ -181,8 +180,8 @@ class _Program:
         """Token within the chunk, token within the sequence, and its block; -1 without a token."""
         of_chunk = self.number * self.sizes.tokens + of_tile
         token = self.where_ref[1] + of_chunk
-        there = (of_chunk < self.sizes.plan.tokens) & (token < self.sizes.query_shape[1])
-        return of_chunk, token, load(self.own_ref.at[self.batch, token], mask=there, other=-1)
+        in_bounds = (of_chunk < self.sizes.plan.tokens) & (token < self.sizes.query_shape[1])
+        return of_chunk, token, load(self.own_ref.at[self.batch, token], mask=in_bounds, other=-1)
 
     def weights(self, block, offset, masked):
         """Softmax weights [R, BLOCKS] of the windows at an offset from the blocks."""
@@ -209,7 +208,7 @@ class _Program:
         """Stores the share [tokens, BLOCKS] of each block's last window, for `taken` to load."""
         block = tile * BLOCKS + iota(BLOCKS)
         bits = jax.lax.bitcast_convert_type(share, jnp.int32)
-        mask = rows_mask(self.live, block, self.ranks_ref.shape[2])
+        mask = rows_mask(self.active, block, self.ranks_ref.shape[2])
         at = (self.head, self.of_chunk[:, None], block[None, :])
         store(self.ranks_ref.at[*at], bits, mask=mask)
 
@@ -222,11 +221,11 @@ class _Program:
         of_tile = iota(BLOCKS)[None, :]
         first = tile * BLOCKS
         at = (self.head, self.of_chunk[:, None], first + of_tile - 1)
-        bits = load(self.ranks_ref.at[*at], mask=self.live[:, None] & (of_tile > 0))
+        bits = load(self.ranks_ref.at[*at], mask=self.active[:, None] & (of_tile > 0))
         moved = jax.lax.bitcast_convert_type(bits, jnp.float32)
         moved = jnp.where(of_tile == 0, carry[:, None], moved)
         at = (self.head, self.of_chunk, first + BLOCKS - 1)
-        bits = load(self.ranks_ref.at[*at], mask=self.live)
+        bits = load(self.ranks_ref.at[*at], mask=self.active)
         barrier()
         return moved, jax.lax.bitcast_convert_type(bits, jnp.float32)
 
@@ -240,11 +239,11 @@ class _Program:
         if config.init_blocks:
             free &= block[None, :] >= config.init_blocks
         rank = jnp.where(free, rank, -1)
-        mask = rows_mask(self.live, block, self.ranks_ref.shape[2])
+        mask = rows_mask(self.active, block, self.ranks_ref.shape[2])
         at = (self.head, self.of_chunk[:, None], block[None, :])
         store(self.ranks_ref.at[*at], rank, mask=mask)
         top_ref = self.tops_ref.at[self.head, self.of_chunk, tile]
-        store(top_ref, jnp.max(rank, axis=1), mask=self.live)
+        store(top_ref, jnp.max(rank, axis=1), mask=self.active)
 
     def walk(self, carry, count, tile_of, masked):
         """Scores `count` tiles, in one loop over tiles and offsets so that loads are pipelined."""

@@ -236,7 +236,7 @@ class _Rows:
     Attributes:
       row, kv_head: index of the sequence, and KV head.
       token, head: int32 [R], query token and query head of each row.
-      there: bool [R], which rows exist.
+      in_bounds: bool [R], which rows exist.
       lows, highs: int32 [R], the range of entries of each row.
       first, end: bounds of the union of all ranges.
       queries: tiles [R, columns].
@@ -250,18 +250,20 @@ class _Rows:
         self.share, self.tokens = pl.program_id(1), tokens
         group = heads // kv_heads
         self.token, g = split(row_tile * plan.rows + iota(plan.rows), group)
-        self.there = self.token < tokens
+        self.in_bounds = self.token < tokens
         self.head = self.kv_head * group + g
         at = (self.row, self.token)
-        self.lows = jnp.maximum(load(low_ref.at[*at], mask=self.there), 0)
-        highs = load(high_ref.at[*at], mask=self.there)
+        self.lows = jnp.maximum(load(low_ref.at[*at], mask=self.in_bounds), 0)
+        highs = load(high_ref.at[*at], mask=self.in_bounds)
         self.highs = jnp.minimum(highs, pages_ref.shape[1] * page_size)
-        sighted = self.highs > self.lows
-        first = jnp.min(jnp.where(sighted, self.lows, LARGEST))
-        self.end = jnp.max(jnp.where(sighted, self.highs, 0))
+        has_keys = self.highs > self.lows
+        first = jnp.min(jnp.where(has_keys, self.lows, LARGEST))
+        self.end = jnp.max(jnp.where(has_keys, self.highs, 0))
         self.first = jnp.minimum(first, self.end)
         self.columns, self.value_columns = (columns_of(x, COLUMNS) for x in (key_ref, value_ref))
-        self.queries = load_tiles(query_ref, self.row, self.token, self.head, self.columns, sighted)
+        self.queries = load_tiles(
+            query_ref, self.row, self.token, self.head, self.columns, has_keys
+        )
 
 
 class _Entries:
@@ -368,18 +370,19 @@ def _walk(plan, softmax, rows, entries, positions, key_ref, value_ref, out_refs,
         store(
             out_ref.at[*at, rows.token[:, None], rows.head[:, None], e[None, :]],
             x.total,
-            mask=rows_mask(rows.there, e, value_ref.shape[3]),
+            mask=rows_mask(rows.in_bounds, e, value_ref.shape[3]),
         )
-    store(row_max_ref.at[*at, rows.token, rows.head], row_max, mask=rows.there)
-    store(row_sum_ref.at[*at, rows.token, rows.head], row_sum, mask=rows.there)
+    store(row_max_ref.at[*at, rows.token, rows.head], row_max, mask=rows.in_bounds)
+    store(row_sum_ref.at[*at, rows.token, rows.head], row_sum, mask=rows.in_bounds)
 
 
 def _merge(part, row_max, row_sum, softmax: Softmax, dtype, interpret):
     """Merges partial sums [splits, B, n, N, E] of weighted values, and the sums of their weights.
 
-    The weights of a split are relative to its largest exponent, `row_max`; storing a logsumexp instead
-    would lose precision where logits are large. A program takes a few columns of one row and all
-    splits at once, so that all loads are in flight together. Bytes: 4*splits*(E + 2) read per row.
+    The weights of a split are relative to its largest exponent, `row_max`; storing a logsumexp
+    instead would lose precision where logits are large. A program takes a few columns of one row
+    and all splits at once, so that all loads are in flight together. Bytes: 4*splits*(E + 2) read
+    per row.
     """
     splits, *rows, width = part.shape
     count = rows[0] * rows[1] * rows[2]
@@ -388,10 +391,10 @@ def _merge(part, row_max, row_sum, softmax: Softmax, dtype, interpret):
         row = pl.program_id(0)
         s = iota(next_power_of_two(splits))
         e = pl.program_id(1) * MERGE_COLUMNS + iota(MERGE_COLUMNS)
-        there = s < splits
-        row_maxes = load(row_max_ref.at[s, row], mask=there, other=-jnp.inf)
-        row_sums = load(row_sum_ref.at[s, row], mask=there)
-        parts = load(part_ref.at[s[:, None], row, e[None, :]], mask=rows_mask(there, e, width))
+        in_bounds = s < splits
+        row_maxes = load(row_max_ref.at[s, row], mask=in_bounds, other=-jnp.inf)
+        row_sums = load(row_sum_ref.at[s, row], mask=in_bounds)
+        parts = load(part_ref.at[s[:, None], row, e[None, :]], mask=rows_mask(in_bounds, e, width))
         row_max = jnp.max(row_maxes, keepdims=True)
         weight = softmax.decay(row_maxes, jnp.where(row_max == -jnp.inf, 0.0, row_max))
         row_sum = jnp.sum(row_sums * weight, keepdims=True)

@@ -258,17 +258,17 @@ class _Compute:
         slot = lax.rem(step, STAGES)
         plgpu.barrier_wait(self.full.at[slot])
         if masked:
-            pl.when(self.starts[slot, 2, 0] != 0)(lambda: self.clear_blind(slot))
+            pl.when(self.starts[slot, 2, 0] != 0)(lambda: self.clear_rows_without_keys(slot))
         return slot
 
-    def clear_blind(self, slot):
+    def clear_rows_without_keys(self, slot):
         """Zeroes the rows with an empty range: one warpgroup zeroes q, the other dout."""
 
         def clear(rows):
-            blind = jnp.abs(number_of_rows(self.starts.at[slot, 0])) == jnp.inf
+            no_keys = jnp.abs(number_of_rows(self.starts.at[slot, 0])) == jnp.inf
             x = plgpu.load(rows.at[slot], layout=plgpu.Layout.WGMMA, optimized=False)
-            blind = lax.broadcast_in_dim(blind, x.shape, [0])
-            rows[slot] = jnp.where(blind, jnp.zeros((), x.dtype), x)
+            no_keys = lax.broadcast_in_dim(no_keys, x.shape, [0])
+            rows[slot] = jnp.where(no_keys, jnp.zeros((), x.dtype), x)
 
         pl.when(self.warpgroup == 0)(lambda: clear(self.queries))
         pl.when(self.warpgroup == 1)(lambda: clear(self.douts))
@@ -375,11 +375,11 @@ def _starts(lse, delta, scale, kv_heads):
 
     The third number is 1 in tiles where some row has an empty range, 0 in others.
     """
-    blind = jnp.isneginf(lse)
+    no_keys = jnp.isneginf(lse)
     never = -math.copysign(math.inf, scale)
     tokens = ROWS * kv_heads // lse.shape[2]
     score, dp = (
-        rows_of_heads(pad(jnp.where(blind, missing, x), tokens, missing), kv_heads)
+        rows_of_heads(pad(jnp.where(no_keys, missing, x), tokens, missing), kv_heads)
         for x, missing in ((lse * (-1 / scale), never), (-delta, 0.0))
     )
     some: Any = jnp.isinf(score).any(axis=3, keepdims=True)

@@ -74,11 +74,11 @@ def bounds_of_items(low, high, keys):
 
     All keys of the inner tiles are in the range of every row whose range is not empty.
     """
-    sighted = high > low
-    first = jnp.min(jnp.where(sighted, low, 2**30), axis=2)
-    last = jnp.max(jnp.where(sighted, high, 0), axis=2)
-    all_low = jnp.max(jnp.where(sighted, low, 0), axis=2)
-    all_high = jnp.min(jnp.where(sighted, high, 2**30), axis=2)
+    has_keys = high > low
+    first = jnp.min(jnp.where(has_keys, low, 2**30), axis=2)
+    last = jnp.max(jnp.where(has_keys, high, 0), axis=2)
+    all_low = jnp.max(jnp.where(has_keys, low, 0), axis=2)
+    all_high = jnp.min(jnp.where(has_keys, high, 2**30), axis=2)
     end = jnp.maximum(-(-last // keys), 1)  # one masked tile if the ranges of all rows are empty
     begin = jnp.minimum(first // keys, end - 1)
     inner_begin = jnp.clip(-(-all_low // keys), begin, end)

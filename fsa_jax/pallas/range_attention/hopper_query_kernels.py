@@ -107,10 +107,10 @@ class _Forward(Compute):
         row_max, row_sum, p, out = self.fold(item, step, state)
         self.free_rows()
         out = self.last(p, out, slots(item.tiles.count - 1)[1])
-        sighted = high > low
-        row_sum = jnp.where(sighted, row_sum, 1.0)
-        out = jnp.where(over_columns(sighted, out), out * over_columns(1.0 / row_sum, out), 0.0)
-        lse = jnp.where(sighted, (row_max + jnp.log2(row_sum)) * (1 / LOG2_E), -jnp.inf)
+        has_keys = high > low
+        row_sum = jnp.where(has_keys, row_sum, 1.0)
+        out = jnp.where(over_columns(has_keys, out), out * over_columns(1.0 / row_sum, out), 0.0)
+        lse = jnp.where(has_keys, (row_max + jnp.log2(row_sum)) * (1 / LOG2_E), -jnp.inf)
         self.at(lse_ref, item)[...] = lse
         self.store(item, out_ref, out)
 
@@ -231,8 +231,8 @@ class _QueryGradient(Compute):
         slot = slots(item.tiles.count - 1)[0]
         dquery = self.added(dquery, ds, self.shared.keys, slot)
         plgpu.barrier_arrive(self.shared.free[1].at[slot])
-        sighted = over_columns(ranges[1] > ranges[0], dquery)
-        self.store(item, dquery_ref, jnp.where(sighted, dquery * self.scale, 0.0))
+        has_keys = over_columns(ranges[1] > ranges[0], dquery)
+        self.store(item, dquery_ref, jnp.where(has_keys, dquery * self.scale, 0.0))
 
     def multiply(self, slots, weights, gradient, before: Any = None):
         """(gradient(weights(q k^T), dout v^T), dquery + ds K), overlapped.

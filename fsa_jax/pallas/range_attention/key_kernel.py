@@ -47,9 +47,9 @@ def key_gradients(
 
         def step(number, sums, masked):
             step = mine.rows(number, masked, lse_ref)
-            queries = load_tiles(query_ref, *step.at, mine.columns, step.live)
-            douts = load_tiles(dout_ref, *step.at, mine.value_columns, step.live)
-            deltas = load(delta_ref.at[*step.at], mask=step.live)
+            queries = load_tiles(query_ref, *step.at, mine.columns, step.active)
+            douts = load_tiles(dout_ref, *step.at, mine.value_columns, step.active)
+            deltas = load(delta_ref.at[*step.at], mask=step.active)
             dkeys, dvalues = sums
             logits = product(mine.keys, queries)
             p = softmax_weights(logits, step.lses[None, :], scale, key_ref.dtype)
@@ -101,7 +101,7 @@ class _Step:
 
     at: tuple[Any, Any, Any]
     lses: jax.Array
-    live: jax.Array | None
+    active: jax.Array | None
 
 
 class _Keys:
@@ -119,9 +119,9 @@ class _Keys:
         self.column = pl.program_id(0) * tile.keys + iota(tile.keys)
         self.part = pl.program_id(1)
         self.batch, self.kv_head = split(pl.program_id(2), kv_heads)
-        self.there = self.column < key_ref.shape[1]
-        self.low = load(low_ref.at[self.batch, self.column], mask=self.there)
-        self.high = load(high_ref.at[self.batch, self.column], mask=self.there)
+        self.in_bounds = self.column < key_ref.shape[1]
+        self.low = load(low_ref.at[self.batch, self.column], mask=self.in_bounds)
+        self.high = load(high_ref.at[self.batch, self.column], mask=self.in_bounds)
         self.seen = self.high > self.low
         self.columns, self.value_columns = (columns_of(x, 128) for x in (key_ref, value_ref))
         self.keys, self.values = (
@@ -139,11 +139,11 @@ class _Keys:
         head = self.kv_head * self.group + g
         inside = token < self.last if masked else None
         lses = load(lse_ref.at[self.batch, token, head], mask=inside, other=-jnp.inf)
-        live = None
+        active = None
         if masked:  # a row with an empty range may hold any value, and gets weights of 0
-            live = lses > -jnp.inf
-            lses = jnp.where(live, lses, jnp.inf)
-        return _Step((self.batch, token, head), lses, live)
+            active = lses > -jnp.inf
+            lses = jnp.where(active, lses, jnp.inf)
+        return _Step((self.batch, token, head), lses, active)
 
     def sees(self, number):
         """Mask, bool [b, R]: which rows of a step attend to each key."""
@@ -174,5 +174,5 @@ class _Keys:
             store(
                 ref.at[self.part, self.batch, self.column[:, None], self.kv_head, d[None, :]],
                 jnp.where(self.seen[:, None], x.total * factor, 0.0).astype(ref.dtype),
-                mask=rows_mask(self.there, d, ref.shape[4]),
+                mask=rows_mask(self.in_bounds, d, ref.shape[4]),
             )

@@ -72,11 +72,11 @@ def attention(query, key, value, visible, seers, *, plan, scale, interpret):
         zeros = jnp.zeros((tile.rows,), jnp.float32)
         out = [Sum.zeros((tile.rows, e.size), exact) for e in value_columns]
         row_max, row_sum, out = rows.walk(step, (zeros - jnp.inf, zeros, out))
-        row_sum = jnp.where(rows.sighted, row_sum, 1.0)
+        row_sum = jnp.where(rows.has_keys, row_sum, 1.0)
         for e, x in zip(value_columns, out, strict=True):
             rows.store(out_ref, softmax.mean(x.total, row_sum), e)
-        lse = jnp.where(rows.sighted, softmax.lse(row_max, row_sum), -jnp.inf)
-        store(lse_ref.at[*rows.target], lse, mask=rows.there)
+        lse = jnp.where(rows.has_keys, softmax.lse(row_max, row_sum), -jnp.inf)
+        store(lse_ref.at[*rows.target], lse, mask=rows.in_bounds)
 
     return call(
         range_forward_kernel,
@@ -114,8 +114,8 @@ def query_gradient(
         rows = _Rows(query_ref, key_ref, low_ref, high_ref, tile)
         columns, value_columns = (columns_of(x, 128) for x in (key, value))
         queries, douts = rows.load(query_ref, columns), rows.load(dout_ref, value_columns)
-        lses = load(lse_ref.at[*rows.target], mask=rows.sighted)
-        deltas = load(delta_ref.at[*rows.target], mask=rows.sighted)
+        lses = load(lse_ref.at[*rows.target], mask=rows.has_keys)
+        deltas = load(delta_ref.at[*rows.target], mask=rows.has_keys)
 
         def step(start, dquery, masked):
             keys, values = rows.load_keys(
@@ -159,10 +159,10 @@ class _Rows:
     """The rows of a program.
 
     Attributes:
-      there: bool [R], which rows exist.
+      in_bounds: bool [R], which rows exist.
       target: batch index, token [R] and query head [R].
       low, high: int32 [R], the key range of each row.
-      sighted: bool [R], which rows have a non-empty range.
+      has_keys: bool [R], which rows have a non-empty range.
     """
 
     def __init__(self, query_ref, key_ref, low_ref, high_ref, tile):
@@ -174,23 +174,23 @@ class _Rows:
         number = pl.num_programs(0) - 1 - pl.program_id(0)
         token, g = split(number * tile.rows + iota(tile.rows), group)
         self.batch, self.kv_head = split(pl.program_id(1), kv_heads)
-        self.there = token < length
+        self.in_bounds = token < length
         self.target = (self.batch, token, self.kv_head * group + g)
-        self.low = load(low_ref.at[self.batch, token], mask=self.there)
-        self.high = load(high_ref.at[self.batch, token], mask=self.there)
-        self.sighted = self.high > self.low
+        self.low = load(low_ref.at[self.batch, token], mask=self.in_bounds)
+        self.high = load(high_ref.at[self.batch, token], mask=self.in_bounds)
+        self.has_keys = self.high > self.low
 
     def load(self, ref, columns):
         """Tiles [R, columns] of the rows, 0 for rows with an empty range."""
-        return load_tiles(ref, *self.target, columns, self.sighted)
+        return load_tiles(ref, *self.target, columns, self.has_keys)
 
     def store(self, ref, x, columns):
         """Stores a tile [R, columns] of results; 0 for rows with an empty range."""
         batch, token, head = self.target
         store(
             ref.at[batch, token[:, None], head[:, None], columns[None, :]],
-            jnp.where(self.sighted[:, None], x, 0.0).astype(ref.dtype),
-            mask=rows_mask(self.there, columns, ref.shape[3]),
+            jnp.where(self.has_keys[:, None], x, 0.0).astype(ref.dtype),
+            mask=rows_mask(self.in_bounds, columns, ref.shape[3]),
         )
 
     def walk(self, step, state):
@@ -199,11 +199,11 @@ class _Rows:
         `masked` is False in tiles that are entirely in every non-empty range; the results of rows
         with an empty range are then arbitrary.
         """
-        lows = jnp.where(self.sighted, self.low, self.keys)
-        highs = jnp.where(self.sighted, self.high, 0)
+        lows = jnp.where(self.has_keys, self.low, self.keys)
+        highs = jnp.where(self.has_keys, self.high, 0)
         first, last = jnp.min(lows), jnp.max(highs)
-        all_low = jnp.max(jnp.where(self.sighted, self.low, 0))
-        all_high = jnp.min(jnp.where(self.sighted, self.high, last))
+        all_low = jnp.max(jnp.where(self.has_keys, self.low, 0))
+        all_high = jnp.min(jnp.where(self.has_keys, self.high, last))
         begin, end = jnp.minimum(first, last) // self.block, pl.cdiv(last, self.block)
         inner_begin = pl.cdiv(all_low, self.block)
         inner_end = jnp.maximum(all_high // self.block, inner_begin)
