@@ -26,7 +26,7 @@ ENOUGH_PROGRAMS = 4096
 
 
 def merge_outputs(
-    where, starts, part, part_lse, out, lse, done, *, kv_heads, elements, interpret
+    where, starts, part, part_lse, out, lse, skip, *, kv_heads, elements, interpret
 ):  # fmt: skip
     """Merges outputs: lse = log(sum of exp(lse_s)), out = sum of exp(lse_s - lse) out_s.
 
@@ -38,7 +38,7 @@ def merge_outputs(
       out: [B, T, N, E], updated in place at the chunk's tokens and heads; 0 for a query without
         valid entries.
       lse: float32 [B, T, N], natural logarithm, likewise; -inf for a query without valid entries.
-      done: int32 [1]; if it is not 0, nothing is written.
+      skip: int32 [1]; if it is not 0, nothing is written.
       kv_heads: K.
       elements: number of results in the tile of a program.
       interpret: run the kernel in interpret mode.
@@ -46,7 +46,7 @@ def merge_outputs(
     tiles, heads = _tiles(starts, out, kv_heads, elements)
 
     def merge_kernel(
-        where_ref, starts_ref, part_ref, part_lse_ref, _out, _lse, done_ref, out_ref, lse_ref
+        where_ref, starts_ref, part_ref, part_lse_ref, _out, _lse, skip_ref, out_ref, lse_ref
     ):  # fmt: skip
         head, e = pl.program_id(1), iota(next_power_of_two(out.shape[3]))
 
@@ -80,7 +80,7 @@ def merge_outputs(
                 result += weight[:, None] * place.part(part_ref, at, active, e)
             return new_max, row_sum, result
 
-        each(tiles, done_ref[0] == 0, merge)
+        each(tiles, skip_ref[0] == 0, merge)
 
     return call(
         merge_kernel,
@@ -90,7 +90,7 @@ def merge_outputs(
         part_lse,
         out,
         lse,
-        done,
+        skip,
         grid=(programs_of(tiles, heads, ENOUGH_PROGRAMS), heads),
         out_shape=(
             jax.ShapeDtypeStruct(out.shape, out.dtype),
@@ -103,7 +103,7 @@ def merge_outputs(
 
 
 def sum_gradients(
-    where, starts, part, inverse, dquery, done, *, scale, kv_heads, elements, interpret
+    where, starts, part, inverse, dquery, skip, *, scale, kv_heads, elements, interpret
 ):  # fmt: skip
     """Sums the partial query gradients of a chunk into dquery [B, T, N, D], in place.
 
@@ -113,7 +113,7 @@ def sum_gradients(
     tiles, heads = _tiles(starts, dquery, kv_heads, elements)
 
     def sum_gradients_kernel(
-        where_ref, starts_ref, part_ref, inverse_ref, _dquery, done_ref, dquery_ref
+        where_ref, starts_ref, part_ref, inverse_ref, _dquery, skip_ref, dquery_ref
     ):  # fmt: skip
         head, d = pl.program_id(1), iota(next_power_of_two(dquery.shape[3]))
 
@@ -130,7 +130,7 @@ def sum_gradients(
             total = place.walk(functools.partial(add, place), zeros)
             place.store(dquery_ref, total * unit[:, None], d)
 
-        each(tiles, done_ref[0] == 0, merge)
+        each(tiles, skip_ref[0] == 0, merge)
 
     return call(
         sum_gradients_kernel,
@@ -139,7 +139,7 @@ def sum_gradients(
         part,
         inverse,
         dquery,
-        done,
+        skip,
         grid=(tiles, heads),  # several tiles per program are 8% slower
         out_shape=jax.ShapeDtypeStruct(dquery.shape, dquery.dtype),
         aliases={4: 0},

@@ -151,19 +151,21 @@ def attention(problem: Problem):
     outer = functools.partial(
         query_outer.attention, starts, *arrays, problem.offset, tile=plan.query_outer, **static
     )
-    methods, done = plan.forward_methods, jnp.zeros((1,), jnp.int32)
+    methods, use_tiles = plan.forward_methods, jnp.zeros((1,), jnp.int32)
     if methods == ("query_outer",):
         return outer()
     if "query_tile" in methods:
         tile, costs = plan.query_tile, (KV_OUTER_ROWS, QUERY_OUTER_PAIRS)
-        tiles, done = _tiles(starts, arrays, tile, methods, costs, problem.interpret)
-        results = query_tile.attention(tiles, *arrays, problem.offset, done, tile=tile, **static)
+        tiles, use_tiles = _tiles(starts, arrays, tile, methods, costs, problem.interpret)
+        results = query_tile.attention(
+            tiles, *arrays, problem.offset, use_tiles, tile=tile, **static
+        )
         if "query_outer" in methods:
-            return outer(done=done, into=results)
+            return outer(skip=use_tiles, out_buffers=results)
         if "kv_outer" not in methods:
             return results
         # if query_tile has computed the results, the items are emptied: kernels below do nothing
-        lists = query_index.only_if(done == 0, lists)
+        lists = query_index.only_if(use_tiles == 0, lists)
     else:
         # the chunks write every element
         results = (
@@ -184,7 +186,7 @@ def attention(problem: Problem):
             part_lse,
             out,
             lse,
-            done,
+            use_tiles,
             kv_heads=key.shape[2],
             elements=plan.merge_elements,
             interpret=problem.interpret,
@@ -210,10 +212,10 @@ def gradients(problem: Problem, lse, delta, dout, sums=None):
     kv_outer, either = "kv_outer" in methods, len(methods) > 1
     if methods == ("kv_outer",):
         # the chunks write every element of dq
-        dquery, done = jax.lax.empty(query.shape, query.dtype), jnp.zeros((1,), jnp.int32)
+        dquery, use_tiles = jax.lax.empty(query.shape, query.dtype), jnp.zeros((1,), jnp.int32)
     else:
         arrays = (query, key, value, dout, lse, delta, problem.offset)
-        dquery, done = _query_gradient(plan, starts, arrays, problem.static)
+        dquery, use_tiles = _query_gradient(plan, starts, arrays, problem.static)
     chunks = problem.chunks(starts, problem.lists)
     inverse = None
     if kv_outer:
@@ -229,9 +231,9 @@ def gradients(problem: Problem, lse, delta, dout, sums=None):
         dquery, *sums = sums
 
         if kv_outer:
-            own = query_index.only_if(done == 0, lists) if either else lists
+            own = query_index.only_if(use_tiles == 0, lists) if either else lists
             own = problem.chunk(where, starts, own)
-            *sums, dkey_pieces, dvalue_pieces, part = kv_outer_backward.partial_gradients(
+            *sums, dkey_splits, dvalue_splits, part = kv_outer_backward.partial_gradients(
                 own, *arrays, inverse, sums, tile=plan.backward, partial_dtype=plan.gradient_dtype
             )
             dquery = merge_partials.sum_gradients(
@@ -240,23 +242,23 @@ def gradients(problem: Problem, lse, delta, dout, sums=None):
                 part,
                 inverse,
                 dquery,
-                done,
+                use_tiles,
                 scale=problem.scale,
                 kv_heads=key.shape[2],
                 elements=plan.merge_elements,
                 interpret=problem.interpret,
             )
             sums = kv_outer_backward.sum_blocks(
-                own, block_start, dkey_pieces, dvalue_pieces, sums, spacing=spacing
+                own, block_start, dkey_splits, dvalue_splits, sums, spacing=spacing
             )
         if methods != ("kv_outer",):
-            own = query_index.only_if(done > 0, lists) if kv_outer else lists
+            own = query_index.only_if(use_tiles > 0, lists) if kv_outer else lists
             own = problem.chunk(where, starts, own)
-            *sums, dkey_pieces, dvalue_pieces = kv_outer_key_gradients.key_gradients(
+            *sums, dkey_splits, dvalue_splits = kv_outer_key_gradients.key_gradients(
                 own, *arrays, sums, tile=plan.key_gradient
             )
             sums = kv_outer_backward.sum_blocks(
-                own, block_start, dkey_pieces, dvalue_pieces, sums, spacing=spacing
+                own, block_start, dkey_splits, dvalue_splits, sums, spacing=spacing
             )
         return dquery, *sums
 
@@ -283,9 +285,11 @@ def _query_gradient(plan, starts, arrays, static):
     if methods == ("query_outer",):
         return outer(), jnp.ones((1,), jnp.int32)
     costs = (KV_OUTER_DQ_ROWS, QUERY_OUTER_DQ_PAIRS)
-    tiles, done = _tiles(starts, arrays, tile, methods, costs, static["interpret"])
-    dquery = query_tile.query_gradient(tiles, *arrays, enabled=done, tile=tile, **static)
-    return outer(done=done, into=dquery) if "query_outer" in methods else dquery, done
+    tiles, use_tiles = _tiles(starts, arrays, tile, methods, costs, static["interpret"])
+    dquery = query_tile.query_gradient(tiles, *arrays, enabled=use_tiles, tile=tile, **static)
+    return outer(
+        skip=use_tiles, out_buffers=dquery
+    ) if "query_outer" in methods else dquery, use_tiles
 
 
 def _tiles(starts, arrays, tile, methods, costs, interpret):
@@ -298,10 +302,12 @@ def _tiles(starts, arrays, tile, methods, costs, interpret):
     end, group = key.shape[1], query.shape[2] // key.shape[2]
     pairs = {"kv_outer": costs[0] / group, "query_outer": costs[1], "query_tile": None}[methods[-1]]
     if pairs is None:
-        done = jnp.ones((1,), jnp.int32)
+        use_tiles = jnp.ones((1,), jnp.int32)
     else:
-        done = query_tile.is_profitable(starts, end, pairs, tile, group)
-    return query_tile.merge_lists(starts, end, tile, group, done, interpret=interpret), done
+        use_tiles = query_tile.is_profitable(starts, end, pairs, tile, group)
+    return query_tile.merge_lists(
+        starts, end, tile, group, use_tiles, interpret=interpret
+    ), use_tiles
 
 
 def _counted(starts, query, key):

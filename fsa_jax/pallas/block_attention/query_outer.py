@@ -24,7 +24,7 @@ from fsa_jax.pallas.tiles import columns_of, each, load_tiles, product, programs
 
 
 def attention(
-    starts, query, key, value, offset, *, block, scale, tile, interpret, done=None, into=None
+    starts, query, key, value, offset, *, block, scale, tile, interpret, skip=None, out_buffers=None
 ):  # fmt: skip
     """Attention of each query to its listed blocks.
 
@@ -38,13 +38,13 @@ def attention(
       scale: factor of the logits.
       tile: `tile_config.Tile`; its `rows` are not used.
       interpret: run the kernel in interpret mode.
-      done: int32 [1] or None; if it is not 0, another kernel has already computed the results.
-      into: the buffers (out, lse) that hold those results; they are then returned unchanged.
+      skip: int32 [1] or None; if it is not 0, another kernel has already computed the results.
+      out_buffers: the buffers (out, lse) that hold those results; they are then returned unchanged.
 
     Returns:
       out [B, T, N, E] in the dtype of `query` and lse float32 [B, T, N], natural logarithm.
     """
-    given = () if done is None or into is None else (done, *into)
+    given = () if skip is None or out_buffers is None else (skip, *out_buffers)
     softmax = Softmax(scale, exact=key.dtype == jnp.float32)
 
     tokens, rows = query.shape[1], key.shape[0] * key.shape[2]
@@ -102,14 +102,14 @@ def attention(
 
 def query_gradient(
     starts, query, key, value, dout, lse, delta, offset, *, block, scale, tile, interpret,
-    done=None, into=None,
+    skip=None, out_buffers=None,
 ):  # fmt: skip
     """Gradient [B, T, N, D] of the queries; arguments as in `attention` and `kv_outer_backward.py`.
 
-    If `done`, int32 [1], is not 0, another kernel has already computed the gradient, and the buffer
-    `into` that holds it is returned unchanged.
+    If `skip`, int32 [1], is not 0, another kernel has already computed the gradient, and the buffer
+    `out_buffers` that holds it is returned unchanged.
     """
-    given = () if done is None else (done, into)
+    given = () if skip is None else (skip, out_buffers)
     tokens, rows = query.shape[1], key.shape[0] * key.shape[2]
 
     def query_gradient_kernel(
