@@ -212,10 +212,10 @@ def gradients(problem: Problem, lse, delta, dout, sums=None):
     kv_outer, either = "kv_outer" in methods, len(methods) > 1
     if methods == ("kv_outer",):
         # the chunks write every element of dq
-        dquery, use_tiles = jax.lax.empty(query.shape, query.dtype), jnp.zeros((1,), jnp.int32)
+        dquery, dq_computed = jax.lax.empty(query.shape, query.dtype), jnp.zeros((1,), jnp.int32)
     else:
         arrays = (query, key, value, dout, lse, delta, problem.offset)
-        dquery, use_tiles = _query_gradient(plan, starts, arrays, problem.static)
+        dquery, dq_computed = _query_gradient(plan, starts, arrays, problem.static)
     chunks = problem.chunks(starts, problem.lists)
     inverse = None
     if kv_outer:
@@ -231,7 +231,7 @@ def gradients(problem: Problem, lse, delta, dout, sums=None):
         dquery, *sums = sums
 
         if kv_outer:
-            own = query_index.only_if(use_tiles == 0, lists) if either else lists
+            own = query_index.only_if(dq_computed == 0, lists) if either else lists
             own = problem.chunk(where, starts, own)
             *sums, dkey_splits, dvalue_splits, part = kv_outer_backward.partial_gradients(
                 own, *arrays, inverse, sums, tile=plan.backward, partial_dtype=plan.gradient_dtype
@@ -242,7 +242,7 @@ def gradients(problem: Problem, lse, delta, dout, sums=None):
                 part,
                 inverse,
                 dquery,
-                use_tiles,
+                dq_computed,
                 scale=problem.scale,
                 kv_heads=key.shape[2],
                 elements=plan.merge_elements,
@@ -252,7 +252,7 @@ def gradients(problem: Problem, lse, delta, dout, sums=None):
                 own, block_start, dkey_splits, dvalue_splits, sums, spacing=spacing
             )
         if methods != ("kv_outer",):
-            own = query_index.only_if(use_tiles > 0, lists) if kv_outer else lists
+            own = query_index.only_if(dq_computed > 0, lists) if kv_outer else lists
             own = problem.chunk(where, starts, own)
             *sums, dkey_splits, dvalue_splits = kv_outer_key_gradients.key_gradients(
                 own, *arrays, sums, tile=plan.key_gradient
