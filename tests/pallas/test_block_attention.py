@@ -37,7 +37,7 @@ from fsa_jax.pallas.block_attention.passes import (
     QUERY_OUTER_PAIRS,
 )
 from fsa_jax.pallas.block_attention.plan import METHODS, make_plan
-from fsa_jax.pallas.block_attention.query_index import build_index, num_pieces, search
+from fsa_jax.pallas.block_attention.query_index import build_index, num_splits, search
 from fsa_jax.pallas.support import supported
 from fsa_jax.semantics.segments import describe_rows
 
@@ -241,11 +241,11 @@ def test_a_chunk_fits_the_scratch_budget(scratch_mib, dtype):
         pairs = plan.heads * plan.tokens * slots
         width = 128 * jnp.dtype(dtype).itemsize
         partial = pairs * (heads // kv_heads) * (width + 4)
-        pieces = num_pieces(pairs, plan.pairs) * plan.block * 256 * 4
-        assert partial + pieces + 16 * pairs <= budget
+        splits = num_splits(pairs, plan.pairs) * plan.block * 256 * 4
+        assert partial + splits + 16 * pairs <= budget
         # no more chunks than needed: a larger chunk would not fit, or this one is everything
         whole = plan.heads == kv_heads and plan.tokens == length
-        assert whole or 2.1 * (partial + pieces + 16 * pairs) >= budget
+        assert whole or 2.1 * (partial + splits + 16 * pairs) >= budget
 
 
 @pytest.mark.fast_cases("query_tile")
@@ -325,7 +325,7 @@ def test_index(seed, packed):
     got = jax.tree.map(np.asarray, dataclasses.asdict(index))
     blocks = -(-length // spacing)
     for chunk in range(chunks):
-        pieces = 0
+        splits = 0
         wanted = []
         for head in range(heads):
             for start in range(0, length, spacing):
@@ -334,23 +334,23 @@ def test_index(seed, packed):
                 count, block = -(-len(members) // pairs), head * blocks + start // spacing
                 assert got["block_items"][chunk, block] == count
                 if count > 1:
-                    assert got["block_piece"][chunk, block] == pieces
+                    assert got["block_split"][chunk, block] == splits
                 for at in range(0, len(members), pairs):
-                    piece = pieces if count > 1 else -1
-                    pieces += count > 1
-                    wanted.append((head, start, at == 0, piece, list(members[at : at + pairs])))
+                    split = splits if count > 1 else -1
+                    splits += count > 1
+                    wanted.append((head, start, at == 0, split, list(members[at : at + pairs])))
         items = []
         for i, count in enumerate(got["count"][chunk]):
             if count:
                 first = got["first"][chunk, i]
                 order = list(got["order"][chunk, first : first + count])
-                fields = ("head", "start", "begins", "piece")
+                fields = ("head", "start", "begins", "split")
                 items.append((*(got[n][chunk, i] for n in fields), order))
                 assert got["stop"][chunk, i] == length
         assert items == wanted
         assert got["items"][chunk] == len(wanted)
         assert all(got["count"][chunk, : len(wanted)])  # unused items come last
-        assert pieces <= num_pieces(heads * tokens * slots, pairs)
+        assert splits <= num_splits(heads * tokens * slots, pairs)
 
 
 @settings(deadline=None, max_examples=20)

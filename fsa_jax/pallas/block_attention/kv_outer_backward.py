@@ -27,7 +27,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from fsa_jax.pallas.block_attention.work_item import Chunk, Item, each_item
+from fsa_jax.pallas.block_attention.work_item import Chunk, WorkItem, each_item
 from fsa_jax.pallas.block_attention.work_item import arrays as item_arrays
 from fsa_jax.pallas.intrinsics import call, dot, iota, load, split, store
 from fsa_jax.pallas.online_softmax import softmax_weights
@@ -115,7 +115,7 @@ def partial_gradients(
         _dkey, _dvalue, *refs, part_ref = refs
 
         def work(number):
-            item = Item(item_refs, number, rows=tile.rows, **sizes)
+            item = WorkItem(item_refs, number, rows=tile.rows, **sizes)
             columns, value_columns = (columns_of(x, COLUMNS) for x in (key, value))
             keys = item.load_block(key_ref, columns)
             values = item.load_block(value_ref, value_columns)
@@ -157,12 +157,12 @@ def partial_gradients(
             )
             dkeys, dvalues = jax.lax.fori_loop(0, item.steps(), step, zeros)
             # reloaded: keeping the item's fields alive over the loop would cost registers
-            item = Item(item_refs, number + item.zero(), rows=tile.rows, **sizes)
-            for (sum_ref, piece_ref), d, parts, factor in (
+            item = WorkItem(item_refs, number + item.zero(), rows=tile.rows, **sizes)
+            for (sum_ref, split_ref), d, parts, factor in (
                 (refs[::2], columns, dkeys, scale),
                 (refs[1::2], value_columns, dvalues, 1.0),
             ):
-                store_block(item, sum_ref, piece_ref, d, [x * factor for x in parts], axis=1)
+                store_block(item, sum_ref, split_ref, d, [x * factor for x in parts], axis=1)
 
         each_item(item_refs, chunk.lists, work)
 
@@ -187,7 +187,7 @@ def call_on_items(kernel, chunk: Chunk, items, inputs, sums, tile, *more):
     Returns:
       The sums, the partial sums of split blocks, float32 [X*b, width], and the further results.
     """
-    rows = max(1, chunk.pieces) * chunk.block
+    rows = max(1, chunk.splits) * chunk.block
     shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in sums]
     shapes += [jax.ShapeDtypeStruct((rows, x.shape[3]), jnp.float32) for x in sums]
     before = len(items) + len(inputs)
@@ -205,7 +205,7 @@ def call_on_items(kernel, chunk: Chunk, items, inputs, sums, tile, *more):
     )
 
 
-def store_block(item, sum_ref, piece_ref, columns, sums, axis):
+def store_block(item, sum_ref, split_ref, columns, sums, axis):
     """Stores an item's dK or dV tiles: in the result if the block is not split, else in its buffer.
 
     Keys run along axis `axis` of the tiles, columns along the other axis.
@@ -218,12 +218,12 @@ def store_block(item, sum_ref, piece_ref, columns, sums, axis):
         cells = rows_mask(head, d, sum_ref.shape[3])
         return jnp.expand_dims(d, axis), cells if axis == 0 else cells.T
 
-    row = item.piece * item.block + iota(item.block)
+    row = item.split * item.block + iota(item.block)
     for d, part in zip(columns, sums, strict=True):
-        d, cut = place(jnp.full(row.shape, item.piece >= 0), d)
-        store(piece_ref.at[keys(row), d], part, mask=cut)
+        d, cut = place(jnp.full(row.shape, item.split >= 0), d)
+        store(split_ref.at[keys(row), d], part, mask=cut)
     for d, part in zip(columns, sums, strict=True):
-        d, alone = place(item.inside & (item.piece < 0), d)
+        d, alone = place(item.inside & (item.split < 0), d)
         target = sum_ref.at[item.batch, keys(item.column), item.kv_head, d]
         total = part
         if sum_ref.dtype == jnp.float32:
@@ -250,7 +250,7 @@ def sum_blocks(chunk: Chunk, block_start, dkey_parts, dvalue_parts, sums, *, spa
     heads = lists.block_items.size // blocks
 
     def sum_blocks_kernel(
-        where_ref, items_ref, piece_ref, start_ref, dkey_parts_ref, dvalue_parts_ref,
+        where_ref, items_ref, split_ref, start_ref, dkey_parts_ref, dvalue_parts_ref,
         _dkey, _dvalue, *sum_refs,
     ):  # fmt: skip
         head = pl.program_id(1)
@@ -262,7 +262,7 @@ def sum_blocks(chunk: Chunk, block_start, dkey_parts, dvalue_parts, sums, *, spa
         at = head * blocks + split(start, spacing)[0]
         items = load(items_ref.at[at], mask=inside)
         hot = items > 1
-        first_row = load(piece_ref.at[at], mask=inside) * block + token - start
+        first_row = load(split_ref.at[at], mask=inside) * block + token - start
         widths = [ref.shape[3] for ref in sum_refs]
         columns = [iota(tile_width(width)) for width in widths]
 
@@ -294,7 +294,7 @@ def sum_blocks(chunk: Chunk, block_start, dkey_parts, dvalue_parts, sums, *, spa
         sum_blocks_kernel,
         chunk.where,
         lists.block_items,
-        lists.block_piece,
+        lists.block_split,
         block_start,
         dkey_parts,
         dvalue_parts,

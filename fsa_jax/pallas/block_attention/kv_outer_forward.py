@@ -18,7 +18,7 @@ of a block, D and E head widths, I work items.
 import jax
 import jax.numpy as jnp
 
-from fsa_jax.pallas.block_attention.work_item import Chunk, Item, each_item
+from fsa_jax.pallas.block_attention.work_item import Chunk, WorkItem, each_item
 from fsa_jax.pallas.block_attention.work_item import arrays as item_arrays
 from fsa_jax.pallas.intrinsics import call, dot, store
 from fsa_jax.pallas.online_softmax import Softmax
@@ -51,7 +51,7 @@ def partial_attention(chunk: Chunk, query, key, value, *, tile, partial_dtype):
         *item_refs, query_ref, key_ref, value_ref, out_ref, lse_ref = refs
 
         def work(number):
-            item = Item(item_refs, number, rows=tile.rows, **sizes)
+            item = WorkItem(item_refs, number, rows=tile.rows, **sizes)
             columns, value_columns = (columns_of(x, COLUMNS) for x in (key, value))
             keys = item.load_block(key_ref, columns)
             values = item.load_block(value_ref, value_columns)

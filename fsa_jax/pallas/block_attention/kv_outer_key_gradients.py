@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from fsa_jax.pallas.block_attention.kv_outer_backward import call_on_items, store_block
-from fsa_jax.pallas.block_attention.work_item import Chunk, Item, each_item
+from fsa_jax.pallas.block_attention.work_item import Chunk, WorkItem, each_item
 from fsa_jax.pallas.block_attention.work_item import arrays as item_arrays
 from fsa_jax.pallas.intrinsics import dot, load
 from fsa_jax.pallas.online_softmax import Sum, softmax_weights
@@ -41,7 +41,7 @@ def key_gradients(chunk: Chunk, query, key, value, dout, lse, delta, sums, *, ti
         query_ref, key_ref, value_ref, dout_ref, lse_ref, delta_ref, _dkey, _dvalue, *refs = refs
 
         def work(number):
-            item = Item(item_refs, number, rows=tile.rows, **sizes)
+            item = WorkItem(item_refs, number, rows=tile.rows, **sizes)
             columns, value_columns = (columns_of(x, COLUMNS) for x in (key, value))
             keys = item.load_block(key_ref, columns)
             values = item.load_block(value_ref, value_columns)
@@ -81,12 +81,12 @@ def key_gradients(chunk: Chunk, query, key, value, dout, lse, delta, sums, *, ti
             if edge is not steps:
                 sums = jax.lax.fori_loop(edge, steps, lambda i, x: step(i, x, False), sums)
             # reloaded: keeping the item's fields alive over the loop would cost registers
-            item = Item(item_refs, number + item.zero(), rows=tile.rows, **sizes)
-            for (sum_ref, piece_ref), d, parts, factor in (
+            item = WorkItem(item_refs, number + item.zero(), rows=tile.rows, **sizes)
+            for (sum_ref, split_ref), d, parts, factor in (
                 (refs[::2], columns, sums[0], scale),
                 (refs[1::2], value_columns, sums[1], 1.0),
             ):
-                store_block(item, sum_ref, piece_ref, d, [x.total * factor for x in parts], axis=0)
+                store_block(item, sum_ref, split_ref, d, [x.total * factor for x in parts], axis=0)
 
         each_item(item_refs, chunk.lists, work)
 

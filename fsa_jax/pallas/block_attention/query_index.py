@@ -45,10 +45,10 @@ class Index:
       first: position of the item's first pair in `order`.
       count: number of pairs; 0 for the unused items, which come last.
       begins: 1 for the first item of a block, 0 for the others.
-      piece: -1 for the only item of a block; the items of split blocks are numbered 0, 1, ... in
+      split: -1 for the only item of a block; the items of split blocks are numbered 0, 1, ... in
         each chunk.
       block_items: number of items of each block.
-      block_piece: `piece` of the first item of a split block.
+      block_split: `split` of the first item of a split block.
       items: number of items in use.
       programs: number of programs of the kernels that share out the items of a chunk.
     """
@@ -60,9 +60,9 @@ class Index:
     first: Int[Array, "c I"]
     count: Int[Array, "c I"]
     begins: Int[Array, "c I"]
-    piece: Int[Array, "c I"]
+    split: Int[Array, "c I"]
     block_items: Int[Array, "c HJ"]
-    block_piece: Int[Array, "c HJ"]
+    block_split: Int[Array, "c HJ"]
     items: Int[Array, "c 1"]
     programs: int = dataclasses.field(metadata={"static": True})
 
@@ -92,8 +92,8 @@ def index_shape(
     def of_chunks(size: int) -> Any:
         return jax.ShapeDtypeStruct((chunks, size), jnp.int32)
 
-    sizes = {name: bound for name in ("start", "stop", "head", "first", "count", "begins", "piece")}
-    sizes |= {"block_items": heads * blocks, "block_piece": heads * blocks, "items": 1}
+    sizes = {name: bound for name in ("start", "stop", "head", "first", "count", "begins", "split")}
+    sizes |= {"block_items": heads * blocks, "block_split": heads * blocks, "items": 1}
     return Index(
         order=of_chunks(heads * of_head),
         **{name: of_chunks(size) for name, size in sizes.items()},
@@ -103,7 +103,7 @@ def index_shape(
     )
 
 
-def num_pieces(pairs_of_chunk: int, pairs: int) -> int:
+def num_splits(pairs_of_chunk: int, pairs: int) -> int:
     """Upper bound on the number of work items of a chunk that belong to split blocks.
 
     A block of n > pairs pairs has ceil(n / pairs) items, which is at most twice n // pairs.
@@ -163,7 +163,7 @@ def build_index(
     found = found.reshape(number.shape) - iota(chunks)[:, None] * (heads * blocks)
     active = found < heads * blocks
     found = jnp.where(active, found, 0)
-    block_piece = ends[1] - both[1] - before[1][:, None]
+    block_split = ends[1] - both[1] - before[1][:, None]
     of_item = lambda x: jnp.take_along_axis(x, found, axis=1)  # noqa: E731
     ordinal = number - of_item(ends[0] - needed)
     first = of_item(begin) + ordinal * pairs
@@ -176,9 +176,9 @@ def build_index(
         first=jnp.where(active, first, 0),
         count=jnp.where(active, jnp.minimum(of_item(end) - first, pairs), 0),
         begins=(ordinal == 0).astype(jnp.int32),
-        piece=jnp.where(active & (of_item(needed) > 1), of_item(block_piece) + ordinal, -1),
+        split=jnp.where(active & (of_item(needed) > 1), of_item(block_split) + ordinal, -1),
         block_items=needed,
-        block_piece=block_piece,
+        block_split=block_split,
         items=ends[0][:, -1:] - before[0][:, None],
         programs=shape.programs,
     )
@@ -190,7 +190,7 @@ def only_if(wanted: Bool[Array, "1"], lists: Index) -> Index:
         lists,
         items=jnp.where(wanted, lists.items, 0),
         count=jnp.where(wanted, lists.count, 0),
-        piece=jnp.where(wanted, lists.piece, -1),
+        split=jnp.where(wanted, lists.split, -1),
         block_items=jnp.where(wanted, lists.block_items, 0),
     )
 

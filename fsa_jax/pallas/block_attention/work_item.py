@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from fsa_jax.pallas.block_attention.query_index import Index, num_pieces
+from fsa_jax.pallas.block_attention.query_index import Index, num_splits
 from fsa_jax.pallas.intrinsics import iota, load, split
 from fsa_jax.pallas.tiles import load_tiles
 
@@ -47,12 +47,12 @@ class Chunk:
     interpret: bool
 
     @property
-    def pieces(self) -> int:
+    def splits(self) -> int:
         """Upper bound on the number of work items that belong to split blocks."""
-        return num_pieces(self.heads * self.tokens * self.slots, self.pairs)
+        return num_splits(self.heads * self.tokens * self.slots, self.pairs)
 
     def sizes(self, query, key) -> dict[str, Any]:
-        """Static arguments of `Item`, from the chunk and arrays [B, T, N, D] and [B, M, K, D]."""
+        """Static arguments of `WorkItem`, from the chunk and arrays [B, T, N, D], [B, M, K, D]."""
         return {
             "length": key.shape[1],
             "group": query.shape[2] // key.shape[2],
@@ -65,7 +65,7 @@ class Chunk:
 
 
 def arrays(chunk: Chunk):
-    """The arrays that `Item` reads, in its order: the chunk's origin, then the index's arrays."""
+    """The arrays that `WorkItem` reads, in order: the chunk's origin, then the index's arrays."""
     where, lists = chunk.where, chunk.lists
     return (
         where,
@@ -75,7 +75,7 @@ def arrays(chunk: Chunk):
         lists.first,
         lists.count,
         lists.begins,
-        lists.piece,
+        lists.split,
         lists.order,
         lists.items,
     )
@@ -100,14 +100,14 @@ def each_item(refs, lists, work) -> None:
     jax.lax.while_loop(lambda number: number < items[0], step, first)
 
 
-class Item:
+class WorkItem:
     """A work item, identified by its number in the chunk.
 
     Attributes:
       head: head of the chunk; `batch` and `kv_head` are its indices in the arrays.
       count: number of pairs.
       begins: whether this is the first item of its block.
-      piece: -1 for the only item of a block, else its number among the items of split blocks.
+      split: -1 for the only item of a block, else its number among the items of split blocks.
       column: int32 [b], tokens of the block.
       inside: bool [b], which of these tokens are in the block's document.
       query_column: `column` counted from query token 0, if the queries are a part of the sequence.
@@ -116,11 +116,11 @@ class Item:
     def __init__(
         self, refs, item, *, length, group, kv_heads, slots, block, pairs, partial, rows, tokens=0
     ):
-        where, start, stop, head, first, count, begins, piece, self.order, _ = refs
+        where, start, stop, head, first, count, begins, number_of_split, self.order, _ = refs
         self.length, self.group, self.slots, self.rows = length, group, slots, rows
         self.block, self.pairs = block, pairs
         self.head, self.first, self.count = head[item], first[item], count[item]
-        self.begins, self.piece = begins[item] > 0, piece[item]
+        self.begins, self.split = begins[item] > 0, number_of_split[item]
         self.batch, self.kv_head = split(where[0] + self.head, kv_heads)
         # Offset from a slot number within a head to one within the chunk; `tokens` (C) is needed
         # only here. A single number costs a single register.

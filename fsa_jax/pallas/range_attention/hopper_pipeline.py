@@ -206,7 +206,7 @@ def _run_program(make_compute, arrays, bounds_ref, kv_heads, group, ring):
         count = lax.div(items - program + PROGRAMS - 1, jnp.int32(PROGRAMS))
 
         def one(i, before):
-            item = Item(program + i * PROGRAMS, bounds_ref, kv_heads, group, ring.keys)
+            item = WorkItem(program + i * PROGRAMS, bounds_ref, kv_heads, group, ring.keys)
             visit(item, before)
             return before + item.tiles.count
 
@@ -250,7 +250,7 @@ def _run_program(make_compute, arrays, bounds_ref, kv_heads, group, ring):
     )
 
 
-class Item:
+class WorkItem:
     """128 rows of one key head and the key tiles of their ranges; the longest ranges come first.
 
     Attributes:
