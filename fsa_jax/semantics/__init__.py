@@ -1,7 +1,7 @@
 """The rules of native sparse attention that every implementation obeys.
 
-What packed sequences imply (documents, windows, which query sees which key), how blocks are ranked
-and chosen, and in which dtype sums are taken. Everything here is plain JAX on small integer arrays:
-the public functions describe a call once, and hand the description down to the portable loops, the
-kernels and the reference alike.
+These modules define what packed sequences imply (documents, compressed windows, which query sees
+which key), how blocks are ranked and chosen, and in which dtype sums are accumulated. They are
+plain JAX on small integer arrays. The public functions describe each call once and pass that
+description to the XLA implementation, the kernels and the reference alike.
 """

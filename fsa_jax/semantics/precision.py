@@ -1,4 +1,4 @@
-"""The precision rule: sums, logits and softmax are float32, or float64 for float64 inputs."""
+"""The precision rule: sums, logits and softmax use float32, or float64 for float64 inputs."""
 
 import functools
 from collections.abc import Callable
@@ -9,15 +9,15 @@ from jaxtyping import Array
 
 
 def wide_dtype(x: Array) -> jnp.dtype:
-    """The dtype of everything that is accumulated from `x`."""
+    """Returns the dtype in which sums over elements of `x` are accumulated."""
     return jnp.dtype(jnp.float64 if x.dtype == jnp.float64 else jnp.float32)
 
 
 def einsum(equation: str, *operands: Array) -> Array:
-    """Products of operands of one dtype, summed in its wide dtype.
+    """Computes an einsum of operands of one dtype, accumulated in their accumulation dtype.
 
-    The highest precision keeps float32 products from being cut to tf32 or bfloat16 on accelerators;
-    it changes nothing for 16-bit operands.
+    The highest precision keeps accelerators from rounding float32 products to tf32 or bfloat16. It
+    changes nothing for 16-bit operands.
     """
     return jnp.einsum(
         equation,
@@ -28,11 +28,10 @@ def einsum(equation: str, *operands: Array) -> Array:
 
 
 def narrow[**P, R](function: Callable[P, R]) -> Callable[P, R]:
-    """`function`, the same with `jax_enable_x64` on as off, unless it takes numbers of 64 bits.
+    """Makes `function` ignore `jax_enable_x64`, unless it receives a 64-bit array.
 
-    With it on, what jax and numpy make of Python's numbers, of counts and of sums of integers has
-    64 bits: such numbers do not mix with those of 32 in a kernel, and take twice the memory
-    elsewhere.
+    With `jax_enable_x64` on, Python scalars, counts and sums of integers become 64-bit arrays.
+    These cannot be combined with 32-bit arrays in a kernel, and take twice the memory elsewhere.
     """
 
     @functools.wraps(function)
