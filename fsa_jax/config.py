@@ -1,4 +1,4 @@
-"""What a native sparse attention computes: the sizes that change the function, and nothing else."""
+"""The sizes that define the function computed by native sparse attention, and nothing else."""
 
 import dataclasses
 
@@ -9,17 +9,17 @@ from fsa_jax.arguments import scalars
 class NSAConfig:
     """Sizes of native sparse attention (NSA, arXiv 2502.11089).
 
-    All sizes are in tokens, but for ``topk``, ``init_blocks`` and ``local_blocks``, which count
-    blocks. Tile sizes, warps and other matters of speed never stand here.
+    All sizes are in tokens, except ``topk``, ``init_blocks`` and ``local_blocks``, which count
+    blocks. Tile sizes, warps and other performance options are not part of this class.
 
     Attributes:
       kernel_size: tokens that one compressed key summarises (the paper's l).
       kernel_stride: tokens between the starts of two compressed windows (the paper's d).
       block_size: tokens of one selectable block (the paper's l').
-      topk: blocks that each query may select, the forced ones included (the paper's n).
+      topk: blocks that each query may select, including the forced ones (the paper's n).
       init_blocks: blocks at the start of a document that every query selects.
-      local_blocks: last blocks up to the query's own that every query selects.
-      window_size: keys that the sliding window shows a query, its own included.
+      local_blocks: most recent blocks, including the query's own, that every query selects.
+      window_size: keys in the sliding window of a query, including the query's own token.
 
     Raises:
       ValueError: a size is not a positive integer (``init_blocks`` and ``local_blocks`` may be 0),
@@ -44,7 +44,7 @@ class NSAConfig:
         for field in dataclasses.fields(self):
             least = 0 if field.name in ("init_blocks", "local_blocks") else 1
             value = scalars.size(field.name, getattr(self, field.name), least)
-            object.__setattr__(self, field.name, value)  # an integer of NumPy is no JSON
+            object.__setattr__(self, field.name, value)  # NumPy integers cannot be written as JSON
         check_window(self.kernel_size, self.kernel_stride)
         if self.block_size % self.kernel_stride:
             raise ValueError(
@@ -58,12 +58,12 @@ class NSAConfig:
             )
 
     def num_blocks(self, length: int) -> int:
-        """Number of selectable blocks of `length` tokens, a last short one included."""
+        """Number of selectable blocks in `length` tokens, including a shorter last one."""
         return -(-length // self.block_size)
 
 
 def check_window(kernel_size: int, kernel_stride: int) -> None:
-    """Raises ValueError unless windows of `kernel_size` are whole strides long."""
+    """Raises ValueError unless `kernel_size` is a positive multiple of `kernel_stride`."""
     if kernel_size < 1 or kernel_stride < 1 or kernel_size % kernel_stride:
         raise ValueError(
             "kernel_size must be a positive multiple of kernel_stride, got "

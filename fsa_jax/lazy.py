@@ -1,7 +1,7 @@
-"""Packages whose names are imported when they are first used.
+"""Lazy exports: a package imports its public names when they are first used.
 
-Importing jax, flax and kernels takes seconds, which a program that only shows its version or its
-help should not wait for. Type checkers read the imports below `if TYPE_CHECKING` of a package.
+Importing jax, flax and the kernels takes seconds, which a program should not spend only to show its
+version or help. Type checkers read the imports under `if TYPE_CHECKING` of each package.
 """
 
 import importlib
@@ -14,11 +14,12 @@ from typing import Any
 def exports(
     package: str, homes: Mapping[str, Iterable[str]]
 ) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
-    """`__getattr__` and `__dir__` of a package.
+    """Makes the `__getattr__` and `__dir__` of a package.
 
     Args:
-      package: its `__name__`.
-      homes: the names that each of its modules provides. The modules themselves are found too.
+      package: the `__name__` of the package.
+      homes: for each module of the package, the names that it provides. The modules themselves can
+        be accessed too.
 
     Example:
       >>> getattr_, dir_ = exports("fsa_jax", {"config": ["NSAConfig"]})

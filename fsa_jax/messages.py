@@ -1,4 +1,4 @@
-"""Messages on standard error, and errors of files that name the file."""
+"""Messages on standard error, and file errors that name the file."""
 
 import contextlib
 import os
@@ -10,20 +10,20 @@ PROGRAM = "fsa-jax"
 
 
 def say(message: str) -> None:
-    """Prints a line; a run goes on where nobody can read it any more."""
+    """Prints a line to standard error; the run goes on if standard error is closed."""
     with contextlib.suppress(OSError):
         print(f"{PROGRAM}: {message}", file=sys.stderr, flush=True)
 
 
 def say_now(message: str) -> None:
-    """The same past Python's buffers, for a signal that may have come in the middle of a print."""
+    """Like `say`, bypassing Python's buffers, since a signal may interrupt a print."""
     with contextlib.suppress(OSError):
         os.write(2, f"{PROGRAM}: {message}\n".encode(errors="replace"))
 
 
 @contextlib.contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Has an OSError name the file; those of writing, on a full disk say, do not."""
+    """Adds the file's name to an OSError without one, such as that of a write to a full disk."""
     try:
         yield
     except OSError as error:

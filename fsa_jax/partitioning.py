@@ -1,4 +1,4 @@
-"""Which axis of a parameter may be split over a mesh, by name."""
+"""Logical names of parameter axes, and rules that map them to mesh axes."""
 
 import contextlib
 from collections.abc import Iterator
@@ -9,19 +9,19 @@ from flax import nnx
 from flax.core import spmd
 
 LOGICAL_AXES = ("layers", "vocab", "embed", "heads", "kv_heads", "head_dim", "mlp")
-"""Names that the axes of parameters may carry; an axis that is never worth splitting has None."""
+"""Names that parameter axes may carry; an axis that is never worth splitting is named None."""
 
 
 @contextlib.contextmanager
 def sharding_rules(**mesh_axes: str | tuple[str, ...] | None) -> Iterator[None]:
-    """Binds the logical axes of parameters to axes of a mesh, for as long as the context lasts.
+    """Maps the logical axes of parameters to mesh axes for the duration of the context.
 
-    Within it ``nnx.get_partition_spec`` and ``nnx.get_named_sharding`` give mesh axes, and a module
-    that is built under ``jax.set_mesh`` is sharded at once. Names left out are not split. The mesh
-    needs axes of type ``Auto``.
+    Within the context ``nnx.get_partition_spec`` and ``nnx.get_named_sharding`` return mesh axes,
+    and a module that is built under ``jax.set_mesh`` is sharded at construction. Logical axes that
+    are left out are not split. The mesh axes must have type ``Auto``.
 
     Args:
-      **mesh_axes: for a name of ``LOGICAL_AXES`` the mesh axis (or axes) that splits it.
+      **mesh_axes: for a name in ``LOGICAL_AXES``, the mesh axis (or axes) that splits it.
 
     Raises:
       ValueError: a name is not in ``LOGICAL_AXES``.
@@ -42,7 +42,7 @@ def sharding_rules(**mesh_axes: str | tuple[str, ...] | None) -> Iterator[None]:
 
 def partitioned(*names: str | None) -> dict[str, Any]:
     """Metadata of a parameter whose axes carry these logical names."""
-    # Flax shards at construction and raises where no mesh is set. Here a layer can be built
-    # anywhere: it is sharded at once only where there are a mesh and rules to do it by.
+    # By default Flax shards at construction and raises if no mesh is set. Layers of this package
+    # can be built anywhere: they are sharded at construction only if both a mesh and rules are set.
     ready = bool(spmd.get_logical_axis_rules()) and not jax.sharding.get_abstract_mesh().empty
     return {"out_sharding": names, "eager_sharding": ready and nnx.using_eager_sharding()}

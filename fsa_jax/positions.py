@@ -1,6 +1,6 @@
-"""Positions for RoPE in packed rows: of tokens, and of the first tokens of compressed windows.
+"""Positions for RoPE in packed sequences: of tokens, and of the first tokens of compressed windows.
 
-Shapes as in `fsa_jax.api`. The batch axis B may be left out.
+Shapes are as in `fsa_jax.api`. The batch axis B may be left out.
 """
 
 import numpy as np
@@ -18,18 +18,18 @@ from fsa_jax.sequence_parallel import zigzag
 def token_positions(
     segment_ids: Integer[AnyArray, "*B T"] | IntegerList, *, sequence_axis: str | None = None
 ) -> Int[Array, "*B T"]:
-    """The position of each token in its document, counted from 0: what RoPE turns queries by.
+    """The position of each token in its document, counted from 0, as RoPE needs it for queries.
 
     ::
 
         out[t] = t - (first token of the document of t)
 
     Args:
-      segment_ids: integers [B, T], equal ids in a run are one document, 0 is padding.
+      segment_ids: integers [B, T]; a run of equal ids is one document, and 0 is padding.
       sequence_axis: mesh axis that splits the tokens; see `native_sparse_attention`.
 
     Returns:
-      int32 [B, T]. At padding they mean nothing.
+      int32 [B, T]. The values at padding are meaningless.
 
     Raises:
       ValueError: an argument has a wrong shape, dtype or value; the message names it.
@@ -39,7 +39,7 @@ def token_positions(
       >>> fsa_jax.token_positions([7, 7, 7, 8, 8, 0]).tolist()
       [0, 1, 2, 0, 1, 0]
 
-    Source: NSA (arXiv 2502.11089), of one document; a packed row is several.
+    Source: NSA (arXiv 2502.11089) for one document; a packed sequence holds several.
     """
     has_batch = checks.batched(segment_ids, "T")
     ids = checks.ids(segment_ids, None, has_batch)
@@ -63,28 +63,28 @@ def window_positions(
     positions: Integer[AnyArray, "*B T"] | IntegerList | None = None,
     sequence_axis: str | None = None,
 ) -> Int[Array, "*B M"]:
-    """The position of the first token of each window of `compress`: what RoPE turns its keys by.
+    """The position of the first token of each window of `compress`, as RoPE needs it for the keys.
 
-    Slot m of `compress` holds a window of some document, the i-th one there, and ::
+    If slot m of `compress` holds the i-th window of its document, then ::
 
         out[m] = i * kernel_stride
 
-    In a packed row that is not m * kernel_stride: i starts anew with each document, and windows
-    that would cross its end do not exist, so that later ones move up.
+    In a packed sequence this differs from m * kernel_stride: i restarts at each document, and there
+    are no windows that cross the end of a document, so later windows move up.
 
     Args:
-      segment_ids: integers [B, T], equal ids in a run are one document, 0 is padding. None: a row
-        is one document; then give `length` or `positions`.
+      segment_ids: integers [B, T]; a run of equal ids is one document, and 0 is padding. None: a
+        sequence is one document; then give `length` or `positions`.
       kernel_size: tokens l of a window.
       kernel_stride: tokens d between the starts of windows; divides `kernel_size`.
-      length: tokens T of a row, where `segment_ids` is None.
-      positions: integers [B, T], where tokens have other positions than `token_positions`; out[m]
-        is then that of the window's first token.
+      length: tokens T of a sequence, where `segment_ids` is None.
+      positions: integers [B, T], for tokens whose positions are not `token_positions`; out[m] is
+        then the position of the window's first token.
       sequence_axis: mesh axis that splits the tokens; see `native_sparse_attention`.
 
     Returns:
       int32 [B, M], M = T // kernel_stride, in the order of `compress`; 0 in slots without a window.
-      [M], for rows of any batch, where only `length` is given.
+      Where only `length` is given, the result is [M] and holds for any batch.
 
     Raises:
       ValueError: an argument has a wrong shape, dtype or value; the message names it.
@@ -95,7 +95,7 @@ def window_positions(
       >>> fsa_jax.window_positions(ids, kernel_size=6, kernel_stride=2).tolist()
       [0, 2, 4, 0, 2, 4, 6, 8, 0, 0, 0, 0]
 
-    Source: NSA (arXiv 2502.11089), equation 7; keys are compressed before RoPE.
+    Source: NSA (arXiv 2502.11089), equation 7; compression comes before RoPE.
     """
     sizes = checks.size("kernel_size", kernel_size), checks.size("kernel_stride", kernel_stride)
     check_window(*sizes)

@@ -1,6 +1,6 @@
-"""Native sparse attention as the paper defines it: dense masks, no tiling, no tricks.
+"""Native sparse attention as the paper defines it, with dense masks and no tiling.
 
-This file is written to be read beside arXiv 2502.11089 (NSA) and is the oracle of the tests. It
+This file is meant to be read beside arXiv 2502.11089 (NSA), and is the oracle of the tests. It
 needs memory quadratic in T. Logits and softmax are float32, or float64 for float64 inputs.
 
 Shapes: B batch, T tokens, N query heads, K key/value heads, G = N/K heads in a group, D head width
@@ -29,7 +29,7 @@ def compress(
     weights: Any = None,
     positions: Float[Array, "K l D"] | None = None,
 ) -> Float[Array, "B M K D"]:
-    """Phi of every window (NSA eq. 7): the l tokens of a window, positions added, made one."""
+    """Phi of every window (NSA eq. 7): maps its l tokens, plus `positions`, to one."""
     windows = describe_windows(rows, kernel_size, kernel_stride)
     token = windows.start[:, :, None] + jnp.arange(kernel_size, dtype=jnp.int32)[None, None]
     exists = (windows.start < x.shape[1])[:, :, None, None]
@@ -68,14 +68,14 @@ def select_blocks(
     config: NSAConfig,
     scale: float,
 ) -> Int[Array, "B T K S"]:
-    """The topk blocks of each query and KV head (NSA eq. 8 to 12)."""
+    """Selects the topk blocks of each query and KV head (NSA eq. 8 to 12)."""
     sees = _sees_window(rows, config.kernel_size, config.kernel_stride)
     logits = _logits(query, key, scale)
     lse = rearrange(lse, "b t (k g) -> b k g t 1", k=key.shape[2])
     lse = jnp.where(jnp.isneginf(lse), 0, lse).astype(logits.dtype)
     p = jnp.where(sees[:, None, None], jnp.exp(logits - lse), 0).sum(axis=2)  # [B, K, T, M]
 
-    # Window i is the units [i, i + l/d) of d tokens each, block j the units [j*b/d, (j+1)*b/d).
+    # In units of d tokens, window i covers [i, i + l/d) and block j covers [j*b/d, (j+1)*b/d).
     stride, per_block = config.kernel_stride, config.block_size // config.kernel_stride
     windows = describe_windows(rows, config.kernel_size, stride)
     unit = (windows.start[:, None, :] - rows.start[:, :, None])[..., None] // stride
@@ -94,7 +94,8 @@ def select_blocks(
     rank = jnp.where(candidate, jnp.where(forced, 2, 1), 0)[:, :, None, :]
     rank, block = jnp.broadcast_to(rank, score.shape), jnp.broadcast_to(block, score.shape)
     best = jnp.lexsort((block, -score, -rank), axis=-1)[..., : config.topk]
-    # blocks that may not be chosen go to the tail: number them past every other, sort, then -1
+    # Blocks that may not be chosen go to the tail: they are numbered past all others, sorted, and
+    # then replaced by -1.
     chosen = jnp.where(jnp.take_along_axis(rank, best, axis=-1) > 0, best, score.shape[-1])
     chosen = jnp.sort(chosen, axis=-1).astype(jnp.int32)
     chosen = jnp.where(chosen < score.shape[-1], chosen, -1)
@@ -117,7 +118,7 @@ def sliding_window_attention(query, key, value, rows: Rows, *, window_size, scal
 
 
 def _sees_token(rows: Rows) -> Bool[Array, "B T T"]:
-    """Causal, inside the query's own document, never to or from padding."""
+    """The causal mask within each document; padding neither sees nor is seen."""
     query, key = rows.token[:, :, None], rows.token[:, None, :]
     return rows.valid[:, :, None] & (key <= query) & (key >= rows.start[:, :, None])
 
@@ -140,9 +141,9 @@ def _attend(
     sees: Bool[Array, "B #K T S"],
     scale: float,
 ) -> tuple[Float[Array, "B T N E"], Float[Array, "B T N"]]:
-    """Softmax attention under a mask; a query that sees nothing gets 0 and lse -inf."""
-    # What nobody sees, and queries that see nothing, are cut off on the way in and on the way back,
-    # so that a NaN there cannot come back as 0 * NaN.
+    """Softmax attention under a mask; a query without visible keys gets 0 and lse -inf."""
+    # Keys that no query sees and queries that see no key are set to 0 in both directions, so that a
+    # NaN in them cannot reappear as 0 * NaN.
     seen = rearrange(sees.any(axis=2), "b k s -> b s k 1")
     key, value = jnp.where(seen, key, 0), jnp.where(seen, value, 0)
     sighted = rearrange(sees.any(axis=3), "b k t -> b t k 1")

@@ -1,4 +1,4 @@
-"""What this process runs on."""
+"""Versions of Python and of the packages that this process uses."""
 
 import importlib.metadata
 import platform
@@ -7,7 +7,7 @@ _PACKAGES = ("fsa-jax", "jax", "jaxlib", "flax", "optax", "grain", "orbax-checkp
 
 
 def versions() -> dict[str, str]:
-    """Versions of what decides the numbers of a run, by package name.
+    """Versions, by name, of Python and the packages that affect the results of a run.
 
     Example:
       >>> sorted(versions())[-1]

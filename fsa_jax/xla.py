@@ -1,16 +1,17 @@
-"""The portable implementation: plain XLA for any device, memory linear in the tokens.
+"""The portable implementation: plain XLA for any device, with memory linear in the tokens.
 
-Dataflow. Every function works on one flat axis H of (row, KV head) pairs. Two loops do the work,
-each with its own backward that recomputes the softmax:
+Dataflow. Every function works on one flat axis H of (sequence, KV head) pairs. Two loops do the
+work, and each has a backward pass that recomputes the softmax:
 
-* `range_attention`: a query sees one contiguous range of keys (compressed windows, or the
-  tokens of a sliding window). Tiles of queries walk the tiles of keys that any of them sees.
-* `block_attention`: a query sees a list of blocks. The (query, block) pairs are sorted by block
-  and cut into tiles of one block each; a tile gathers its queries, and merges its result into
-  running maxima, sums and outputs of those queries. No tile holds a query twice, and tiles run one
-  after another, so sums have a fixed order and no partial result is ever stored.
+* `range_attention`: each query sees one contiguous range of keys (compressed windows, or the
+  tokens of a sliding window). Each tile of queries loops over the tiles of keys that any of its
+  queries sees.
+* `block_attention`: each query sees a list of blocks. The (query, block) pairs are sorted by block
+  and divided into tiles of one block each. A tile gathers its queries and merges its result into
+  the running maxima, sums and outputs of these queries. No tile holds a query twice, and the tiles
+  run one after another, so sums have a fixed order and no partial result is stored.
 
-What a loop does with one tile stands in `xla_tiles.py`.
+`xla_tiles.py` holds the arithmetic of one tile.
 
 Shapes: B batch, T tokens, N query heads, K key/value heads, G = N/K, H = B*K, D and E head widths,
 M keys, S listed blocks, P = T*S pairs, R pairs of a tile.
@@ -29,18 +30,21 @@ from fsa_jax.semantics.segments import Rows, Windows
 from fsa_jax.semantics.selection_rule import block_ranks, group_weights, take_best
 from fsa_jax.xla_tiles import empty_state, finish, merge, merge_delta, row_numbers, tile_gradients
 
-# Tiles: large enough that the matmuls outweigh the loop, small enough to stay in cache and to skip
-# most of what is masked. The fastest of a few powers of two on two CPU cores, 512 to 8192 tokens.
+# Tile sizes: large enough that the matmuls outweigh the loop overhead, small enough that a tile
+# stays in cache and most masked pairs are skipped. These were the fastest of a few powers of two on
+# two CPU cores, at 512 to 8192 tokens.
 QUERY_TILE = 128
 KEY_TILE = 64
 PAIR_TILE = 128
 
 
 def range_attention(query, key, value, visible, *, scale):
-    """Attention of each query to the keys low .. high-1 of `visible` = (low, high) [B, T].
+    """Attention of each query to the keys low .. high-1, where `visible` = (low, high) [B, T].
+
+    There must be at least one key.
 
     Returns:
-      out [B, T, N, E] in the dtype of `query` and lse [B, T, N]. There must be a key.
+      out [B, T, N, E] in the dtype of `query` and lse [B, T, N].
     """
     kv_heads = key.shape[2]
     flat = _flatten(kv_heads, query, key, value, *visible)
@@ -51,7 +55,7 @@ def range_attention(query, key, value, visible, *, scale):
 def range_gradients(query, key, value, visible, lse, delta, dout, dlse, *, scale):
     """(dq, dk, dv) of `range_attention`, given delta = sum(out * dout) - dlse.
 
-    In float32 and float64, delta is computed again from `dlse`; see `xla_tiles.row_numbers`.
+    In float32 and float64, delta is recomputed with `dlse`; see `xla_tiles.row_numbers`.
     """
     kv_heads = key.shape[2]
     flat = _flatten(kv_heads, query, key, value, *visible)
@@ -63,7 +67,7 @@ def range_gradients(query, key, value, visible, lse, delta, dout, dlse, *, scale
 def block_attention(query, key, value, starts, offset, *, block_size, scale):
     """Attention of each query to the blocks that start at the tokens `starts` [B, T, K, S].
 
-    Query t is token offset[0] + t of the row of keys. Results as in `range_attention`.
+    Query t is token offset[0] + t of the key sequence. The results are as in `range_attention`.
     """
     kv_heads = key.shape[2]
     query, key, value = _flatten(kv_heads, query, key, value)
@@ -75,7 +79,7 @@ def block_attention(query, key, value, starts, offset, *, block_size, scale):
 def block_gradients(
     query, key, value, starts, offset, lse, delta, dout, dlse, *, block_size, scale
 ):  # fmt: skip
-    """(dq, dk, dv) of `block_attention`; arguments as in `range_gradients`."""
+    """(dq, dk, dv) of `block_attention`; the arguments are as in `range_gradients`."""
     kv_heads = key.shape[2]
     query, key, value = _flatten(kv_heads, query, key, value)
     starts = rearrange(starts, "b t k s -> (b k) t s")
@@ -94,12 +98,12 @@ def select_blocks(
     config: NSAConfig,
     scale: float,
 ) -> Int[Array, "B T K S"]:
-    """See fsa_jax.select_blocks. Scores exist for one tile of queries at a time.
+    """See fsa_jax.select_blocks. Scores are held for one tile of queries at a time.
 
-    `rows` and `windows` are those of the queries, which may be part of the row.
+    `rows` and `windows` describe the queries, which may be only part of the sequence.
     """
     length, kv_heads, slots = query.shape[1], key.shape[2], key.shape[1]
-    # the row of M windows has less than M + 1 strides of tokens
+    # a sequence with M windows has fewer than M + 1 strides of tokens
     blocks = config.num_blocks((slots + 1) * config.kernel_stride - 1)
     wide = wide_dtype(query)
     tile = min(QUERY_TILE, length)
@@ -109,7 +113,8 @@ def select_blocks(
         window = jnp.arange(slots, dtype=jnp.int32)[None, None]
         logits = scale * einsum("bqkgd,bmkd->bkgqm", query, key)
         lse = rearrange(lse, "b q k g -> b k g q").astype(wide)
-        # slot s holds window s - first of the query's document: align them, then hide the others
+        # Slot s holds window s - first of the query's document. The windows are aligned to the
+        # document, then those of other documents are masked.
         sees = (window >= first[..., None]) & (window < (first + visible)[..., None])
         p = group_weights(logits, lse, sees)
         if rows.packed:
@@ -128,14 +133,14 @@ def select_blocks(
 
 
 def _flatten(kv_heads, query, key, value, *ranges):
-    """Query [H, T, G, D], key and value [H, M, D or E], and [H, T] of arrays [B, T]."""
+    """Returns query [H, T, G, D], key and value [H, M, D or E], and arrays [B, T] as [H, T]."""
     keys = (rearrange(x, "b m k d -> (b k) m d") for x in (key, value))
     ranges = (repeat(x, "b t -> (b k) t", k=kv_heads) for x in ranges)
     return *_flatten_heads(kv_heads, query), *keys, *ranges
 
 
 def _flatten_heads(kv_heads, *arrays):
-    """[B, T, N, ...] to [H, T, G, ...]."""
+    """Reshapes [B, T, N, ...] to [H, T, G, ...]."""
     return tuple(rearrange(x, "b t (k g) ... -> (b k) t g ...", k=kv_heads) for x in arrays)
 
 
@@ -148,12 +153,12 @@ def _keys_back(kv_heads, x):
 
 
 def _pad_tokens(x: Array, missing: int) -> Array:
-    """`missing` more entries of zeros at the end of axis 1."""
+    """Appends `missing` zeros to axis 1."""
     return jnp.pad(x, ((0, 0), (0, missing)) + ((0, 0),) * (x.ndim - 2))
 
 
 def _tiles(x: Array, tile: int) -> Array:
-    """[B, T, ...] to [T/tile, B, tile, ...], the last tile filled with zeros."""
+    """Reshapes [B, T, ...] to [T/tile, B, tile, ...], with the last tile padded by zeros."""
     return rearrange(_pad_tokens(x, -x.shape[1] % tile), "b (n q) ... -> n b q ...", q=tile)
 
 
@@ -235,7 +240,7 @@ def _range_backward(scale, query, key, value, low, high, lse, delta, dout, dlse)
 
 
 def _key_tile_range(low, high, key_tile):
-    """First and one past the last tile of keys that any query of the tile sees."""
+    """The first and one past the last key tile that any query of the query tile sees."""
     some = high > low
     first = jnp.min(jnp.where(some, low, jnp.iinfo(low.dtype).max)) // key_tile
     last = (jnp.max(jnp.where(some, high, 0)) + key_tile - 1) // key_tile
@@ -250,7 +255,7 @@ def _key_tile(index, key_tile, key, value, low, high):
 
 
 def _add_slice(total: Array, part: Array, start) -> Array:
-    """total[:, start : start + size] += part, in place."""
+    """Computes total[:, start : start + size] += part in place."""
     old = jax.lax.dynamic_slice_in_dim(total, start, part.shape[1], axis=1)
     return jax.lax.dynamic_update_slice_in_dim(total, old + part, start, axis=1)
 
@@ -267,9 +272,10 @@ def _block_forward(
     starts: Int[Array, "H T S"],
     offset: Int[Array, ""],
 ) -> tuple[Float[Array, "H T G E"], Float[Array, "H T G"]]:
-    """Attention of query t to tokens up to offset + t of the blocks that start at starts[t]."""
+    """Attention of query t to the tokens up to offset + t in the blocks that start at starts[t]."""
     count, read_tile = _block_tiles(starts, offset, key.shape[1], block_size)
-    # room for the last block to pass the end of the row, and for the block of an empty tile
+    # The padding lets the last block extend past the end of the sequence, and provides the block
+    # that an empty tile reads.
     key, value = (_pad_tokens(x, block_size) for x in (key, value))
 
     def step(index, state):
@@ -320,12 +326,12 @@ def _block_backward(block_size, scale, query, key, value, starts, offset, lse, d
 
 
 def _block_tiles(starts: Int[Array, "H T S"], offset: Int[Array, ""], length: int, block_size: int):
-    """Sorts the pairs by block and cuts each block's pairs into tiles.
+    """Sorts the (query, block) pairs by block and divides the pairs of each block into tiles.
 
     Returns:
-      The number of tiles of the head that has most, and a function from a tile's number to its
-      tokens [H, R] (T where the tile has no more pairs), its block's first token [H] and the
-      visibility [H, R, block_size].
+      The largest number of tiles that any head has, and a function that maps the number of a tile
+      to its query tokens [H, R] (T where the tile has no more pairs), the first token of its block
+      [H] and the visibility mask [H, R, block_size].
     """
     heads, tokens, slots = starts.shape
     pairs = tokens * slots
@@ -339,7 +345,8 @@ def _block_tiles(starts: Int[Array, "H T S"], offset: Int[Array, ""], length: in
     run = jax.lax.cummax(jnp.where(opens, index, 0), axis=1)
     cuts = (start < length) & ((index - run) % tile == 0)
     number = jnp.cumsum(cuts, axis=1, dtype=jnp.int32) - 1
-    # every tile is full but the last of each block, and no more blocks than tokens are chosen
+    # Every tile is full except the last of each block, and at most as many blocks as tokens are
+    # chosen.
     bound = pairs // tile + min(length, pairs)
     first = jnp.full((heads, bound), pairs, jnp.int32)
     target = jnp.where(cuts, number, bound)
@@ -363,7 +370,7 @@ def _gather(x: Array, index: Int[Array, "H R"], fill=0) -> Array:
 
 
 def _scatter(x: Array, index: Int[Array, "H R"], new: Array) -> Array:
-    """Overwrites rows; the indices of one tile differ, but for those past the end, which drop."""
+    """Overwrites rows of `x`. The indices of one tile differ; those past the end are dropped."""
     write = lambda row, i, n: row.at[i].set(n, mode="drop")  # noqa: E731
     return jax.vmap(write)(x, index, new)
 

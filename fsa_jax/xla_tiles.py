@@ -1,10 +1,10 @@
 """The arithmetic of one tile of the portable implementation: some queries against some keys.
 
-What no pair of a tile sees is set to zero before use, so NaN and Inf in padding or in blocks that
-nobody chose can reach neither outputs nor gradients.
+Rows of a tile that belong to no visible pair are set to zero before use, so that NaN and Inf in
+padding or in unselected blocks can reach neither outputs nor gradients.
 
-Shapes: H pairs of a row and a KV head, Q queries of the tile, G query heads of a key head, M keys
-of the tile, D and E head widths.
+Shapes: H pairs of a sequence and a KV head, Q queries of the tile, G query heads of a key head, M
+keys of the tile, D and E head widths.
 """
 
 import jax.numpy as jnp
@@ -12,16 +12,17 @@ from jaxtyping import Array, Bool
 
 from fsa_jax.semantics.precision import einsum, wide_dtype
 
-# A matmul on a CPU may add up its float32 products one after the other: then its error grows with
-# their number, and a third faster in a tile that fills its vectors than in a row of odd length. So
-# sums are made of at least two parts, of at most so many products each.
+# A matmul on a CPU may add up its float32 products sequentially. Its error then grows with their
+# number, and grows a third faster in a tile that fills the vector registers than in one of odd
+# length. So each sum is split into at least two parts, of at most SUM_PART products each.
 SUM_PART = 16
 
 
 def empty_state(query: Array, width: int):
-    """Online softmax before the first tile: (max, sum, unnormalised out).
+    """The state of the online softmax before the first tile: (max, sum, unnormalised out).
 
-    Loops start from zeros_like(query), which under shard_map varies over the mesh as query does.
+    It is made by zeros_like(query), so that under shard_map it varies over the same mesh axes as
+    the query.
     """
     shape, wide = query.shape[:3], wide_dtype(query)
     total = jnp.zeros_like(query, wide, shape=shape)
@@ -29,13 +30,13 @@ def empty_state(query: Array, width: int):
 
 
 def _hide(visible: Bool[Array, "H Q M"], axis: int, *arrays: Array) -> tuple[Array, ...]:
-    """Zeroes the rows of [H, Q or M, ...] arrays that take no part in a visible pair."""
+    """Zeroes the rows of arrays [H, Q or M, ...] that belong to no visible pair."""
     keep = visible.any(axis=axis)
     return tuple(jnp.where(keep.reshape(*keep.shape, *(1,) * (x.ndim - 2)), x, 0) for x in arrays)
 
 
 def _products(equation: str, axis: str, x: Array, y: Array) -> Array:
-    """`einsum` of two arrays over their common axis, in float32 added up in parts."""
+    """Computes `einsum` over the common axis of two arrays; float32 is summed in parts."""
     subscripts, result = equation.split("->")
     subscripts = subscripts.split(",")
     places = [axes.index(axis) for axes in subscripts]
@@ -55,7 +56,7 @@ def _products(equation: str, axis: str, x: Array, y: Array) -> Array:
 
 
 def merge(state, query, key, value, visible, scale):
-    """One step of online softmax: folds a tile of keys into (max, sum, unnormalised out)."""
+    """One step of the online softmax: merges a tile of keys into (max, sum, unnormalised out)."""
     *softmax, out = state
     (query,) = _hide(visible, 2, query)
     key, value = _hide(visible, 1, key, value)
@@ -65,7 +66,7 @@ def merge(state, query, key, value, visible, scale):
 
 
 def _softmax_step(state, query, key, visible, scale):
-    """The new (max, sum), the weights of a tile's keys, and the factor of earlier sums."""
+    """The new (max, sum), the weights of the tile's keys, and the factor that rescales old sums."""
     top, total = state
     logits = scale * _products("hqgd,hmd->hqgm", "d", query, key)
     logits = jnp.where(visible[:, :, None], logits, -jnp.inf)
@@ -77,7 +78,7 @@ def _softmax_step(state, query, key, visible, scale):
 
 
 def finish(top, total, out, dtype):
-    """Normalises; a query that saw nothing has sum 0 and gets out 0 and lse -inf."""
+    """Normalises the output. A query without visible keys gets out 0 and lse -inf."""
     empty = total == 0
     total = jnp.where(empty, 1, total)
     lse = jnp.where(empty, -jnp.inf, top + jnp.log(total))
@@ -85,7 +86,7 @@ def finish(top, total, out, dtype):
 
 
 def merge_delta(state, query, key, value, cotangent, visible, scale):
-    """Like `merge`, with sum(p * dp) in place of the output; p and dp as in `tile_gradients`."""
+    """Like `merge`, but accumulates sum(p * dp), with p and dp as in `tile_gradients`."""
     *softmax, weighted = state
     query, cotangent = _hide(visible, 2, query, cotangent)
     key, value = _hide(visible, 1, key, value)
@@ -95,12 +96,13 @@ def merge_delta(state, query, key, value, cotangent, visible, scale):
 
 
 def row_numbers(query, lse, delta, dlse, recompute):
-    """What `tile_gradients` needs of the queries, [H, T, G] each.
+    """The numbers of each query that `tile_gradients` needs, [H, T, G] each.
 
-    The logsumexp and delta = sum(out * dout) - dlse are rounded, which costs digits that gradients
-    in 16 bits do not have. In float32 the error of dk was 4 times that of dense attention, and most
-    came from the first queries of a document: where ds = p * (dp - delta) is nearly 0, delta must
-    be rounded as dp is. So `recompute` folds `merge_delta` over all keys, from this state on.
+    The saved logsumexp and delta = sum(out * dout) - dlse carry rounding errors. These are
+    negligible for 16-bit gradients. In float32 they made the error of dk 4 times that of dense
+    attention, mostly through the first queries of a document: where ds = p * (dp - delta) is nearly
+    0, delta must be rounded in the same way as dp. So for wider dtypes `recompute` runs
+    `merge_delta` over all keys, starting from the state it is given.
     """
     zeros = jnp.zeros_like(lse)
     if query.dtype != lse.dtype:
@@ -110,9 +112,10 @@ def row_numbers(query, lse, delta, dlse, recompute):
 
 
 def tile_gradients(query, key, value, cotangent, rows, visible, scale):
-    """Gradients (dq, dk, dv) of one tile: with dp = do v^T, ds = p * (dp - delta + dlse).
+    """Gradients (dq, dk, dv) of one tile, with dp = do v^T and ds = p * (dp - delta + dlse).
 
-    `rows` = (top, total, delta, dlse) are numbers of the queries: p = exp(logits - top) / total.
+    `rows` = (top, total, delta, dlse) hold one number for each query, and
+    p = exp(logits - top) / total.
     """
     query, cotangent = _hide(visible, 2, query, cotangent)
     key, value = _hide(visible, 1, key, value)
@@ -122,8 +125,8 @@ def tile_gradients(query, key, value, cotangent, rows, visible, scale):
     dp = _products("hqge,hme->hqgm", "e", cotangent, value)
     ds = (scale * p * (dp - delta + dlse)).astype(key.dtype)
     dq = _products("hqgm,hmd->hqgd", "m", ds, key)
-    # The group is summed last: one matmul over queries and heads would add up G times as many
-    # float32 terms in a row, and on a GPU its error reached 4.6 times that of dense attention.
+    # The group is summed last. A single matmul over queries and heads would add up G times as many
+    # float32 terms sequentially; on a GPU its error reached 4.6 times that of dense attention.
     dk = _products("hqgm,hqgd->hgmd", "q", ds, query).sum(axis=1)
     dv = _products("hqgm,hqge->hgme", "q", p.astype(value.dtype), cotangent).sum(axis=1)
     return dq, dk, dv

@@ -1,6 +1,6 @@
-"""What users pass in: the types of arguments, the checks of them, and the messages of the checks.
+"""The types of the arguments of public functions, and checks with messages for users.
 
-The public functions and constructors call the checks first and pass on what these return: plain
-Python numbers and canonical arrays. `types` and `scalars` import nothing of this package, so that
-configurations use them; `checks` knows the configurations too.
+The public functions and constructors first call the checks, then work with the plain Python numbers
+and canonical arrays that the checks return. `types` and `scalars` import nothing else from this
+package, so that configurations can use them; `checks` imports the configurations too.
 """

@@ -1,4 +1,7 @@
-"""Argument checks of the public functions. Each message names the argument, its value, the rule."""
+"""Argument checks of the public functions.
+
+Each message names the argument, its value and the rule.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +21,7 @@ FLOATS = ("float16", "bfloat16", "float32", "float64")
 
 
 def array(name: str, x, axes: str, empty: str = "") -> jax.Array:
-    """`x` as an array with one axis for each letter of `axes`; only the axis `empty` may be 0."""
+    """Returns `x` as an array whose axes are named by `axes`; only axis `empty` may have size 0."""
     if not isinstance(x, jax.Array | np.ndarray):
         raise ValueError(f"{name} must be an array of shape [{axes}], got {type(x).__name__}")
     _check_shape(name, x, axes, empty)
@@ -33,7 +36,7 @@ def _check_shape(name: str, x, axes: str, empty: str = "") -> None:
 
 
 def floating(name: str, x, axes: str, empty: str = "") -> jax.Array:
-    """Like `array`, of a dtype that the attention functions compute with."""
+    """Like `array`, for a dtype that the attention functions support."""
     dtype = getattr(x, "dtype", None)
     if isinstance(x, jax.Array | np.ndarray):
         _check_shape(name, x, axes, empty)
@@ -43,7 +46,7 @@ def floating(name: str, x, axes: str, empty: str = "") -> jax.Array:
 
 
 def same_dtype(**arrays) -> None:
-    """All the arrays have the dtype of the first."""
+    """Checks that all arrays have the dtype of the first."""
     (first, x), *others = arrays.items()
     for name, other in others:
         if other.dtype != x.dtype:
@@ -53,7 +56,7 @@ def same_dtype(**arrays) -> None:
 
 
 def same_axes(axes: str, **arrays) -> None:
-    """All the arrays agree on their leading axes, as many as `axes` names."""
+    """Checks that all arrays agree on the leading axes that `axes` names."""
     count = len(axes.split())
     (first, x), *others = arrays.items()
     for name, other in others:
@@ -65,7 +68,7 @@ def same_axes(axes: str, **arrays) -> None:
 
 
 def grouped(query, key, value, prefix: str = "") -> None:
-    """Key and value belong together, and their heads divide the query heads."""
+    """Checks that key and value have matching shapes, and that their heads divide the query's."""
     if query.shape[3] != key.shape[3]:
         raise ValueError(
             f"query and {prefix}key must have one head width, got {query.shape[3]} and "
@@ -80,7 +83,7 @@ def grouped(query, key, value, prefix: str = "") -> None:
 
 
 def same_widths(**arrays) -> None:
-    """All the arrays have the last axis of the first."""
+    """Checks that all arrays have the same last axis as the first."""
     (first, x), *others = arrays.items()
     for name, other in others:
         if other.shape[-1] != x.shape[-1]:
@@ -91,7 +94,7 @@ def same_widths(**arrays) -> None:
 
 
 def window_count(name: str, x, length: int, kernel_stride: int) -> None:
-    """One slot for every kernel_stride tokens, as `compress` lays them out."""
+    """Checks that there is one slot for every kernel_stride tokens, as `compress` lays them out."""
     if x.shape[1] != length // kernel_stride:
         raise ValueError(
             f"{name} must have T // kernel_stride = {length} // {kernel_stride} = "
@@ -100,7 +103,7 @@ def window_count(name: str, x, length: int, kernel_stride: int) -> None:
 
 
 def rank(x) -> int | None:
-    """Number of axes of an array or of lists in lists; None of what is neither."""
+    """The number of axes of an array or of nested lists; None for anything else."""
     if isinstance(x, list | tuple):
         inner = rank(x[0]) if x else 0
         return 1 + (inner or 0)
@@ -108,11 +111,11 @@ def rank(x) -> int | None:
 
 
 def integers(name: str, x, axes: str, *, empty: str = "", saturate: bool = False) -> jax.Array:
-    """`x`, integers of any dtype in an array or in lists, as int32; only the axis `empty` may be 0.
+    """Converts integers of any dtype, in an array or in lists, to int32.
 
-    Numbers that int32 does not hold are refused where the values are known, that is outside jit.
-    Where they are not, or with `saturate`, the nearest number of int32 stands for them: the same
-    to whoever asks only whether a number is in some range.
+    Only axis `empty` may have size 0. Outside jit, where the values are known, integers that do not
+    fit into int32 raise an error. Inside jit, or with `saturate`, they are clipped to int32, which
+    makes no difference to a caller that only tests whether a number lies in some range.
     """
     x = _integers(name, x, axes, empty)
     if not _is_wide(x):
@@ -120,18 +123,18 @@ def integers(name: str, x, axes: str, *, empty: str = "", saturate: bool = False
     if x.size and is_known(x) and not saturate:
         _check_fits(name, x)
     limits = np.iinfo(np.int32)
-    clip = jnp.clip if isinstance(x, jax.Array) else np.clip  # jnp may cut 64 bits off before
+    clip = jnp.clip if isinstance(x, jax.Array) else np.clip  # jnp may truncate to 32 bits first
     x = clip(x, max(limits.min, int(jnp.iinfo(x.dtype).min)), limits.max)
     return jnp.asarray(x.astype(np.int32))
 
 
 def _integers(name: str, x, axes: str, empty: str = "") -> jax.Array | np.ndarray:
-    """`x` as an array of integers, in its own dtype."""
+    """Returns `x` as an array of integers, without changing its dtype."""
     wanted = f"{name} must be an integer array of shape [{axes}]"
     if isinstance(x, list | tuple):
         try:
             x = np.asarray(x)
-        except (TypeError, ValueError) as error:  # rows of different lengths; arrays inside jit
+        except (TypeError, ValueError) as error:  # lists of different lengths; arrays inside jit
             raise ValueError(f"{wanted}, or lists of Python integers, got {short(x)}") from error
     elif not isinstance(x, jax.Array | np.ndarray):
         raise ValueError(f"{wanted}, got {type(x).__name__}")
@@ -147,12 +150,12 @@ def _integers(name: str, x, axes: str, empty: str = "") -> jax.Array | np.ndarra
 
 
 def _is_wide(x) -> bool:
-    """Whether the dtype of integers has numbers that int32 has not."""
+    """Whether the integer dtype of `x` has values above the range of int32."""
     return jnp.iinfo(x.dtype).max > jnp.iinfo(jnp.int32).max
 
 
 def is_known(*arrays) -> bool:
-    """Whether the values of arrays can be read here: not inside jit, nor on other hosts alone."""
+    """Whether the values can be read: the arrays are not traced and fully addressable here."""
     return not any(isinstance(x, Tracer) for x in arrays) and all(
         isinstance(x, np.ndarray) or x.is_fully_addressable for x in arrays
     )
@@ -169,7 +172,7 @@ def _check_fits(name: str, x) -> None:
 
 
 def axis_name(axis) -> str:
-    """The name of a mesh axis that splits the tokens, where one is given."""
+    """Checks and returns the name of a mesh axis that splits the tokens."""
     if not isinstance(axis, str):
         raise ValueError(
             f"sequence_axis must be None or the name of a mesh axis, got {short(axis)}"
@@ -178,7 +181,7 @@ def axis_name(axis) -> str:
 
 
 def sequence(axis, has_batch: bool, length: int, stride: int) -> None:
-    """The name of a mesh axis that splits rows of `length` tokens; rows come in a batch."""
+    """Checks that a mesh axis can split sequences of `length` tokens, which must be batched."""
     axis_name(axis)
     if not has_batch:
         raise ValueError(f"arrays must have a batch axis with sequence_axis={axis!r}, got none")
@@ -190,7 +193,7 @@ def sequence(axis, has_batch: bool, length: int, stride: int) -> None:
 
 
 def absent(when: str, **arguments) -> None:
-    """All the arguments are None, as they must be in such a call."""
+    """Checks that all the arguments are None, as this kind of call requires."""
     for name, value in arguments.items():
         if value is not None:
             got = getattr(value, "shape", value)
@@ -198,7 +201,7 @@ def absent(when: str, **arguments) -> None:
 
 
 def float_dtype(name: str, value) -> jnp.dtype:
-    """A dtype that the attention functions compute with, and that arrays can have now."""
+    """Checks for a dtype that the attention functions support and that arrays can now have."""
     try:
         dtype = None if value is None else jnp.dtype(value)
     except TypeError:  # not a dtype
@@ -212,10 +215,10 @@ def float_dtype(name: str, value) -> jnp.dtype:
 
 
 def scale(value, width: int) -> float:
-    """The factor of the logits: by default one over the square root of the head width."""
+    """The factor of the logits, by default one over the square root of the head width."""
     if value is None:
         return width**-0.5
-    most = float(np.finfo(np.float32).max)  # larger ones are infinite where they are used
+    most = float(np.finfo(np.float32).max)  # a larger scale overflows to infinity in float32
     rule = "None or a finite number, not an array"
     return number("scale", value, rule, lambda x: -most <= x <= most)
 
@@ -227,21 +230,21 @@ def config(value, name: str = "config") -> NSAConfig:
 
 
 def batched(x, axes: str) -> bool:
-    """Whether `x` comes with a batch axis before `axes`; a wrong rank counts as batched."""
+    """Whether `x` has a batch axis before `axes`; any unexpected rank counts as batched."""
     return rank(x) != len(axes.split())
 
 
 def with_batch(name: str, x, axes: str, has_batch: bool, empty: str = "") -> jax.Array:
-    """`x` checked, with a batch axis added if the arrays of this call come without."""
+    """Checks `x`, and adds a batch axis if the arrays of this call have none."""
     x = floating(name, x, f"B {axes}" if has_batch else axes, empty)
     return x if has_batch else x[None]
 
 
 def attention_arrays(query, key, value, kernel_stride: int | None = None):
-    """Canonical, checked arrays of an attention; keys are compressed if a stride is given.
+    """Checks the arrays of an attention call; the keys are compressed if a stride is given.
 
     Returns:
-      query, key and value with a batch axis, and whether there was a batch.
+      query, key and value with a batch axis, and whether the arguments had one.
     """
     prefix = "" if kernel_stride is None else "compressed_"
     tokens = "T" if kernel_stride is None else "M"
@@ -259,7 +262,7 @@ def attention_arrays(query, key, value, kernel_stride: int | None = None):
 
 
 def gates(gates, query: jax.Array, has_batch: bool) -> jax.Array:
-    """Gates with a batch axis: one triple for each query head, or one for each token."""
+    """Checks the gates and adds a batch axis: a triple for each query head, or for each token."""
     gates = with_batch("gates", gates, "T N 3", has_batch)
     batch, length, heads, _ = query.shape
     if gates.shape not in ((batch, length, heads, 3), (batch, length, 1, 3)):
@@ -271,10 +274,10 @@ def gates(gates, query: jax.Array, has_batch: bool) -> jax.Array:
 
 
 def ids(segment_ids, shape: tuple[int, ...] | None, has_batch: bool) -> jax.Array | None:
-    """Segment ids [B, T], of rows [B, T] if given: int32, or as they are where that may not do.
+    """Checks segment ids [B, T], against `shape` if given, and converts them to int32 if possible.
 
-    Their sign and size are checked where their values are known, that is outside jit. Inside jit a
-    negative id is padding, and a dtype wider than int32 stays, so that no two ids become one.
+    Outside jit, where the values are known, their sign and size are checked. Inside jit a negative
+    id counts as padding, and a dtype wider than int32 is kept, so that no two ids become equal.
     """
     if segment_ids is None:
         return None
@@ -292,16 +295,16 @@ def ids(segment_ids, shape: tuple[int, ...] | None, has_batch: bool) -> jax.Arra
 
 
 def rows(x: jax.Array, segment_ids, has_batch: bool) -> Rows:
-    """The documents of the rows of `x` [B, T, ...]; see `ids`."""
+    """The documents of the sequences of `x` [B, T, ...]; see `ids`."""
     return describe_rows(ids(segment_ids, x.shape[:2], has_batch), *x.shape[:2])
 
 
 def tokens(name: str, ids: jax.Array, vocab_size: int, valid: jax.Array) -> jax.Array:
-    """Token ids where `valid`, in 0 .. vocab_size - 1; anything may stand elsewhere.
+    """Checks that token ids are in 0 .. vocab_size - 1 wherever `valid`; others may be anything.
 
-    Values are checked where they are known, that is outside jit. The ids that come back are never
-    negative, which would count from the end of the vocabulary: whoever looks up a wrong one in jit
-    gets NaN.
+    Values are checked outside jit, where they are known. A negative index would count from the end
+    of the vocabulary, so negative ids are replaced by vocab_size: inside jit, the lookup of a wrong
+    id gives NaN.
     """
     if is_known(ids, valid):
         here, there = np.asarray(ids), np.asarray(valid)
@@ -321,7 +324,7 @@ def parameter(name: str, value, x: jax.Array, shape: tuple[int, ...]) -> jax.Arr
 
 
 def tuning(tuning, implementation: str | None) -> SelectedTuning | None:
-    """None or a SelectedTuning, for an implementation that has kernels to tune."""
+    """Checks for None, or a SelectedTuning with an implementation that has kernels to tune."""
     if tuning is None:
         return None
     if not isinstance(tuning, SelectedTuning):

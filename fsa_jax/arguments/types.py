@@ -1,4 +1,4 @@
-"""What arguments of public functions may be, for type checkers: names of choices, and arrays."""
+"""Types of the arguments of public functions, for type checkers: literal choices and arrays."""
 
 from collections.abc import Sequence
 from typing import Literal
@@ -7,17 +7,17 @@ import numpy as np
 from jax import Array
 
 Implementation = Literal["triton", "mosaic_gpu", "triton_interpret", "xla", "reference"]
-"""What computes attention; `fsa_jax.explain` says which of them None means."""
+"""The implementations of attention; `fsa_jax.explain` says which one None stands for."""
 
 DenseImplementation = Literal[Implementation, "cudnn"]
-"""The same of `fsa_jax.causal_attention`."""
+"""The implementations of `fsa_jax.causal_attention`."""
 
 CompressionMethod = Literal["linear", "weighted", "mean", "mlp"]
-"""How a window of tokens becomes one key or value, see `fsa_jax.compress`."""
+"""How a window of tokens is mapped to one key or value; see `fsa_jax.compress`."""
 
 AnyArray = Array | np.ndarray
 IntegerList = Sequence[int] | Sequence[Sequence[int]]
-"""Segment ids, positions or tokens in Python lists: of one row, or of rows of one length."""
+"""Segment ids, positions or tokens in Python lists: one sequence, or several of equal length."""
 
 IntLike = int | np.integer
 FloatLike = float | np.floating | np.integer
