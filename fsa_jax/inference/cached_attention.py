@@ -1,18 +1,20 @@
 """Attention of new tokens to a cache.
 
 A query at position t of its sequence sees the windows, blocks and tokens that the definition gives
-it, whatever the call is that brings it. There are two ways to compute that, by the number of
-tokens that a sequence gets in the call:
+it, however its sequence is divided into calls. There are two methods, and the number of new tokens
+of a sequence in the call decides between them:
 
-* few (decoding, and drafts to verify): a query reads the blocks in its list, the window and the
-  compressed keys, page by page. That is topk * block_size + window_size + T / kernel_stride
-  entries a token, and never the whole cache. On a GPU that is `decode_step.py`; elsewhere
-  dense products over what was gathered, since a loop over tiles would be more steps than work.
-* many (a chunk of a long prompt): neighbours choose the same blocks, and a copy of them for each
-  query would be topk * block_size times the chunk. So the keys of each sequence are copied once
-  into a row, and the computations of training (`fsa_jax.ops`, with their kernels) serve it. The
-  rows are laid out so that the chunks of all sequences start at the same token, however many
-  tokens came before: then a batch of sequences of different lengths is a packed row each.
+* Few tokens (decoding, and verification of drafts): each query reads its selected blocks, the
+  window and the compressed keys page by page. That is topk * block_size + window_size +
+  T / kernel_stride entries for each token, never the whole cache. On a GPU, `decode_step.py` does
+  this. Elsewhere the entries are gathered and dense products taken, since so little work does not
+  pay for a loop over tiles.
+* Many tokens (a chunk of a long prompt): neighbouring queries select the same blocks, and a copy of
+  them for each query would have topk * block_size times the size of the chunk. So the keys of each
+  sequence are copied once into a contiguous array, and the operations of training (`fsa_jax.ops`
+  with its kernels) run on it. In this layout the chunks of all sequences start at the same token,
+  however many tokens precede them, so a batch of sequences of different lengths is one packed
+  sequence each.
 
 Shapes: B sequences, n tokens of a chunk, N query heads, K key/value heads, G = N/K, D and E head
 widths, m keys, S selected blocks, p tokens of a page, which is a block.
@@ -38,12 +40,12 @@ from fsa_jax.semantics import segments
 from fsa_jax.semantics.precision import einsum, wide_dtype
 from fsa_jax.semantics.segments import Rows, Windows
 
-#: The most tokens of a sequence in a call that are few: drafts are fewer, chunks of a prompt are
-#: hundreds.
+#: The most new tokens of a sequence for which a call counts as decoding: drafts have fewer tokens,
+#: and chunks of a prompt have hundreds.
 FEW = 16
 
-#: Queries whose blocks are gathered at a time: 64 of the default config, 8 heads of width 128 in
-#: bfloat16, take 268 MB.
+#: The number of queries whose blocks are gathered at a time. 64 queries with the default config and
+#: 8 heads of width 128 in bfloat16 take 268 MB.
 _GATHERED = 64
 
 
@@ -52,7 +54,7 @@ _block_attention: Any = block_attention
 
 
 class Branches(NamedTuple):
-    """Results of the three branches, [B, n, N, E] each."""
+    """Outputs of the three branches, [B, n, N, E] each."""
 
     compressed: Float[Array, "B n N E"]
     selected: Float[Array, "B n N E"]
@@ -62,7 +64,7 @@ class Branches(NamedTuple):
 def backend_of(
     implementation: str | None, query: Float[Array, "B n N D"], cache: KVCache
 ) -> Backend:
-    """The backend that serves queries of this shape.
+    """Chooses the backend for queries of this shape.
 
     Raises:
       NotImplementedError: the named implementation cannot serve them.
@@ -97,15 +99,15 @@ def attend(
     scale: float,
     backend: Backend,
 ) -> Branches:
-    """The branches of queries whose keys are in the cache.
+    """The outputs of the three branches, for queries whose keys are already in the cache.
 
     Args:
-      query: after RoPE.
-      cache: with the keys and values of the chunk.
-      chunk: where the queries stand.
+      query: queries after RoPE.
+      cache: a cache that already holds the keys and values of the chunk.
+      chunk: positions of the queries.
       layer: number of the layer.
       scale: factor of the logits.
-      backend: of `backend_of`.
+      backend: the result of `backend_of`.
     """
     if query.shape[1] > FEW:
         return _many(query, cache, chunk, layer, scale, backend)
@@ -129,7 +131,7 @@ def attend_full(
     scale: float,
     backend: Backend,
 ) -> Float[Array, "B n N E"]:
-    """Causal attention to all tokens of the sequences; arguments as in `attend`."""
+    """Causal attention to all tokens of the sequences; the arguments are as in `attend`."""
     length, capacity = query.shape[1], cache.capacity
     first = jnp.zeros_like(chunk.first)
     key, value = (
@@ -148,7 +150,7 @@ def attend_full(
 
 
 class _Seen(NamedTuple):
-    """The compressed keys and values of each sequence, and what its queries see of them."""
+    """The compressed keys and values of each sequence, and which of them its queries see."""
 
     key: Float[Array, "B M K D"]
     value: Float[Array, "B M K E"]
@@ -159,7 +161,7 @@ class _Seen(NamedTuple):
 def _compressed(cache: NSACache, chunk: Chunk, layer) -> _Seen:
     stride = cache.config.kernel_stride
     key, value = cache.read_compressed(layer, chunk, cache.windows)
-    # the documents as the chunk's first token sees them: they began that many tokens before it
+    # Token indices count from the chunk's first token, so the documents start before index 0.
     start = jnp.broadcast_to(-chunk.first[:, None], chunk.position.shape)
     end = jnp.broadcast_to((chunk.stop - chunk.first)[:, None], start.shape)
     visible = jnp.where(chunk.valid, cache.windows_before(chunk.position + 1), 0)
@@ -193,7 +195,7 @@ def _few(query, cache: NSACache, chunk: Chunk, layer, *, scale: float) -> Branch
 
 
 def _until(stop: Int[Array, "B n"], count: int) -> Bool[Array, "B n m"]:
-    """Which of `count` keys are before each query's `stop`."""
+    """The mask of `count` keys that are before each query's `stop`."""
     return jnp.arange(count, dtype=jnp.int32)[None, None] < stop[..., None]
 
 
@@ -212,7 +214,7 @@ def _softmax(
     visible: Bool[Array, "B #K n m"],
     scale: float,
 ) -> tuple[Float[Array, "B K n G E"], Float[Array, "B K n G"]]:
-    """Softmax attention; 0 and -inf for a query that sees nothing."""
+    """Softmax attention; a query without visible keys gets out 0 and lse -inf."""
     logits = scale * einsum("bkngd,bkmd->bkngm", query, key)
     logits = jnp.where(visible[:, :, :, None], logits, -jnp.inf)
     top = logits.max(axis=-1)
@@ -227,13 +229,13 @@ def _softmax(
 
 
 def _listed(query, cache: NSACache, chunk: Chunk, layer, blocks: Int[Array, "B n K S"], scale):
-    """Attention of a few queries to the blocks of their lists, each gathered from its page."""
+    """Attention of a few queries to their listed blocks, which are gathered from their pages."""
     kv_heads, size = cache.key.shape[2], cache.page_size
     pages, head = cache.pages(layer), jnp.arange(kv_heads, dtype=jnp.int32)[None, :, None, None]
     place = jnp.arange(size, dtype=jnp.int32)[None, None, None]
 
     def one(arrays):
-        """A token of every sequence: query [B, K, G, D], blocks [B, K, S], position [B]."""
+        """One token of each sequence: query [B, K, G, D], blocks [B, K, S], position [B]."""
         query, blocks, position = arrays
         batch = blocks.shape[0]
         listed = jnp.maximum(blocks, 0).reshape(batch, -1)
@@ -242,7 +244,7 @@ def _listed(query, cache: NSACache, chunk: Chunk, layer, blocks: Int[Array, "B n
         visible = (blocks[..., None] >= 0) & (token <= position[:, None, None, None])
 
         def gather(pool):
-            # what the query cannot see may be what another sequence left, NaN say
+            # entries that the query cannot see may be left over from another sequence, such as NaN
             x = jnp.where(visible[..., None], pool[page, place, head], 0)
             return rearrange(x, "b k s p d -> b k (s p) d")
 
@@ -268,7 +270,7 @@ def _nearby(cache: NSACache, chunk: Chunk, layer, reach: int):
 
 
 def _window(cache: NSACache, chunk: Chunk, reach: int):
-    """The range of `_nearby` tokens that each query's window shows."""
+    """The range of each query's sliding window, in indices of the tokens of `_nearby`."""
     oldest = jnp.maximum(chunk.position - (cache.config.window_size - 1), 0)
     low = oldest - chunk.first[:, None] + reach
     high = chunk.position + 1 - chunk.first[:, None] + reach
@@ -282,7 +284,7 @@ def _many(query, cache: NSACache, chunk: Chunk, layer, scale: float, backend) ->
     config, static = cache.config, {"backend": backend, "scale": scale}
     seen = _compressed(cache, chunk, layer)
     visible = segments.visible_windows(seen.windows)
-    # a window is seen from its last token on
+    # queries see a window from its last token on
     seers = _seers(seen.windows.start + (config.kernel_size - 1), chunk)
     spec, ranges = RangeSpec(**static, branch="compressed"), Ranges(visible, seers)
     compressed, lse = _range_attention(spec, query, seen.key, seen.value, ranges)
@@ -300,9 +302,9 @@ def _many(query, cache: NSACache, chunk: Chunk, layer, scale: float, backend) ->
 
 
 def _seers(place: Int[Array, "B m"], chunk: Chunk) -> tuple[Array, Array]:
-    """The range of queries at or after each place; places count from the chunk's first token.
+    """The range of queries at or after each place, counted from the chunk's first token.
 
-    Empty where the place is before the sequence.
+    The range is empty where the place is before the start of the sequence.
     """
     added = (chunk.stop - chunk.first)[:, None]
     there = place >= -chunk.first[:, None]
@@ -310,10 +312,10 @@ def _seers(place: Int[Array, "B m"], chunk: Chunk) -> tuple[Array, Array]:
 
 
 def _listed_in_row(query, cache: NSACache, chunk: Chunk, layer, blocks, static):
-    """Attention of many queries to listed blocks, in a copy of each sequence's tokens.
+    """Attention of many queries to listed blocks, in a contiguous copy of each sequence's tokens.
 
-    The copy is a row in which the chunk starts at token `capacity` for every sequence, and the
-    sequence as many tokens before it as it has.
+    In the copy the chunk starts at token `capacity` for every sequence, and the cached tokens of
+    the sequence immediately precede it.
     """
     size, begin = cache.page_size, cache.capacity
     length = begin + query.shape[1]

@@ -1,10 +1,10 @@
-"""A step of decoding: the three branches of queries whose keys and values are already in the cache.
+"""A decoding step: the three branches for queries whose keys and values are already in the cache.
 
-Three passes over memory, each split over the whole card by the kernels of `fsa_jax.pallas.decode`:
-the compressed keys of all windows with their values, whose logits choose the blocks; the chosen
-blocks; the tokens of the window. Bytes a query: K*(D + E) elements for each of T/d windows, S*p
-tokens of blocks and window_size tokens, instead of those of T tokens. The logits of the compressed
-keys, 8*N*T/d bytes written and read, stay in L2.
+A step makes three passes over memory, each split over the whole GPU by the kernels of
+`fsa_jax.pallas.decode`: the compressed keys of all windows with their values, whose logits choose
+the blocks; the chosen blocks; and the tokens of the window. A query reads K*(D + E) elements for
+each of T/d windows, S*p tokens of blocks and window_size tokens, instead of for each of T tokens.
+The logits of the compressed keys, 8*N*T/d bytes written and read, stay in L2.
 
 Shapes: B sequences, n queries of each, N query heads, K key/value heads, E head width of values, T
 tokens of a sequence, d kernel_stride, p block_size, S selected blocks.
@@ -28,18 +28,18 @@ def attend(
     scale: float,
     interpret: bool = False,
 ) -> tuple[Branches, Int[Array, "B n K S"]]:
-    """What the queries attend to, and the blocks that were selected.
+    """Computes the attention outputs of the three branches, and the selected blocks.
 
     Args:
-      query: after RoPE.
-      cache: holds the keys and values of all tokens up to the queries' own.
-      chunk: where the queries stand; the results of those that are not there are 0.
+      query: queries after RoPE.
+      cache: holds the keys and values of all tokens up to and including those of the queries.
+      chunk: positions of the queries; the results of queries that are not valid are 0.
       layer: number of the layer.
       scale: factor of the logits.
-      interpret: run the kernels in interpret mode.
+      interpret: whether to run the kernels in interpret mode.
 
     Returns:
-      (compressed, selected, window) in the dtype of `query`, and the lists.
+      (compressed, selected, window) in the dtype of `query`, and the lists of selected blocks.
     """
     config, pages = cache.config, cache.pages(layer)
     kv_heads = cache.key.shape[2]
@@ -51,7 +51,7 @@ def attend(
         logits=True, **options,
     )  # fmt: skip
     assert logits is not None
-    own = last // config.block_size  # -1 of a query that is not there
+    own = last // config.block_size  # -1 for a query that is not valid
     blocks = selection.select_blocks(
         logits, lse, visible, own, config=config, kv_heads=kv_heads, interpret=interpret
     )
@@ -61,7 +61,7 @@ def attend(
     key = cache.key if cache.window_key is None else cache.window_key
     value = cache.value if cache.window_value is None else cache.window_value
     low = jnp.maximum(last - (config.window_size - 1), 0)
-    most = config.window_size + query.shape[1] - 1  # the queries of a sequence follow one another
+    most = config.window_size + query.shape[1] - 1  # a sequence's queries are adjacent
     window, _, _ = attention.range_attention(
         query, key, value, pages, low, last + 1, most=most, **options
     )

@@ -1,15 +1,16 @@
 """Caches of keys and values for inference: pages, a page table, and lengths.
 
-Keys and values stand in pages of `page_size` tokens. A sequence has a list of pages, its row of the
-page table; token t of it is in place t % page_size of page number t // page_size. So sequences come
-and go without a move of memory, and a cache whose pages follow one another is the special case that
-`init` makes unless it is given a number of pages.
+Keys and values are stored in pages of `page_size` tokens. A sequence has a list of pages, which is
+its row of the page table; its token t is at index t % page_size of page number t // page_size.
+Sequences can therefore be added and removed without moving memory. Unless `init` is given a number
+of pages, it makes the special case in which the pages of each sequence are contiguous.
 
-Pages of all layers stand in one array, layer after layer: a scan over layers carries that array and
-writes into it in place, and a layer reads it through the page table plus its first page.
+The pages of all layers are stored in one array, layer after layer. A scan over layers carries that
+array and writes into it in place, and each layer reads it through the page table, offset by the
+first page of the layer.
 
-Whether `rewind` may take tokens back depends on what earlier calls did, so a cache keeps count of
-that, also inside jit, where no error can be raised: a sequence that went too far back is `lost`.
+Whether `rewind` may remove tokens depends on what earlier calls did. The cache keeps count of that
+inside jit too, where no error can be raised: a sequence that went back too far is marked `lost`.
 
 Shapes: B sequences, J pages that a sequence may have, P pages of all layers, p tokens of a page, K
 key/value heads, D and E head widths, L layers, n tokens of a chunk, l kernel_size, d kernel_stride.
@@ -33,11 +34,11 @@ STATIC: Any = {"static": True}
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Chunk:
-    """Where the tokens of a call stand in their sequences.
+    """The positions of the tokens of a call in their sequences.
 
     Attributes:
       position: int32 [B, n], positions in the sequences.
-      valid: bool [B, n], tokens that are there: the first few of each row.
+      valid: bool [B, n], False at padding, which follows the tokens of each sequence.
     """
 
     position: Int[Array, "B n"]
@@ -45,30 +46,30 @@ class Chunk:
 
     @property
     def first(self) -> Int[Array, " B"]:
-        """Tokens of each sequence before the call."""
+        """The number of tokens of each sequence before the call."""
         return self.position[:, 0]
 
     @property
     def stop(self) -> Int[Array, " B"]:
-        """Tokens of each sequence after the call."""
+        """The number of tokens of each sequence after the call."""
         return self.first + jnp.sum(self.valid, axis=1, dtype=jnp.int32)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class KVCache:
-    """Keys and values of full attention.
+    """The keys and values of full attention.
 
     Attributes:
       key: [P, p, K, D], after RoPE.
       value: [P, p, K, E].
-      page_table: int32 [B, J], pages of each sequence in the order of its tokens, then -1.
-      lengths: int32 [B], tokens of each sequence.
-      lost: bool [B], sequences of which a call inside jit took back more than it may, or that
-        `advance` moved by a chunk of another cache. Until such a sequence is emptied (`fresh=True`,
-        `release`) nothing is stored, layers and models give NaN for it, and outside jit `place` and
-        `rewind` raise.
-      layers: L; P is L times the number of pages that a layer has.
+      page_table: int32 [B, J], the pages of each sequence in the order of its tokens, then -1.
+      lengths: int32 [B], the number of tokens of each sequence.
+      lost: bool [B], True for a sequence from which a call inside jit removed more tokens than
+        allowed, or which `advance` moved by a chunk of another cache. Until such a sequence is
+        emptied (`fresh=True`, `release`), nothing is stored for it, layers and models return NaN
+        for it, and outside jit `place` and `rewind` raise an error.
+      layers: L; P is L times the number of pages of a layer.
     """
 
     key: Float[Array, "P p K D"]
@@ -91,21 +92,21 @@ class KVCache:
         num_pages: int | None = None,
         layers: int = 1,
     ) -> Self:
-        """An empty cache; a layer's or a model's `init_cache` gives the sizes by itself.
+        """An empty cache; `init_cache` of a layer or a model calls this with the right sizes.
 
         Args:
-          batch: sequences B.
-          capacity: tokens that a sequence may have; rounded up to whole pages.
+          batch: number of sequences B.
+          capacity: the most tokens that a sequence can have; it is rounded up to whole pages.
           num_kv_heads: K.
           head_dim: D and E.
-          dtype: of keys and values, one that the attention functions compute with.
+          dtype: dtype of keys and values, one that the attention functions support.
           page_size: tokens of a page.
-          num_pages: pages of a layer, which a `PageAllocator` hands out; None: every sequence has
-            its pages from the start.
+          num_pages: pages of a layer, which a `PageAllocator` assigns to sequences; None: every
+            sequence has all its pages from the start.
           layers: L.
 
         Raises:
-          ValueError: a size is not a positive integer, or the dtype is another.
+          ValueError: a size is not a positive integer, or the dtype is not supported.
         """
         places = init_places(batch, capacity, page_size, num_pages)
         layers = checks.size("layers", layers)
@@ -118,42 +119,42 @@ class KVCache:
 
     @property
     def page_size(self) -> int:
-        """Tokens of a page."""
+        """The number of tokens of a page."""
         return self.key.shape[1]
 
     @property
     def capacity(self) -> int:
-        """Tokens that a sequence may have."""
+        """The most tokens that a sequence can have."""
         return self.page_table.shape[1] * self.page_size
 
     @property
     def room(self) -> Int[Array, " B"]:
-        """Tokens that each sequence has pages for, those it holds included."""
+        """The number of tokens that the pages of each sequence can hold."""
         return jnp.sum(self.page_table >= 0, axis=1, dtype=jnp.int32) * self.page_size
 
     @property
     def history(self) -> dict[str, Array]:
-        """What the cache knows of each sequence, [B] each: 0 or False for an empty one."""
+        """The state of each sequence besides its pages, [B] each; 0 or False if it is empty."""
         return {"lengths": self.lengths, "lost": self.lost}
 
     def emptied(self, rows: Bool[Array, " B"] | None = None) -> Self:
-        """The cache without any token of some sequences (None: of all); they keep their pages."""
+        """The cache with some sequences (None: all) emptied; they keep their pages."""
         if rows is None:
             return dataclasses.replace(self, **jax.tree.map(jnp.zeros_like, self.history))
         new = {k: jnp.where(rows, jnp.zeros_like(x), x) for k, x in self.history.items()}
         return dataclasses.replace(self, **new)
 
     def place(self, length: int, num_tokens: Array | None = None) -> Chunk:
-        """Where the next `length` tokens of each sequence stand.
+        """The positions of the next `length` tokens of each sequence.
 
         Args:
-          length: tokens n of a row of the call.
-          num_tokens: int32 [B], how many of them are there; None: all.
+          length: tokens n of each sequence in the call, including padding.
+          num_tokens: int32 [B], how many of them are not padding; None: all.
 
         Raises:
-          ValueError: a shape does not fit; or, where the numbers are known, that is outside jit, a
-            number is not in 0 .. n, or a sequence has no room or is lost. Inside jit such tokens
-            count as padding: they are not stored, and their results are 0, or NaN if lost.
+          ValueError: a shape does not fit; or, outside jit, where the values are known, a number is
+            not in 0 .. n, or a sequence has no room or is lost. Inside jit such tokens count as
+            padding: they are not stored, and their results are 0, or NaN for a lost sequence.
         """
         length = checks.size("length", length)
         if num_tokens is None:
@@ -189,11 +190,11 @@ class KVCache:
             )
 
     def advance(self, chunk: Chunk) -> Self:
-        """The cache with the lengths after `chunk` has been written in every layer.
+        """The cache with updated lengths, after `chunk` has been written in every layer.
 
         Raises:
-          ValueError: outside jit, the chunk is not what `place` gave for this cache. Inside jit the
-            sequences that are not where it starts are lost.
+          ValueError: outside jit, the chunk is not the one that `place` returned for this cache.
+            Inside jit the sequences that do not end where the chunk starts are marked lost.
         """
         if not isinstance(chunk, Chunk):
             raise ValueError(f"chunk must be what place gives, got {type(chunk).__name__}")
@@ -207,16 +208,16 @@ class KVCache:
         return dataclasses.replace(self, lengths=chunk.stop, lost=self.lost | stale)
 
     def rewind(self, count: Int[Array, " B"]) -> Self:
-        """The cache without the last `count` tokens of each sequence, for drafts that were wrong.
+        """The cache without the last `count` tokens of each sequence, to reject wrong drafts.
 
         Args:
-          count: int32 [B], tokens that each sequence loses. In an `NSACache` no sequence can
-            become shorter than the most tokens that it has had, less `rollback`, however many
-            calls of `rewind`, with or without new tokens between them, take it there.
+          count: int32 [B], number of tokens to remove from each sequence. In an `NSACache`, no
+            sequence can become shorter than its greatest length so far minus `rollback`, over any
+            number of calls of `rewind`, with or without new tokens between them.
 
         Raises:
           ValueError: a shape does not fit; or, outside jit, a number is too large or negative.
-            Inside jit the sequences of such numbers are lost, see `KVCache`.
+            Inside jit the sequences with such numbers are marked lost, see `KVCache`.
         """
         count = self._numbers("count", count)
         known = is_known(count, *self.history.values())
@@ -235,20 +236,20 @@ class KVCache:
 
     @property
     def _removable(self) -> Int[Array, " B"]:
-        """The most tokens that each sequence may lose."""
+        """The most tokens that can be removed from each sequence."""
         return self.lengths
 
     @property
     def _rollback(self) -> int | None:
-        """The most tokens that all calls of `rewind` together may take back; None: all."""
+        """The most tokens that all calls of `rewind` together can remove; None: all of them."""
         return None
 
     def marked(self, y: Float[Array, "B n C"]) -> Float[Array, "B n C"]:
-        """`y`, NaN for the sequences that are lost."""
+        """Sets `y` to NaN for the sequences that are lost."""
         return jnp.where(self.lost[:, None, None], jnp.nan, y)
 
     def _numbers(self, name: str, x: Array) -> Array:
-        """`x` checked: one number for each sequence."""
+        """Checks that `x` has one integer for each sequence."""
         x = checks.integers(name, x, "B")
         if x.shape != self.lengths.shape:
             raise ValueError(
@@ -258,7 +259,7 @@ class KVCache:
         return x
 
     def traits(self) -> dict[str, Any]:
-        """What a layer's cache must have, by name."""
+        """The properties, by name, in which a cache must match its layer."""
         kv_heads, width = self.key.shape[2:]
         return {
             "kind": type(self).__name__,
@@ -269,26 +270,26 @@ class KVCache:
         }
 
     def first_page(self, layer: int | Array) -> int | Array:
-        """Where the pages of a layer start."""
+        """The index of the first page of a layer."""
         return layer * (self.key.shape[0] // self.layers)
 
     def pages(self, layer: int | Array) -> Int[Array, "B J"]:
-        """The page table of a layer; pages that are not there are those of some other sequence."""
+        """The page table of a layer; missing entries point to a page of some other sequence."""
         return jnp.maximum(self.page_table, 0) + self.first_page(layer)
 
     def write(
         self, pool: Float[Array, "P p K W"], x: Float[Array, "B m K W"], layer, place, valid
     ) -> Float[Array, "P p K W"]:
-        """Writes entries into pages; `place` int32 [B, m] counts in the sequence."""
+        """Writes entries into pages; `place` int32 [B, m] holds their indices in the sequence."""
         size = pool.shape[1]
         number = jnp.clip(place // size, 0, self.page_table.shape[1] - 1)
         page = jnp.take_along_axis(self.page_table, number, axis=1)
-        # what is not stored goes to places of its own behind the end, where it is dropped
+        # invalid entries get distinct out-of-range indices; mode="drop" discards them
         nowhere = pool.shape[0] + jnp.arange(place.size, dtype=jnp.int32).reshape(place.shape)
         page = jnp.where(valid & (page >= 0), page + self.first_page(layer), nowhere)
         new = pool.at[page, place % size].set(x, mode="drop", unique_indices=True)
-        # Else the compiler may lay out the loop over layers as x is laid out, and turn all pages
-        # that way and back in every call.
+        # Without the constraint, the compiler may give the arrays of the loop over layers the
+        # layout of x, and so transpose all pages to that layout and back in every call.
         return with_layout_constraint(new, Layout(tuple(range(new.ndim))))
 
     def read(
@@ -299,10 +300,10 @@ class KVCache:
         count: int,
         stop: Int[Array, " B"],
     ) -> Float[Array, "B count K W"]:
-        """Entries first .. first + count - 1 of each sequence, a copy.
+        """A copy of the entries first .. first + count - 1 of each sequence.
 
-        What is not among the entries 0 .. stop - 1 that the sequence has is 0. So nothing that
-        other sequences left in a page, NaN say, is ever read.
+        Entries outside 0 .. stop - 1 are returned as 0, so that data which another sequence left in
+        a page, such as NaN, is never returned.
         """
         size = pool.shape[1]
         place = first[:, None] + jnp.arange(count, dtype=jnp.int32)[None]
@@ -312,7 +313,7 @@ class KVCache:
         return jnp.where(there[..., None, None], pool[page, place % size], 0)
 
     def append(self, key: Array, value: Array, layer, chunk: Chunk) -> Self:
-        """The cache with the keys and values [B, n, K, ...] of a chunk in one layer."""
+        """The cache with the keys and values [B, n, K, ...] of a chunk written to one layer."""
         return dataclasses.replace(
             self,
             key=self.write(self.key, key, layer, chunk.position, chunk.valid),
@@ -321,10 +322,10 @@ class KVCache:
 
 
 def is_known(*arrays: Array) -> bool:
-    """Whether the numbers of a cache are known here, which inside jit they are not.
+    """Whether the values of a cache are known here; inside jit they are not.
 
     Raises:
-      ValueError: they are gone: a call of jit was given the cache to keep.
+      ValueError: the arrays are deleted, since the cache was donated to a jitted call.
     """
     for x in arrays:
         if not isinstance(x, Tracer) and x.is_deleted():
@@ -340,7 +341,7 @@ def heads_of(num_kv_heads: int, head_dim: int) -> tuple[int, int]:
 
 
 def init_places(batch: int, capacity: int, page_size: int, num_pages: int | None) -> dict:
-    """Page table and lengths of an empty cache, and the number of pages of a layer."""
+    """The page table and state of an empty cache, and the number of pages of a layer."""
     batch, capacity = checks.size("batch", batch), checks.size("capacity", capacity)
     columns = -(-capacity // checks.size("page_size", page_size))
     if num_pages is None:

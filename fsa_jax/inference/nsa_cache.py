@@ -1,7 +1,7 @@
-"""The cache of native sparse attention; `kv_cache.py` is what it shares with full attention.
+"""The cache of native sparse attention; `kv_cache.py` holds what it shares with full attention.
 
-Shapes as in `kv_cache.py`, and: q compressed windows of a page, R tokens of a tail, l kernel_size,
-d kernel_stride.
+Shapes are as in `kv_cache.py`; also q compressed windows of a page, R tokens of a tail, l
+kernel_size, d kernel_stride.
 """
 
 import dataclasses
@@ -21,25 +21,25 @@ from fsa_jax.inference.kv_cache import KVCache as KVCache
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class NSACache(KVCache):
-    """What native sparse attention keeps of its sequences. A page is a block.
+    """The cached state of native sparse attention. A page holds one block.
 
-    The sliding window is the end of the same pages, unless its keys have projections of their own.
+    The sliding window reads the same pages, unless its keys have separate projections.
 
     Attributes:
-      key, value, page_table, lengths, layers: as in `KVCache`; keys and values of the selected
-        branch, and of the window where both share them.
-      window_key, window_value: [P, p, K, D] and [P, p, K, E] of the window where it has
-        projections of its own, else None.
-      compressed_key: [P, p / d, K, D], after RoPE; window i of a sequence stands in the page of
+      key, value, page_table, lengths, layers: as in `KVCache`; the keys and values of the selected
+        branch, and of the sliding window where it shares them.
+      window_key, window_value: [P, p, K, D] and [P, p, K, E] of the sliding window if it has
+        separate projections, else None.
+      compressed_key: [P, p / d, K, D], after RoPE; window i of a sequence is stored in the page of
         its first token i * d.
       compressed_value: [P, p / d, K, E].
-      tail_key: [L, B, R, K, D], the last R tokens of each sequence before RoPE, token t in place
-        t % R: those of windows that are not yet whole, and `rollback` more.
+      tail_key: [L, B, R, K, D], the last R tokens of each sequence before RoPE, with token t at
+        index t % R: the tokens of windows that are not complete yet, and `rollback` more.
       tail_value: [L, B, R, K, E], R = max(l - 1 + rollback, 1).
-      rewound: int32 [B], tokens of each sequence that were taken back and not added anew: the tail
-        ends so many tokens behind the sequence.
+      rewound: int32 [B], the number of tokens of each sequence that were removed and not replaced:
+        the tail ends that many tokens past the end of the sequence.
       config: sizes of the attention.
-      rollback: the most tokens that `rewind` may take back, in all its calls together.
+      rollback: the most tokens that all calls of `rewind` together can remove.
     """
 
     window_key: Float[Array, "P p K D"] | None
@@ -67,22 +67,22 @@ class NSACache(KVCache):
         rollback: int = 0,
         layers: int = 1,
     ) -> Self:
-        """An empty cache; arguments as in `KVCache.init`, whose page size is the block size.
+        """An empty cache; like `KVCache.init`, with the block size as the page size.
 
         Args:
-          batch: sequences B.
-          capacity: tokens that a sequence may have; rounded up to whole blocks.
+          batch: number of sequences B.
+          capacity: the most tokens that a sequence can have; it is rounded up to whole blocks.
           config: sizes of the attention.
           num_kv_heads: K.
           head_dim: D and E.
-          dtype: of keys and values, one that the attention functions compute with.
-          window_of_its_own: whether the window has keys and values of its own.
+          dtype: dtype of keys and values, one that the attention functions support.
+          window_of_its_own: whether the sliding window has separate keys and values.
           num_pages: see `KVCache.init`.
-          rollback: the most tokens that `rewind` may take back, in all its calls together.
+          rollback: the most tokens that all calls of `rewind` together can remove.
           layers: L.
 
         Raises:
-          ValueError: a size is not a positive integer, or the dtype is another.
+          ValueError: a size is not a positive integer, or the dtype is not supported.
 
         Example:
           >>> cache = NSACache.init(2, 100, config=NSAConfig(), num_kv_heads=1, head_dim=8)
@@ -148,16 +148,16 @@ class NSACache(KVCache):
 
     @property
     def windows(self) -> int:
-        """Compressed windows that a sequence may have."""
+        """The most compressed windows that a sequence can have."""
         return self.capacity // self.config.kernel_stride
 
     def windows_before(self, stop: Int[Array, "..."]) -> Int[Array, "..."]:
-        """How many windows end before token `stop` of a sequence."""
+        """The number of windows that end before token `stop` of a sequence."""
         size, stride = self.config.kernel_size, self.config.kernel_stride
         return jnp.maximum((stop - size + stride) // stride, 0)
 
     def read_compressed(self, layer, chunk: Chunk, count: int) -> tuple[Array, Array]:
-        """Keys and values [B, count, K, ...] of the first windows, with those of the chunk."""
+        """Keys and values [B, count, K, ...] of the first windows, including the chunk's."""
         nothing = jnp.zeros_like(chunk.first)
         stop = self.windows_before(chunk.stop)
         pools = (self.compressed_key, self.compressed_value)
@@ -165,7 +165,7 @@ class NSACache(KVCache):
         return key, value
 
     def append_window(self, key: Array, value: Array, layer, chunk: Chunk) -> Self:
-        """Like `append`, for a window with keys and values of its own."""
+        """Like `append`, for a sliding window with separate keys and values."""
         assert self.window_key is not None
         assert self.window_value is not None
         return dataclasses.replace(
@@ -177,22 +177,22 @@ class NSACache(KVCache):
     def append_compressed(
         self, key: Array, value: Array, layer, chunk: Chunk, compress_key, compress_value
     ) -> Self:
-        """The cache with the windows that a chunk completes, and the tail after it.
+        """The cache with the windows that a chunk completes, and the tail after the chunk.
 
         Args:
           key: [B, n, K, D] before RoPE.
           value: [B, n, K, E].
           layer: number of the layer.
-          chunk: where the tokens stand.
+          chunk: positions of the tokens.
           compress_key: maps keys [B, t, K, D] of consecutive tokens and the positions [B, m] of the
             first tokens of their windows to compressed keys [B, m, K, D], m = t // d.
-          compress_value: maps values likewise.
+          compress_value: maps values in the same way, without positions.
         """
         size, stride = self.config.kernel_size, self.config.kernel_stride
         count = -(-key.shape[1] // stride)  # the most windows that n tokens can complete
         before, room = size - 1, self.tail_key.shape[2]
-        oldest = chunk.first - before  # position of the first token at hand
-        # windows end in the chunk: they start with the oldest token or after it
+        oldest = chunk.first - before  # position of the first available token
+        # A window that ends in the chunk starts at the oldest token or later.
         first = jnp.maximum(0, -(-oldest // stride)) * stride
         length = (count - 1) * stride + size
         number = first[:, None] // stride + jnp.arange(count, dtype=jnp.int32)[None]
@@ -200,15 +200,16 @@ class NSACache(KVCache):
         row = jnp.arange(key.shape[0], dtype=jnp.int32)[:, None]
         past = oldest[:, None] + jnp.arange(before, dtype=jnp.int32)[None]
         kept = chunk.valid & (chunk.position >= chunk.stop[:, None] - room)
-        # tokens that are not kept go behind the end, each to a place of its own
+        # tokens that are not kept get distinct out-of-range indices; mode="drop" discards them
         nowhere = room + jnp.arange(key.shape[1], dtype=jnp.int32)[None]
         slot = jnp.where(kept, chunk.position % room, nowhere)
 
         def windows(tail: Array, x: Array) -> Array:
             """The tokens of the windows, [B, length, K, W]."""
-            # places of a sequence that has fewer tokens are another's, which no window starts in
+            # In a sequence with fewer tokens, the remaining entries are left over from another
+            # sequence; no window starts in these.
             both = jnp.concatenate([tail[layer, row, past % room], x], axis=1)
-            # room for windows that are not whole; they are not stored
+            # padding for windows that are not complete, which are not stored
             both = jnp.pad(both, ((0, 0), (0, length), (0, 0), (0, 0)))
             take = jax.vmap(jax.lax.dynamic_slice_in_dim, (0, 0, None))
             return take(both, first - oldest, length)

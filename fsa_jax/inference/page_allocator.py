@@ -1,4 +1,4 @@
-"""Pages of a cache, handed out on the host to sequences that come and go."""
+"""Assigns the pages of a cache to sequences, on the host."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -12,22 +12,22 @@ from fsa_jax.inference.kv_cache import KVCache, is_known
 
 
 class OutOfPages(RuntimeError):
-    """There are not enough free pages for a sequence; nothing has been changed."""
+    """There are not enough free pages for a sequence; the allocator and cache are unchanged."""
 
 
 class PageAllocator:
-    """Hands out the pages of a cache, on the host: sequences come and go, no memory is moved.
+    """Assigns the pages of a cache to sequences, on the host and without moving memory.
 
-    The cache itself is never changed: `reserve` and `release` return a new one with another page
-    table. From then on they serve that one, and what calls of the model make of it, and refuse all
-    others: a page has one owner. What a page held before is never read by its next sequence, which
+    The cache is never modified: `reserve` and `release` return a new one with another page table.
+    From then on they accept only that cache and its successors from model calls, and refuse all
+    others, so that each page has one owner. A sequence never reads what its pages held before; it
     sees only what it has written itself.
 
     Args:
       cache: an empty cache that was made with `num_pages`.
 
     Raises:
-      ValueError: it is no cache, or one with pages in use.
+      ValueError: the argument is not a cache, or some of its pages are in use.
 
     Example:
       >>> from fsa_jax import NSACache, NSAConfig
@@ -51,25 +51,25 @@ class PageAllocator:
             raise ValueError("cache must be made with num_pages, and be empty: it has pages in use")
         self.num_pages = cache.key.shape[0] // cache.layers
         self._page_size = cache.page_size
-        self._free = tuple(range(self.num_pages))[::-1]  # the lowest number goes first
-        self._table = table  # never written to: an array of jax may be made of the same memory
+        self._free = tuple(range(self.num_pages))[::-1]  # the lowest page number is assigned first
+        self._table = table  # never modified, since a jax array may share its memory
 
     @property
     def free_pages(self) -> int:
-        """Number of pages that no sequence has."""
+        """The number of pages that no sequence holds."""
         return len(self._free)
 
     def reserve[Cache: KVCache](self, cache: Cache, row: int, length: int) -> Cache:
-        """The cache with pages for `length` tokens of sequence `row`, those it holds included.
+        """The cache with pages for `length` tokens of sequence `row`, including its present ones.
 
-        It reads the page table, and so waits for the call that `cache` comes from: better ask for
-        the pages of many tokens than each time for one.
+        The call reads the page table, and so waits for the call that computes `cache`. It is better
+        to reserve pages for many tokens at once than for one token at a time.
 
         Raises:
-          ValueError: there is no such sequence, or it may not have so many tokens; the pages of
-            `cache` are not those that this allocator has handed out, since it is another's, or
-            from before a later `reserve` or `release`.
-          OutOfPages: too few pages are free; the allocator is as it was.
+          ValueError: there is no such sequence, or `length` exceeds the capacity; or the pages of
+            `cache` are not those that this allocator assigned last, since the cache belongs to
+            another allocator or precedes a later `reserve` or `release`.
+          OutOfPages: too few pages are free; the allocator is unchanged.
         """
         row = self._row(cache, row)
         pages = self._pages(row)
@@ -86,11 +86,11 @@ class PageAllocator:
         return self._handed_out(cache, row, (*pages, *self._free[kept:][::-1]), self._free[:kept])
 
     def release[Cache: KVCache](self, cache: Cache, row: int) -> Cache:
-        """The cache without sequence `row`, whose pages become free and whose length 0.
+        """The cache with sequence `row` emptied and its pages freed.
 
         Raises:
-          ValueError: there is no such sequence; the pages of `cache` are not those that this
-            allocator has handed out, see `reserve`.
+          ValueError: there is no such sequence, or the pages of `cache` are not those that this
+            allocator assigned last; see `reserve`.
         """
         row = self._row(cache, row)
         rows = jnp.arange(self._table.shape[0], dtype=jnp.int32) == row
@@ -98,7 +98,7 @@ class PageAllocator:
         return self._handed_out(cache.emptied(rows), row, (), free)
 
     def _row(self, cache: KVCache, row: int) -> int:
-        """The number of a sequence, of a cache that has the pages of this allocator."""
+        """Checks the number of a sequence, and that the cache has the pages of this allocator."""
         table, pages = _table(cache), cache.key.shape[0] // cache.layers
         row = _within("row", row, self._table.shape[0] - 1)
         sizes = {"sequences": len(table), "num_pages": pages, "page_size": cache.page_size}
@@ -120,7 +120,7 @@ class PageAllocator:
     def _handed_out[Cache: KVCache](
         self, cache: Cache, row: int, pages: Sequence[int], free: tuple[int, ...]
     ) -> Cache:
-        """The cache with other pages of a sequence; both change, or after an error neither."""
+        """The cache with new pages for a sequence; an error leaves the allocator unchanged."""
         table = self._table.copy()
         table[row] = -1
         table[row, : len(pages)] = pages
@@ -134,7 +134,7 @@ def _table(cache: KVCache) -> np.ndarray:
     """The page table of a cache, on the host."""
     if not isinstance(cache, KVCache):
         raise ValueError(f"cache must be what init_cache gives, got {type(cache).__name__}")
-    is_known(*jax.tree.leaves(cache))  # raises for one that is gone
+    is_known(*jax.tree.leaves(cache))  # raises for a donated cache
     if isinstance(cache.page_table, Tracer):
         raise ValueError("cache must not be traced, as inside jit: the host hands out pages")
     return np.asarray(cache.page_table)
