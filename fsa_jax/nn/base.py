@@ -1,7 +1,7 @@
 """What the attention layers share: projections, RoPE, positions, padding, and calls with a cache.
 
-Shapes: B batch, T tokens in a row, C features of the residual stream, N query heads, K key/value
-heads, D head width, n tokens of a call with a cache.
+Shapes: B batch, T tokens of a sequence, C features of the residual stream, N query heads, K
+key/value heads, D head width, n tokens of a call with a cache.
 """
 
 from typing import Any, overload
@@ -36,14 +36,14 @@ def check_heads(num_heads: int, num_kv_heads: int) -> None:
 def layer_call(
     layer: Any, sequence_axis: str | None, x: jax.Array, *others, name: str = "x"
 ) -> jax.Array:
-    """`layer.call_part(x, *others)`, also where x is split over Explicit axes.
+    """Returns `layer.call_part(x, *others)`, even where x is sharded over Explicit mesh axes.
 
     Args:
-      layer: gives [B, T, C].
+      layer: a layer or model, whose `call_part` returns [B, T, C].
       sequence_axis: mesh axis that may split the tokens.
       x: [B, T] or [B, T, C].
-      *others: arrays, or None.
-      name: of `x`, for messages.
+      *others: further arrays, or None.
+      name: name of `x`, for messages.
     """
     graphdef, state = nnx.split(layer)
     mesh = partition.explicit_mesh((state, x, others))
@@ -64,7 +64,7 @@ def layer_call(
 
 
 def without_padding(x: jax.Array, segment_ids: Any) -> jax.Array:
-    """The array [B, T, ...] with 0 at padding, also where it is split over Explicit axes."""
+    """Sets the array [B, T, ...] to 0 at padding, even where it is sharded over Explicit axes."""
     if segment_ids is None:
         return x
 
@@ -85,7 +85,7 @@ def linear(
     names: tuple[tuple[str | None, ...], tuple[str | None, ...]],
     **options: Any,
 ) -> nnx.LinearGeneral:
-    """A projection of the last axes, with the logical names of its input and output axes."""
+    """A projection of the last axes; `names` are logical names of its input and output axes."""
     return nnx.LinearGeneral(
         inputs,
         outputs,
@@ -97,15 +97,15 @@ def linear(
 
 
 class AttentionLayer(nnx.Module):
-    """Base of the layers.
+    """Base class of the attention layers.
 
     A layer defines `attend_rows`, the attention of a call without a cache; `init_cache`; and
-    `extend`, the call with one.
+    `extend`, the call with a cache.
     """
 
     @property
     def stride(self) -> int:
-        """What the tokens of a chunk must be a multiple of, with a `sequence_axis`."""
+        """With a `sequence_axis`, the tokens of each chunk must be a multiple of this number."""
         return 1
 
     def __init__(
@@ -185,28 +185,30 @@ class AttentionLayer(nnx.Module):
     def __call__(
         self, x, segment_ids=None, positions=None, *, cache=None, num_tokens=None, fresh=False
     ) -> Any:
-        """Applies the layer to rows, or to the next tokens of sequences that stand in a cache.
+        """Applies the layer to whole sequences, or to the next tokens of sequences in a cache.
 
         Args:
           x: [B, T, C], floating.
-          segment_ids: integers [B, T], equal ids in a run are one document, 0 is padding; None:
-            every row is one document.
+          segment_ids: integers [B, T]; a run of equal ids is one document, and 0 is padding. None:
+            every sequence is one document.
           positions: integers [B, T], for RoPE; None: counted from each document's start.
-          cache: what `init_cache` or an earlier call gave. Row b of `x` then continues sequence b,
-            from which positions follow; any number of tokens may come at once.
-          num_tokens: with a cache, integers [B], how many tokens of each row are there; None: all.
-          fresh: with a cache, whether the tokens are the first of their sequences. What the cache
-            held of them is forgotten, and the call runs what training runs, its kernels included:
-            the fast way for a long prompt.
+          cache: the result of `init_cache` or of an earlier call. Row b of `x` then continues
+            sequence b, which determines the positions; a call may add any number of tokens.
+          num_tokens: with a cache, integers [B], how many tokens of each row of `x` are not
+            padding; None: all.
+          fresh: with a cache, whether the tokens are the first of their sequences. The earlier
+            contents of the sequences are dropped, and the call runs the computation of training,
+            with its kernels, which is the fast way to process a long prompt.
 
         Returns:
-          [B, T, out_features] in the dtype of the computation; 0 at padding. With a cache, that and
-          the cache with the new tokens. Jit donates the old one: ``jax.jit(..., donate_argnums=)``.
+          [B, T, out_features] in the dtype of the computation; 0 at padding. With a cache, also the
+          cache with the new tokens; the old cache may be donated by
+          ``jax.jit(..., donate_argnums=)``.
 
         Raises:
-          ValueError: a shape or dtype does not fit; the cache is of another layer; outside jit, a
-            sequence has no room, or is lost. Inside jit tokens without room are not stored, and
-            give 0; sequences that are lost (see ``KVCache``) give NaN.
+          ValueError: a shape or dtype does not fit; the cache belongs to another layer; or, outside
+            jit, a sequence has no room or is lost. Inside jit, tokens without room are not stored
+            and give 0, and sequences that are lost (see ``KVCache``) give NaN.
           NotImplementedError: the layer's implementation or sequence_axis cannot serve a cache.
         """
         fresh = checks.flag("fresh", fresh)
@@ -223,13 +225,13 @@ class AttentionLayer(nnx.Module):
         return cache.marked(y), cache.advance(chunk)
 
     def call_part(self, x, segment_ids, positions) -> jax.Array:
-        """The call without a cache, on axes of a mesh that are not Explicit."""
+        """The call without a cache, where no mesh axis is Explicit."""
         rows, positions = self._describe(x, segment_ids, positions)
         heads = self.attend_rows(rows.without_padding(x), segment_ids, positions)
         return self._project_out(heads, rows)
 
     def attend_rows(self, x, segment_ids, positions) -> jax.Array:
-        """The heads [B, T, N, D] of a call without a cache; `x` is 0 at padding."""
+        """The attention output [B, T, N, D] of a call without a cache; `x` is 0 at padding."""
         raise NotImplementedError
 
     def init_cache(
@@ -247,19 +249,19 @@ class AttentionLayer(nnx.Module):
     def extend(
         self, x: jax.Array, cache: Any, chunk: Chunk, layer: int | jax.Array, fresh: bool
     ) -> tuple[jax.Array, Any]:
-        """The outputs [B, n, C] of a chunk, and the cache with it in that layer.
+        """The outputs [B, n, C] of a chunk, and the cache with the chunk appended in that layer.
 
         Args:
-          x: [B, n, C], 0 where no token is.
-          cache: of this layer and others like it; its lengths are those before the chunk.
-          chunk: where the tokens stand.
+          x: [B, n, C], 0 at padding.
+          cache: the cache of this layer and others like it, with the lengths before the chunk.
+          chunk: positions of the tokens.
           layer: number of the layer.
           fresh: whether the sequences are empty.
         """
         raise NotImplementedError
 
     def check_cache(self, cache: KVCache, batch: int, layers: int = 1) -> None:
-        """Raises ValueError unless the cache is this layer's, for `batch` sequences."""
+        """Raises ValueError unless the cache fits this layer and has `batch` sequences."""
         if self.sequence_axis is not None:
             raise NotImplementedError(
                 f"sequence_axis={self.sequence_axis!r} cannot serve a cache: it is for training; a "
@@ -267,7 +269,7 @@ class AttentionLayer(nnx.Module):
             )
         if not isinstance(cache, KVCache):
             raise ValueError(f"cache must be what init_cache gives, got {type(cache).__name__}")
-        # the dtype is compared with that of the keys, which x and parameters decide
+        # The dtype is not compared here but with the keys, whose dtype depends on x and parameters.
         own = jax.eval_shape(lambda: self.init_cache(batch, 1, layers=layers))
         wanted, got = own.traits(), cache.traits()
         for name, value in wanted.items():
@@ -275,12 +277,12 @@ class AttentionLayer(nnx.Module):
                 raise ValueError(f"cache must have {name}={value}, got {name}={got.get(name)}")
 
     def _dtype_of_cache(self, dtype: Any) -> Any:
-        """The dtype asked for, if the layer's keys can have it, or that of the computation."""
+        """The dtype of a new cache: `dtype` if the keys can have it; None: that of the layer."""
         own = jax.dtypes.canonicalize_dtype(self.query.dtype or self.query.param_dtype)
         if dtype is None:
             return own
         dtype = checks.float_dtype("dtype", dtype)
-        # where the computation has no dtype, an x of a wider one than the parameters decides
+        # If the layer sets no dtype, an x of a wider dtype than the parameters determines it.
         with jax.numpy_dtype_promotion("standard"):
             wider = self.query.dtype is None and jnp.promote_types(own, dtype) == dtype
         if dtype != own and not wider:
@@ -301,7 +303,7 @@ class AttentionLayer(nnx.Module):
         return x
 
     def _arrays(self, x, segment_ids, positions) -> Any:
-        """The arguments of a call without a cache, checked, as arrays or None."""
+        """Checks the arguments of a call without a cache, and returns them as arrays or None."""
         x = self._check_features(checks.floating("x", x, "B T C"))
         segment_ids = checks.ids(segment_ids, x.shape[:2], True)
         if positions is not None:
@@ -312,7 +314,7 @@ class AttentionLayer(nnx.Module):
     def _describe(
         self, x: jax.Array, segment_ids: jax.Array | None, positions: jax.Array | None
     ) -> tuple[Rows, jax.Array]:
-        """The documents of each row and every token's position; arguments as of `_arrays`."""
+        """The documents of each sequence and the position of each token; see `_arrays`."""
         rows = describe_rows(segment_ids, *x.shape[:2])
         if positions is not None:
             return rows, positions
@@ -325,5 +327,5 @@ class AttentionLayer(nnx.Module):
         return x if self.rope is None else self.rope.apply(x, positions)
 
     def _project_out(self, heads: jax.Array, rows: Rows | Chunk) -> jax.Array:
-        """The output projection; padding gets 0 even where there is a bias."""
+        """Applies the output projection; the result at padding is 0 even with a bias."""
         return cut(self.out(heads), rows.valid)

@@ -1,4 +1,4 @@
-"""phi of native sparse attention as a Flax module: the weights of a compression."""
+"""The compression phi of native sparse attention as a Flax module, with its weights."""
 
 from typing import Any
 
@@ -16,12 +16,12 @@ from fsa_jax.partitioning import partitioned
 
 
 class Compressor(nnx.Module):
-    """phi with its parameters: one key (or value) for every window of tokens.
+    """The compression phi with its parameters: maps each window of tokens to one key (or value).
 
     Args:
-      num_kv_heads: heads K.
+      num_kv_heads: number of key/value heads K.
       head_dim: width D of a head.
-      config: gives the windows' size l and stride.
+      config: supplies the size l and the stride of the windows.
       method: ``"linear"``, ``"weighted"``, ``"mean"`` or ``"mlp"``.
       param_dtype: dtype in which the parameters are stored.
       weights_init: initialiser of the weights; None: see ``NativeSparseAttention``.
@@ -65,7 +65,7 @@ class Compressor(nnx.Module):
             return nnx.Param(init(rngs.params(), shape, param_dtype), **metadata)
 
         self.weights: nnx.Param | None = nnx.data(None)
-        self.weights_out: nnx.Param | None = nnx.data(None)  # second matrix of "mlp"
+        self.weights_out: nnx.Param | None = nnx.data(None)  # the second matrix of "mlp"
         self.positions: nnx.Param | None = nnx.data(None)
         if shapes:
             self.weights = parameter(init, shapes[0])
@@ -80,7 +80,7 @@ class Compressor(nnx.Module):
         segment_ids: Int[Array, "B T"] | None = None,
         sequence_axis: str | None = None,
     ) -> Float[Array, "B M K D"]:
-        """Compresses x, in the dtype of x; M = T // kernel_stride. See ``fsa_jax.compress``."""
+        """Compresses x in its own dtype; M = T // kernel_stride. See ``fsa_jax.compress``."""
         weights, weights_out = _cast(self.weights, x), _cast(self.weights_out, x)
         return api.compress(
             x,
@@ -99,7 +99,7 @@ def _cast(parameter: nnx.Param | None, x: jax.Array) -> Any:
 
 
 def _mean_of_window(key: jax.Array, shape: tuple[int, ...], dtype: Dtype) -> jax.Array:
-    """Weights [K, l*D, D] or [K, l] that make phi the mean of the window's tokens."""
+    """Weights [K, l*D, D] or [K, l] with which phi is the mean of the window's tokens."""
     del key
     width = shape[2] if len(shape) == 3 else 1
     window = shape[1] // width
@@ -108,5 +108,5 @@ def _mean_of_window(key: jax.Array, shape: tuple[int, ...], dtype: Dtype) -> jax
 
 
 def _lecun_per_head(key: jax.Array, shape: tuple[int, ...], dtype: Dtype) -> jax.Array:
-    """LeCun normal weights [K, in, out] of K maps side by side."""
+    """LeCun normal weights [K, in, out] of K independent maps."""
     return initializers.lecun_normal(batch_axis=0)(key, shape, dtype)

@@ -1,6 +1,6 @@
-"""Dense causal attention as a Flax layer, in memory that grows linearly with the tokens.
+"""Dense causal attention as a Flax layer, with memory linear in the tokens.
 
-Shapes: B batch, T tokens in a row, C features of the residual stream.
+Shapes: B batch, T tokens of a sequence, C features of the residual stream.
 """
 
 import jax
@@ -26,16 +26,16 @@ _BIAS_INIT = initializers.zeros_init()
 class FullAttention(AttentionLayer):
     """Dense causal self-attention over the same projections as ``NativeSparseAttention``.
 
-    With q, k, v projections of x and R the rotary embedding, over the tokens of the own document:
-    y = softmax(scale * R q (R k)^T) v W_o. See ``fsa_jax.causal_attention``, which computes it.
+    With q, k, v the projections of x and R the rotary embedding, over the tokens of one document:
+    y = softmax(scale * R q (R k)^T) v W_o. ``fsa_jax.causal_attention`` computes the attention.
 
     Args:
       num_heads, in_features, num_kv_heads, head_dim, out_features, rope, scale, use_bias, dtype,
         param_dtype, precision, kernel_init, out_kernel_init, bias_init, rngs: as in
         ``NativeSparseAttention``.
-      implementation: as in ``fsa_jax.causal_attention``. ``"cudnn"`` serves neither segment ids nor
-        a cache.
-      sequence_axis: mesh axis that splits the tokens of a row; see ``NativeSparseAttention``.
+      implementation: as in ``fsa_jax.causal_attention``. ``"cudnn"`` supports neither segment ids
+        nor a cache.
+      sequence_axis: mesh axis that splits the tokens; see ``NativeSparseAttention``.
 
     Raises:
       ValueError: sizes do not divide, or a choice is unknown.
@@ -120,19 +120,20 @@ class FullAttention(AttentionLayer):
         page_size: int = 64,
         layers: int = 1,
     ) -> KVCache:
-        """An empty cache of this layer; arguments as in ``NativeSparseAttention``.
+        """An empty cache of this layer; the arguments are as in ``NativeSparseAttention``.
 
         Args:
-          batch: sequences.
-          capacity: tokens that a sequence may have; rounded up to whole pages.
-          dtype: of keys and values, the same as the layer's own will have; None: that of the
-            computation, or else of the parameters.
-          num_pages: pages that a ``PageAllocator`` hands out; None: each sequence has its own.
+          batch: number of sequences.
+          capacity: the most tokens that a sequence can have; it is rounded up to whole pages.
+          dtype: dtype of the cached keys and values, which must be the dtype of the layer's keys;
+            None: that of the computation, or else of the parameters.
+          num_pages: pages that a ``PageAllocator`` assigns to sequences; None: each sequence has
+            all its pages from the start.
           page_size: tokens of a page.
-          layers: layers like this one that share the cache.
+          layers: number of layers like this one that share the cache.
 
         Raises:
-          ValueError: a size is not a positive integer, or the dtype not that of the keys.
+          ValueError: a size is not a positive integer, or the dtype is not that of the keys.
         """
         return KVCache.init(
             batch,
@@ -152,7 +153,7 @@ class FullAttention(AttentionLayer):
         backend = cached_attention.backend_of(self.implementation, query, cache)
         cache = cache.append(key, value, layer, chunk)
         if fresh:
-            # tokens that are not there come last, where the others do not see them
+            # padding comes last, where causal attention hides it from the tokens before it
             heads = self._attend(query, key, value, None)
         else:
             scale = checks.scale(self.scale, self.head_dim)
