@@ -1,7 +1,7 @@
-"""Native sparse attention in plain Python loops over one document: what the words of the paper say.
+"""Native sparse attention in plain Python loops over one document, as the text of the paper says.
 
-An independent second opinion on `fsa_jax.reference`: no masks, no segment tables, no JAX, float64.
-`pack` runs it document by document. Shapes as in fsa_jax.api, without the batch axis.
+This is an independent check of `fsa_jax.reference`, in float64 and without masks, segment tables or
+JAX. `pack` runs it on each document. Shapes are as in fsa_jax.api, without the batch axis.
 """
 
 import math
@@ -10,7 +10,7 @@ import numpy as np
 
 
 def documents(segment_ids):
-    """(first, one past the last) token of every run of equal ids that are not 0."""
+    """The (first, one past the last) token of every run of equal ids that are not 0."""
     found, start = [], 0
     for t in range(1, len(segment_ids) + 1):
         if t == len(segment_ids) or segment_ids[t] != segment_ids[start]:
@@ -32,20 +32,20 @@ def attend(query, keys, values, scale):
 
 
 def windows_seen(t, length, kernel_size, kernel_stride):
-    """Numbers of the whole windows of a document that end at or before position t."""
+    """The numbers of the complete windows of a document that end at or before position t."""
     starts = range(0, length - kernel_size + 1, kernel_stride)
     return [i for i, start in enumerate(starts) if start + kernel_size - 1 <= t]
 
 
 def compress(x, kernel_size, kernel_stride, phi):
-    """[T, K, D] of one document to [windows, K, D]; phi maps [l, K, D] to [K, D]."""
+    """Compresses [T, K, D] of one document to [windows, K, D]; phi maps [l, K, D] to [K, D]."""
     starts = range(0, len(x) - kernel_size + 1, kernel_stride)
     found = [phi(x[start : start + kernel_size]) for start in starts]
     return np.array(found).reshape(len(found), *x.shape[1:])
 
 
 def block_scores(p, blocks, config):
-    """Importance of blocks: p of each window times the units that the window and block share."""
+    """Block scores: p of each window times the number of strides that window and block share."""
     per_window = config.kernel_size // config.kernel_stride
     per_block = config.block_size // config.kernel_stride
     scores = [0.0] * blocks
@@ -66,7 +66,7 @@ def choose(t, scores, config):
 
 
 def one_document(query, key, value, compressed_key, compressed_value, config, scale, lists=None):
-    """All branches of one document: dict of compressed, indices, selected, window."""
+    """All branches for one document: a dict of compressed, indices, selected and window."""
     length, heads, _ = query.shape
     kv_heads = key.shape[1]
     group = heads // kv_heads
@@ -100,7 +100,7 @@ def one_document(query, key, value, compressed_key, compressed_value, config, sc
 
 
 def pack(segment_ids, query, key, value, config, scale, phi, lists=None):
-    """`one_document` for every document of a row; padding keeps out 0, lse -inf and lists of -1."""
+    """Runs `one_document` on each document; padding keeps out 0, lse -inf and lists of -1."""
     length, heads, _ = query.shape
     width = value.shape[-1]
     total = {

@@ -1,4 +1,4 @@
-"""Inputs, runners and the error rule that the tests share."""
+"""Inputs, runners and the error bound that the tests share."""
 
 import jax
 import jax.numpy as jnp
@@ -15,12 +15,12 @@ def numbers(seed, *shape):
 
 
 def normal(seed, *shape, dtype=jnp.float32):
-    """Standard normal numbers, the same for every dtype but for rounding."""
+    """Standard normal numbers, which are the same for every dtype except for rounding."""
     return jnp.asarray(numbers(seed, *shape), dtype)
 
 
 def lists(seed, batch, length, kv_heads, slots, blocks):
-    """Block lists with -1, repeated, future and out-of-range entries anywhere, some lists empty."""
+    """Block lists with -1, repeated, future and out-of-range entries; some lists are empty."""
     rng = np.random.default_rng(seed)
     indices = rng.integers(-2, blocks + 2, (batch, length, kv_heads, slots))
     indices[rng.random((batch, length, kv_heads)) < 0.1] = -1
@@ -31,7 +31,7 @@ def lists(seed, batch, length, kv_heads, slots, blocks):
 
 @st.composite
 def segmentations(draw, batch, length):
-    """Segment ids [batch, length]: any mix of documents of any length, equal ids apart, padding."""
+    """Segment ids [batch, length]: documents of any length, ids that recur, and padding."""
     rows = []
     for _ in range(batch):
         row = []
@@ -43,12 +43,12 @@ def segmentations(draw, batch, length):
 
 
 def value_and_gradients(function, cotangent_seed, *args):
-    """Outputs of a function and the gradients of a random linear form of them."""
+    """The outputs of a function, and the gradients of a random linear form of the outputs."""
     return both_ways(function, cotangent_seed)(*args)
 
 
 def both_ways(function, cotangent_seed):
-    """The compiled function that `value_and_gradients` calls once."""
+    """The jitted function that `value_and_gradients` calls once."""
 
     @jax.jit
     def run(*args):
@@ -65,7 +65,7 @@ def both_ways(function, cotangent_seed):
 
 
 def assert_close(got, wanted, tolerance=1e-10):
-    """Every array of a tree within `tolerance` of the other, relative to its largest number."""
+    """Asserts that all arrays of two trees agree, relative to the largest number of each array."""
     assert jax.tree.structure(got) == jax.tree.structure(wanted)
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
         a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
@@ -82,7 +82,10 @@ def assert_same_bits(got, wanted):
 
 
 def assert_poison_changes_no_bit(run, arrays, unseen):
-    """NaN and infinity where masks say that nobody looks; `run` gives results and gradients."""
+    """Asserts that NaN and infinity at the masked places `unseen` change no bit of the results.
+
+    `run` returns results and gradients.
+    """
     wanted = run(*arrays)
     for poison in (jnp.nan, jnp.inf):
         dirty = (jnp.where(mask, poison, x) for mask, x in zip(unseen, arrays, strict=True))
@@ -98,7 +101,7 @@ def selected(
     scale=None,
     tuning=None,
 ):
-    """`selected_attention` with its residuals, as a function of query, key and value."""
+    """Returns `selected_attention` with residuals as a function of query, key and value."""
     return lambda query, key, value: fsa_jax.selected_attention(
         query,
         key,
@@ -114,7 +117,7 @@ def selected(
 
 
 def assert_errors_are_at_most_twice_those_of_dense(ours, dense, exact):
-    """The error rule: largest and mean error of every array against float64, both alike."""
+    """The error bound: the largest and the mean error of each array against float64."""
     leaves = (jax.tree.leaves(x) for x in (ours, dense, exact))
     for number, (a, b, c) in enumerate(zip(*leaves, strict=True)):
         a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)

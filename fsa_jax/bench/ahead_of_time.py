@@ -1,8 +1,8 @@
-"""Compiles for GPUs on a machine that has none: needs the CUDA plugin of jax, but no driver.
+"""Compiles for GPUs on a machine without one; this needs the CUDA plugin of jax, but no driver.
 
-XLA takes the description of a device instead of the device. The result holds the PTX of every
-kernel and the buffers of the whole program; the one difference from a compilation on the device
-is that XLA's own sort kernels stand where CUB would be called.
+XLA accepts the description of a device instead of the device. The result holds the PTX of every
+kernel and the buffers of the whole program. The only difference from a compilation on the device is
+that XLA's own sort kernels take the place of calls to CUB.
 """
 
 import contextlib
@@ -45,7 +45,7 @@ _HOPPER = {
     "cores": 132, "core_units": 128, "clock": 1.98, "cache": 52428800,
 }  # fmt: skip
 
-#: What XLA has to know of a device.
+#: The properties of each device that XLA needs.
 TARGETS = {
     "A100": {
         "name": "NVIDIA A100-SXM4-80GB", "major": 8, "minor": 0, "shared": 166912,
@@ -69,13 +69,14 @@ TARGETS = {
     },
 }  # fmt: skip
 
-#: Code as a user gets it, though the tests let XLA optimise less, which takes ptxas twice as long
-#: too. There is no device to tune matmuls on; else it would compile several of each and take one.
+#: The optimisation level gives the code that a user gets. The tests otherwise use a lower level, at
+#: which ptxas also takes twice as long. Autotuning is off, since there is no device to measure
+#: matmuls on, and XLA would compile several candidates of each only to take one.
 OPTIONS = {"xla_backend_optimization_level": 3, "xla_gpu_autotune_level": 0}
 
 
 def mesh_of(device, sizes=(1,), names=("gpu",)):
-    """A mesh of GPUs of one host, of the kind named in TARGETS."""
+    """A mesh of GPUs of one host; `device` names a GPU in TARGETS."""
     topology = topologies.get_topology_desc(
         platform="cuda",
         target_config=_CONFIG.format(**TARGETS[device]),
@@ -85,13 +86,13 @@ def mesh_of(device, sizes=(1,), names=("gpu",)):
 
 
 def lower_for(device, function, *shapes, **options):
-    """Lowers a function of arrays with those shapes for a GPU named in TARGETS.
+    """Lowers a function of arrays for a GPU named in TARGETS.
 
     Args:
       device: name of the GPU.
-      function: what to lower; a jitted one keeps its donations.
+      function: the function to lower; a jitted function keeps its donations.
       *shapes: jax.ShapeDtypeStruct of each argument, or trees of them.
-      **options: those of jax.stages.Traced.lower.
+      **options: options of jax.stages.Traced.lower.
     """
     mesh = mesh_of(device)
     sharding = NamedSharding(mesh, PartitionSpec())
@@ -99,25 +100,26 @@ def lower_for(device, function, *shapes, **options):
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes
     )
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), warnings.catch_warnings():
-        # jax announces with each kernel that it will leave its Triton backend to another package
+        # jax warns at each kernel that its Triton backend will move to another package
         warnings.filterwarnings("ignore", "The Pallas Triton backend", DeprecationWarning)
         jitted = function if isinstance(function, jax.stages.Wrapped) else jax.jit(function)
         return jitted.trace(*shapes).lower(**options)
 
 
 def compile_for(device, function, *shapes, compiler_options=None):
-    """Compiles a function of arrays with those shapes for a GPU; arguments as in `lower_for`."""
+    """Compiles a function of arrays for a GPU; the arguments are as in `lower_for`."""
     lowered = lower_for(device, function, *shapes)
-    # kernels are lowered when XLA has divided the program: they ask then which GPU it is for
+    # Kernels are lowered after XLA has partitioned the program, and then query the target GPU.
     with jax.sharding.use_abstract_mesh(mesh_of(device).abstract_mesh):
         return lowered.compile(OPTIONS | (compiler_options or {}))
 
 
 @contextlib.contextmanager
 def empty_kernels():
-    """Kernels do nothing: for memory and calls of the program around them, in under half the time.
+    """Replaces kernels by empty ones, to inspect the surrounding program in under half the time.
 
-    XLA knows of a kernel its name, operands and results, and those are as ever.
+    XLA sees only the name, operands and results of a kernel, which stay the same, so the memory and
+    the calls of the program do not change.
     """
 
     def emptied(make):
@@ -130,7 +132,7 @@ def empty_kernels():
 
         return call
 
-    # what was traced with kernels must not serve here, nor what is traced here anywhere else
+    # traces with real kernels must not be reused here, nor traces made here elsewhere
     jax.clear_caches()
     try:
         with (
@@ -143,21 +145,21 @@ def empty_kernels():
 
 
 def custom_calls(text):
-    """What a program, StableHLO or HLO, calls that XLA did not make, by name.
+    """The names of the custom calls in a program in StableHLO or HLO.
 
-    `AllocateBuffer` calls nothing: it is the memory that `jax.lax.empty` asks for.
+    `AllocateBuffer` is excluded, since it calls nothing: it is the memory of `jax.lax.empty`.
     """
     found = re.findall(r'custom_call(?: @|_target=")([\w.$]+)', text)
     return [name for name in found if name != "AllocateBuffer"]
 
 
 def selected_gradients(shape, *, dtype=jnp.bfloat16, packed=False, **arguments):
-    """Selected attention with its gradients, and the shapes that it takes.
+    """Selected attention with its gradients, and the shapes of its arguments.
 
     Args:
-      shape: a shapes.Shape.
+      shape: a `shapes.Shape`.
       dtype: dtype of queries, keys and values.
-      packed: whether the function takes segment_ids too.
+      packed: whether the function also takes segment_ids.
       **arguments: further arguments of `fsa_jax.selected_attention`.
     """
 
@@ -183,7 +185,7 @@ def selected_gradients(shape, *, dtype=jnp.bfloat16, packed=False, **arguments):
 
 
 def compressed_gradients(shape, *, dtype=jnp.bfloat16, **arguments):
-    """Compressed attention with its gradients, and the selection; arguments as in the others."""
+    """Compressed attention with its gradients, and the selection; see `selected_gradients`."""
     config = config_of(shape)
     windows = {"kernel_size": config.kernel_size, "kernel_stride": config.kernel_stride}
 
@@ -203,7 +205,7 @@ def compressed_gradients(shape, *, dtype=jnp.bfloat16, **arguments):
 
 
 def config_of(shape):
-    """The default configuration with the blocks of a shape."""
+    """The default configuration with the block size and the slots of a shape."""
     few = shape.slots < 3
     return fsa_jax.NSAConfig(
         block_size=shape.block_size,
@@ -219,9 +221,9 @@ def compressed_shapes(shape, config):
 
 
 def operator_gradients(shape, *, dtype=jnp.bfloat16, packed=False, **arguments):
-    """The whole operator with its gradients, and the shapes that it takes.
+    """The whole operator with its gradients, and the shapes of its arguments.
 
-    Arguments as in `selected_gradients`.
+    The arguments are as in `selected_gradients`.
     """
     config = config_of(shape)
 
@@ -245,7 +247,7 @@ def operator_gradients(shape, *, dtype=jnp.bfloat16, packed=False, **arguments):
 def decode_step(
     *, length, heads, kv_heads, width=128, batch=1, tokens=1, layers=1, dtype=jnp.bfloat16
 ):
-    """A step of decoding in one layer, and the shapes it takes; `length` tokens fit a sequence."""
+    """A decoding step in one layer, and its argument shapes; `length` is the cache's capacity."""
     cache = jax.eval_shape(
         functools.partial(
             NSACache.init,

@@ -1,9 +1,10 @@
-"""What is measured: shapes, inputs, the functions and methods, and the work that they must do.
+"""The benchmark cases: shapes, inputs, the functions and methods to time, and their work.
 
-A case is a shape with a choice of blocks. `subjects` gives what is timed of it: each public
-function by each method that serves it, and full attention. `work` counts flops and bytes.
+A case is a shape with a selection of blocks. `subjects` lists what is timed for a case: each public
+function by each method that supports it, and full attention. `work` counts flops and bytes.
 
-Shapes: one row of T tokens, N query heads, K key/value heads, D head width, M windows, S blocks.
+Shapes: one sequence of T tokens, N query heads, K key/value heads, D head width, M windows, S
+blocks.
 """
 
 import dataclasses
@@ -25,19 +26,19 @@ from fsa_jax.pallas.block_attention.plan import METHODS
 
 DTYPE = jnp.bfloat16
 SELECTIONS = ("nsa", "uniform", "skewed")
-#: Outputs that stand for those of the branches.
+#: Names of the inputs of combine_branches that take the place of the branch outputs.
 BRANCHES = ("compressed_out", "selected_out", "window_out")
-#: Correlation of neighbouring tokens in the processes that stand for queries and keys.
+#: Correlation of neighbouring tokens in the random queries, keys and values.
 CORRELATION = 0.99
-#: Flops of a backward pass over those of the forward pass.
+#: The ratio of the flops of a backward pass to those of the forward pass.
 BACKWARD = 2.5
-#: Sizes where nothing is measured.
+#: The sizes of runs on a machine without a GPU, which are not measurements.
 TINY = NSAConfig(kernel_size=8, kernel_stride=4, block_size=16, topk=6, window_size=40)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Case:
-    """A shape: T = length, N = heads, K = kv_heads, D = width; what is selected; packed or not."""
+    """A shape (T = length, N = heads, K = kv_heads, D = width), a selection, and whether packed."""
 
     length: int
     heads: int
@@ -52,7 +53,7 @@ class Case:
         return self.heads // self.kv_heads
 
     def row(self) -> dict[str, Any]:
-        """What every row of the results says of the case."""
+        """The fields that describe the case in every row of the results."""
         return {
             "length": self.length,
             "heads": self.heads,
@@ -66,7 +67,7 @@ class Case:
         }
 
     def shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
-        """The arrays that subjects take, by name."""
+        """The shapes of the arrays that subjects take, by name."""
         tokens, windows = self.length, self.length // self.config.kernel_stride
         of = {
             "query": (tokens, self.heads, self.width),
@@ -86,7 +87,7 @@ class Case:
         return arrays
 
     def segment_ids(self) -> np.ndarray | None:
-        """Documents of 100 to a quarter of the row, most of them short; None if not packed."""
+        """Ids of documents of 100 to T/4 tokens, most of them short; None if not packed."""
         if not self.packed:
             return None
         rng = np.random.default_rng(0)
@@ -96,7 +97,7 @@ class Case:
         return ids[None, : self.length].astype(np.int32)
 
     def positions(self) -> np.ndarray:
-        """Position of every token in its document."""
+        """The position of each token in its document."""
         ids = self.segment_ids()
         token = np.arange(self.length)
         if ids is None:
@@ -107,15 +108,16 @@ class Case:
 
 @dataclasses.dataclass(frozen=True)
 class Subject:
-    """One function by one method.
+    """One function computed by one method.
 
     Attributes:
       function: name of the public function, or "full_attention".
-      method: "kv_outer" or "query_outer" for selected attention by the named kernels, else the
-        implementation ("triton" for interpreted kernels too; "default" for None, where that takes
-        other kernels than "triton"); full attention has "cudnn" and "xla".
-      call: the function, of arrays by position.
-      differentiated: names of the arrays that it is differentiated by; they come first.
+      method: "kv_outer" or "query_outer" for selected attention by the kernels of that name, else
+        the implementation ("triton" also stands for interpreted kernels; "default" stands for None,
+        where that uses other kernels than "triton"); full attention has "cudnn" and "xla".
+      call: the function, which takes the arrays by position.
+      differentiated: names of the arrays with respect to which it is differentiated; they come
+        first.
       others: names of the other arrays.
     """
 
@@ -127,12 +129,12 @@ class Subject:
 
 
 def subjects(case: Case, implementation: Implementation, functions: Sequence[str]) -> list[Subject]:
-    """What is timed of a case: those of the named functions, the rivals of each with it.
+    """The subjects to time for a case: all methods of the named functions, one after another.
 
     Args:
       case: the shape.
-      implementation: "triton", or another one where there is no GPU.
-      functions: names.
+      implementation: "triton", or another one on a machine without a GPU.
+      functions: names of the functions.
     """
     config, packed = case.config, case.packed
     windows = {"kernel_size": config.kernel_size, "kernel_stride": config.kernel_stride}
@@ -140,7 +142,7 @@ def subjects(case: Case, implementation: Implementation, functions: Sequence[str
     ids = ("segment_ids",) * packed
 
     def bound(function, count, **options):
-        """The function of `count` arrays, and of the segment ids behind them."""
+        """Returns the function of `count` arrays, followed by segment ids if packed."""
 
         def call(*arrays):
             more = {"segment_ids": arrays[count]} if packed else {}
@@ -185,7 +187,7 @@ def subjects(case: Case, implementation: Implementation, functions: Sequence[str
 
 
 def gated_sum_by(backend: Backend) -> Callable[..., jax.Array]:
-    """The gated sum of gates and outputs, with the backward pass that it has in the operator."""
+    """The sum of branch outputs weighted by gates, with its backward pass from the operator."""
 
     @jax.custom_vjp
     def combine(gates, *outs):
@@ -208,7 +210,7 @@ def gated_sum_by(backend: Backend) -> Callable[..., jax.Array]:
 
 @functools.partial(jax.jit, static_argnames="shape")
 def drifting(seed, shape: tuple[int, int, int]):
-    """Standard normal tokens [1, T, H, D], each like the one before it: an AR(1) process."""
+    """Standard normal tokens [1, T, H, D] in which neighbours are correlated: an AR(1) process."""
     noise = jax.random.normal(seed, shape, jnp.float32)
     fresh = (1 - CORRELATION**2) ** 0.5
 
@@ -220,7 +222,7 @@ def drifting(seed, shape: tuple[int, int, int]):
 
 
 def make_inputs(case: Case, seed: int, implementation: Implementation) -> dict[str, jax.Array]:
-    """All arrays of a case; blocks are chosen as it says."""
+    """Makes all arrays of a case, with blocks chosen according to `case.selection`."""
     keys = jax.random.split(jax.random.key(seed), 5)
     shapes = case.shapes()
     ids = case.segment_ids()
@@ -244,7 +246,7 @@ def make_inputs(case: Case, seed: int, implementation: Implementation) -> dict[s
         implementation=implementation,
         return_residuals=True,
     )
-    # any other two arrays of the output's shape will do
+    # any two other arrays of the output's shape will do
     arrays["selected_out"] = arrays["query"][:, ::-1]
     arrays["window_out"] = arrays["compressed_out"][:, ::-1]
     arrays["block_indices"] = choose_blocks(case, arrays, keys[4], implementation)
@@ -252,7 +254,7 @@ def make_inputs(case: Case, seed: int, implementation: Implementation) -> dict[s
 
 
 def compile_inputs(case: Case, implementation: Implementation, names: Collection[str]):
-    """`make_inputs` of a seed, compiled; only the named arrays."""
+    """Compiles `make_inputs` as a function of the seed that returns only the named arrays."""
 
     def make(seed):
         return {k: x for k, x in make_inputs(case, seed, implementation).items() if k in names}
@@ -261,7 +263,7 @@ def compile_inputs(case: Case, implementation: Implementation, names: Collection
 
 
 def choose_blocks(case: Case, arrays, seed, implementation: Implementation) -> jax.Array:
-    """Lists [1, T, K, S]: by NSA's scores, at random, or the same few blocks for every query."""
+    """Block lists [1, T, K, S]: by NSA's scores, at random, or the same blocks for every query."""
     config, kv_heads = case.config, case.kv_heads
     if case.selection == "nsa":
         return fsa_jax.select_blocks(
@@ -282,7 +284,7 @@ def choose_blocks(case: Case, arrays, seed, implementation: Implementation) -> j
 
 @functools.partial(jax.jit, static_argnames=("config", "kv_heads", "blocks"))
 def uniform_lists(seed, own, config: NSAConfig, kv_heads: int, blocks: int):
-    """The forced blocks of NSA, and a uniform choice among the other blocks up to the query."""
+    """The forced blocks of NSA, and a uniform random choice of other blocks up to the query."""
     block = jnp.arange(blocks, dtype=jnp.int32)
 
     def one_query(xs):
@@ -302,11 +304,12 @@ def uniform_lists(seed, own, config: NSAConfig, kv_heads: int, blocks: int):
 
 
 def work(case: Case, function: str, backward: bool) -> tuple[float | None, float | None]:
-    """Flops that the mathematics needs, and bytes that must cross device memory; None: unknown.
+    """The necessary flops, and the bytes that must cross device memory; None: unknown.
 
-    Flops: two products a visible (query, key) pair of a head forward, one for the selection, 2.5
-    times that backward. Bytes: queries, results and their cotangents once; for selected attention
-    the partial results, one a (query, block) pair, written and read.
+    Flops: for each visible (query, key) pair of a head, two products in the forward pass, one in
+    the selection, and 2.5 times the forward flops in the backward pass. Bytes: queries, results and
+    their cotangents once; for selected attention the partial results, one for each (query, block)
+    pair, written and read.
     """
     config, position = case.config, case.positions()
     windows = (position - config.kernel_size + 1) // config.kernel_stride + 1
@@ -315,7 +318,7 @@ def work(case: Case, function: str, backward: bool) -> tuple[float | None, float
         "compressed_attention": np.sum(np.maximum(windows, 0)),
         "sliding_window_attention": np.sum(np.minimum(position + 1, config.window_size)),
         "full_attention": np.sum(position + 1.0),
-        # whole blocks, but the query's own
+        # whole blocks, except the query's own block
         "selected_attention": np.sum(
             np.minimum(block, config.topk - 1) * config.block_size
             + position % config.block_size + 1
@@ -345,7 +348,7 @@ def work(case: Case, function: str, backward: bool) -> tuple[float | None, float
 
 
 def floor_ms(flops: float | None, moved: float | None, ceilings: dict | None) -> float | None:
-    """Milliseconds that the larger of both takes at the ceilings."""
+    """The larger of the times in ms that the flops and the bytes take at the ceilings."""
     if ceilings is None or (flops is None and moved is None):
         return None
     return 1e3 * max((flops or 0) / ceilings["flops"], (moved or 0) / ceilings["bytes"])

@@ -1,4 +1,4 @@
-"""Settings of `fsa-jax bench`, and the state of a run that suites read."""
+"""Settings of `fsa-jax bench`, and the state of a run, which the suites read."""
 
 import dataclasses
 import time
@@ -10,24 +10,24 @@ from fsa_jax.arguments import checks
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BenchConfig:
-    """Measures what this machine can run, and writes a report.
+    """Benchmarks the operator and its kernels on this machine, and writes a report.
 
-    On a machine without an NVIDIA GPU the same code runs on tiny sizes, unless lengths or heads say
-    otherwise, the kernels interpreted or replaced by the portable implementation: that measures
-    nothing, and the files say so.
+    On a machine without an NVIDIA GPU the same code runs on tiny sizes, unless lengths or heads are
+    given, with kernels that are interpreted or replaced by the portable implementation. Such a run
+    is not a measurement, and its files say so.
 
     Attributes:
-      suite: what to run. quick: the operator and the kernels that matter most, in the time of
+      suite: what to run. quick: the most important operator and kernel cases that fit into
         `minutes`.
       out: folder for the JSON files and the report.
-      report: only write the report anew from the JSON files below this folder; nothing is run.
-      lengths: tokens of a row; empty: those of the suite.
-      heads: query and key heads, one pair after the other, such as 12 4 40 8; empty: those of the
-        suite. The models of the suites training and prefill have heads of their own.
-      minutes: no new case starts after so many, or after its share of them where there are more
-        suites; 0: no limit. The cases left out are recorded.
+      report: only regenerate the report from the JSON files below this folder; nothing is run.
+      lengths: tokens of a sequence; empty: those of the suite.
+      heads: pairs of query and key heads, one after the other, such as 12 4 40 8; empty: those of
+        the suite. The models of the suites training and prefill have fixed heads.
+      minutes: no new case starts after this many minutes, or after the suite's share of them if
+        several suites run; 0: no limit. The cases left out are recorded.
       rounds: timed rounds of 3 to 10 calls each.
-      threads: functions compiled at a time.
+      threads: number of functions compiled in parallel.
       peer_path: a checkout of other projects' kernels to time beside ours; see
         `bench/measure/peers.py`.
     """
@@ -64,7 +64,7 @@ class BenchConfig:
 
 @dataclasses.dataclass
 class Run:
-    """A run: what is measured with, and what has been."""
+    """The settings and state of a run."""
 
     config: BenchConfig
     interpret: bool
@@ -74,6 +74,6 @@ class Run:
     began: float = dataclasses.field(default_factory=time.perf_counter)
 
     def late(self) -> bool:
-        """Whether the time for this suite, a share of all the time, is over."""
+        """Whether this suite's share of the time budget is spent."""
         limit = 60 * self.config.minutes * self.share
         return bool(limit) and time.perf_counter() - self.began > limit

@@ -1,7 +1,7 @@
-"""`fsa-jax bench`: runs suites, checks every result, times it, writes JSON after each case.
+"""`fsa-jax bench`: runs suites, checks and times every case, and writes JSON after each case.
 
-A case that fails records why, and the others go on. A wrong result ends the run: nothing wrong is
-ever timed.
+A case that fails records the reason, and the other cases go on. A wrong result ends the run, so
+that no wrong result is ever timed.
 """
 
 import dataclasses
@@ -22,11 +22,11 @@ SUITES = ("kernels", "operator", "training", "prefill", "decode")
 
 
 def bench(config: BenchConfig) -> list[Path]:
-    """Runs the suites; gives the files written.
+    """Runs the suites and returns the paths of the files written.
 
     Raises:
-      WrongResult: a result is not what the definition gives.
-      ValueError: a setting breaks its rule.
+      WrongResult: a result differs from the definition.
+      ValueError: a setting is invalid.
     """
     methods = peers.wanted(config.peer_path)
     if methods:  # torch needs memory too
@@ -36,7 +36,7 @@ def bench(config: BenchConfig) -> list[Path]:
     if not run.interpret:
         try:
             run.ceilings = roofline.measure(config.rounds)
-        except Exception as error:  # then there are no floors
+        except Exception as error:  # the report then has no floors
             timing.say(f"no ceilings: {timing.describe_error(error)}")
     chosen = {"quick": ("operator", "kernels"), "all": SUITES}.get(config.suite, (config.suite,))
     paths = []

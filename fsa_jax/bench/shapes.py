@@ -5,7 +5,7 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Shape:
-    """B rows of T tokens, N query heads over K key/value heads, head widths D and E, S slots."""
+    """B sequences of T tokens, N query heads, K key/value heads, head widths D and E, S slots."""
 
     batch: int = 1
     length: int
@@ -37,7 +37,7 @@ class Shape:
         return -(-self.length // self.block_size)
 
 
-# Small enough for float64 against the dense reference on a CPU.
+# Shapes small enough for the dense float64 reference on a CPU.
 SMALL = {
     "mha": Shape(length=70, heads=2, kv_heads=2),
     "g2_batch": Shape(batch=3, length=50, heads=4, kv_heads=2, width=8, value_width=12),
@@ -50,7 +50,7 @@ SMALL = {
     "many_tiles": Shape(batch=2, length=400, heads=2, kv_heads=1, width=4, value_width=4),
 }
 
-# Sizes that people train with, for the kernels: every group, width and block size at least once.
+# Training sizes for the kernels, with every group size, width and block size at least once.
 KERNELS = {
     "main": Shape(
         length=8192, heads=16, kv_heads=4, width=128, value_width=128, block_size=64, slots=16

@@ -1,10 +1,10 @@
-"""`fsa-jax tune`: measures tiles of the kernels on this GPU and writes a table of the fastest.
+"""`fsa-jax tune`: measures tile sizes of the kernels on this GPU and writes a table of the fastest.
 
-One kernel at a time, all others with the tiles of the heuristics: every candidate that fits in
-shared memory is compiled, its results are compared with those of the heuristic tile, and the pass
-that the kernel is part of is timed. A candidate is taken if its slowest round is faster than the
-fastest of the heuristic tile; else that stays. `fsa_jax/pallas/tile_tables.py` says which calls an
-entry serves.
+One kernel is tuned at a time, while all others use the heuristic tiles. Every candidate that fits
+in shared memory is compiled, its results are compared with those of the heuristic tile, and the
+pass that contains the kernel is timed. A candidate replaces the heuristic tile if its slowest round
+is faster than the fastest round of the heuristic tile. `fsa_jax/pallas/tile_tables.py` defines
+which calls use an entry.
 """
 
 import dataclasses
@@ -35,11 +35,11 @@ from fsa_jax.pallas.support import supported
 from fsa_jax.pallas.tile_config import Tile, shared_memory
 from fsa_jax.pallas.tile_tables import Key
 
-#: Sizes of candidates.
+#: The tile sizes, warps and stages of the candidates.
 ROWS, KEYS, WARPS, STAGES = (32, 64, 128), (32, 64, 128), (4, 8), (2, 3)
-#: (block size, blocks of a query).
+#: Pairs of the block size and the number of blocks of a query.
 BLOCKS = ((64, 16), (128, 8))
-#: Key heads, and the groups, widths, length and configurations where none are asked for.
+#: The number of key heads, and the default groups, widths, length and configurations.
 _SIZES = (
     4,
     (4, 1, 8, 2, 16),
@@ -58,21 +58,22 @@ _FUNCTIONS = {"compressed": "compressed_attention", "window": "sliding_window_at
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TuneConfig:
-    """Measures tiles of the kernels on this GPU and writes a table of the fastest.
+    """Measures tile sizes of the kernels on this GPU and writes a table of the fastest.
 
-    `FSA_JAX_TUNING=FILE` has the table taken; in `fsa_jax/pallas/devices/` it serves everyone with
-    such a device. Without an NVIDIA GPU the same code runs with interpreted kernels, on tiny sizes
-    unless others are given: that measures nothing, the file says so, and nothing takes it.
+    `FSA_JAX_TUNING=FILE` makes the kernels use the table; a table in `fsa_jax/pallas/devices/` is
+    used on every device of that kind. Without an NVIDIA GPU the same code runs with interpreted
+    kernels, on tiny sizes unless others are given. Such a run is not a measurement: the file says
+    so, and the kernels do not use it.
 
     Attributes:
       out: the file to write.
-      groups: query heads of a key head to measure, those that matter most first. Default: 4 1 8 2
-        16; without a GPU 2.
-      widths: head widths, of queries, keys and values. Default: 128; without a GPU 16.
-      length: tokens of a row. Default: 32768; without a GPU 200.
-      minutes: no new kernel starts after so many; 0: no limit.
+      groups: query heads of a key head to measure, the most important first. Default: 4 1 8 2 16;
+        without a GPU 2.
+      widths: head widths of queries, keys and values. Default: 128; without a GPU 16.
+      length: tokens of a sequence. Default: 32768; without a GPU 200.
+      minutes: no new kernel starts after this many minutes; 0: no limit.
       rounds: timed rounds of 3 to 10 calls each.
-      threads: candidates compiled at a time.
+      threads: number of candidates compiled in parallel.
     """
 
     out: Path = Path("runs/tuning.json")
@@ -97,7 +98,7 @@ class TuneConfig:
 
 @dataclasses.dataclass(frozen=True)
 class _Job:
-    """A kernel of a case: what runs it, its key, and its tiles, that of the heuristics first."""
+    """A kernel of a case: the function that runs it, its key, and its tiles, heuristic one first."""
 
     case: Case
     function: str
@@ -108,7 +109,7 @@ class _Job:
 
 
 def tune(config: TuneConfig) -> Path:
-    """Measures; gives the file written."""
+    """Measures all kernels and returns the path of the file written."""
     interpret = support.device_reason() is not None
     began = time.perf_counter()
     results: dict[str, Any] = {"what": tile_tables.WHAT} | timing.describe_machine()
@@ -132,7 +133,7 @@ def tune(config: TuneConfig) -> Path:
 
 
 def jobs(config: TuneConfig, interpret: bool) -> list[_Job]:
-    """What is measured, in order."""
+    """The kernels to measure, in order."""
     key_heads, groups, widths, length, configs = _TINY_SIZES if interpret else _SIZES
     found = [
         Case(
@@ -147,7 +148,7 @@ def jobs(config: TuneConfig, interpret: bool) -> list[_Job]:
         )
     ]
     listed = [job for case in found for job in _jobs_of(case)]
-    # what does not depend on the blocks is measured once
+    # kernels that do not depend on the blocks are measured once
     once = {job.key: job for job in reversed(listed)}
     return [job for job in listed if once[job.key] is job]
 
@@ -212,11 +213,11 @@ def subject_of(job: _Job, interpret: bool) -> Subject:
 
 
 def compile_with(job: _Job, subject: Subject, tile: Tile) -> dict[str, Any]:
-    """The pass compiled with a tile."""
+    """Compiles the pass of a job with a tile."""
     shapes = job.case.shapes()
     with tile_tables.using({job.key: tile}):
         return timing.compile_passes(
-            # a function of its own: jax keeps what it has traced, with other tiles
+            # a new function, since jax caches traces of the same function with other tiles
             lambda *args: subject.call(*args),
             [shapes[name] for name in subject.differentiated],
             [shapes[name] for name in subject.others],
@@ -225,7 +226,7 @@ def compile_with(job: _Job, subject: Subject, tile: Tile) -> dict[str, Any]:
 
 
 def _measure(job: _Job, config: TuneConfig, sets, interpret: bool) -> dict[str, Any]:
-    """The entry of a kernel: the tile taken, and what was measured of every candidate."""
+    """The entry of a kernel: the chosen tile, and the measurements of every candidate."""
     subject = subject_of(job, interpret)
     tiles = job.tiles[:2] if interpret else job.tiles
     todo = {tile: functools.partial(compile_with, job, subject, tile) for tile in tiles}
@@ -243,7 +244,7 @@ def _measure(job: _Job, config: TuneConfig, sets, interpret: bool) -> dict[str, 
             got = run(*arguments[0])
         except Exception as error:
             if wanted is None:
-                raise  # without the heuristic tile there is nothing to compare with
+                raise  # there is no comparison without the heuristic tile
             found["error"] = timing.describe_error(error)
             continue
         wanted = got if wanted is None else wanted
@@ -274,7 +275,7 @@ def _call_of(job: _Job, program, sets):
 
 
 def difference(got, wanted) -> str | None:
-    """What is wrong with results, lists of blocks or floating point; None if nothing is."""
+    """Describes how results (block lists or floating point) are wrong; None if they are right."""
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
         a, b = np.asarray(a), np.asarray(b)
         if a.dtype == np.int32:
@@ -294,9 +295,10 @@ def difference(got, wanted) -> str | None:
 
 
 def fastest(candidates: list[dict[str, Any]]) -> int:
-    """Number of the tile to take: the heuristic one, the first, unless beaten in every round.
+    """The index of the tile to use: 0, the heuristic tile, unless one beats it in every round.
 
-    By the fastest round of the heuristic tile: one that was disturbed says nothing.
+    Rounds are compared with the fastest round of the heuristic tile, since slower ones may have
+    been disturbed.
     """
     best = min(candidates[0]["samples_ms"])
     numbers = [

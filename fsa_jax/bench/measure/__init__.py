@@ -1,5 +1,5 @@
-"""How `fsa-jax bench` measures one function: times, bounds of the device, correctness, rivals.
+"""How `fsa-jax bench` measures one function: timing, device limits, correctness, rival kernels.
 
-Suites pass in compiled functions and their inputs, and get back times in milliseconds, or an error
-where a result is wrong.
+The suites pass compiled functions and their inputs, and get times in milliseconds, or an error if a
+result is wrong.
 """

@@ -1,11 +1,11 @@
-"""Results compared with a dense computation of some rows and keys, before anything is timed.
+"""Compares results with a dense computation of a sample of queries and keys, before any timing.
 
-A row's output and dq need that query alone, and dK and dV of a key need all queries but that key
-alone: so a sample of both is checked at any length, in float32, from the definition. What all
-queries contribute to a key is taken from the logsumexp and the output under test, which the rows
-have checked.
+The output and dq of a query depend on no other query, and dK and dV of a key depend on all queries
+but on no other key. So a sample of queries and keys can be checked at any length, in float32, from
+the definition. The contribution of all queries to a key uses the logsumexp and the output under
+test, which the sampled queries have verified.
 
-Shapes: T tokens, N query heads, K key/value heads, n sampled rows or keys, M keys.
+Shapes: T tokens, N query heads, K key/value heads, n sampled queries or keys, M keys.
 """
 
 import functools
@@ -20,33 +20,33 @@ from fsa_jax import NSAConfig
 from fsa_jax.bench.cases import Case, Subject
 from fsa_jax.semantics.segments import describe_rows, describe_windows
 
-#: Rows and keys of a sample.
+#: The number of sampled queries, and of sampled keys.
 SAMPLE = 32
-#: Largest error, relative to the root of the mean square: twice that of bfloat16 gradients where
-#: keys are much alike. What is wrong is wrong by far more.
+#: The largest allowed error, relative to the root mean square: twice the error of bfloat16
+#: gradients for very similar keys. Results of faulty code are off by far more.
 TOLERANCE = 0.05
-#: Least share of the sampled queries whose blocks must be a right choice: bfloat16 kernels and the
-#: check add in other orders, so that near ties may differ.
+#: The least share of sampled queries whose selected blocks must be correct. Near ties may differ,
+#: since bfloat16 kernels and the check add in different orders.
 RIGHT_CHOICES = 0.95
-#: These run once a shape: the search for the fastest matrix product took 15 s of each case.
+#: These functions run once for each shape: autotuning their matrix products took 15 s of each case.
 _jit = functools.partial(jax.jit, compiler_options={"xla_gpu_autotune_level": 0})
 
 
 class WrongResult(ArithmeticError):
-    """A result that is not what the definition gives."""
+    """A result differs from the definition."""
 
 
 def check(case: Case, subject: Subject, arrays, out, lse, cotangent, gradients) -> float | None:
-    """Largest relative error of a sample of the results of one branch; None: nothing to compare.
+    """The largest relative error in a sample of the results; None: nothing to compare.
 
     Args:
       case: the shape.
-      subject: what was run.
-      arrays: those of `cases.make_inputs`.
-      out: its output [1, T, N, D].
-      lse: its logsumexp [1, T, N]; None for full attention: its dK and dV are not checked.
-      cotangent: of `out`.
-      gradients: those of query, key and value.
+      subject: the function that was run.
+      arrays: the inputs made by `cases.make_inputs`.
+      out: the output [1, T, N, D].
+      lse: the logsumexp [1, T, N]; None for full attention, whose dK and dV are not checked.
+      cotangent: the cotangent of `out`.
+      gradients: the gradients of query, key and value.
     """
     if subject.function == "native_sparse_attention":
         return _check_operator(case, arrays, out, cotangent, gradients)
@@ -68,7 +68,7 @@ def check(case: Case, subject: Subject, arrays, out, lse, cotangent, gradients) 
 
 
 def _check_operator(case: Case, arrays, out, cotangent, gradients) -> float | None:
-    """The same for the whole operator: its output and dq, if the blocks are those it chooses."""
+    """Like `check` for the whole operator: its output and dq, if it selects blocks by scores."""
     if case.selection != "nsa":
         return None
     rows = _sample(case.length)
@@ -92,13 +92,13 @@ def _check_operator(case: Case, arrays, out, cotangent, gradients) -> float | No
 
 
 def _sample(size: int) -> Array:
-    """Some numbers below `size`, the last one among them."""
+    """A sample of the numbers below `size`, including the last one."""
     numbers = np.random.default_rng(0).integers(0, size, SAMPLE)
     return jnp.asarray(np.unique(np.append(numbers, size - 1)), jnp.int32)
 
 
 def relative_error(got, wanted) -> float:
-    """Root of the mean square of the difference, over that of what was wanted; 0 if both are 0."""
+    """The root mean square of the difference, relative to that of `wanted`; 0 if both are 0."""
     got, wanted = (np.asarray(x, np.float64) for x in (got, wanted))
     size = np.sqrt(np.mean(wanted**2))
     error = np.sqrt(np.mean((got - wanted) ** 2))
@@ -107,7 +107,7 @@ def relative_error(got, wanted) -> float:
 
 @functools.partial(_jit, static_argnums=(0, 1))
 def visible(case: Case, function: str, arrays, rows: Array, keys: Array) -> Array:
-    """Which of the keys the queries at some tokens see: bool [K or 1, n, M], by definition."""
+    """The mask of the keys that the queries `rows` see, by definition: bool [K or 1, n, M]."""
     documents = describe_rows(arrays.get("segment_ids"), 1, case.length)
     config, start = case.config, documents.start[0, rows][:, None]
     token, key = rows[:, None], keys[None]
@@ -127,7 +127,7 @@ def visible(case: Case, function: str, arrays, rows: Array, keys: Array) -> Arra
 
 @_jit
 def _rows(query, key, value, cotangent, seen):
-    """Output and dq of some rows."""
+    """The output and dq of some queries."""
 
     def attend(query):
         logits = _logits(query, key)
@@ -145,7 +145,7 @@ def _rows(query, key, value, cotangent, seen):
 
 @_jit
 def _keys(query, key, value, cotangent, out, lse, seen):
-    """DK and dV of some keys."""
+    """The gradients dK and dV of some keys."""
     cotangent = cotangent.astype(jnp.float32)
     delta = jnp.sum(out.astype(jnp.float32) * cotangent, axis=-1)
     heads = functools.partial(rearrange, pattern="t (k g) -> k g t 1", k=key.shape[1])
@@ -159,17 +159,17 @@ def _keys(query, key, value, cotangent, out, lse, seen):
 
 
 def _logits(query, key):
-    """float32 [K, G, T, M]."""
+    """The scaled logits, float32 [K, G, T, M]."""
     query = rearrange(query.astype(jnp.float32), "t (k g) d -> t k g d", k=key.shape[1])
     logits = jnp.einsum("tkgd,skd->kgts", query, key.astype(jnp.float32), precision="highest")
     return logits * query.shape[-1] ** -0.5
 
 
 def check_blocks(case: Case, arrays, lists: Array) -> float:
-    """Share of the sampled queries whose list is a right choice of blocks, from the definition.
+    """The share of sampled queries whose list of blocks is correct by the definition.
 
-    The forced blocks must stand in it, and no other block may score more than a chosen one does by
-    more than rounding.
+    The list must contain the forced blocks, and no block outside it may have a higher score than a
+    chosen one by more than rounding.
     """
     config = case.config
     sample = _sample(case.length)
@@ -201,7 +201,7 @@ def check_blocks(case: Case, arrays, lists: Array) -> float:
 
 
 def right_list(score, chosen, own: int, config: NSAConfig) -> bool:
-    """Whether a list of blocks is a right choice by the scores [own + 1] of one query and head."""
+    """Whether a list of blocks is correct for the scores [own + 1] of one query and head."""
     block = np.arange(own + 1)
     forced = (block < config.init_blocks) | (block > own - config.local_blocks)
     chosen = chosen[chosen >= 0]

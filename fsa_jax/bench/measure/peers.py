@@ -1,12 +1,13 @@
 """Other projects' kernels of selected attention on the same inputs and the same GPU.
 
 `--peer-path` names a checkout of the PyTorch and Triton code of Flash Sparse Attention
-(Relaxed-System-Lab/Flash-Sparse-Attention), whose tests also call the kernels of vanilla NSA, the
-package `nsa_ref`. Packages that can be imported are found without it. Nothing of that code stands
-here: it is imported and called.
+(Relaxed-System-Lab/Flash-Sparse-Attention), whose tests also call the kernels of vanilla NSA in the
+package `nsa_ref`. Installed packages are found without it. This module contains none of that code;
+it only imports and calls it.
 
-Arrays pass between jax and torch where they are, by DLPack. Times are those of CUDA events. Results
-are compared with ours: a row says by how much they differ, and whether that is too much.
+Arrays are shared between jax and torch by DLPack, without copies. Times are measured by CUDA
+events. Results are compared with ours: each row records the difference, and whether it is too
+large.
 """
 
 import importlib
@@ -24,7 +25,7 @@ from fsa_jax.bench.cases import Case
 from fsa_jax.bench.measure import correctness
 from fsa_jax.bench.measure.timing import REPS, WARM_UP
 
-#: Module, forward and backward function by method.
+#: The module, forward function and backward function of each method.
 PEERS = {
     "peer_fsa": (
         "fsa.ops.FSA_topk_sparse_attention",
@@ -40,7 +41,7 @@ PEERS = {
 
 
 def wanted(path: Path | None) -> tuple[str, ...]:
-    """Methods to run: all where a path is given, else those whose package is there."""
+    """The methods to run: all if a path is given, else those whose package is installed."""
     if path is None:
         return tuple(method for method in PEERS if _installed(method))
     if not path.is_dir():
@@ -60,17 +61,17 @@ def _installed(method: str) -> bool:
 def measure(
     method: str, case: Case, sets: Sequence[dict[str, jax.Array]], ours: Sequence, rounds: int
 ) -> dict[str, dict[str, Any]]:
-    """What is recorded of both passes.
+    """Measures a peer and returns the results of both passes.
 
     Args:
-      method: of `PEERS`.
-      case: one that is not packed.
-      sets: of `cases.make_inputs`.
+      method: a key of `PEERS`.
+      case: a case that is not packed.
+      sets: input sets made by `cases.make_inputs`.
       ours: out, dq, dk and dv of this package for the first set, with the cotangent `dout_of`.
-      rounds: timed rounds.
+      rounds: number of timed rounds.
 
     Raises:
-      Exception: whatever the import or the call of the peer raises.
+      Exception: any exception of the peer's import or call.
     """
     torch = _torch()
     name, *functions = PEERS[method]
@@ -111,12 +112,12 @@ def _torch() -> Any:
 
 
 def dout_of(arrays: dict[str, jax.Array]) -> jax.Array:
-    """The cotangent that a set of inputs goes with."""
+    """The cotangent that is used with a set of inputs."""
     return arrays["query"][:, ::-1]
 
 
 def _time(torch: Any, function: Callable, argument_sets: Sequence[tuple], rounds: int):
-    """Milliseconds a call by CUDA events, which leave out what the host does meanwhile."""
+    """Times calls in ms by CUDA events, which exclude the work of the host."""
     number = 0
 
     def call():

@@ -1,4 +1,4 @@
-"""Compiling in threads, timing, and naming the machine: what every number of a benchmark needs."""
+"""Compiling in threads, timing, and describing the machine, for all benchmarks."""
 
 import concurrent.futures
 import datetime
@@ -18,20 +18,21 @@ import jax
 
 from fsa_jax.versions import versions
 
-#: Calls before the first measured one.
+#: The number of calls before the first measured one.
 WARM_UP = 2
-#: Length of a round that is long against the clock and against one synchronisation, seconds.
+#: The target length of a round in seconds, long compared with the clock's resolution and with one
+#: synchronisation.
 ROUND = 0.1
-#: Fewest and most calls of a round.
+#: The fewest and the most calls of a round.
 REPS = (3, 10)
-#: Calls of which the profiler takes the time on the device.
+#: The number of calls whose device time the profiler records.
 PROFILED = 3
 
 _BEGAN = time.perf_counter()
 
 
 def say(message: str) -> None:
-    """Progress with the seconds since the start, on stderr: stdout is for the result alone."""
+    """Reports progress, with the seconds since the start, on stderr; stdout is for the result."""
     print(f"[{time.perf_counter() - _BEGAN:6.1f} s] {message}", file=sys.stderr, flush=True)
 
 
@@ -41,10 +42,10 @@ def seconds() -> float:
 
 
 class Clock:
-    """Milliseconds a call of a program, over rounds of calls issued together and waited for once.
+    """Times a program in ms per call, over rounds of calls that are issued before one wait.
 
-    Rivals are timed in turn, a round of one after a round of the other: a card that warms up slows
-    down, which would favour whatever is timed first.
+    Rivals are timed in turns, one round of each after another: a GPU that warms up slows down,
+    which would favour the program that is timed first.
     """
 
     def __init__(self, function: Callable):
@@ -54,12 +55,12 @@ class Clock:
         self.profiled: dict[str, Any] = {}
 
     def _next(self, argument_sets: Sequence[tuple]) -> tuple:
-        """The sets in turn: no call finds its inputs in a cache that the one before it filled."""
+        """Cycles through the sets, so that no call finds its inputs cached by the one before."""
         self.used += 1
         return argument_sets[self.used % len(argument_sets)]
 
     def warm_up(self, argument_sets: Sequence[tuple]) -> None:
-        """Calls before a round; the first time, it finds how many calls a round has."""
+        """Makes warm-up calls before a round; the first time, also sets the calls of a round."""
         for _ in range(WARM_UP if not self.calls else 1):
             jax.block_until_ready(self.function(*self._next(argument_sets)))
         if not self.calls:
@@ -69,7 +70,7 @@ class Clock:
             self.calls = min(max(round(ROUND / once), REPS[0]), REPS[1])
 
     def round(self, argument_sets: Sequence[tuple]) -> None:
-        """Times a round; the sets may be made anew for it, in their order."""
+        """Times a round; the sets may be remade for each round, in the same order."""
         result = None
         began = time.perf_counter()
         for _ in range(self.calls):
@@ -80,19 +81,19 @@ class Clock:
         self.issues.append(1e3 * (issued - began) / self.calls)
 
     def profile(self, argument_sets: Sequence[tuple]) -> None:
-        """Asks jax's profiler about some calls."""
+        """Profiles a few calls with jax's profiler."""
         arguments = [self._next(argument_sets) for _ in range(PROFILED)]
         self.profiled = profile(self.function, arguments)
 
     def row(self) -> dict[str, Any]:
-        """What was measured.
+        """The measurements.
 
         Returns:
-          `samples_ms` (a call, for each round), `ms` (their median), `spread` ((slowest - fastest)
-          / median), `dispatch_ms` (how long the host took to issue a call: where it comes near
-          `ms`, the device may have waited for the host), `device_ms` (how long the device was busy,
-          by jax's profiler; None where it tells nothing), `kernels_ms` (the same by kernel, longest
-          first), `calls` (of a round).
+          `samples_ms` (ms per call, for each round), `ms` (their median), `spread` ((slowest -
+          fastest) / median), `dispatch_ms` (how long the host took to issue a call: if it is close
+          to `ms`, the device may have waited for the host), `device_ms` (how long the device was
+          busy, by jax's profiler; None if it recorded nothing), `kernels_ms` (the same by kernel,
+          longest first), `calls` (the number of calls of a round).
         """
         middle = statistics.median(self.times)
         return {
@@ -106,7 +107,7 @@ class Clock:
 
 
 def measure(function: Callable, argument_sets: Sequence[tuple], rounds: int) -> dict[str, Any]:
-    """`Clock.row` of a function that has no rivals, or such as do not fit beside it."""
+    """`Clock.row` of a function without rivals, or whose rivals do not fit in memory beside it."""
     clock = Clock(function)
     clock.warm_up(argument_sets)
     for _ in range(rounds):
@@ -116,7 +117,7 @@ def measure(function: Callable, argument_sets: Sequence[tuple], rounds: int) -> 
 
 
 def profile(function: Callable, argument_sets: Sequence[tuple]) -> dict[str, Any]:
-    """Milliseconds a call that a GPU is busy, in all and by kernel; None where there is no GPU."""
+    """The ms per call that a GPU is busy, in total and by kernel; None without a GPU."""
     spans = {}
     if jax.devices()[0].platform == "gpu":
         with tempfile.TemporaryDirectory() as folder:
@@ -137,7 +138,7 @@ def profile(function: Callable, argument_sets: Sequence[tuple]) -> dict[str, Any
 
 
 def _spans(trace: Path) -> Iterator[tuple[str, tuple[float, float]]]:
-    """Name and (start, end) in ns of everything that a GPU did in a trace of jax's profiler."""
+    """The name and (start, end) in ns of each GPU event in a trace of jax's profiler."""
     for plane in jax.profiler.ProfileData.from_file(str(trace)).planes:
         if plane.name.startswith("/device:GPU"):
             for line in plane.lines:
@@ -147,7 +148,7 @@ def _spans(trace: Path) -> Iterator[tuple[str, tuple[float, float]]]:
 
 
 def busy_ns(spans: Iterable[tuple[float, float]]) -> float:
-    """Length of the union of intervals (start, end)."""
+    """The length of the union of intervals (start, end)."""
     total, reached = 0.0, -math.inf
     for start, end in sorted(spans):
         total += max(0.0, end - max(start, reached))
@@ -158,9 +159,9 @@ def busy_ns(spans: Iterable[tuple[float, float]]) -> float:
 def compile_all[Name: Hashable, Result](
     jobs: Mapping[Name, Callable[[], Result]], threads: int
 ) -> dict[Name, Result | Exception]:
-    """Runs the jobs, each of which compiles something, side by side; a failed one gives its error.
+    """Runs compilation jobs in parallel; the result of a failed job is its exception.
 
-    XLA compiles without the interpreter's lock, so threads are enough.
+    XLA releases the interpreter's lock while it compiles, so threads suffice.
     """
     done = {}
     with concurrent.futures.ThreadPoolExecutor(threads) as pool:
@@ -181,17 +182,17 @@ def compile_passes(
     others: Sequence = (),
     names: Sequence[str] = ("forward", "residuals", "backward"),
 ) -> dict:
-    """Compiles both passes of a function of arrays, each as a function of its own.
+    """Compiles the forward and backward passes of a function as separate programs.
 
     Args:
-      function: of all arrays, those that it is differentiated by first.
-      differentiated: their shapes and dtypes.
+      function: a function of all arrays, of which the differentiated ones come first.
+      differentiated: shapes and dtypes of the arrays to differentiate with respect to.
       others: shapes and dtypes of the other arguments.
-      names: which of the results are wanted.
+      names: which of the programs to compile.
 
     Returns:
-      `forward`; `residuals`, which gives (out, pullback); `backward`, of a pullback and the
-      cotangent of out.
+      `forward`; `residuals`, which returns (out, pullback); and `backward`, which takes a pullback
+      and the cotangent of out.
     """
 
     def residuals(*args):
@@ -201,14 +202,14 @@ def compile_passes(
     def backward(pullback, cotangent):
         return pullback(cotangent)
 
-    with jax.numpy_dtype_promotion("standard"):  # of which jax's own attention has need
+    with jax.numpy_dtype_promotion("standard"):  # needed by jax.nn.dot_product_attention
         found = {}
         if "forward" in names:
             found["forward"] = jax.jit(function).lower(*differentiated, *others).compile()
         if "backward" not in names:
             return found
         lowered = jax.jit(residuals).lower(*differentiated, *others)
-        # the tree of this very lowering: that of another one holds other function objects
+        # The tree must come from this lowering: another one holds different function objects.
         shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), lowered.out_info)
         out, pullback = shapes
         return found | {
@@ -218,7 +219,7 @@ def compile_passes(
 
 
 def peak_bytes(compiled) -> int | None:
-    """Most memory that a compiled program holds, by the compiler's account."""
+    """The peak memory of a compiled program, as estimated by the compiler."""
     found = compiled.memory_analysis()
     if found is None:
         return None
@@ -227,14 +228,14 @@ def peak_bytes(compiled) -> int | None:
 
 
 def describe_error(error: Exception) -> str:
-    """An error in one line of at most 300 characters."""
+    """Formats an error as one line of at most 300 characters."""
     return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
 
 
 def describe_machine() -> dict:
-    """Date, commit, device, driver and versions: what a number is worth nothing without."""
+    """The date, commit, device, driver and versions, without which no measurement has meaning."""
     folder = Path(__file__).resolve().parent
-    # the hash alone, with -dirty where tracked files differ from it
+    # only the hash, with -dirty appended if tracked files differ from it
     commit = ("git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
     query = ("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
     driver = _output(*query).splitlines()
@@ -243,7 +244,7 @@ def describe_machine() -> dict:
     device = jax.devices()[0]
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        # a copy of the tree on another machine may know no commit, or an older one
+        # a copy of the tree on another machine may have no commit, or an older one
         "commit": os.environ.get("BENCHMARK_COMMIT") or _output(*commit, cwd=folder) or "unknown",
         "device": device.device_kind,
         "platform": device.client.platform_version,
@@ -254,7 +255,7 @@ def describe_machine() -> dict:
 
 
 def _output(*command: str, cwd: Path | None = None) -> str:
-    """What a command prints; nothing where it is missing or fails."""
+    """The output of a command; empty if it is missing or fails."""
     try:
         run = subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):

@@ -1,5 +1,4 @@
-"""What is made of the results of `fsa-jax bench`: a page in Markdown, and its plots.
+"""The report of `fsa-jax bench`: a Markdown page with plots.
 
-`results` reads the JSON files and answers questions about their rows; `markdown` and `plots` show
-them.
+`results` reads and compares the rows of the JSON files; `markdown` and `plots` present them.
 """

@@ -1,7 +1,7 @@
-"""The report of `fsa-jax bench`: tables in Markdown and plots, from the JSON files alone.
+"""The report of `fsa-jax bench`: Markdown tables and plots, made only from the JSON files.
 
-Rows are compared with rows of the same file only, since only those were timed in the same run.
-The same files give the same bytes.
+Rows are compared only with rows of the same file, since only these were timed in the same run. The
+same files produce the same bytes.
 """
 
 import re
@@ -41,9 +41,9 @@ from fsa_jax.bench.report.results import (
 from fsa_jax.messages import naming
 
 _DPI = 120
-#: Behind it everything is generated.
+#: Everything after this mark is generated.
 MARK = "<!-- From here on made by `fsa-jax bench --report`: edits below are lost. -->"
-#: Kernels that a line of the table of kernels names.
+#: The number of kernels that a line of the kernel table names.
 _NAMED = 5
 _LEGEND = """\
 Times are ms a call, the median over rounds, with the spread over the rounds in brackets: (slowest -
@@ -61,14 +61,14 @@ show the newest figure of each shape. -: not measured, or unknown.
 def report(results: Path, out: Path) -> None:
     """Writes `benchmarks.md` and `images/*.png` from all result files below a folder.
 
-    What stands in an earlier `benchmarks.md` before `MARK` is kept.
+    The text before `MARK` in an existing `benchmarks.md` is kept.
 
     Args:
-      results: folder; JSON files in it that no benchmark wrote are passed over.
+      results: folder of results; other JSON files in it are ignored.
       out: folder to write into.
 
     Raises:
-      ValueError: there is no result, or a file is broken or lacks a key.
+      ValueError: there is no result, or a file is invalid or lacks a key.
     """
     runs = load(results)
     slugs: dict[str, str] = {}
@@ -90,7 +90,7 @@ def report(results: Path, out: Path) -> None:
 
 
 def _head(path: Path) -> str:
-    """What stands by hand before the mark of an earlier report."""
+    """The hand-written text before the mark of an existing report."""
     text = path.read_text(encoding="utf-8") if path.exists() else ""
     head, mark, _ = text.partition(MARK)
     return head if mark else "# Benchmarks\n\n"
@@ -117,25 +117,25 @@ def _table(titles: Iterable[str], lines: Iterable[Iterable[object]]) -> str:
 
 
 def _constant(rows: list[Row], names: Iterable[str]) -> str:
-    """What all rows have in common, as a line of text."""
+    """A line of text with the shape fields that all rows share."""
     text = describe(rows[0], [name for name in SHAPE if name not in names])
     return f"All rows: {text}.\n" if text else ""
 
 
 def _column(method: str) -> tuple:
-    """Order of columns; other projects' methods come last."""
+    """The sort key of method columns; other projects' methods come last."""
     return (METHODS.index(method) if method in METHODS else len(METHODS), method)
 
 
 def _rows_table(rows: list[Row]) -> Iterator[str]:
-    """One line a function, pass and shape: the time of each method."""
+    """One line for each function, pass and shape, with the time of each method."""
     names = varying(rows)
     methods = sorted({row["method"] for row in rows}, key=_column)
     lines = []
     order = lambda row: (row["function"], ALL_PASSES.index(row["pass"]), shape(row))  # noqa: E731
     for found in grouped(rows, order).values():
         line = [found[0]["function"], found[0]["pass"], *(found[0].get(name) for name in names)]
-        # a case that was measured twice has both times in its cell
+        # the cell of a case that was measured twice shows both times
         line += ["; ".join(_time(r) for r in found if r["method"] == m) or "-" for m in methods]
         mine, floor, best = ours_of(found), None, None
         if mine:
@@ -154,7 +154,7 @@ def _who(row: Row) -> str:
 
 
 def _operator_table(rows: list[Row]) -> Iterator[str]:
-    """One line a shape: forward / backward of ours, by branch, and of full attention."""
+    """One line for each shape: our forward / backward times by branch, and full attention."""
     sparse = [row for row in rows if row["function"] != FULL]
     names, lines = varying(sparse), []
     for found in grouped(sparse, shape).values():
@@ -172,7 +172,7 @@ def _operator_table(rows: list[Row]) -> Iterator[str]:
 
 
 def _models_table(rows: list[Row]) -> Iterator[str]:
-    """One line a row: time, tokens a second, memory, and the speed-up over full attention."""
+    """One line for each row: time, tokens per second, memory, speed-up over full attention."""
     names = [name for name in varying(rows) if name not in ("model", "layers", "length")]
     names = ["model", "length", "layers", *names]
     lines = []
@@ -189,7 +189,7 @@ def _models_table(rows: list[Row]) -> Iterator[str]:
 
 
 def _kernels_table(rows: list[Row]) -> Iterator[str]:
-    """One line a row of ours: what the device spent its time on, longest first."""
+    """One line for each of our rows: the device time by kernel, longest first."""
     names = varying(rows)
     lines = []
     order = lambda row: (row["function"], ALL_PASSES.index(row["pass"]), shape(row))  # noqa: E731
@@ -210,7 +210,7 @@ def _kernels_table(rows: list[Row]) -> Iterator[str]:
 
 
 def kernel_name(name: str) -> str:
-    """A kernel of ours by its name, what XLA and libraries add by its kind."""
+    """The name of one of our kernels, or the kind of a kernel of XLA or a library."""
     if found := re.fullmatch(r"(\w+_kernel)(__\d+)?", name):
         return found[1]
     kinds = {"sort": "(?i)sort", "fusions": "fusion", "copies": "(?i)memcpy|memset|copy|transpose"}
@@ -221,7 +221,7 @@ def kernel_name(name: str) -> str:
 
 
 def _device(runs: list[Run], slug: str, out: Path) -> Iterator[str]:
-    """The section of a device; draws its plots."""
+    """The section of a device, with its plots."""
     yield f"## {cell(runs[0].content['device'])}\n"
     yield _machine(runs)
     for run in runs:
@@ -251,7 +251,7 @@ def _device(runs: list[Run], slug: str, out: Path) -> Iterator[str]:
 
 
 def _machine(runs: list[Run]) -> str:
-    """Everything that a number is worth nothing without, as a list."""
+    """The machine, versions, commits, dates and ceilings of the runs, as a list."""
 
     def all_of(values: Iterable[object]) -> str:
         return ", ".join(dict.fromkeys(cell(value) for value in values))
@@ -271,7 +271,7 @@ def _machine(runs: list[Run]) -> str:
 
 
 def _errors(run: Run) -> Iterator[str]:
-    """Rows without a result, by reason and shape."""
+    """The rows without a result, by reason and shape."""
     rows = [row for row in run.content["rows"] if "error" in row]
     for reason, found in grouped(rows, lambda row: cell(row["error"])).items():
         lines = [f"No result: `{reason.replace('`', chr(39))}`\n"]
@@ -303,7 +303,7 @@ def _losses(runs: list[Run]) -> Iterator[str]:
 
 
 def _plots(runs: list[Run], slug: str, out: Path) -> Iterator[str]:
-    """Draws what there are rows for, gives the links; interpreted rows never join measured ones."""
+    """Draws the plots that have rows and yields their links; interpreted rows are kept apart."""
     measured = measured_of(runs)
     title = runs[0].content["device"] + ("" if measured else " (NOT A MEASUREMENT)")
     links = []

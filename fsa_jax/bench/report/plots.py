@@ -29,7 +29,7 @@ from fsa_jax.bench.report.results import (
     varying,
 )
 
-#: Points of each line, by its label and style; a label has the same colour in all panels.
+#: The points of each line, by its label and style; a label has the same colour in all panels.
 type Lines = dict[tuple[str, str], dict[int, float]]
 
 
@@ -39,13 +39,13 @@ def _panels(count: int) -> tuple[Figure, list[Axes]]:
 
 
 def _by_number(text: str) -> tuple:
-    """Sorts labels by the numbers in them, those without one last."""
+    """Sorts labels by the numbers in them, with labels without numbers last."""
     numbers = [int(part.replace(",", "")) for part in re.findall(r"\d[\d,]*", text)]
     return not numbers, numbers, text
 
 
 def _line_plot(panels: Mapping[str, Lines], xlabel: str, ylabel: str) -> Figure | None:
-    """A panel for each set of lines, over a log2 axis; None without a point."""
+    """Draws a panel for each set of lines, with a log2 x axis; None if there are no points."""
     panels = {title: lines for title, lines in panels.items() if lines}
     names = sorted({name for lines in panels.values() for name, _ in lines}, key=_by_number)
     if not names:
@@ -68,7 +68,7 @@ def _line_plot(panels: Mapping[str, Lines], xlabel: str, ylabel: str) -> Figure 
 
 
 def _log2_heights(figure: Figure | None, line: float | None) -> Figure | None:
-    """Makes the y axes those of powers of two, with a line across if asked for."""
+    """Gives the figure log2 y axes, with a horizontal line at `line` unless it is None."""
     for axes in figure.axes if figure else ():
         if line is not None:
             axes.axhline(line, color="black", linewidth=1)
@@ -80,13 +80,13 @@ def _log2_heights(figure: Figure | None, line: float | None) -> Figure | None:
 
 
 def _rows_of(runs: list[Run], function: str) -> list[tuple[Run, Row]]:
-    """Rows of a function that are comparable over runs: not packed, blocks chosen by NSA."""
+    """The rows of a function that are comparable across runs: not packed, blocks chosen by NSA."""
     rows = [(run, row) for run in runs for row in run.rows if row["function"] == function]
     return [(a, row) for a, row in rows if not row["packed"] and row["selection"] in (None, "nsa")]
 
 
 def _labels(rows: list[Row], without: Sequence[str]) -> Callable[[Row], str]:
-    """Says of a row what tells lines apart."""
+    """A function that labels a row by the shape fields that distinguish the lines."""
     names = [name for name in varying(rows) if name not in (*without, "selection")]
     return lambda row: describe(row, names)
 
@@ -209,7 +209,7 @@ def _draw_models(runs: list[Run]) -> Figure | None:
     return figure
 
 
-#: Caption and drawing of each plot, by the end of its file's name.
+#: The caption and drawing function of each plot, by the suffix of its file name.
 PLOTS: dict[str, tuple[str, Callable[[list[Run]], Figure | None]]] = {
     "speedup": ("The whole operator against full attention, in the same run", _draw_speedup),
     "selected": (

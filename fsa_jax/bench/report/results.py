@@ -1,4 +1,4 @@
-"""Result files of `fsa-jax bench`: reading, checking, and what is compared with what."""
+"""Result files of `fsa-jax bench`: reading and checking them, and which rows are compared."""
 
 import dataclasses
 import itertools
@@ -13,12 +13,12 @@ type Row = dict[str, Any]
 
 WHAT = "fsa-jax bench"
 SUITES = ("kernels", "operator", "training", "prefill", "decode")
-#: Methods in the order of their columns. Of ours the first that was run stands for the others.
+#: METHODS is in the order of the columns. The first method of OURS that was run represents ours.
 OURS = ("default", "triton", "nsa", "kv_outer", "xla")
 METHODS = (
     "default", "triton", "kv_outer", "query_tile", "nsa", "query_outer", "cudnn", "xla", "full",
 )  # fmt: skip
-#: Parts of the operator, and their names in tables and plots.
+#: The parts of the operator, and their names in tables and plots.
 BRANCHES = {
     "compressed_attention": "compressed",
     "select_blocks": "selection",
@@ -27,7 +27,7 @@ BRANCHES = {
     "combine_branches": "combine",
 }
 WHOLE, FULL, MODEL = "native_sparse_attention", "full_attention", "model"
-#: Sparse attention of one query a sequence, all branches.
+#: Sparse attention of one query per sequence, with all branches.
 STEP = "decode_step"
 PASSES = ("forward", "backward")
 BOTH = "forward + backward"
@@ -54,7 +54,8 @@ ALL_PASSES = (*PASSES, "step", "prefill", "decode")
 _CHOICES = {"suite": SUITES, "pass": ALL_PASSES}
 _POSITIVE = {"ms", "length", "heads", "kv_heads"}
 
-#: What tells shapes apart, with the letters of the tables; full attention knows no blocks.
+#: The fields that distinguish shapes, with their letters in the tables. Full attention has no
+#: blocks.
 SHAPE = {
     "model": "model", "layers": "layers", "batch": "B", "length": "T", "heads": "N",
     "kv_heads": "K", "width": "D", "block_size": "block size", "topk": "blocks",
@@ -66,7 +67,7 @@ ALWAYS = ("length", "heads", "kv_heads")
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A result file: its path below the folder of results, its content, its rows with times."""
+    """A result file: its path below the results folder, its content, and its rows with times."""
 
     name: str
     content: dict[str, Any]
@@ -77,7 +78,7 @@ class Run:
 
 
 def load(results: Path) -> list[Run]:
-    """The result files below a folder, oldest first, every key checked."""
+    """Reads the result files below a folder, oldest first, and checks every key."""
     paths = sorted(results.rglob("*.json"))
     runs = [run for path in paths if (run := _read(path, path.relative_to(results).as_posix()))]
     if not runs:
@@ -86,7 +87,7 @@ def load(results: Path) -> list[Run]:
 
 
 def _read(path: Path, name: str) -> Run | None:
-    """A result file; None for other JSON."""
+    """Reads a result file; None for other JSON."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -106,7 +107,7 @@ def _read(path: Path, name: str) -> Run | None:
 
 
 def _check(where: str, table: object, kinds: Mapping[str, Any]) -> None:
-    """Raises ValueError unless all keys are there, of their types, numbers finite and not < 0."""
+    """Raises ValueError unless all keys exist with the right types and finite numbers >= 0."""
     if not isinstance(table, dict):
         raise ValueError(f"{where}: must be an object, got {table!r}")
     for key, kind in kinds.items():
@@ -129,25 +130,28 @@ def measured_of(runs: list[Run]) -> list[Run]:
 
 
 def shape(row: Row, names: Iterable[str] = SHAPE) -> tuple:
-    """What a row is of, as a key that sorts."""
+    """The shape of a row as a sortable key."""
     values = (row.get(name) for name in names)
     return tuple((value is not None, 0 if value is None else value) for value in values)
 
 
 def is_peer(row: Row) -> bool:
-    """Whether a row is of a rival of ours; a method that nobody knows is neither."""
+    """Whether a row is of a rival method; an unknown method is neither a rival nor ours."""
     method = row["method"]
     rival = method in ("query_outer", "cudnn", "full") or method.startswith("peer_")
     return rival or row["function"] == FULL
 
 
 def is_ours(row: Row) -> bool:
-    """Whether a row is of a method that this package stands for."""
+    """Whether a row is of a method that this package offers as its own."""
     return row["method"] in OURS and row["function"] != FULL
 
 
 def rivals(row: Row, rows: Iterable[Row]) -> list[Row]:
-    """Rows of peers of the same pass and shape; full attention is one of all branches together."""
+    """The rows of peers with the same pass and shape.
+
+    Full attention is a peer of the whole operator and of the decoding step.
+    """
 
     def same(other: Row) -> bool:
         if other["pass"] != row["pass"] or not is_peer(other):
@@ -160,26 +164,26 @@ def rivals(row: Row, rows: Iterable[Row]) -> list[Row]:
 
 
 def ours_of(rows: Iterable[Row]) -> Row | None:
-    """The row that stands for ours among rows of one function, shape and pass."""
-    found = [row for row in rows if is_ours(row)][::-1]  # of two alike the newer
+    """The row that represents our methods among rows of one function, shape and pass."""
+    found = [row for row in rows if is_ours(row)][::-1]  # the newer of two equal ones
     return min(found, key=lambda row: OURS.index(row["method"]), default=None)
 
 
 def losses(run: Run) -> list[tuple[float, Row, Row]]:
-    """(times slower, ours, the peer) of every row of ours that is slower than a peer."""
+    """(times slower, our row, the peer's row) for every row of ours that is slower than a peer."""
     pairs = ((row, peer) for row in run.rows if is_ours(row) for peer in rivals(row, run.rows))
     return [(row["ms"] / peer["ms"], row, peer) for row, peer in pairs if row["ms"] > peer["ms"]]
 
 
 def times(rows: Iterable[Row], function: str) -> dict[str, float]:
-    """Ms of ours by pass, and of both passes together, among rows of one shape."""
+    """Our times in ms by pass, and of both passes together, among rows of one shape."""
     rows = [row for row in rows if row["function"] == function]
     found = {name: ours_of(row for row in rows if row["pass"] == name) for name in PASSES}
     return _with_both({name: row["ms"] for name, row in found.items() if row})
 
 
 def full_times(row: Row, rows: Iterable[Row]) -> tuple[str, dict[str, float]]:
-    """Method and ms by pass of full attention at the shape of a row: cuDNN's, else XLA's."""
+    """The method and ms by pass of full attention at a row's shape: cuDNN's if run, else XLA's."""
     wanted = shape(row, _DENSE_SHAPE)
     rows = [r for r in rows if r["function"] == FULL and shape(r, _DENSE_SHAPE) == wanted]
     for method in ("cudnn", "xla"):
@@ -193,17 +197,17 @@ def _with_both(found: dict[str, float]) -> dict[str, float]:
 
 
 def ratios(over: Mapping[str, float], under: Mapping[str, float]) -> dict[str, float]:
-    """Quotients of what both have."""
+    """The quotients for the keys that both have."""
     return {name: over[name] / under[name] for name in over if name in under}
 
 
 def grouped(rows: Iterable[Row], key: Callable[[Row], Any]) -> dict[Any, list[Row]]:
-    """Rows by a key, in the order of the keys."""
+    """The rows grouped by a key, in the order of the keys."""
     return {k: list(found) for k, found in itertools.groupby(sorted(rows, key=key), key)}
 
 
 def number(value: float | None) -> str:
-    """Three digits, more before the point; "-" for None."""
+    """Formats a number with three digits, or more before the decimal point; "-" for None."""
     if value is None:
         return "-"
     digits = 0 if value >= 100 else 1 if value >= 10 else 2
@@ -211,7 +215,7 @@ def number(value: float | None) -> str:
 
 
 def cell(value: object) -> str:
-    """A value as the tables show it."""
+    """Formats a value for the tables."""
     if isinstance(value, bool):
         return "yes" if value else "no"
     text = "-" if value is None else f"{value:,}" if isinstance(value, int) else str(value)
@@ -230,5 +234,5 @@ def describe(row: Row, names: Iterable[str] = SHAPE) -> str:
 
 
 def varying(rows: Sequence[Row]) -> list[str]:
-    """What tells the rows apart; T, N and K always."""
+    """The shape fields in which the rows differ, and always T, N and K."""
     return [n for n in SHAPE if n in ALWAYS or len({shape(row, [n]) for row in rows}) > 1]

@@ -1,5 +1,5 @@
-"""What `fsa-jax bench` measures: attention and its branches, steps of decoding, whole models.
+"""The suites of `fsa-jax bench`: attention and its branches, decoding steps, and whole models.
 
-A suite goes through its cases, has each measured and checked by `fsa_jax.bench.measure`, and yields
-rows of numbers, which `fsa_jax.bench.run` writes as JSON.
+A suite iterates over its cases, has `fsa_jax.bench.measure` measure and check each of them, and
+yields result rows, which `fsa_jax.bench.run` writes as JSON.
 """

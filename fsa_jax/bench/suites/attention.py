@@ -1,7 +1,7 @@
-"""The suites of attention: each public function by each method, and the whole operator.
+"""The attention suites: each public function by each method, and the whole operator.
 
-Cases are compiled side by side, a few ahead of what is measured; the methods of one function take
-turns, so that they meet the same clock of the device.
+Cases are compiled in parallel, a few before they are measured. The methods of one function are
+timed in turns, so that they run at the same clock rates of the device.
 """
 
 import dataclasses
@@ -36,19 +36,19 @@ OPERATOR = (
     "native_sparse_attention",
     "full_attention",
 )
-#: (query heads, key heads) of models that people train, and those of kernels; G = 4, 16, 1, 8, 2.
+#: (query heads, key heads) of realistic models, and of the kernel cases; G = 4, 16, 1, 8, 2.
 HEADS = ((32, 8), (64, 4), (32, 32), (32, 4), (16, 8))
 KERNEL_HEADS = ((16, 4), (4, 4), (64, 4), (32, 4), (8, 4))
-#: Tokens of a row; like heads, what tells most comes first.
+#: Tokens of a sequence; as with the heads, the most informative values come first.
 LENGTHS = (65536, 8192, 131072, 32768, 262144, 16384, 4096)
-#: Cases that are compiled at a time, before any of them is measured.
+#: The number of cases that are compiled together, before any of them is measured.
 AHEAD = 4
-#: All input sets of a case together, bytes: several times the L2 cache.
+#: The size in bytes of all input sets of a case together: several times the L2 cache.
 SETS_BYTES = 2**28
 
 
 def kernels(run: Run, ceilings) -> Iterator[dict]:
-    """Kernels by length and group, at (block, topk) = (64, 16) and (128, 8)."""
+    """Measures kernels by length and group size, at (block size, topk) = (64, 16) and (128, 8)."""
     if run.interpret:
         found = [
             (dataclasses.replace(case, selection="skewed", packed=True), KERNELS[:1])
@@ -61,7 +61,7 @@ def kernels(run: Run, ceilings) -> Iterator[dict]:
 
 
 def _tiny_cases(config: BenchConfig) -> list[Case]:
-    """Cases for a machine that measures nothing."""
+    """Cases for a machine without a GPU, on which nothing is measured."""
     lengths, heads = config.lengths or (200,), config.heads or ((6, 2),)
     return [
         Case(length=length, heads=query, kv_heads=key, width=16, config=TINY)
@@ -72,7 +72,7 @@ def _tiny_cases(config: BenchConfig) -> list[Case]:
 def _kernel_cases(
     lengths: Sequence[int], heads: Sequence[tuple[int, int]]
 ) -> list[tuple[Case, Sequence[str]]]:
-    """Length by length; other selections and a packed row at the first length alone."""
+    """Cases by length; only the first has other selections and a packed sequence."""
     found: list[tuple[Case, Sequence[str]]] = []
     for length in lengths:
         main = [Case(length=length, heads=query, kv_heads=key) for query, key in heads]
@@ -101,7 +101,7 @@ def operator(run: Run, ceilings) -> Iterator[dict]:
 
 
 def _operator_cases(lengths: Sequence[int], heads: Sequence[tuple[int, int]]) -> list[Case]:
-    """All lengths with all heads, the first lengths and heads before the others."""
+    """All combinations of lengths and heads, with the first lengths and heads before the others."""
     places = itertools.product(range(len(lengths)), range(len(heads)))
     return [
         Case(length=lengths[i], heads=heads[j][0], kv_heads=heads[j][1])
@@ -110,7 +110,7 @@ def _operator_cases(lengths: Sequence[int], heads: Sequence[tuple[int, int]]) ->
 
 
 def measure_cases(run, found, implementation: Implementation, ceilings) -> Iterator[dict]:
-    """Rows of the subjects of pairs (case, functions): compiled side by side, checked, timed."""
+    """Compiles, checks and times the subjects of pairs (case, functions), and yields their rows."""
     for several in itertools.batched(found, AHEAD):
         tasks = [(case, _subjects(run, case, implementation, names)) for case, names in several]
         jobs = {}
@@ -122,14 +122,14 @@ def measure_cases(run, found, implementation: Implementation, ceilings) -> Itera
             jobs |= {(number, s.function, s.method): _compilation(case, s) for s in subjects}
         compiled = timing.compile_all(jobs, run.config.threads)
         for number, (case, subjects) in enumerate(tasks):
-            # taken out, so that programs and what they hold go with their case
+            # popped, so that the programs and their memory are freed with the case
             own = {key[1:]: compiled.pop(key) for key in list(compiled) if key[0] == number}
             yield from _measure_case(run, case, subjects, own, ceilings)
 
 
 def _subjects(run, case: Case, implementation: Implementation, functions) -> list[Subject]:
     found = cases.subjects(case, implementation, functions)
-    # there is no cuDNN without a GPU
+    # cuDNN needs a GPU
     return [subject for subject in found if not (run.interpret and subject.method == "cudnn")]
 
 
@@ -140,7 +140,7 @@ def _compilation(case: Case, subject: Subject):
 
 
 def _measure_case(run, case: Case, subjects, compiled, ceilings) -> Iterator[dict]:
-    """Rows of the subjects of a case, which are compiled, as its inputs are."""
+    """Yields the rows of a case from its compiled subjects and inputs."""
     passes = [(s, name) for s in subjects for name in ("forward", "backward")]
     passes = [(s, name) for s, name in passes if s.differentiated or name == "forward"]
     rows = {
@@ -183,7 +183,7 @@ def _measure_case(run, case: Case, subjects, compiled, ceilings) -> Iterator[dic
 
 
 def _peer_rows(run, case: Case, method: str, programs, sets, ceilings) -> Iterator[dict]:
-    """Rows of another project's selected attention; whatever fails in it is recorded."""
+    """Yields the rows of another project's selected attention; any failure is recorded."""
     try:
         if isinstance(programs, Exception):
             raise programs  # there is nothing to compare with
@@ -208,10 +208,10 @@ def _peer_rows(run, case: Case, method: str, programs, sets, ceilings) -> Iterat
 
 
 def _measure_rivals(run, case: Case, rivals, compiled, sets) -> Iterator[tuple[Subject, dict]]:
-    """Each subject with its rows by pass. The subjects take turns, a round of each after another.
+    """Yields each subject with its rows by pass. The subjects are timed in turns, round by round.
 
     Raises:
-      WrongResult: a sample is wrong.
+      WrongResult: a sample of the results is wrong.
     """
     clocks = [{} for _ in rivals]
     found: list[dict[str, dict]] = [{} for _ in rivals]
@@ -244,7 +244,7 @@ def _measure_rivals(run, case: Case, rivals, compiled, sets) -> Iterator[tuple[S
 
 
 def _prepare(case: Case, subject: Subject, programs, sets, *, check_it: bool):
-    """Arguments of each pass of a subject, by set of inputs, and what a check of a sample found."""
+    """The arguments of each pass for each input set, and the result of checking a sample."""
     arguments = [[x[name] for name in (*subject.differentiated, *subject.others)] for x in sets]
     if not subject.differentiated:
         if not check_it:
@@ -254,7 +254,7 @@ def _prepare(case: Case, subject: Subject, programs, sets, *, check_it: bool):
             raise WrongResult(f"{subject.function}: {share:.1%} of the sampled lists are right")
         return {"forward": arguments}, {"right_lists": share}
     kept = [programs["residuals"](*args) for args in arguments]
-    # any numbers will do, and those of the query have the shape of the output
+    # any cotangent will do, and the query has the shape of the output
     douts = [x["query"][:, ::-1] for x in sets]
     with_lse = isinstance(kept[0][0], tuple)
     backward = [

@@ -1,9 +1,9 @@
-"""A step of decoding: one query a sequence, sparse over pages of a cache, beside full attention.
+"""The decoding suite: one query per sequence, sparse over cache pages, beside full attention.
 
-Both see the same keys in the same run: the sparse step through a page table in no order, full
-attention as one contiguous array, the best that it can be given. What is timed is the step on every
-input set, one after another in one program, so that neither the host's work for a call nor the L2
-cache comes into the figures; times are those of a step.
+Both get the same keys in the same run: the sparse step through a page table in random order, full
+attention as one contiguous array, which is its best case. One program runs the step on every input
+set, one after another, so that neither the host's work for a call nor the L2 cache affects the
+times. The times given are those of one step.
 
 Shapes: B sequences of T tokens, N query heads, K key/value heads, D head width, J pages, M windows.
 """
@@ -30,16 +30,16 @@ from fsa_jax.inference.nsa_cache import Chunk, NSACache
 BATCHES = (1, 16)
 LENGTHS = (131072, 32768, 8192)
 HEADS = ((32, 8), (64, 8), (32, 32), (16, 1))
-#: Keys and values that the steps of one program read, bytes, at least: several times the L2 cache.
+#: The least bytes of keys and values that the steps of one program read: several L2 caches.
 READ_BYTES = 2**28
-#: Most bytes of all input sets, but for two sets, which there are always.
+#: The most bytes of all input sets together, except that there are always at least two sets.
 SETS_BYTES = 2**34
 MOST_SETS = 8
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Step:
-    """A step: B = batch, T = length with the query's own token, N = heads, K = kv_heads, D."""
+    """A step: B = batch, T = length including the query's token, N = heads, K = kv_heads, D."""
 
     batch: int
     length: int
@@ -50,7 +50,7 @@ class Step:
 
     @property
     def pages(self) -> int:
-        """Pages J of a sequence."""
+        """The number of pages J of a sequence."""
         return self.config.num_blocks(self.length)
 
     @property
@@ -58,7 +58,7 @@ class Step:
         return self.width**-0.5
 
     def row(self) -> dict[str, Any]:
-        """What every row of the results says of the step."""
+        """The fields that describe the step in every row of the results."""
         return {
             "batch": self.batch, "length": self.length, "heads": self.heads,
             "kv_heads": self.kv_heads, "width": self.width,
@@ -67,11 +67,11 @@ class Step:
         }  # fmt: skip
 
     def work(self, function: str) -> tuple[float, float]:
-        """Flops that the mathematics needs, and bytes of the keys and values that must be read.
+        """The necessary flops, and the bytes of the keys and values that must be read.
 
-        Keys are the M windows, the selected blocks up to the query and the sliding window; for full
-        attention all tokens. Queries and results are a few kB, and the logits of the windows need
-        not leave the chip.
+        The keys are the M windows, the selected blocks up to the query and the sliding window, or
+        for full attention all tokens. Queries and results take only a few kB, and the logits of the
+        windows need not leave the chip.
         """
         config, last = self.config, self.length - 1
         block = last // config.block_size
@@ -86,7 +86,7 @@ class Step:
 
 
 def rows(run, ceilings) -> Iterator[dict]:
-    """Rows of the suite: one a step and method."""
+    """Yields the rows of the suite, one for each step and method."""
     for step in _steps(run):
         subjects = _subjects(step, run.interpret)
         if run.late():
@@ -112,7 +112,7 @@ def rows(run, ceilings) -> Iterator[dict]:
                 row |= {"error": timing.describe_error(error)}
             timing.say(f"{names}: {row.get('ms', row.get('error'))}")
             yield row
-        del sets  # before the next ones are made
+        del sets  # freed before the next sets are made
 
 
 def _steps(run) -> list[Step]:
@@ -132,7 +132,7 @@ def _steps(run) -> list[Step]:
 
 
 def _count(step: Step, interpret: bool) -> int:
-    """How many input sets there are."""
+    """The number of input sets."""
     if interpret:
         return 2
     _, read = step.work(STEP)
@@ -143,11 +143,11 @@ def _count(step: Step, interpret: bool) -> int:
 
 @functools.partial(jax.jit, static_argnames="step")
 def make_inputs(step: Step, seed: int) -> dict[str, Any]:
-    """Normal queries, keys and values; the cache holds the same keys in pages in random order.
+    """Makes normal queries, keys and values, and a cache of the same keys in shuffled pages.
 
     Returns:
       `query` [B, 1, N, D], `key` and `value` [B, T, K, D], and `cache`, whose compressed keys are
-      means.
+      the means of their windows.
     """
     config = step.config
     seeds = jax.random.split(jax.random.key(seed), 4)
@@ -187,7 +187,7 @@ def make_inputs(step: Step, seed: int) -> dict[str, Any]:
 
 
 def _subjects(step: Step, interpret: bool) -> list[tuple[dict[str, str], Callable, Callable]]:
-    """Names, the step as a function of an input set, and the check of its result."""
+    """The names of each method, its step as a function of an input set, and its check."""
 
     def sparse(inputs):
         cache = inputs["cache"]
@@ -211,12 +211,12 @@ def _subjects(step: Step, interpret: bool) -> list[tuple[dict[str, str], Callabl
 
 
 def _measure(call, wanted, sets, rounds: int) -> dict[str, Any]:
-    """Figures of a step, of a program that makes one on every set; raises WrongResult."""
+    """Checks and times a program that runs the step on every set; may raise WrongResult."""
 
     def run(sets):
         return [call(inputs) for inputs in sets]
 
-    with jax.numpy_dtype_promotion("standard"):  # of which jax's own attention has need
+    with jax.numpy_dtype_promotion("standard"):  # needed by jax.nn.dot_product_attention
         program = jax.jit(run).lower(sets).compile()
     found = wanted(sets[0], program(sets)[0])
     if not (error := found["relative_error"]) <= correctness.TOLERANCE:
@@ -247,9 +247,9 @@ def check_full(step: Step, inputs, out) -> dict[str, Any]:
 
 
 def check_sparse(step: Step, inputs, result) -> dict[str, Any]:
-    """Compares the branches of a step with dense ones, and its choice of blocks with the scores.
+    """Compares the branches of a step with dense ones, and its selected blocks with the scores.
 
-    The selected branch is compared for the blocks that were chosen: near ties may differ.
+    The selected branch is compared given the blocks that were chosen, since near ties may differ.
     """
     config, cache = step.config, inputs["cache"]
     branches, lists = result
@@ -286,7 +286,7 @@ def check_sparse(step: Step, inputs, result) -> dict[str, Any]:
 
 
 def _scores(weights, step: Step):
-    """Scores [B, K, J] of blocks: each window gives its weight to every unit of a stride in it."""
+    """Block scores [B, K, J]: each window adds its weight to every stride that it covers."""
     config = step.config
     units = np.zeros(weights.shape)
     for offset in range(config.kernel_size // config.kernel_stride):
@@ -297,9 +297,9 @@ def _scores(weights, step: Step):
 
 @functools.partial(jax.jit, static_argnames="scale")
 def _dense(query, key, value, seen, scale: float) -> tuple[Array, Array]:
-    """Attention in float32, a sequence at a time: out [B, N, D], and weights [B, K, A] of A keys.
+    """Attention in float32, one sequence at a time, to A keys: out [B, N, D], weights [B, K, A].
 
-    `query` is [B, 1, N, D]; `seen` bool [B, K or 1, A]; the weights are summed over a group.
+    `query` is [B, 1, N, D] and `seen` bool [B, K or 1, A]; the weights are summed over a group.
     """
 
     def one(xs):

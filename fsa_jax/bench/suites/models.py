@@ -1,13 +1,13 @@
 """Decoder layers of real models: a training step and a prefill, sparse against full attention.
 
-A model of one layer is run, of the shape of a real one: the layers of a model are alike, so that
-its time is as many times that of one. The vocabulary is that of bytes, so that embedding and logits
-of the real models are not in the figures. Parameters are float32, products bfloat16; the backward
-pass of a training step computes the layer again but for its attention.
+Each case runs a model of one layer with the shape of a real model. The layers of a model are alike,
+so n of them take n times as long. The vocabulary is that of bytes, so that the times exclude the
+embedding and logits of the real models. Parameters are float32 and products bfloat16. The backward
+pass of a training step recomputes the layer except its attention.
 
-Both attentions get the same rows: one document without segment ids, where full attention is by
-cuDNN, or packed documents, which jax's interface to cuDNN has no way to name, so that full
-attention is `fsa_jax.causal_attention`. They are timed in turns.
+Both kinds of attention get the same tokens: either one document without segment ids, where cuDNN
+computes full attention, or packed documents. jax's interface to cuDNN does not support packed
+documents, so `fsa_jax.causal_attention` computes full attention there. The two are timed in turns.
 """
 
 import functools
@@ -24,7 +24,7 @@ from fsa_jax.bench.cases import Case
 from fsa_jax.bench.measure import timing
 from fsa_jax.transformer import TransformerConfig
 
-#: Sizes of decoder layers of models.
+#: Sizes of the decoder layers of real models.
 MODELS = {
     "Llama-3-8B": dict(embed_dim=4096, num_heads=32, num_kv_heads=8, mlp_dim=14336),
     "Qwen3-14B": dict(embed_dim=5120, num_heads=40, num_kv_heads=8, mlp_dim=17408),
@@ -34,12 +34,12 @@ TINY = {"tiny": dict(embed_dim=32, num_heads=4, num_kv_heads=2, mlp_dim=64, head
 LENGTHS = (32768, 8192, 131072, 65536, 16384)
 ATTENTIONS = ("nsa", "full")
 PASSES = {"training": "step", "prefill": "prefill"}
-#: Cases, of two programs each, that are compiled at a time.
+#: The number of cases, of two programs each, that are compiled together.
 AHEAD = 6
 
 
 def rows(kind: str, run, ceilings) -> Iterator[dict]:
-    """Rows of the suite "training" or "prefill": one a model, length, packing and attention."""
+    """Rows of suite "training" or "prefill", one per model, length, packing and attention."""
     models = TINY if run.interpret else MODELS
     lengths = run.config.lengths or ((64,) if run.interpret else LENGTHS)
     wanted = itertools.product(lengths, models.items(), (False, True))
@@ -58,12 +58,12 @@ def rows(kind: str, run, ceilings) -> Iterator[dict]:
 
 
 class _Layer:
-    """A case: rows of tokens, and a model of one layer with either attention."""
+    """A case: tokens, and a model of one layer with either kind of attention."""
 
     def __init__(self, kind: str, run, length: int, name: str, sizes: dict, packed: bool):
         self.kind, self.run, self.length, self.name, self.sizes = kind, run, length, name, sizes
         case = Case(length=length, heads=1, kv_heads=1, packed=packed)
-        # arguments of the model: of what a program knows, the compiler would make use
+        # passed as an argument, since the compiler could exploit a constant
         self.segment_ids = [jnp.asarray(case.segment_ids())] if packed else []
 
     def config(self, attention: str) -> TransformerConfig:
@@ -79,7 +79,7 @@ class _Layer:
         )  # fmt: skip
 
     def program(self, attention: str) -> tuple[Callable, Any, int]:
-        """A compiled step or prefill, a function that makes its state, and flops by parameters."""
+        """A compiled step or prefill, the function that makes its state, and flops per token."""
         from fsa_jax.training.step import abstract_model, init_model
 
         config = self.config(attention)
@@ -91,7 +91,7 @@ class _Layer:
         else:
             function, make, per_parameter = *_training_step(forward), 6
         state = jax.eval_shape(make, shapes)
-        with jax.numpy_dtype_promotion("standard"):  # of which optax has need
+        with jax.numpy_dtype_promotion("standard"):  # needed by optax
             lowered = jax.jit(function, donate_argnums=0).lower(state, tokens, *self.segment_ids)
             program = lowered.compile()
         count = sum(x.size for x in jax.tree.leaves(shapes["layers"]))
@@ -102,7 +102,7 @@ class _Layer:
         return program, start, per_parameter * count
 
     def rows(self, programs: dict[str, Any], ceilings) -> Iterator[dict]:
-        """Rows of both attentions, in turns."""
+        """Yields the rows of both kinds of attention, which are timed in turns."""
         clocks, errors, tokens = {}, {}, None
         if self.run.late():
             reason = f"not run: the time budget of {self.run.config.minutes:g} minutes was spent"
@@ -159,7 +159,10 @@ def _prefill(forward):
 
 
 def _training_step(forward):
-    """A step and what makes its state; without segment ids the row is one document."""
+    """The training step, and the function that makes its state from the parameters.
+
+    Without segment ids the sequence is one document.
+    """
     from fsa_jax.training.config import PRESETS
     from fsa_jax.training.step import make_optimizer, next_byte_loss
 
@@ -181,7 +184,7 @@ def _training_step(forward):
 
 
 class _Stepper:
-    """Calls a program with the state that its last call left: it is donated and passed on."""
+    """Calls a program with the state that its last call returned, which is donated."""
 
     def __init__(self, program, state):
         self.program, self.state = program, state
