@@ -98,7 +98,7 @@ class TuneConfig:
 
 @dataclasses.dataclass(frozen=True)
 class _Job:
-    """A kernel of a case: the function that runs it, its key, and its tiles, heuristic one first."""
+    """A kernel of a case: the function that runs it, its key, and its tiles, heuristic first."""
 
     case: Case
     function: str

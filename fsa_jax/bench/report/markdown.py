@@ -46,15 +46,16 @@ MARK = "<!-- From here on made by `fsa-jax bench --report`: edits below are lost
 #: The number of kernels that a line of the kernel table names.
 _NAMED = 5
 _LEGEND = """\
-Times are ms a call, the median over rounds, with the spread over the rounds in brackets: (slowest -
-fastest) / median. T tokens, N query heads, K key/value heads, D head width. *Ours* is the default
-choice (`default`; `triton` where that is the same; `nsa` for models) where it was run, else
-`kv_outer`, else `xla`. *x floor* is the
-time of ours over the least that products and memory traffic take at the ceilings of the device.
-*x best peer* is the time of ours over that of the fastest rival in the same run, below 1 where ours
-is faster: `query_outer` (the kernel of vanilla NSA), `peer_*` (other projects' code), and full
-attention for the whole operator and for models. A speed-up is above 1 where ours is faster. Plots
-show the newest figure of each shape. -: not measured, or unknown.
+Times are in ms per call: the median over rounds, followed in brackets by the spread over the
+rounds, (slowest - fastest) / median. T is the number of tokens, N of query heads, K of key/value
+heads, and D the head width. *Ours* is the default implementation if it was run (`default`;
+`triton` where that is the same; `nsa` for models), else `kv_outer`, else `xla`. *x floor* is our
+time divided by the least time that the products and the memory traffic take at the ceilings of
+the device. *x best peer* is our time divided by that of the fastest rival in the same run; it is
+below 1 where ours is faster. Rivals are `query_outer` (the kernel of vanilla NSA), `peer_*`
+(other projects' code), and full attention for the whole operator and for models. A speed-up is
+above 1 where ours is faster. The plots show the most recent measurement of each shape. A dash
+means not measured, or unknown.
 """
 
 
@@ -165,7 +166,7 @@ def _operator_table(rows: list[Row]) -> Iterator[str]:
         line += [" / ".join(number(part.get(name)) for name in PASSES) for part in parts]
         faster = ratios(full, whole)
         lines.append([*line, method, *(number(faster.get(name)) for name in (*PASSES, BOTH))])
-    yield "Ours by branch, forward / backward in ms, and full attention:\n"
+    yield "Our times by branch, forward / backward in ms, and those of full attention:\n"
     titles = [*(SHAPE[name] for name in names), *BRANCHES.values(), "whole operator"]
     titles += ["full attention", "by", *(f"speed-up, {name}" for name in (*PASSES, BOTH))]
     yield _table(titles, lines)
@@ -203,7 +204,7 @@ def _kernels_table(rows: list[Row]) -> Iterator[str]:
         text += [f"others {number(rest)}"] * (rest > 0)
         line = [row["function"], row["method"], row["pass"], *(row.get(name) for name in names)]
         lines.append([*line, number(row["ms"]), number(row["device_ms"]), ", ".join(text)])
-    yield "Time on the device by kernel, ms a call, from the profiler.\n"
+    yield "Device time by kernel in ms per call, from the profiler.\n"
     yield _constant(rows, names)
     titles = ["function", "method", "pass", *(SHAPE[name] for name in names)]
     yield _table([*titles, "ms", "device, ms", "kernels"], lines)
@@ -229,7 +230,8 @@ def _device(runs: list[Run], slug: str, out: Path) -> Iterator[str]:
             text = "not a measurement: kernels interpreted on a CPU, tiny sizes"
             yield f"**`{run.name}`: {text}.**\n"
         if not run.content["complete"]:
-            yield f"**`{run.name}` is incomplete: cases were left out, or the run broke off.**\n"
+            text = "cases were left out, or the run was interrupted"
+            yield f"**`{run.name}` is incomplete: {text}.**\n"
     for suite in SUITES:
         for run in (run for run in runs if run.content["suite"] == suite):
             yield f"### {suite.capitalize()}, {cell(run.content['date'])}\n"
@@ -289,7 +291,7 @@ def _losses(runs: list[Run]) -> Iterator[str]:
         text = f"Nowhere: none of {compared} pairs" if compared else "No peer was run beside ours"
         yield f"{text}.\n"
         return
-    yield f"Every row of ours that is slower than a peer, {len(found)} of {compared} pairs:\n"
+    yield f"Cases in which ours is slower than a peer, {len(found)} of {compared} pairs:\n"
     titles = ["times slower", "function", "pass", "shape", "ours", "ms", "peer", "ms", "file"]
     order = sorted(found, key=lambda x: (-x[0], x[3], x[1]["function"], x[1]["pass"], shape(x[1])))
     yield _table(
