@@ -1,9 +1,9 @@
 """The public functions: they canonicalise and check arguments, ask for a backend, and call it.
 
 Data goes from here to `fsa_jax.ops`, or with a `sequence_axis` to `fsa_jax.sequence_parallel`; this
-package computes nothing itself. `fsa_jax.ops.dispatch.resolve` says once a call, before anything is
-computed, which backend serves it. The batch axis may be left out everywhere, of all arrays of a
-call together.
+package computes nothing itself. `fsa_jax.ops.dispatch.resolve` decides once per call, before
+anything is computed, which backend serves it. The batch axis may always be left out, from all
+arrays of a call together.
 """
 
 from fsa_jax.api.causal import causal_attention

@@ -90,8 +90,8 @@ def causal_attention(
 
         out[t] = sum over t - w < s <= t of softmax_s(scale * q[t] . k[s]) * v[s]
 
-    No array of T x T numbers exists, forward or backward. The time follows the pairs of a query and
-    a key that it sees: packed documents cost what they would cost one by one.
+    Neither pass creates an array of T x T numbers. The time is proportional to the number of
+    visible pairs of a query and a key: packed documents cost as much as they would one by one.
 
     Args:
       query: [B, T, N, D], floating.

@@ -221,8 +221,8 @@ def selected_attention(
       segment_ids: integers [B, T], equal ids in a run are one document, 0 is padding.
       implementation: "triton", "mosaic_gpu", "triton_interpret", "xla", "reference"; None: best.
       return_residuals: also return the logsumexp of the scaled logits.
-      tuning: how the kernels of "triton" run; None leaves it to measured heuristics. It changes
-        time and memory alone. Not used where `implementation=None` chose another implementation.
+      tuning: how the kernels of "triton" run; None: measured heuristics decide. It changes only
+        time and memory, and is unused where `implementation=None` chose another implementation.
 
     Returns:
       out [B, T, N, E] in the dtype of `query`, or (out, lse) with lse [B, T, N], natural log, in
@@ -368,6 +368,6 @@ def sliding_window_attention(
 
 
 def as_asked(result, has_batch: bool, return_residuals: bool) -> Any:
-    """Out and lse [B, ...] of a branch in the form that the caller asked for."""
+    """Returns out and lse [B, ...] of a branch in the form that the caller requested."""
     out, lse = result if has_batch else (x[0] for x in result)
     return (out, lse) if return_residuals else out

@@ -106,9 +106,10 @@ def native_sparse_attention(
 def gated_attention(
     query, compressed, sources, gates, *, config, scale, segment_ids, implementation, sequence_axis
 ) -> Any:  # fmt: skip
-    """`native_sparse_attention`, perhaps with other keys and values for the window.
+    """`native_sparse_attention`, optionally with separate keys and values for the window.
 
-    `sources` are one pair of them for the selected branch and the window, or a pair for each.
+    `sources` holds one pair of keys and values for the selected branch and the window, or a pair
+    for each.
     """
     given, stride = query, config.kernel_stride
     query, compressed_key, compressed_value, has_batch = checks.attention_arrays(
@@ -118,12 +119,12 @@ def gated_attention(
     for _, value in sources:
         checks.same_widths(value=value, compressed_value=compressed_value)
     gates = checks.gates(gates, query, has_batch)
-    if gates.dtype == jnp.float64:  # the sum has no such numbers, and no kernel has
+    if gates.dtype == jnp.float64:  # neither the sum nor any kernel uses float64
         gates = gates.astype(wide_dtype(query))
     scale = checks.scale(scale, query.shape[-1])
     ids = checks.ids(segment_ids, query.shape[:2], has_batch)
     rows = describe_rows(ids, *query.shape[:2])
-    gates = rows.without_padding(gates)  # the branches see to their own arguments
+    gates = rows.without_padding(gates)  # the branches mask their own arguments
     arrays = (query, (compressed_key, compressed_value), tuple(sources))
     if sequence_axis is not None:
         checks.sequence(sequence_axis, has_batch, query.shape[1], stride)

@@ -39,8 +39,8 @@ def select_blocks(
         score[j] = sum over windows i of p[i] * (strides of d tokens that i shares with block j)
 
     A query at position t chooses among the blocks 0 .. t // block_size: first the forced ones (the
-    first `init_blocks`, the last `local_blocks`), then those of the highest score, of equal scores
-    the lower number. No gradient flows through the choice.
+    first `init_blocks` and the last `local_blocks`), then those with the highest scores; between
+    equal scores the lower block number wins. No gradient flows through the choice.
 
     Args:
       query: [B, T, N, D], floating.
@@ -52,8 +52,8 @@ def select_blocks(
       implementation: "triton", "mosaic_gpu", "triton_interpret", "xla", "reference"; None: best.
 
     Returns:
-      int32 [B, T, K, topk]: block numbers, counted from the start of the query's own document,
-      ascending; unused places hold -1 and stand at the end.
+      int32 [B, T, K, topk]: block numbers, counted from the start of the query's own document, in
+      ascending order; unused entries at the end are -1.
 
     Raises:
       ValueError: an argument has a wrong shape, dtype or value; the message names it.

@@ -56,7 +56,7 @@ class Lists(NamedTuple):
     """The lists of queries that are tokens of longer sequences, or all of them.
 
     Attributes:
-      starts: first token of each listed block, T of the keys where an entry does not count.
+      starts: first token of each listed block; M where an entry is ignored.
       start, end, valid: of the segments of the keys' tokens, as in `Rows`. (A custom_vjp fills
         trees with objects that are no arrays, which a `Rows` would not take.)
       offset: query t is token offset[b, 0] + t of the keys' sequence; the same for all b.
@@ -70,7 +70,7 @@ class Lists(NamedTuple):
 
     @classmethod
     def of(cls, rows: Rows, block_indices: Int[Array, "B T K S"], block_size: int) -> "Lists":
-        """Those of block numbers, for queries of all tokens."""
+        """The lists made from block numbers, for queries of all tokens."""
         starts = segments.listed_block_starts(rows, block_indices, block_size)
         offset = jnp.zeros_like(rows.start[:, :1])
         return cls(starts, rows.start, rows.end, rows.valid, offset)
@@ -161,7 +161,7 @@ def _build_index(spec, plan, lists):
 
 
 def _index_shape(spec, plan, key, lists):
-    """What `_build_index` gives, as shapes and dtypes."""
+    """The shapes and dtypes of the result of `_build_index`."""
     from fsa_jax.pallas.block_attention import passes
 
     sizes = {"block_size": spec.block_size, "packed": spec.packed}
@@ -191,7 +191,7 @@ def _problem(spec, plan, query, key, value, lists, index):
 
 
 def _padded_sizes(spec, query, key, value, lists) -> tuple[int, ...]:
-    """Numbers that each array of the index takes for a sequence and a KV head."""
+    """The padded size of each array of the index, for one sequence and KV head."""
     if spec.backend is Backend.XLA:
         return ()
     plan = _plan(spec, query, key, value, lists)
@@ -239,7 +239,7 @@ def _forward(spec, *arrays):
         out, lse = xla.block_attention(
             query, key, value, starts, offset[0], block_size=spec.block_size, scale=spec.scale
         )
-        # the index of the kernels, which nobody reads
+        # a placeholder for the index of the kernels, which is not read
         batch, _, kv_heads, _ = key.shape
         return out, lse, *(jnp.zeros((batch, kv_heads, x), jnp.int32) for x in padded_sizes)
 

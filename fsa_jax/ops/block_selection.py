@@ -1,4 +1,4 @@
-"""The choice of the blocks that each query attends to. It has no gradient, and no residuals.
+"""The selection of the blocks that each query attends to. It has no gradient and no residuals.
 
 Shapes: B sequences, T tokens, N query heads, K key/value heads, M compressed windows, D head width.
 """
@@ -22,7 +22,7 @@ from fsa_jax.semantics.segments import Rows, Windows
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SelectionSpec(OpSpec):
-    """The selection.
+    """The selection of blocks.
 
     Attributes:
       config: sizes of the sparse attention.
@@ -58,7 +58,7 @@ def select_blocks(
 def choose_blocks(
     spec: SelectionSpec, query, key, lse, rows: Rows, windows: Windows
 ) -> Int[Array, "B T K topk"]:
-    """`select_blocks` of queries whose own `rows` and `windows` are given."""
+    """`select_blocks` for queries whose `rows` and `windows` are given."""
     if key.shape[1] == 0:  # no kernel takes an empty array
         spec = spec.on(Backend.XLA)
     lse = lse.astype(wide_dtype(query))

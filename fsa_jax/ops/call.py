@@ -32,7 +32,7 @@ CHECKPOINT_NAMES = (
 
 
 class Backend(enum.Enum):
-    """What computes a function."""
+    """The backends that can compute a function."""
 
     #: The dense definition, on any device.
     REFERENCE = "reference"
@@ -40,7 +40,7 @@ class Backend(enum.Enum):
     XLA = "xla"
     #: The kernels in Pallas-Triton.
     TRITON = "triton"
-    #: The same, and those in Pallas Mosaic GPU where there are any.
+    #: The kernels in Pallas Mosaic GPU where they exist, otherwise those in Pallas-Triton.
     MOSAIC_GPU = "mosaic_gpu"
     #: The kernels in Pallas-Triton, interpreted on any device.
     TRITON_INTERPRET = "triton_interpret"
@@ -60,14 +60,14 @@ class Backend(enum.Enum):
 
 
 class QueryTerms(NamedTuple):
-    """What the backward pass of an attention takes of each query.
+    """What the backward pass of an attention needs from each query.
 
     Attributes:
       lse: logsumexp of the logits, [B, T, N].
-      delta: what ds = p * (dp - delta) subtracts, [B, T, N]: sum(out * dout) - dlse.
+      delta: sum(out * dout) - dlse, [B, T, N], as in ds = p * (dp - delta).
       dout: cotangent of the output, [B, T, N, E].
-      dlse: cotangent of the logsumexp, [B, T, N]. The portable loops may compute delta anew, from
-        it and from what they recompute.
+      dlse: cotangent of the logsumexp, [B, T, N], with which the portable loops may recompute
+        delta.
     """
 
     lse: jax.Array

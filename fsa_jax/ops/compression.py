@@ -1,8 +1,8 @@
 """phi: the compression of overlapping windows of tokens into one key or value each.
 
-No window is ever copied out whole. A window of l tokens consists of l/d units of d tokens. Pass u
-of l/d reads unit u of every window (each token at most once) and adds what it contributes. XLA
-turns the passes into matmuls with float32 accumulation.
+Windows are never gathered whole. A window of l tokens consists of l/d units of d tokens. Pass u of
+l/d reads unit u of every window (each token at most once) and adds its contribution. XLA turns the
+passes into matmuls with float32 accumulation.
 
 Shapes: B batch, T tokens, K key/value heads, D width, M = T // d window slots, H hidden width,
 l kernel_size, d kernel_stride.
@@ -85,8 +85,8 @@ def window_units(
     found = windows.start < length
     exists = found[:, :, None, None, None]
     if rows.packed and slots:
-        # A slice that would pass the end of the sequence is moved back inside, so empty slots read
-        # something that exists; the mask takes it away, and its cotangent with it.
+        # A slice that would extend past the end of the sequence is moved back inside, so empty
+        # slots read existing tokens; the mask removes these and their cotangents.
         def read_packed(offset):
             def unit(row, start):
                 return jax.lax.dynamic_slice_in_dim(row, start + offset, kernel_stride)
@@ -95,7 +95,7 @@ def window_units(
             return jnp.where(exists, units, 0)
 
         return WindowUnits(read_packed, found, kernel_size, kernel_stride)
-    after = kernel_size - kernel_stride if kernel_size <= length else 0  # else nobody reads
+    after = kernel_size - kernel_stride if kernel_size <= length else 0  # else it is never read
     padded = jnp.pad(x[:, : slots * kernel_stride], ((0, 0), (0, after), (0, 0), (0, 0)))
 
     def read(offset):

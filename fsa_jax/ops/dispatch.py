@@ -1,6 +1,6 @@
 """Which backend serves a call: asked once a call, before anything is computed.
 
-The names of the backends that users give stand in `options.py`.
+Users name the backends by the choices in `fsa_jax/arguments/types.py`.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ _FUNCTIONS = (
     "native_sparse_attention",
     "causal_attention",
 )
-#: What dense causal attention takes besides.
+#: The further implementations of dense causal attention.
 CUDNN = tuple(set(get_args(DenseImplementation)) - set(_NAMES))
 
 
@@ -31,7 +31,7 @@ class Request(NamedTuple):
     """An operation that a call is made of, for `resolve`.
 
     Attributes:
-      spec: what the operation is, whatever its backend.
+      spec: the operation, with any backend.
       arrays: the arrays that `spec.plan` takes, or their shapes and dtypes.
     """
 
@@ -44,9 +44,9 @@ class Choice:
     """The answer of `resolve`.
 
     Attributes:
-      backend: what serves the call.
+      backend: the backend that serves the call.
       reason: why, in words for users.
-      plans: what the backend's kernels plan for each request, given the whole arrays.
+      plans: the plan of the backend's kernels for each request, given the whole arrays.
     """
 
     backend: Backend

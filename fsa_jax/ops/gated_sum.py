@@ -41,8 +41,8 @@ def combine_gradients(backend: Backend, gates, outs, dout) -> tuple[jax.Array, A
       dgates like `gates`; the cotangent of each branch's output, like `dout`, and its delta
       [B, T, N], computed from the cotangent as it is rounded.
     """
-    # One branch after the other: otherwise the compiler may make all three cotangents at once,
-    # which need three times the memory.
+    # The branches are handled one after another. Otherwise the compiler may compute all three
+    # cotangents at once, which takes three times the memory.
     found = []
     for i, out in enumerate(outs):
         late, _ = jax.lax.optimization_barrier((dout, found[-1:]))
@@ -52,7 +52,7 @@ def combine_gradients(backend: Backend, gates, outs, dout) -> tuple[jax.Array, A
 
 
 def gates_gradient(gates, dgates):
-    """The gradient of the gates, from that [B, T, N] of each branch as `gate_gradient` gives it."""
+    """The gradient of the gates, from the result [B, T, N] of `gate_gradient` for each branch."""
     dgates = jnp.stack(dgates, axis=-1)
     if gates.shape[2] == 1:
         dgates = jnp.sum(dgates, axis=2, keepdims=True)
@@ -73,7 +73,7 @@ def _gradients(backend, one_gate, *arrays):
 
 
 def gate_gradient(gate, dout, out):
-    """What `pallas.gates.gradients` computes."""
+    """The portable equivalent of `pallas.gate_gradient.gradients`."""
     wide = wide_dtype(dout)
     dbranch, out = branch_cotangent(gate, dout), out.astype(wide)
     delta = jnp.sum(out * dbranch.astype(wide), axis=-1)
@@ -84,7 +84,7 @@ def branch_cotangent(gate, dout):
     """The gate times dout, rounded to the dtype of `dout`."""
     wide = wide_dtype(dout)
     dbranch = gate.astype(wide)[..., None] * dout.astype(wide)
-    if dout.dtype != wide:  # XLA may leave out a rounding that it is not told of
+    if dout.dtype != wide:  # XLA may elide the rounding of a mere conversion
         digits = jnp.finfo(dout.dtype)
         dbranch = jax.lax.reduce_precision(dbranch, digits.nexp, digits.nmant)
     return dbranch.astype(dout.dtype)

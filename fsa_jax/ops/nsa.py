@@ -1,4 +1,4 @@
-"""Native sparse attention on one device, or on many that have whole sequences: all branches in one.
+"""Native sparse attention of all branches, on devices that each hold whole sequences.
 
 Forward: compressed attention, the selection from its logsumexp, attention to the selected blocks
 and to the window, and the gated sum. Backward: one pass over the outputs of the branches for the
@@ -94,9 +94,9 @@ class NSASpec:
         )
 
     def requests(self, query, compressed, sources) -> dict[str, Request]:
-        """What `dispatch.resolve` is asked, by the name of the public function of each operation.
+        """The requests for `dispatch.resolve`, by the name of each operation's public function.
 
-        Arguments as in `attention`; shapes and dtypes will do.
+        The arguments are as in `attention`; their shapes and dtypes suffice.
         """
         key, value = compressed
         topk = self.config.topk
@@ -163,7 +163,7 @@ def _by_reference(spec, query, compressed, sources, gates, rows):
 
 
 class _Residuals(NamedTuple):
-    """What the backward pass takes, besides the arguments."""
+    """The residuals of the backward pass, besides the arguments."""
 
     outs: Any
     lses: Any

@@ -39,11 +39,11 @@ def partitioned(
 ) -> Callable[..., Any]:
     """`function`, computed on each device for its sequences and heads.
 
-    It has no derivative. Call it inside jit: operation by operation, XLA would gather arrays first.
+    It has no derivative. Call it inside jit; in eager mode XLA would gather the arrays first.
 
     Args:
-      function: from arrays to a tuple of arrays. It is called with the parts of a device too, so
-        whatever depends on shapes, the tiles of kernels for example, is decided inside.
+      function: maps arrays to a tuple of arrays. It is also called with the parts of one device, so
+        anything that depends on shapes, such as the tiles of kernels, must be decided inside it.
       operands: name and axes of each argument, for example {"query": "b t n d"}.
       results: axes of each result.
       sequence: what a device computes of `function`, with collectives, when tokens t and windows m
@@ -85,7 +85,7 @@ def partitioned(
         name_call(partition, (function, operands, results, sequence, tracing, mesh))
         return rule, factors
 
-    # shardings as XLA has them: not all of them can be said with the axes of a mesh
+    # XLA's shardings, some of which cannot be expressed by the axes of a mesh
     split.def_partition(partition, sharding_rule=sharding_rule, decode_shardings=False)
 
     @custom_vmap
@@ -113,9 +113,9 @@ def _by_axes(shardings, shapes, mesh: Mesh, whole: str | None):
     """A mesh, and how each argument is split over its axes.
 
     Args:
-      shardings: those of the arguments, by name, as XLA has them; None: not split.
-      shapes: those of the arguments.
-      mesh: the mesh of the arrays that are on one; empty where none is.
+      shardings: XLA's shardings of the arguments by name; None: not split.
+      shapes: shapes of the arguments.
+      mesh: the mesh of the arrays that are on one; empty if none is.
       whole: a mesh axis that must not be cut into factors.
 
     Raises:
@@ -337,5 +337,5 @@ def explicit_mesh(tree: Any) -> AbstractMesh | None:
 
 
 def explicit_spec(x: jax.Array | np.ndarray) -> PartitionSpec:
-    """How an array is split according to its type; not at all if the type says nothing."""
+    """How an array is split according to its type; it is unsplit if the type does not say."""
     return jax.typeof(x).sharding.spec if isinstance(x, jax.Array) else PartitionSpec()

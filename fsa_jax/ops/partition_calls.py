@@ -1,4 +1,4 @@
-"""The calls in a program about which XLA calls Python back when it divides the program over a mesh.
+"""The calls in a program for which XLA calls back into Python when it partitions the program.
 
 `jax.experimental.custom_partitioning` makes these calls; this module adds two things.
 
@@ -9,7 +9,7 @@ program with arrays of two meshes, even if only the types of the axes differ. Ye
 
 **Names that are the same in every process.** The callback is Python, and the program holds only a
 name for it. jax uses the address of an object. The keys of jax's persistent cache of compiled
-programs are made from programs, so with addresses in them no key would be the same after a restart.
+programs are derived from programs, so with addresses in them every key would change at a restart.
 `name_call` makes a name from everything that the callback depends on:
 
 * the files of this package as they were imported, and the versions of Python, jax and jaxlib;
@@ -80,7 +80,7 @@ class Tracing:
 
     @contextlib.contextmanager
     def again(self) -> Iterator[None]:
-        """The same options, and no mesh: a callback traces the program of one device."""
+        """Restores the options without the mesh: a callback traces the program of one device."""
         device = jax.sharding.get_abstract_mesh().abstract_device
         current = dict(Tracing.now().options)
         with contextlib.ExitStack() as stack:
@@ -149,7 +149,7 @@ def name_call(partition: Callable, what: Any) -> None:
     try:
         files = _files()
         if files != _IMPORTED:
-            return  # the code that runs is no longer what the files say
+            return  # the running code no longer matches the files
         platforms = tuple(info.module_context.platforms)
         description = _describe((_digest(files), _VERSIONS, platforms, what))
     except _NotKnown:

@@ -24,7 +24,7 @@ from fsa_jax.semantics.segments import Rows, Windows
 
 
 class Ranges(NamedTuple):
-    """Who sees whom.
+    """Which query sees which keys.
 
     Attributes:
       keys: (low, high), int32 [B, T] each: a query sees the keys low .. high - 1.
@@ -36,13 +36,13 @@ class Ranges(NamedTuple):
 
     @classmethod
     def of_windows(cls, rows: Rows, windows: Windows, kernel_size: int) -> "Ranges":
-        """Those of compressed attention."""
+        """The ranges of compressed attention."""
         visible = segments.visible_windows(windows)
         return cls(visible, segments.seers_of_windows(rows, windows, kernel_size))
 
     @classmethod
     def of_tokens(cls, rows: Rows, window_size: int) -> "Ranges":
-        """Those of a sliding window."""
+        """The ranges of a sliding window."""
         visible = segments.visible_tokens(rows, window_size)
         return cls(visible, segments.seers_of_tokens(rows, window_size))
 
@@ -52,8 +52,8 @@ class RangePlan:
     """How the kernels serve a call.
 
     Attributes:
-      tiles: of the kernels in Triton, a `fsa_jax.pallas.ranges.Plan`.
-      mosaic: whether those in Mosaic GPU take the call.
+      tiles: the `fsa_jax.pallas.range_attention.passes.Plan` of the Triton kernels.
+      mosaic: whether the Mosaic GPU kernels serve the call.
     """
 
     tiles: Any
@@ -65,8 +65,8 @@ class RangeSpec(OpSpec):
     """Attention to ranges.
 
     Attributes:
-      branch: prefix of the names of the outputs, for remat policies; "causal" has tiles for many
-        keys a query.
+      branch: prefix of the names of the outputs, for remat policies; "causal" uses tiles for many
+        keys per query.
     """
 
     branch: str

@@ -1,8 +1,8 @@
 """Native sparse attention with the tokens of a sequence over the devices of a mesh axis.
 
-Queries stay where they are. Keys and values, also the compressed ones, are gathered for one KV head
-after another: peak memory is the device's share of everything, and one head's keys and values of
-the whole sequence. Gradients of keys and values go back by reduce-scatter, in float32.
+Queries stay on their device. Keys and values, including the compressed ones, are gathered for one
+KV head after another, so peak memory is the device's share of everything and one head's keys and
+values of the whole sequence. Gradients of keys and values return by reduce-scatter, in float32.
 
 Arrays of tokens are in zigzag order (`zigzag.py`). A device's part is two calls of the operations
 of `fsa_jax.ops`, one for each of its chunks: queries at an offset, keys of the whole sequence.
@@ -165,7 +165,7 @@ class Share:
       kv_heads: key heads K.
       ids: segment ids of the device's tokens, int32 [B, share].
       packed: whether the ids count.
-      window_size: how many tokens a query sees before it, its own included.
+      window_size: how many tokens up to and including its own a query sees.
     """
 
     def __init__(self, axis, query, kv_heads: int, ids, *, packed: bool, window_size: int | None):
@@ -180,7 +180,7 @@ class Share:
 
         def put(x, part):
             start = (0, half * part.shape[1], head * part.shape[2], *[0] * (x.ndim - 3))
-            # with x64 on, numbers of Python would be int64 beside the others
+            # with x64 on, Python integers would become int64 beside the int32 indices
             start = [jnp.asarray(number, jnp.int32) for number in start]
             return jax.lax.dynamic_update_slice(x, part, start)
 
@@ -196,7 +196,7 @@ class Share:
         return tuple(jnp.clip(x - begin, 0, length) for x in ranges)
 
     def near(self, half):
-        """The tokens that windows of a chunk may show: the first, and how many."""
+        """The tokens that the windows of a chunk may contain: the first, and their number."""
         length = self.device.chunk
         before = min(self.window_size - 1, self.total - length)
         return jnp.maximum(self.device.offset(half) - before, 0), length + before

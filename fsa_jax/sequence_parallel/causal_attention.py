@@ -1,8 +1,8 @@
 """Dense causal attention with the tokens of a sequence over the devices of a mesh axis.
 
-As in `attention.py`, queries stay where they are, in zigzag order; keys and values are gathered for
-one KV head after another, and their gradients go back by reduce-scatter, in float32. The two chunks
-of a device together see as many keys as those of any other device.
+As in `attention.py`, queries stay on their device, in zigzag order; keys and values are gathered
+for one KV head after another, and their gradients return by reduce-scatter, in float32. The two
+chunks of a device together see as many keys as those of any other device.
 
 Shapes: B sequences, T tokens, N query heads, K key/value heads, G = N/K, D and E head widths.
 """

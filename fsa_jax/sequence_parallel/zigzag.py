@@ -1,4 +1,4 @@
-"""Zigzag order: how a sequence lies over the devices of a mesh axis, and what follows.
+"""Zigzag order: how a sequence is distributed over the devices of a mesh axis.
 
 Late queries see more windows than early ones. So a sequence of T tokens is cut into 2n chunks of
 L = T/2n tokens, and device i of n holds chunks i and 2n-1-i, in that order: all have the same work.
