@@ -15,7 +15,7 @@ from einops import rearrange
 from jaxtyping import Array, Bool, Float, Int
 
 from fsa_jax.config import NSAConfig
-from fsa_jax.semantics.precision import einsum, narrow, wide_dtype
+from fsa_jax.semantics.precision import accumulation_dtype, einsum, narrow
 from fsa_jax.semantics.segments import Rows, describe_windows
 
 
@@ -34,7 +34,7 @@ def compress(
     token = windows.start[:, :, None] + jnp.arange(kernel_size, dtype=jnp.int32)[None, None]
     exists = (windows.start < x.shape[1])[:, :, None, None]
     tokens = jax.vmap(lambda row, index: row.at[index].get(mode="fill", fill_value=0))(x, token)
-    tokens = rearrange(tokens, "b m l k d -> b m k l d").astype(wide_dtype(x))
+    tokens = rearrange(tokens, "b m l k d -> b m k l d").astype(accumulation_dtype(x))
     if positions is not None:
         tokens = tokens + positions.astype(tokens.dtype)[None, None]
     if method == "mean":

@@ -25,7 +25,7 @@ from einops import rearrange, repeat
 from jaxtyping import Array, Float, Int
 
 from fsa_jax.config import NSAConfig
-from fsa_jax.semantics.precision import einsum, wide_dtype
+from fsa_jax.semantics.precision import accumulation_dtype, einsum
 from fsa_jax.semantics.segments import Rows, Windows
 from fsa_jax.semantics.selection_rule import block_ranks, group_weights, take_best
 from fsa_jax.xla_tiles import empty_state, finish, merge, merge_delta, row_numbers, tile_gradients
@@ -105,7 +105,7 @@ def select_blocks(
     length, kv_heads, slots = query.shape[1], key.shape[2], key.shape[1]
     # a sequence with M windows has fewer than M + 1 strides of tokens
     blocks = config.num_blocks((slots + 1) * config.kernel_stride - 1)
-    wide = wide_dtype(query)
+    wide = accumulation_dtype(query)
     tile = min(QUERY_TILE, length)
 
     def one_tile(xs):

@@ -10,7 +10,7 @@ keys of the tile, D and E head widths.
 import jax.numpy as jnp
 from jaxtyping import Array, Bool
 
-from fsa_jax.semantics.precision import einsum, wide_dtype
+from fsa_jax.semantics.precision import accumulation_dtype, einsum
 
 # A matmul on a CPU may add up its float32 products sequentially. Its error then grows with their
 # number, and grows a third faster in a tile that fills the vector registers than in one of odd
@@ -24,7 +24,7 @@ def empty_state(query: Array, width: int):
     It is made by zeros_like(query), so that under shard_map it varies over the same mesh axes as
     the query.
     """
-    shape, wide = query.shape[:3], wide_dtype(query)
+    shape, wide = query.shape[:3], accumulation_dtype(query)
     total = jnp.zeros_like(query, wide, shape=shape)
     return total - jnp.inf, total, jnp.zeros_like(query, wide, shape=(*shape, width))
 

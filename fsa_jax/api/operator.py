@@ -17,7 +17,7 @@ from fsa_jax.ops import gated_sum, nsa
 from fsa_jax.ops.dispatch import check_name, resolve_over_tokens
 from fsa_jax.ops.nsa import NSASpec
 from fsa_jax.ops.partition import partitions_itself
-from fsa_jax.semantics.precision import wide_dtype
+from fsa_jax.semantics.precision import accumulation_dtype
 from fsa_jax.semantics.segments import describe_rows
 from fsa_jax.sequence_parallel import attention
 
@@ -120,7 +120,7 @@ def gated_attention(
         checks.same_widths(value=value, compressed_value=compressed_value)
     gates = checks.gates(gates, query, has_batch)
     if gates.dtype == jnp.float64:  # neither the sum nor any kernel uses float64
-        gates = gates.astype(wide_dtype(query))
+        gates = gates.astype(accumulation_dtype(query))
     scale = checks.scale(scale, query.shape[-1])
     ids = checks.ids(segment_ids, query.shape[:2], has_batch)
     rows = describe_rows(ids, *query.shape[:2])

@@ -37,7 +37,7 @@ from fsa_jax.ops.dispatch import CUDNN, Request, resolve
 from fsa_jax.ops.nsa import NAME, NSASpec
 from fsa_jax.ops.range_attention import Ranges, RangeSpec, range_attention
 from fsa_jax.semantics import segments
-from fsa_jax.semantics.precision import einsum, wide_dtype
+from fsa_jax.semantics.precision import accumulation_dtype, einsum
 from fsa_jax.semantics.segments import Rows, Windows
 
 #: The most new tokens of a sequence for which a call counts as decoding: drafts have fewer tokens,
@@ -224,7 +224,7 @@ def _softmax(
     out = einsum("bkngm,bkme->bknge", weight.astype(value.dtype), value)
     empty = total == 0
     total = jnp.where(empty, 1, total)
-    lse = jnp.where(empty, -jnp.inf, safe + jnp.log(total)).astype(wide_dtype(query))
+    lse = jnp.where(empty, -jnp.inf, safe + jnp.log(total)).astype(accumulation_dtype(query))
     return (out / total[..., None]).astype(query.dtype), lse
 
 

@@ -16,7 +16,7 @@ from fsa_jax.ops.call import Backend, OpSpec
 from fsa_jax.ops.partition import partitioned
 from fsa_jax.pallas.support import Unsupported, supported
 from fsa_jax.semantics import segments
-from fsa_jax.semantics.precision import wide_dtype
+from fsa_jax.semantics.precision import accumulation_dtype
 from fsa_jax.semantics.segments import Rows, Windows
 
 
@@ -61,7 +61,7 @@ def choose_blocks(
     """`select_blocks` for queries whose `rows` and `windows` are given."""
     if key.shape[1] == 0:  # no kernel takes an empty array
         spec = spec.on(Backend.XLA)
-    lse = lse.astype(wide_dtype(query))
+    lse = lse.astype(accumulation_dtype(query))
     segment_arrays = (rows.start, rows.end, rows.valid)
     return _select(spec, query, key, lse, *segment_arrays, windows.first, windows.visible)[0]
 

@@ -17,12 +17,12 @@ from jaxtyping import Array, Float
 
 from fsa_jax.ops.call import Backend
 from fsa_jax.ops.partition import partitioned
-from fsa_jax.semantics.precision import wide_dtype
+from fsa_jax.semantics.precision import accumulation_dtype
 
 
 def combine(gates: Float[Array, "B T #N 3"], outs) -> Float[Array, "B T N E"]:
     """The sum of gates[..., b] * outs[b], added in the wide dtype."""
-    wide = wide_dtype(outs[0])
+    wide = accumulation_dtype(outs[0])
     each = rearrange(gates.astype(wide), "... n c -> c ... n 1")
     total = sum(gate * out.astype(wide) for gate, out in zip(each, outs, strict=True))
     return jnp.asarray(total).astype(outs[0].dtype)
@@ -74,7 +74,7 @@ def _gradients(backend, one_gate, *arrays):
 
 def gate_gradient(gate, dout, out):
     """The portable equivalent of `pallas.gate_gradient.gradients`."""
-    wide = wide_dtype(dout)
+    wide = accumulation_dtype(dout)
     dbranch, out = branch_cotangent(gate, dout), out.astype(wide)
     delta = jnp.sum(out * dbranch.astype(wide), axis=-1)
     return jnp.sum(out * dout.astype(wide), axis=-1), dbranch, delta
@@ -82,7 +82,7 @@ def gate_gradient(gate, dout, out):
 
 def branch_cotangent(gate, dout):
     """The gate times dout, rounded to the dtype of `dout`."""
-    wide = wide_dtype(dout)
+    wide = accumulation_dtype(dout)
     dbranch = gate.astype(wide)[..., None] * dout.astype(wide)
     if dout.dtype != wide:  # XLA may elide the rounding of a mere conversion
         digits = jnp.finfo(dout.dtype)

@@ -19,7 +19,7 @@ from fsa_jax.ops.call import ATTENTION, QUERY_TERMS, RESULTS, Backend, OpSpec, Q
 from fsa_jax.ops.partition import partitioned
 from fsa_jax.pallas.support import HOPPER, Unsupported, supported
 from fsa_jax.semantics import segments
-from fsa_jax.semantics.precision import wide_dtype
+from fsa_jax.semantics.precision import accumulation_dtype
 from fsa_jax.semantics.segments import Rows, Windows
 
 
@@ -124,7 +124,7 @@ def sliding_window_attention(
 def empty_results(query, value) -> tuple[jax.Array, jax.Array]:
     """Out and lse of queries without keys: their sequences are too short for even one window."""
     out = jnp.zeros((*query.shape[:3], value.shape[3]), query.dtype)
-    return out, jnp.full(query.shape[:3], -jnp.inf, wide_dtype(query))
+    return out, jnp.full(query.shape[:3], -jnp.inf, accumulation_dtype(query))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 
-def wide_dtype(x: Array) -> jnp.dtype:
+def accumulation_dtype(x: Array) -> jnp.dtype:
     """Returns the dtype in which sums over elements of `x` are accumulated."""
     return jnp.dtype(jnp.float64 if x.dtype == jnp.float64 else jnp.float32)
 
@@ -23,7 +23,7 @@ def einsum(equation: str, *operands: Array) -> Array:
         equation,
         *operands,
         precision=jax.lax.Precision.HIGHEST,
-        preferred_element_type=wide_dtype(operands[0]),
+        preferred_element_type=accumulation_dtype(operands[0]),
     )
 
 

@@ -28,7 +28,7 @@ from fsa_jax.ops.nsa import NSASpec
 from fsa_jax.ops.range_attention import Ranges, range_forward, range_gradients
 from fsa_jax.pallas import SelectedTuning
 from fsa_jax.semantics import segments
-from fsa_jax.semantics.precision import wide_dtype
+from fsa_jax.semantics.precision import accumulation_dtype
 from fsa_jax.semantics.segments import Rows, Windows
 from fsa_jax.sequence_parallel import zigzag
 
@@ -312,7 +312,7 @@ class ShardedNSA(Share):
         results = [
             jnp.zeros((*places, *width), dtype)
             for x in values
-            for width, dtype in ((x.shape[3:], x.dtype), ((), wide_dtype(x)))
+            for width, dtype in ((x.shape[3:], x.dtype), ((), accumulation_dtype(x)))
         ]
         indices = jnp.zeros((*places[:2], self.kv_heads, self.spec.config.topk), jnp.int32)
         return in_turn(self.kv_heads, step, (*results, indices))
@@ -328,7 +328,7 @@ class ShardedNSA(Share):
         `given` are lse and delta of the branches, the lists of blocks, the gates, and dout.
         """
         lses, deltas, (indices, gates, dout) = given[:3], given[3:6], given[6:]
-        wide, ops = wide_dtype(self.query), self.spec.ops
+        wide, ops = accumulation_dtype(self.query), self.spec.ops
 
         def chunk(keys, head, state, half):
             def own(x, size):

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from fsa_jax.ops.call import QUERY_TERMS, RESULTS, QueryTerms, named
 from fsa_jax.ops.range_attention import RangeSpec, range_forward, range_gradients
-from fsa_jax.semantics.precision import wide_dtype
+from fsa_jax.semantics.precision import accumulation_dtype
 from fsa_jax.sequence_parallel import zigzag
 from fsa_jax.sequence_parallel.attention import Share, in_turn
 
@@ -119,11 +119,11 @@ class ShardedCausal(Share):
 
         value, places = self.sources[1], self.query.shape[:3]
         out = jnp.zeros((*places, value.shape[3]), value.dtype)
-        return in_turn(self.kv_heads, step, (out, jnp.zeros(places, wide_dtype(value))))
+        return in_turn(self.kv_heads, step, (out, jnp.zeros(places, accumulation_dtype(value))))
 
     def backward(self, terms: QueryTerms):
         """Gradients of query, key and value."""
-        wide = wide_dtype(self.query)
+        wide = accumulation_dtype(self.query)
 
         def chunk(keys, head, state, half):
             dquery, *sums = state
