@@ -42,7 +42,7 @@ from fsa_jax.semantics.segments import Rows, Windows
 
 #: The most new tokens of a sequence for which a call counts as decoding: drafts have fewer tokens,
 #: and chunks of a prompt have hundreds.
-FEW = 16
+MAX_DECODE_TOKENS = 16
 
 #: The number of queries whose blocks are gathered at a time. 64 queries with the default config and
 #: 8 heads of width 128 in bfloat16 take 268 MB.
@@ -109,8 +109,8 @@ def attend(
       scale: factor of the logits.
       backend: the result of `backend_of`.
     """
-    if query.shape[1] > FEW:
-        return _many(query, cache, chunk, layer, scale, backend)
+    if query.shape[1] > MAX_DECODE_TOKENS:
+        return _prefill_chunk(query, cache, chunk, layer, scale, backend)
 
     def kernels(*args):
         from fsa_jax.inference import decode_step
@@ -118,8 +118,8 @@ def attend(
         interpret = backend is Backend.TRITON_INTERPRET
         return Branches(*decode_step.attend(*args, scale=scale, interpret=interpret)[0])
 
-    few = backend.runs(kernels, functools.partial(_few, scale=scale))
-    return few(query, cache, chunk, jnp.asarray(layer, jnp.int32))
+    run = backend.runs(kernels, functools.partial(_decode_tokens, scale=scale))
+    return run(query, cache, chunk, jnp.asarray(layer, jnp.int32))
 
 
 def attend_full(
@@ -138,7 +138,7 @@ def attend_full(
         cache.read(pool, layer, first, capacity, chunk.stop) for pool in (cache.key, cache.value)
     )
     stop = jnp.where(chunk.valid, chunk.position + 1, 0)
-    if length <= FEW:
+    if length <= MAX_DECODE_TOKENS:
         return _dense(query, key, value, _until(stop, capacity), scale)[0]
     seers = _seers(jnp.arange(capacity, dtype=jnp.int32)[None] - chunk.first[:, None], chunk)
     spec = RangeSpec(backend=backend, scale=scale, branch="full")
@@ -177,7 +177,7 @@ def _compressed(cache: NSACache, chunk: Chunk, layer) -> _Seen:
 # Few tokens
 
 
-def _few(query, cache: NSACache, chunk: Chunk, layer, *, scale: float) -> Branches:
+def _decode_tokens(query, cache: NSACache, chunk: Chunk, layer, *, scale: float) -> Branches:
     config = cache.config
     seen = _compressed(cache, chunk, layer)
     visible = _until(seen.windows.visible, cache.windows)
@@ -280,7 +280,7 @@ def _window(cache: NSACache, chunk: Chunk, reach: int):
 # Many tokens
 
 
-def _many(query, cache: NSACache, chunk: Chunk, layer, scale: float, backend) -> Branches:
+def _prefill_chunk(query, cache: NSACache, chunk: Chunk, layer, scale: float, backend) -> Branches:
     config, static = cache.config, {"backend": backend, "scale": scale}
     seen = _compressed(cache, chunk, layer)
     visible = segments.visible_windows(seen.windows)

@@ -21,7 +21,7 @@ from fsa_jax.rope import Llama3Scaling, RoPE
 LENGTH, BATCH, FEATURES = 72, 2, 16
 #: Tokens of a row of a call: one, a few, and more than are served by gathering blocks.
 WIDTHS = (1, 5, 24)
-assert WIDTHS[1] <= cached_attention.FEW < WIDTHS[2]
+assert WIDTHS[1] <= cached_attention.MAX_DECODE_TOKENS < WIDTHS[2]
 
 SCALED = RoPE(theta=5e5, scaling=Llama3Scaling(original_max_position=64))
 #: Windows longer than blocks, no forced first block, a window that reaches over all tokens.
