@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
-from util import both_ways, lists, normal, selected
+from util import lists, normal, selected, value_and_vjp
 
 import fsa_jax
 from fsa_jax import NSAConfig
@@ -43,7 +43,7 @@ def selection(method, group=4):
     indices = lists(3, 1, LENGTH, 2, 7, -(-LENGTH // 64))
     tuning = SelectedTuning(method=method, pairs=48)
     attend = selected(indices, 64, segment_ids(), IMPLEMENTATION, tuning=tuning)
-    return both_ways(attend, 5)(*arrays(group))
+    return value_and_vjp(attend, 5)(*arrays(group))
 
 
 def operator(implementation: fsa_jax.Implementation = IMPLEMENTATION, width=64):
@@ -59,7 +59,7 @@ def operator(implementation: fsa_jax.Implementation = IMPLEMENTATION, width=64):
             config=CONFIG, segment_ids=ids, implementation=implementation,
         )  # fmt: skip
 
-    return both_ways(attend, 5)(query, key, value, gates)
+    return value_and_vjp(attend, 5)(query, key, value, gates)
 
 
 def hopper():

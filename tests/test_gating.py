@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from util import assert_close, assert_errors_are_at_most_twice_those_of_dense, both_ways, normal
+from util import assert_close, assert_errors_are_at_most_twice_those_of_dense, normal, value_and_vjp
 
 from fsa_jax.api import combine_branches
 from fsa_jax.bench.cases import gated_sum_by
@@ -27,10 +27,10 @@ def arrays(dtype, *, width=80, heads=6, gate_heads=6, length=37):
 @pytest.mark.parametrize(("dtype", "width"), [("bfloat16", 80), ("float32", 128), ("float16", 192)])
 def test_error_is_at_most_twice_that_of_the_plain_sum(backend, gate_heads, dtype, width):
     args = arrays(jnp.dtype(dtype), width=width, gate_heads=gate_heads)
-    ours, plain = (both_ways(f, 5)(*args) for f in (gated_sum_by(backend), combine_branches))
+    ours, plain = (value_and_vjp(f, 5)(*args) for f in (gated_sum_by(backend), combine_branches))
     with jax.enable_x64():
         wide = [jnp.asarray(np.asarray(x, np.float64)) for x in args]
-        exact = jax.tree.map(np.asarray, both_ways(combine_branches, 5)(*wide))
+        exact = jax.tree.map(np.asarray, value_and_vjp(combine_branches, 5)(*wide))
     assert jax.tree.structure(ours) == jax.tree.structure(plain)
     assert [x.dtype for x in jax.tree.leaves(ours)] == [args[0].dtype] * 5
     assert_errors_are_at_most_twice_those_of_dense(ours, plain, exact)
@@ -50,6 +50,6 @@ def test_branches_get_what_their_gradients_subtract(backend):
 def test_vmap_makes_its_axis_part_of_the_batch():
     args = arrays(jnp.float32)
     stacked = [jnp.stack([x, x[::-1]]) for x in args]
-    got = jax.vmap(both_ways(gated_sum_by(KERNELS), 5))(*stacked)
-    wanted = both_ways(gated_sum_by(KERNELS), 5)(*args)
+    got = jax.vmap(value_and_vjp(gated_sum_by(KERNELS), 5))(*stacked)
+    wanted = value_and_vjp(gated_sum_by(KERNELS), 5)(*args)
     assert_close(jax.tree.map(lambda x: x[0], got), wanted, 1e-6)

@@ -1,4 +1,4 @@
-"""The dense reference against plain loops (tests/by_hand.py) and cases worked out on paper."""
+"""The dense reference against plain loops (tests/loop_oracle.py) and cases worked out on paper."""
 
 import functools
 import math
@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from by_hand import compress, documents, pack
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from loop_oracle import compress, documents, pack
 from util import assert_close, lists, normal, segmentations
 
 import fsa_jax
@@ -30,7 +30,7 @@ SIZE: dict[str, Any] = {"kernel_size": CONFIG.kernel_size, "kernel_stride": CONF
 
 
 def operator(query, key, value, segment_ids, indices, implementation):
-    """All parts of the operator, as `by_hand.pack` returns them."""
+    """All parts of the operator, as `loop_oracle.pack` returns them."""
     common = {"segment_ids": segment_ids, "implementation": implementation}
     both = {**common, "return_residuals": True}
     ck, cv = (

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from util import assert_close, both_ways, normal
+from util import assert_close, normal, value_and_vjp
 
 import fsa_jax
 from fsa_jax import reference
@@ -50,8 +50,8 @@ def test_compress(length, packed):
     rows = segments.describe_rows(ids, 1, length)
     ours = functools.partial(compressions, {"segment_ids": ids}, fsa_jax.compress)
     defined = functools.partial(compressions, {"rows": rows}, reference.compress)
-    got = both_ways(ours, 3)(*args)
-    assert_close(got, both_ways(defined, 3)(*args), TOLERANCE)
+    got = value_and_vjp(ours, 3)(*args)
+    assert_close(got, value_and_vjp(defined, 3)(*args), TOLERANCE)
     if length < WINDOWS["kernel_size"]:  # no window
         assert not any(np.any(x) for x in jax.tree.leaves(got))
     if packed and length == 1:
@@ -81,8 +81,8 @@ def test_branches(length):
     ours, defined = (
         functools.partial(branches, indices, ids, name) for name in ("xla", "reference")
     )
-    got = both_ways(ours, 3)(*args)
-    assert_close(got, both_ways(defined, 3)(*args), TOLERANCE)
+    got = value_and_vjp(ours, 3)(*args)
+    assert_close(got, value_and_vjp(defined, 3)(*args), TOLERANCE)
     if length == 1:
         out, pullback = jax.vjp(ours, *args)
         assert_close(out, got[0], TOLERANCE)
@@ -101,7 +101,7 @@ def test_the_operator(length, packed):
         return fsa_jax.native_sparse_attention(*given, config=CONFIG, **run)
 
     got, wanted = (
-        both_ways(functools.partial(operator, name), 3)(*arrays(length))
+        value_and_vjp(functools.partial(operator, name), 3)(*arrays(length))
         for name in ("xla", "reference")
     )
     assert_close(got, wanted, TOLERANCE)

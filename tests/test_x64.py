@@ -24,7 +24,7 @@ from jax.sharding import (
     use_abstract_mesh,
 )
 from training.test_training import DENSE, MODEL, tiny
-from util import assert_close, assert_same_bits, both_ways, lists, normal
+from util import assert_close, assert_same_bits, lists, normal, value_and_vjp
 
 import fsa_jax
 from fsa_jax import NSAConfig
@@ -127,7 +127,7 @@ def test_programs_of_the_functions_have_no_arrays_of_64_bits(implementation, pac
         return branches(arrays, implementation, documents() if packed else None)
 
     arrays = inputs(jnp.bfloat16)
-    assert wide_arrays(both_ways(attend, 7), arrays) == []
+    assert wide_arrays(value_and_vjp(attend, 7), arrays) == []
     outs = jax.eval_shape(attend, arrays)
     assert [x.dtype for x in jax.tree.leaves(outs) if x.ndim == 4] == [jnp.bfloat16] * 5
     assert [x.dtype for x in jax.tree.leaves(outs) if x.ndim == 3] == [jnp.float32] * 3
@@ -144,7 +144,9 @@ def for_a_gpu():
 @pytest.mark.parametrize(("implementation", "group"), [(None, 1), ("mosaic_gpu", 8)])
 def test_programs_for_a_gpu_have_no_arrays_of_64_bits(implementation, group):
     """The kernels themselves, not as they are interpreted; traced, not compiled."""
-    run = both_ways(functools.partial(branches, implementation=implementation, ids=documents()), 7)
+    run = value_and_vjp(
+        functools.partial(branches, implementation=implementation, ids=documents()), 7
+    )
     arrays = inputs(jnp.bfloat16, group=group, width=128)
     assert wide_arrays(run, arrays) == []
     text = str(jax.make_jaxpr(run)(arrays))
@@ -155,7 +157,7 @@ def test_programs_for_a_gpu_have_no_arrays_of_64_bits(implementation, group):
 @pytest.mark.usefixtures("for_a_gpu", "x64")
 @pytest.mark.parametrize("method", METHODS)
 def test_programs_of_each_method_have_no_arrays_of_64_bits(method):
-    run = both_ways(functools.partial(listed, implementation="triton", method=method), 7)
+    run = value_and_vjp(functools.partial(listed, implementation="triton", method=method), 7)
     arrays = inputs(jnp.bfloat16, group=4, width=64)
     assert wide_arrays(run, arrays) == []
 
@@ -235,10 +237,10 @@ def test_results_and_gradients_are_bitwise_the_same(x64):
         return fsa_jax.native_sparse_attention(*arrays, config=CONFIG, **shared)
 
     arrays = inputs()
-    run = both_ways(functools.partial(attend, implementation="xla"), 7)
+    run = value_and_vjp(functools.partial(attend, implementation="xla"), 7)
     without, with_x64 = bits_without_and_with(run, arrays)
     assert_same_bits(with_x64, without)
-    kernels = both_ways(functools.partial(attend, implementation="triton_interpret"), 7)(arrays)
+    kernels = value_and_vjp(functools.partial(attend, implementation="triton_interpret"), 7)(arrays)
     assert {x.dtype for x in jax.tree.leaves(kernels)} == {jnp.dtype(jnp.float32)}
     assert_close(kernels, without, 2e-6)
 
@@ -305,7 +307,7 @@ def test_gates_and_lse_of_64_bits_beside_arrays_of_32():
         operate: Any = fsa_jax.native_sparse_attention
         operator = lambda gates: operate(*arrays, gates, **shared)  # noqa: E731
         blocks = fsa_jax.select_blocks(arrays[0], arrays[3], lse, **shared)
-        return *both_ways(operator, 3)(gates), blocks
+        return *value_and_vjp(operator, 3)(gates), blocks
 
     xla = functools.partial(run, "xla")
     wanted, got = jax.jit(xla)(gates, lse), jax.jit(xla)(*_wide(gates, lse))

@@ -44,10 +44,10 @@ def segmentations(draw, batch, length):
 
 def value_and_gradients(function, cotangent_seed, *args):
     """The outputs of a function, and the gradients of a random linear form of the outputs."""
-    return both_ways(function, cotangent_seed)(*args)
+    return value_and_vjp(function, cotangent_seed)(*args)
 
 
-def both_ways(function, cotangent_seed):
+def value_and_vjp(function, cotangent_seed):
     """The jitted function that `value_and_gradients` calls once."""
 
     @jax.jit

@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 from util import (
     assert_close,
     assert_same_bits,
-    both_ways,
     normal,
     segmentations,
     value_and_gradients,
+    value_and_vjp,
 )
 
 import fsa_jax
@@ -215,7 +215,7 @@ def test_logits_of_ten_thousand(branch):
 def test_bitwise_the_same_on_every_rerun(branch):
     sizes = {"compressed": WINDOWS, "window": {"window_size": 50}}[branch]
     args = inputs(branch, sizes, 300, 2)
-    run = both_ways(attend(branch, sizes, documents(1, 300)), 5)
+    run = value_and_vjp(attend(branch, sizes, documents(1, 300)), 5)
     first = run(*args)
     for _ in range(3):
         assert_same_bits(run(*args), first)
@@ -253,7 +253,7 @@ def test_the_operator_and_its_gradients(gate_heads, packed):
     shapes = ((6, 32), (2, 32), (2, 48), (gate_heads, 3))
     args = [normal(i, 2, 210, *shape) for i, shape in enumerate(shapes)]
     ids = documents(2, 210) if packed else None
-    run = both_ways(functools.partial(operator, KERNELS, ids), 5)
+    run = value_and_vjp(functools.partial(operator, KERNELS, ids), 5)
     got = run(*args)
     if ids is not None:  # inputs at padding may hold any value
         padding = (ids == 0)[:, :, None, None]

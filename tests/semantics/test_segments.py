@@ -3,8 +3,8 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-from by_hand import documents, windows_seen
 from hypothesis import given, settings
+from loop_oracle import documents, windows_seen
 from util import lists, segmentations
 
 from fsa_jax.semantics import segments
