@@ -46,7 +46,7 @@ def token_positions(
     if ids is None:
         raise ValueError("segment_ids must be integers [B, T], got None")
     if sequence_axis is None:
-        found = segments.describe_rows(ids, *ids.shape).position
+        found = segments.describe_segments(ids, *ids.shape).position
     else:
         checks.sequence(sequence_axis, has_batch, ids.shape[1], 1)
         found = zigzag.positions(ids, ids.shape, sequence_axis)
@@ -117,6 +117,6 @@ def window_positions(
         checks.sequence(sequence_axis, has_batch, shape[1], sizes[1])
         given = zigzag.positions(ids, shape, sequence_axis) if given is None else given
         return zigzag.window_positions(given, ids, *sizes, sequence_axis)
-    rows = segments.describe_rows(ids, *shape)
+    rows = segments.describe_segments(ids, *shape)
     found = segments.window_positions(rows, given, *sizes)
     return found if has_batch else found[0]

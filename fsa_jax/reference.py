@@ -16,12 +16,12 @@ from jaxtyping import Array, Bool, Float, Int
 
 from fsa_jax.config import NSAConfig
 from fsa_jax.semantics.precision import accumulation_dtype, einsum, narrow
-from fsa_jax.semantics.segments import Rows, describe_windows
+from fsa_jax.semantics.segments import SegmentInfo, describe_windows
 
 
 def compress(
     x: Float[Array, "B T K D"],
-    rows: Rows,
+    rows: SegmentInfo,
     *,
     kernel_size: int,
     kernel_stride: int,
@@ -52,7 +52,9 @@ def compress(
     return jnp.where(exists, out, 0).astype(x.dtype)
 
 
-def compressed_attention(query, key, value, rows: Rows, *, kernel_size, kernel_stride, scale):
+def compressed_attention(
+    query, key, value, rows: SegmentInfo, *, kernel_size, kernel_stride, scale
+):
     """Attention to the compressed windows that end at or before the query (NSA eq. 7)."""
     sees = _sees_window(rows, kernel_size, kernel_stride)
     return _attend(query, key, value, sees[:, None], scale)
@@ -63,7 +65,7 @@ def select_blocks(
     query: Float[Array, "B T N D"],
     key: Float[Array, "B M K D"],
     lse: Float[Array, "B T N"],
-    rows: Rows,
+    rows: SegmentInfo,
     *,
     config: NSAConfig,
     scale: float,
@@ -103,7 +105,7 @@ def select_blocks(
     return jnp.pad(chosen, ((0, 0), (0, 0), (0, 0), (0, missing)), constant_values=-1)
 
 
-def selected_attention(query, key, value, block_indices, rows: Rows, *, block_size, scale):
+def selected_attention(query, key, value, block_indices, rows: SegmentInfo, *, block_size, scale):
     """Attention to the tokens of the listed blocks up to the query (NSA eq. 10)."""
     block = (rows.token[:, None, :] - rows.start[:, :, None]) // block_size  # [B, T, T]
     listed = (block[:, :, None, :, None] == block_indices[:, :, :, None, :]).any(axis=-1)
@@ -111,19 +113,19 @@ def selected_attention(query, key, value, block_indices, rows: Rows, *, block_si
     return _attend(query, key, value, sees, scale)
 
 
-def sliding_window_attention(query, key, value, rows: Rows, *, window_size, scale):
+def sliding_window_attention(query, key, value, rows: SegmentInfo, *, window_size, scale):
     """Attention to the last `window_size` tokens up to the query."""
     near = (rows.token[:, :, None] - rows.token[:, None, :]) < window_size
     return _attend(query, key, value, (_sees_token(rows) & near)[:, None], scale)
 
 
-def _sees_token(rows: Rows) -> Bool[Array, "B T T"]:
+def _sees_token(rows: SegmentInfo) -> Bool[Array, "B T T"]:
     """The causal mask within each document; padding neither sees nor is seen."""
     query, key = rows.token[:, :, None], rows.token[:, None, :]
     return rows.valid[:, :, None] & (key <= query) & (key >= rows.start[:, :, None])
 
 
-def _sees_window(rows: Rows, kernel_size: int, kernel_stride: int) -> Bool[Array, "B T M"]:
+def _sees_window(rows: SegmentInfo, kernel_size: int, kernel_stride: int) -> Bool[Array, "B T M"]:
     start = describe_windows(rows, kernel_size, kernel_stride).start[:, None, :]
     ended = start + (kernel_size - 1) <= rows.token[:, :, None]
     return rows.valid[:, :, None] & (start >= rows.start[:, :, None]) & ended

@@ -26,7 +26,7 @@ from jaxtyping import Array, Float, Int
 
 from fsa_jax.config import NSAConfig
 from fsa_jax.semantics.precision import accumulation_dtype, einsum
-from fsa_jax.semantics.segments import Rows, Windows
+from fsa_jax.semantics.segments import SegmentInfo, Windows
 from fsa_jax.semantics.selection_rule import block_ranks, group_weights, take_best
 from fsa_jax.xla_tiles import empty_state, finish, merge, merge_delta, row_numbers, tile_gradients
 
@@ -92,7 +92,7 @@ def select_blocks(
     query: Float[Array, "B T N D"],
     key: Float[Array, "B M K D"],
     lse: Float[Array, "B T N"],
-    rows: Rows,
+    rows: SegmentInfo,
     windows: Windows,
     *,
     config: NSAConfig,

@@ -62,7 +62,7 @@ def dense(ids, window, dtype):
     token = np.arange(TOKENS)
     sees = (token[:, None] >= token) & (token[:, None] - token < (window or TOKENS))
     if ids is not None:
-        start = np.asarray(segments.describe_rows(ids, 1, TOKENS).start[0])
+        start = np.asarray(segments.describe_segments(ids, 1, TOKENS).start[0])
         sees &= (start[:, None] == start) & (np.asarray(ids[0]) > 0)
     sees = sees[None, None]
 
@@ -199,7 +199,7 @@ def test_hopper_kernels_at_a_group_that_is_no_power_of_two(monkeypatch):
         normal(i, 1, 40, heads, 128, dtype=jnp.bfloat16) for i, heads in enumerate((3, 1, 1))
     )
     dout = normal(3, *query.shape, dtype=jnp.bfloat16)
-    rows = segments.describe_rows(None, 1, 40)
+    rows = segments.describe_segments(None, 1, 40)
     visible, seers = segments.visible_tokens(rows, 40), segments.seers_of_tokens(rows, 40)
     wide = [x.astype(jnp.float32) for x in (query, key, value)]
     reference = functools.partial(

@@ -19,7 +19,7 @@ from fsa_jax.pallas import SelectedTuning, support
 from fsa_jax.pallas.block_attention import passes as selected
 from fsa_jax.pallas.block_attention.plan import Plan
 from fsa_jax.pallas.support import Unsupported, supported
-from fsa_jax.semantics.segments import describe_rows
+from fsa_jax.semantics.segments import describe_segments
 
 CONFIG = NSAConfig(kernel_size=8, kernel_stride=4, block_size=16, topk=4, window_size=20)
 
@@ -133,7 +133,7 @@ def test_the_shape_of_an_index_follows_from_the_plan(packed, chunked, length):
         )
         indices = jnp.zeros((2, length, kv_heads, 5), jnp.int32)
         ids = jnp.ones((2, length), jnp.int32) if packed else None
-        rows = describe_rows(ids, 2, length)
+        rows = describe_segments(ids, 2, length)
         lists = Lists.of(rows, indices, 32)
         tuning = SelectedTuning(scratch_bytes=2**20, pairs=7) if chunked else None
         spec = BlockSpec(scale=1.0, block_size=32, packed=packed, tuning=tuning)

@@ -37,7 +37,7 @@ def poisoned(x, where, poison):
 
 def empty_slots():
     """Slots of the compressed keys that hold no window, bool [1, M]."""
-    rows = segments.describe_rows(SEGMENT_IDS, *IDS.shape)
+    rows = segments.describe_segments(SEGMENT_IDS, *IDS.shape)
     return np.asarray(segments.describe_windows(rows, 8, 4).start) >= IDS.size
 
 

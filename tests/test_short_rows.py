@@ -47,7 +47,7 @@ def test_compress(length, packed):
     shapes = ((1, length, 1, 4), (1, 4, 4), (1, 16, 4), (1, 4), (1, 16, 3), (1, 3, 4))
     args = [normal(i, *shape) for i, shape in enumerate(shapes)]
     ids = documents(length, packed)
-    rows = segments.describe_rows(ids, 1, length)
+    rows = segments.describe_segments(ids, 1, length)
     ours = functools.partial(compressions, {"segment_ids": ids}, fsa_jax.compress)
     defined = functools.partial(compressions, {"rows": rows}, reference.compress)
     got = value_and_vjp(ours, 3)(*args)

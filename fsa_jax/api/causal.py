@@ -22,7 +22,7 @@ from fsa_jax.ops.dispatch import CUDNN, Request, check_name, resolve, resolve_ov
 from fsa_jax.ops.partition import partitions_itself
 from fsa_jax.ops.range_attention import RangeSpec
 from fsa_jax.semantics.precision import narrow
-from fsa_jax.semantics.segments import describe_rows
+from fsa_jax.semantics.segments import describe_segments
 from fsa_jax.sequence_parallel import causal_attention as sequence_parallel
 
 
@@ -151,7 +151,7 @@ def causal_attention(
         result = sequence_parallel.attention(spec.on(choice.backend), *arrays, ids, **options)
         return as_asked(result, has_batch, return_residuals)
     choice = resolve(name, implementation, Request(spec, arrays))
-    rows, window = describe_rows(ids, *query.shape[:2]), min(window_size or length, length)
+    rows, window = describe_segments(ids, *query.shape[:2]), min(window_size or length, length)
     if choice.backend is Backend.REFERENCE:
         attend = reference.sliding_window_attention
         result = attend(*arrays, rows, window_size=window, scale=scale)

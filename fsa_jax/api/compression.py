@@ -12,7 +12,7 @@ from fsa_jax.arguments.types import AnyArray, CompressionMethod, IntegerList, In
 from fsa_jax.config import check_window
 from fsa_jax.ops import compression
 from fsa_jax.ops.partition import partitions_itself
-from fsa_jax.semantics.segments import describe_rows
+from fsa_jax.semantics.segments import describe_segments
 from fsa_jax.sequence_parallel import zigzag
 
 
@@ -91,7 +91,7 @@ def compress(
         checks.sequence(sequence_axis, has_batch, x.shape[1], kernel_stride)
         units = zigzag.window_units(x, ids, kernel_size, kernel_stride, sequence_axis)
     else:
-        rows = describe_rows(ids, *x.shape[:2])
+        rows = describe_segments(ids, *x.shape[:2])
         units = compression.window_units(x, rows, kernel_size, kernel_stride)
     out = compression.compress(x, units, method=method, weights=weights, positions=positions)
     return out if has_batch else out[0]

@@ -18,7 +18,7 @@ from fsa_jax.ops.dispatch import check_name, resolve_over_tokens
 from fsa_jax.ops.nsa import NSASpec
 from fsa_jax.ops.partition import partitions_itself
 from fsa_jax.semantics.precision import accumulation_dtype
-from fsa_jax.semantics.segments import describe_rows
+from fsa_jax.semantics.segments import describe_segments
 from fsa_jax.sequence_parallel import attention
 
 
@@ -123,7 +123,7 @@ def gated_attention(
         gates = gates.astype(accumulation_dtype(query))
     scale = checks.scale(scale, query.shape[-1])
     ids = checks.ids(segment_ids, query.shape[:2], has_batch)
-    rows = describe_rows(ids, *query.shape[:2])
+    rows = describe_segments(ids, *query.shape[:2])
     gates = rows.without_padding(gates)  # the branches mask their own arguments
     arrays = (query, (compressed_key, compressed_value), tuple(sources))
     if sequence_axis is not None:

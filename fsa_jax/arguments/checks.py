@@ -15,7 +15,7 @@ from fsa_jax.arguments.scalars import short as short
 from fsa_jax.arguments.scalars import size as size
 from fsa_jax.config import NSAConfig
 from fsa_jax.pallas import SelectedTuning
-from fsa_jax.semantics.segments import Rows, describe_rows
+from fsa_jax.semantics.segments import SegmentInfo, describe_segments
 
 FLOATS = ("float16", "bfloat16", "float32", "float64")
 
@@ -294,9 +294,9 @@ def ids(segment_ids, shape: tuple[int, ...] | None, has_batch: bool) -> jax.Arra
     return jnp.asarray(found if has_batch else found[None])
 
 
-def rows(x: jax.Array, segment_ids, has_batch: bool) -> Rows:
+def rows(x: jax.Array, segment_ids, has_batch: bool) -> SegmentInfo:
     """The documents of the sequences of `x` [B, T, ...]; see `ids`."""
-    return describe_rows(ids(segment_ids, x.shape[:2], has_batch), *x.shape[:2])
+    return describe_segments(ids(segment_ids, x.shape[:2], has_batch), *x.shape[:2])
 
 
 def tokens(name: str, ids: jax.Array, vocab_size: int, valid: jax.Array) -> jax.Array:

@@ -38,7 +38,7 @@ from fsa_jax.ops.nsa import NAME, NSASpec
 from fsa_jax.ops.range_attention import Ranges, RangeSpec, range_attention
 from fsa_jax.semantics import segments
 from fsa_jax.semantics.precision import accumulation_dtype, einsum
-from fsa_jax.semantics.segments import Rows, Windows
+from fsa_jax.semantics.segments import SegmentInfo, Windows
 
 #: The most new tokens of a sequence for which a call counts as decoding: drafts have fewer tokens,
 #: and chunks of a prompt have hundreds.
@@ -154,7 +154,7 @@ class _Seen(NamedTuple):
 
     key: Float[Array, "B M K D"]
     value: Float[Array, "B M K E"]
-    rows: Rows
+    rows: SegmentInfo
     windows: Windows
 
 
@@ -169,7 +169,7 @@ def _compressed(cache: NSACache, chunk: Chunk, layer) -> _Seen:
     return _Seen(
         key,
         value,
-        Rows(start, end, chunk.valid, packed=False),
+        SegmentInfo(start, end, chunk.valid, packed=False),
         Windows(start=place, first=jnp.zeros_like(visible), visible=visible),
     )
 
@@ -325,7 +325,7 @@ def _listed_in_row(query, cache: NSACache, chunk: Chunk, layer, blocks, static):
     )
     token = first[:, None] + jnp.arange(length, dtype=jnp.int32)[None]
     there = (token >= 0) & (token < chunk.stop[:, None])
-    documents = segments.describe_rows(there.astype(jnp.int32), *there.shape)
+    documents = segments.describe_segments(there.astype(jnp.int32), *there.shape)
     first = first[:, None, None, None]
     starts = jnp.where(blocks >= 0, blocks * size - first, length)
     spec = BlockSpec(**static, block_size=size, packed=True)

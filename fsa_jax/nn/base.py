@@ -19,7 +19,7 @@ from fsa_jax.inference.nsa_cache import Chunk, KVCache
 from fsa_jax.ops import partition
 from fsa_jax.partitioning import partitioned
 from fsa_jax.rope import RoPE
-from fsa_jax.semantics.segments import Rows, cut, describe_rows
+from fsa_jax.semantics.segments import SegmentInfo, cut, describe_segments
 from fsa_jax.sequence_parallel import zigzag
 
 
@@ -313,9 +313,9 @@ class AttentionLayer(nnx.Module):
 
     def _describe(
         self, x: jax.Array, segment_ids: jax.Array | None, positions: jax.Array | None
-    ) -> tuple[Rows, jax.Array]:
+    ) -> tuple[SegmentInfo, jax.Array]:
         """The documents of each sequence and the position of each token; see `_arrays`."""
-        rows = describe_rows(segment_ids, *x.shape[:2])
+        rows = describe_segments(segment_ids, *x.shape[:2])
         if positions is not None:
             return rows, positions
         if self.sequence_axis is None:
@@ -326,6 +326,6 @@ class AttentionLayer(nnx.Module):
     def _turn(self, x: jax.Array, positions: jax.Array) -> jax.Array:
         return x if self.rope is None else self.rope.apply(x, positions)
 
-    def _project_out(self, heads: jax.Array, rows: Rows | Chunk) -> jax.Array:
+    def _project_out(self, heads: jax.Array, rows: SegmentInfo | Chunk) -> jax.Array:
         """Applies the output projection; the result at padding is 0 even with a bias."""
         return cut(self.out(heads), rows.valid)

@@ -24,7 +24,7 @@ from fsa_jax.pallas import tile_tables
 from fsa_jax.pallas.block_attention.plan import Plan, SelectedTuning, make_plan
 from fsa_jax.pallas.support import Unsupported, supported
 from fsa_jax.semantics import segments
-from fsa_jax.semantics.segments import Rows
+from fsa_jax.semantics.segments import SegmentInfo
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,12 +53,12 @@ class BlockSpec(OpSpec):
 
 
 class Lists(NamedTuple):
-    """The lists of queries that are tokens of longer sequences, or all of them.
+    """The block lists of queries that are all tokens of the key sequences, or some of them.
 
     Attributes:
       starts: first token of each listed block; M where an entry is ignored.
-      start, end, valid: of the segments of the keys' tokens, as in `Rows`. (A custom_vjp fills
-        trees with objects that are no arrays, which a `Rows` would not take.)
+      start, end, valid: the segments of the keys' tokens, as in `SegmentInfo`. (These are separate
+        since a custom_vjp fills trees with objects other than arrays, which `SegmentInfo` refuses.)
       offset: query t is token offset[b, 0] + t of the keys' sequence; the same for all b.
     """
 
@@ -69,15 +69,17 @@ class Lists(NamedTuple):
     offset: Int[Array, "B 1"]
 
     @classmethod
-    def of(cls, rows: Rows, block_indices: Int[Array, "B T K S"], block_size: int) -> "Lists":
+    def of(
+        cls, rows: SegmentInfo, block_indices: Int[Array, "B T K S"], block_size: int
+    ) -> "Lists":
         """The lists made from block numbers, for queries of all tokens."""
         starts = segments.listed_block_starts(rows, block_indices, block_size)
         offset = jnp.zeros_like(rows.start[:, :1])
         return cls(starts, rows.start, rows.end, rows.valid, offset)
 
-    def rows(self, packed: bool) -> Rows:
+    def rows(self, packed: bool) -> SegmentInfo:
         """The segments of the keys."""
-        return Rows(self.start, self.end, self.valid, packed=packed)
+        return SegmentInfo(self.start, self.end, self.valid, packed=packed)
 
 
 def selected_attention(
@@ -86,7 +88,7 @@ def selected_attention(
     key: Float[Array, "B T K D"],
     value: Float[Array, "B T K E"],
     block_indices: Int[Array, "B T K S"],
-    rows: Rows,
+    rows: SegmentInfo,
 ) -> tuple[Float[Array, "B T N E"], Float[Array, "B T N"]]:
     """See fsa_jax.selected_attention."""
     return block_attention(spec, query, key, value, Lists.of(rows, block_indices, spec.block_size))

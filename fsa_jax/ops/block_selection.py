@@ -17,7 +17,7 @@ from fsa_jax.ops.partition import partitioned
 from fsa_jax.pallas.support import Unsupported, supported
 from fsa_jax.semantics import segments
 from fsa_jax.semantics.precision import accumulation_dtype
-from fsa_jax.semantics.segments import Rows, Windows
+from fsa_jax.semantics.segments import SegmentInfo, Windows
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,7 +47,7 @@ def select_blocks(
     query: Float[Array, "B T N D"],
     key: Float[Array, "B M K D"],
     lse: Float[Array, "B T N"],
-    rows: Rows,
+    rows: SegmentInfo,
 ) -> Int[Array, "B T K topk"]:
     """See fsa_jax.select_blocks. Not differentiable."""
     config = spec.config
@@ -56,7 +56,7 @@ def select_blocks(
 
 
 def choose_blocks(
-    spec: SelectionSpec, query, key, lse, rows: Rows, windows: Windows
+    spec: SelectionSpec, query, key, lse, rows: SegmentInfo, windows: Windows
 ) -> Int[Array, "B T K topk"]:
     """`select_blocks` for queries whose `rows` and `windows` are given."""
     if key.shape[1] == 0:  # no kernel takes an empty array
@@ -78,7 +78,7 @@ def _select(spec, *arrays):
 
     def described(start, end, valid, first, visible):
         # nobody reads where windows start
-        return Rows(start, end, valid, packed=spec.packed), Windows(first, first, visible)
+        return SegmentInfo(start, end, valid, packed=spec.packed), Windows(first, first, visible)
 
     def kernels(query, key, lse, *segment_arrays):
         from fsa_jax.pallas.block_selection import passes

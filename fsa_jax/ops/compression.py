@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float
 
 from fsa_jax.arguments.types import CompressionMethod
 from fsa_jax.semantics.precision import einsum
-from fsa_jax.semantics.segments import Rows, describe_windows
+from fsa_jax.semantics.segments import SegmentInfo, describe_windows
 
 METHODS = get_args(CompressionMethod)
 
@@ -76,7 +76,7 @@ def compress(
 
 
 def window_units(
-    x: Float[Array, "B T K D"], rows: Rows, kernel_size: int, kernel_stride: int
+    x: Float[Array, "B T K D"], rows: SegmentInfo, kernel_size: int, kernel_stride: int
 ) -> WindowUnits:
     """The windows of sequences that are whole on this device."""
     batch, length, heads, width = x.shape

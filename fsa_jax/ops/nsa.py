@@ -37,7 +37,7 @@ from fsa_jax.ops.range_attention import (
 )
 from fsa_jax.pallas import SelectedTuning
 from fsa_jax.semantics import segments
-from fsa_jax.semantics.segments import Rows
+from fsa_jax.semantics.segments import SegmentInfo
 
 NAME = "native_sparse_attention"
 
@@ -129,7 +129,7 @@ class NSASpec:
         )
 
 
-def attention(spec: NSASpec, query, compressed, sources, gates, rows: Rows) -> jax.Array:
+def attention(spec: NSASpec, query, compressed, sources, gates, rows: SegmentInfo) -> jax.Array:
     """The gated sum of the branches, [B, T, N, E].
 
     Args:
@@ -179,7 +179,7 @@ def _attention(spec, query, compressed, sources, gates, segment_arrays) -> Any:
 
 
 def _attention_fwd(spec, query, compressed, sources, gates, segment_arrays):
-    config, rows = spec.config, Rows(*segment_arrays, packed=spec.selected.packed)
+    config, rows = spec.config, SegmentInfo(*segment_arrays, packed=spec.selected.packed)
     windows = segments.describe_windows(rows, config.kernel_size, config.kernel_stride)
     ranges = None
     if compressed[0].shape[1] == 0:

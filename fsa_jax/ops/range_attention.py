@@ -20,7 +20,7 @@ from fsa_jax.ops.partition import partitioned
 from fsa_jax.pallas.support import HOPPER, Unsupported, supported
 from fsa_jax.semantics import segments
 from fsa_jax.semantics.precision import accumulation_dtype
-from fsa_jax.semantics.segments import Rows, Windows
+from fsa_jax.semantics.segments import SegmentInfo, Windows
 
 
 class Ranges(NamedTuple):
@@ -35,13 +35,13 @@ class Ranges(NamedTuple):
     queries: tuple[Int[Array, "B M"], ...]
 
     @classmethod
-    def of_windows(cls, rows: Rows, windows: Windows, kernel_size: int) -> "Ranges":
+    def of_windows(cls, rows: SegmentInfo, windows: Windows, kernel_size: int) -> "Ranges":
         """The ranges of compressed attention."""
         visible = segments.visible_windows(windows)
         return cls(visible, segments.seers_of_windows(rows, windows, kernel_size))
 
     @classmethod
-    def of_tokens(cls, rows: Rows, window_size: int) -> "Ranges":
+    def of_tokens(cls, rows: SegmentInfo, window_size: int) -> "Ranges":
         """The ranges of a sliding window."""
         visible = segments.visible_tokens(rows, window_size)
         return cls(visible, segments.seers_of_tokens(rows, window_size))
@@ -96,7 +96,7 @@ def compressed_attention(
     query: Float[Array, "B T N D"],
     key: Float[Array, "B M K D"],
     value: Float[Array, "B M K E"],
-    rows: Rows,
+    rows: SegmentInfo,
     *,
     kernel_size: int,
     kernel_stride: int,
@@ -113,7 +113,7 @@ def sliding_window_attention(
     query: Float[Array, "B T N D"],
     key: Float[Array, "B T K D"],
     value: Float[Array, "B T K E"],
-    rows: Rows,
+    rows: SegmentInfo,
     *,
     window_size: int,
 ) -> tuple[Float[Array, "B T N E"], Float[Array, "B T N"]]:

@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Int, Integer
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Rows:
+class SegmentInfo:
     """Where each token's document starts and ends.
 
     Attributes:
@@ -75,11 +75,13 @@ def cut(x: Array, valid: Bool[Array, "B T"]) -> Array:
     return jnp.where(valid.reshape(*valid.shape, *(1,) * (x.ndim - 2)), x, 0)
 
 
-def describe_rows(segment_ids: Integer[Array, "B T"] | None, batch: int, length: int) -> Rows:
+def describe_segments(
+    segment_ids: Integer[Array, "B T"] | None, batch: int, length: int
+) -> SegmentInfo:
     """Finds the documents of each sequence; without segment ids a sequence is one document."""
     if segment_ids is None:
         zeros = jnp.zeros((batch, length), jnp.int32)
-        return Rows(zeros, zeros + length, jnp.ones((batch, length), bool), packed=False)
+        return SegmentInfo(zeros, zeros + length, jnp.ones((batch, length), bool), packed=False)
     token = jnp.arange(length, dtype=jnp.int32)[None, :]
     changes = segment_ids[:, 1:] != segment_ids[:, :-1]
     edge = jnp.ones((batch, min(length, 1)), bool)
@@ -87,10 +89,10 @@ def describe_rows(segment_ids: Integer[Array, "B T"] | None, batch: int, length:
     closes = jnp.concatenate([changes, edge], axis=1)
     start = jax.lax.cummax(jnp.where(opens, token, 0), axis=1)
     end = jax.lax.cummin(jnp.where(closes, token + 1, length), axis=1, reverse=True)
-    return Rows(start, end, segment_ids > 0, packed=True)
+    return SegmentInfo(start, end, segment_ids > 0, packed=True)
 
 
-def describe_windows(rows: Rows, kernel_size: int, kernel_stride: int) -> Windows:
+def describe_windows(rows: SegmentInfo, kernel_size: int, kernel_stride: int) -> Windows:
     """Lays out the compressed windows of every document of every sequence."""
     batch, length = rows.start.shape
     opens = (
@@ -112,7 +114,7 @@ def describe_windows(rows: Rows, kernel_size: int, kernel_stride: int) -> Window
 
 
 def window_positions(
-    rows: Rows, positions: Int[Array, "B T"] | None, kernel_size: int, kernel_stride: int
+    rows: SegmentInfo, positions: Int[Array, "B T"] | None, kernel_size: int, kernel_stride: int
 ) -> Int[Array, "B M"]:
     """The position of each window's first token; 0 in empty slots.
 
@@ -128,7 +130,9 @@ def visible_windows(windows: Windows) -> tuple[Int[Array, "B T"], Int[Array, "B 
     return windows.first, windows.first + windows.visible
 
 
-def visible_tokens(rows: Rows, window_size: int) -> tuple[Int[Array, "B T"], Int[Array, "B T"]]:
+def visible_tokens(
+    rows: SegmentInfo, window_size: int
+) -> tuple[Int[Array, "B T"], Int[Array, "B T"]]:
     """The range of tokens [low, high) in each query's sliding window; it is empty at padding."""
     low = jnp.maximum(rows.start, rows.token - (window_size - 1))
     high = jnp.broadcast_to(rows.token + 1, low.shape)
@@ -136,7 +140,7 @@ def visible_tokens(rows: Rows, window_size: int) -> tuple[Int[Array, "B T"], Int
 
 
 def seers_of_windows(
-    rows: Rows, windows: Windows, kernel_size: int
+    rows: SegmentInfo, windows: Windows, kernel_size: int
 ) -> tuple[Int[Array, "B M"], Int[Array, "B M"]]:
     """The range of queries [low, high) that attend to each slot; it is empty for an empty slot."""
     exists = windows.start < rows.start.shape[1]
@@ -145,7 +149,9 @@ def seers_of_windows(
     return jnp.where(exists, start + (kernel_size - 1), 0), jnp.where(exists, end, 0)
 
 
-def seers_of_tokens(rows: Rows, window_size: int) -> tuple[Int[Array, "B T"], Int[Array, "B T"]]:
+def seers_of_tokens(
+    rows: SegmentInfo, window_size: int
+) -> tuple[Int[Array, "B T"], Int[Array, "B T"]]:
     """The range of queries [low, high) whose sliding window contains each key.
 
     The range is empty at padding.
@@ -156,7 +162,7 @@ def seers_of_tokens(rows: Rows, window_size: int) -> tuple[Int[Array, "B T"], In
 
 
 def listed_block_starts(
-    rows: Rows, block_indices: Int[Array, "B T K S"], block_size: int
+    rows: SegmentInfo, block_indices: Int[Array, "B T K S"], block_size: int
 ) -> Int[Array, "B T K S"]:
     """The first token of each listed block; T where the entry is ignored.
 

@@ -29,7 +29,7 @@ from fsa_jax.ops.range_attention import Ranges, range_forward, range_gradients
 from fsa_jax.pallas import SelectedTuning
 from fsa_jax.semantics import segments
 from fsa_jax.semantics.precision import accumulation_dtype
-from fsa_jax.semantics.segments import Rows, Windows
+from fsa_jax.semantics.segments import SegmentInfo, Windows
 from fsa_jax.sequence_parallel import zigzag
 
 #: How the kernels of the selected branch run: their partial results take few bytes, since a device
@@ -279,11 +279,11 @@ class ShardedNSA(Share):
         offset = jnp.broadcast_to(self.device.offset(half), (self.query.shape[0], 1))
         return Lists(starts, self.rows.start, self.rows.end, self.rows.valid, offset)
 
-    def _local(self, half) -> Rows:
+    def _local(self, half) -> SegmentInfo:
         """The segments of a chunk's tokens, counted from the first token of the chunk."""
         begin, cut = self.device.offset(half), functools.partial(self.device.cut, half=half)
         rows = self.rows
-        return Rows(
+        return SegmentInfo(
             cut(rows.start) - begin, cut(rows.end) - begin, cut(rows.valid), self.spec.packed
         )
 

@@ -24,7 +24,7 @@ from fsa_jax.ops.compression import WindowUnits
 from fsa_jax.ops.partition import partitioned
 from fsa_jax.semantics import segments
 from fsa_jax.semantics.precision import narrow
-from fsa_jax.semantics.segments import Rows
+from fsa_jax.semantics.segments import SegmentInfo
 
 
 def to_zigzag(x: jax.Array, devices: int, axis: int = 1) -> jax.Array:
@@ -140,12 +140,12 @@ class Device:
         return jnp.concatenate([self.cut(x, half) for half in (0, 1)], axis=1)
 
 
-def describe(device: Device, segment_ids, packed: bool) -> Rows:
+def describe(device: Device, segment_ids, packed: bool) -> SegmentInfo:
     """The segments of the whole sequences, on every device."""
     batch, tokens = segment_ids.shape
     if packed:
-        return segments.describe_rows(device.gather(segment_ids), batch, tokens * device.count)
-    return segments.describe_rows(None, batch, tokens * device.count)
+        return segments.describe_segments(device.gather(segment_ids), batch, tokens * device.count)
+    return segments.describe_segments(None, batch, tokens * device.count)
 
 
 def over_axis(body, axis, stride, operands, results, *arrays) -> Any:

@@ -39,7 +39,7 @@ from fsa_jax.pallas.block_attention.passes import (
 from fsa_jax.pallas.block_attention.plan import METHODS, make_plan
 from fsa_jax.pallas.block_attention.query_index import build_index, num_splits, search
 from fsa_jax.pallas.support import supported
-from fsa_jax.semantics.segments import describe_rows
+from fsa_jax.semantics.segments import describe_segments
 
 kernel_attention = functools.partial(selected, implementation="triton_interpret")
 
@@ -319,7 +319,7 @@ def test_index(seed, packed):
     starts[rng.random(starts.shape) < 0.4] = rng.choice(starts.ravel())  # a hot block
     starts[rng.random(starts.shape) < 0.2] = length
     where = np.asarray([[0, 0], [2, 12]])
-    rows = describe_rows(None, 4, length)
+    rows = describe_segments(None, 4, length)
     arrays = (jnp.asarray(x, jnp.int32) for x in (where, starts))
     index = compiled_index(spacing, pairs)(*arrays, rows)
     got = jax.tree.map(np.asarray, dataclasses.asdict(index))
@@ -443,7 +443,7 @@ def test_an_old_gpu_or_none_is_refused(monkeypatch):
 def test_on_a_cpu_the_choice_for_either_device_is_the_portable_implementation():
     """Lowers implementation None for a CPU in a process with a GPU: values and gradients."""
     indices = lists(0, *SMALL.indices, SMALL.blocks)
-    rows = describe_rows(packed_ids(SMALL), SMALL.batch, SMALL.length)
+    rows = describe_segments(packed_ids(SMALL), SMALL.batch, SMALL.length)
     spec = BlockSpec(scale=0.3, block_size=16, packed=True)
     either = functools.partial(
         block_attention.selected_attention, spec, block_indices=indices, rows=rows

@@ -21,14 +21,14 @@ from fsa_jax.bench.ahead_of_time import compile_for
 from fsa_jax.pallas.block_selection.passes import select_blocks
 from fsa_jax.pallas.block_selection.plan import make_plan
 from fsa_jax.pallas.support import Unsupported, supported
-from fsa_jax.semantics.segments import describe_rows, describe_windows
+from fsa_jax.semantics.segments import describe_segments, describe_windows
 
 SCALE = 0.3
 
 
 def kernel(query, key, lse, segment_ids, config, interpret=True, capability=90, **sizes):
     """Lists that the kernels select; `sizes` replace fields of the plan."""
-    rows = describe_rows(segment_ids, *query.shape[:2])
+    rows = describe_segments(segment_ids, *query.shape[:2])
     plan = supported(make_plan(query, key, config, capability=capability))
     return select_blocks(
         query,
@@ -51,7 +51,7 @@ def inputs(config, length, group, width, *, batch=1, kv_heads=2, dtype=jnp.float
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))
 def describe(segment_ids, batch, length, config):
-    rows = describe_rows(segment_ids, batch, length)
+    rows = describe_segments(segment_ids, batch, length)
     return rows, describe_windows(rows, config.kernel_size, config.kernel_stride)
 
 

@@ -25,7 +25,7 @@ from fsa_jax import NSACache, NSAConfig, PageAllocator, reference, xla
 from fsa_jax.inference.decode_step import attend
 from fsa_jax.inference.nsa_cache import Chunk
 from fsa_jax.pallas.decode import attention, selection
-from fsa_jax.semantics.segments import describe_rows, describe_windows
+from fsa_jax.semantics.segments import describe_segments, describe_windows
 
 SCALE = 0.3
 #: gpu/test_gpu_attention.py runs these tests on a GPU.
@@ -359,7 +359,7 @@ def test_selection_is_that_of_the_portable_path(config, ties, monkeypatch):
     slots = -(-length // config.block_size) * config.block_size // config.kernel_stride
     query = normal(1, batch, length, group * kv_heads, 8) * (0.0 if ties else 1.0)
     key = normal(2, batch, slots, kv_heads, 8)
-    rows = describe_rows(None, batch, length)
+    rows = describe_segments(None, batch, length)
     windows = describe_windows(rows, config.kernel_size, config.kernel_stride)
     visible = (np.arange(length) + 1 - config.kernel_size) // config.kernel_stride + 1
     visible = np.broadcast_to(np.maximum(visible, 0), (batch, length))

@@ -43,7 +43,7 @@ class Case:
 
     def ranges(self):
         """The range of keys that each token attends to, and of tokens that attend to each key."""
-        rows = segments.describe_rows(self.segment_ids(), self.batch, self.length)
+        rows = segments.describe_segments(self.segment_ids(), self.batch, self.length)
         if self.window:
             seen, by = segments.visible_tokens, segments.seers_of_tokens
             return seen(rows, self.window), by(rows, self.window)

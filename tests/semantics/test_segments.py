@@ -14,7 +14,7 @@ LENGTH = 40
 
 @jax.jit
 def tables(ids, indices):
-    rows = segments.describe_rows(ids, *ids.shape)
+    rows = segments.describe_segments(ids, *ids.shape)
     windows = segments.describe_windows(rows, 6, 3)
     starts = segments.listed_block_starts(rows, indices, 6)
     return {
@@ -76,8 +76,8 @@ def test_tables_of_any_segmentation(ids):
 
 
 def test_a_row_without_ids_is_one_document():
-    one = segments.describe_rows(None, 2, LENGTH)
-    same = segments.describe_rows(jnp.ones((2, LENGTH), jnp.int32), 2, LENGTH)
+    one = segments.describe_segments(None, 2, LENGTH)
+    same = segments.describe_segments(jnp.ones((2, LENGTH), jnp.int32), 2, LENGTH)
     for name in ("start", "end", "valid", "position"):
         np.testing.assert_array_equal(getattr(one, name), getattr(same, name))
     assert not one.packed

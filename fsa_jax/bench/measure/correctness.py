@@ -18,7 +18,7 @@ from jaxtyping import Array
 
 from fsa_jax import NSAConfig
 from fsa_jax.bench.cases import Case, Subject
-from fsa_jax.semantics.segments import describe_rows, describe_windows
+from fsa_jax.semantics.segments import describe_segments, describe_windows
 
 #: The number of sampled queries, and of sampled keys.
 SAMPLE = 32
@@ -108,7 +108,7 @@ def relative_error(got, wanted) -> float:
 @functools.partial(_jit, static_argnums=(0, 1))
 def visible(case: Case, function: str, arrays, rows: Array, keys: Array) -> Array:
     """The mask of the keys that the queries `rows` see, by definition: bool [K or 1, n, M]."""
-    documents = describe_rows(arrays.get("segment_ids"), 1, case.length)
+    documents = describe_segments(arrays.get("segment_ids"), 1, case.length)
     config, start = case.config, documents.start[0, rows][:, None]
     token, key = rows[:, None], keys[None]
     if function == "compressed_attention":
@@ -179,7 +179,7 @@ def check_blocks(case: Case, arrays, lists: Array) -> float:
     logits = _jit(_logits)(arrays["query"][0, sample], arrays["compressed_key"][0])
     lse = rearrange(arrays["lse"][0, sample], "n (k g) -> k g n 1", k=case.kv_heads)
     p = np.asarray(jnp.where(seen[:, None], jnp.exp(logits - lse), 0).sum(axis=1), np.float64)
-    documents = describe_rows(arrays.get("segment_ids"), 1, case.length)
+    documents = describe_segments(arrays.get("segment_ids"), 1, case.length)
     start = np.asarray(documents.start[0])[rows]
     first = np.asarray(
         describe_windows(documents, config.kernel_size, config.kernel_stride).start[0]

@@ -33,7 +33,7 @@ from fsa_jax.pallas.block_attention import (
 )
 from fsa_jax.pallas.block_attention.plan import Plan
 from fsa_jax.pallas.block_attention.work_item import Chunk
-from fsa_jax.semantics.segments import Rows
+from fsa_jax.semantics.segments import SegmentInfo
 
 #: Cost of one block of a 64-row tile in the query-tile kernels, forward and for dq: relative to the
 #: cost of a row of pairs in the KV-outer kernels, and of a pair in the query-outer kernels.
@@ -67,7 +67,7 @@ class Problem:
     starts: Int[Array, "B T K S"]
     lists: query_index.Index
     offset: Int[Array, "1"]
-    rows: Rows
+    rows: SegmentInfo
     block_size: int
     scale: float
     interpret: bool
@@ -104,7 +104,7 @@ class Problem:
 
 
 def build_lists(
-    plan: Plan, starts: Int[Array, "B T K S"], offset, rows: Rows, *, block_size, interpret
+    plan: Plan, starts: Int[Array, "B T K S"], offset, rows: SegmentInfo, *, block_size, interpret
 ) -> query_index.Index:
     """Builds the query index of all chunks; arguments as in `Problem`."""
     kv_heads, length = starts.shape[2], rows.start.shape[1]

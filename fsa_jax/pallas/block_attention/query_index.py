@@ -25,7 +25,7 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Bool, Int
 
 from fsa_jax.pallas.intrinsics import call, iota, load, store
-from fsa_jax.semantics.segments import Rows
+from fsa_jax.semantics.segments import SegmentInfo
 
 #: Number of values that one program of the binary search looks up.
 SEARCH_TILE = 256
@@ -114,7 +114,7 @@ def num_splits(pairs_of_chunk: int, pairs: int) -> int:
 def build_index(
     where: Int[Array, "c 2"],
     starts: Int[Array, "c H C S"],
-    rows: Rows,
+    rows: SegmentInfo,
     *,
     kv_heads: int,
     spacing: int,

@@ -21,14 +21,14 @@ from fsa_jax.config import NSAConfig
 from fsa_jax.pallas.block_selection.choose_kernel import choose_blocks
 from fsa_jax.pallas.block_selection.plan import SelectPlan
 from fsa_jax.pallas.block_selection.score_kernel import rank_blocks
-from fsa_jax.semantics.segments import Rows, Windows
+from fsa_jax.semantics.segments import SegmentInfo, Windows
 
 
 def select_blocks(
     query: Float[Array, "B T N D"],
     key: Float[Array, "B M K D"],
     lse: Float[Array, "B T N"],
-    rows: Rows,
+    rows: SegmentInfo,
     windows: Windows,
     *,
     config: NSAConfig,
