@@ -200,7 +200,10 @@ def test_hopper_kernels_at_a_group_that_is_no_power_of_two(monkeypatch):
     )
     dout = normal(3, *query.shape, dtype=jnp.bfloat16)
     rows = segments.describe_segments(None, 1, 40)
-    visible, seers = segments.visible_tokens(rows, 40), segments.seers_of_tokens(rows, 40)
+    visible, query_range = (
+        segments.visible_tokens(rows, 40),
+        segments.query_range_of_tokens(rows, 40),
+    )
     wide = [x.astype(jnp.float32) for x in (query, key, value)]
     reference = functools.partial(
         fsa_jax.causal_attention, scale=0.1, implementation="reference", return_residuals=True
@@ -211,9 +214,9 @@ def test_hopper_kernels_at_a_group_that_is_no_power_of_two(monkeypatch):
     @jax.jit
     def run(query, key, value, lse, delta, dout):
         static = {"scale": 0.1, "interpret": InterpretGPUParams()}
-        rest = (seers, lse, delta, dout)
+        rest = (query_range, lse, delta, dout)
         return (
-            hopper_groups.attention(query, key, value, visible, seers, **static),
+            hopper_groups.attention(query, key, value, visible, query_range, **static),
             hopper_groups.query_gradient(query, key, value, visible, *rest, **static),
             *hopper_groups.key_gradients(query, key, value, *rest, **static),
         )

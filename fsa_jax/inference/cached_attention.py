@@ -140,9 +140,11 @@ def attend_full(
     stop = jnp.where(chunk.valid, chunk.position + 1, 0)
     if length <= MAX_DECODE_TOKENS:
         return _dense(query, key, value, _until(stop, capacity), scale)[0]
-    seers = _seers(jnp.arange(capacity, dtype=jnp.int32)[None] - chunk.first[:, None], chunk)
+    query_range = _query_range(
+        jnp.arange(capacity, dtype=jnp.int32)[None] - chunk.first[:, None], chunk
+    )
     spec = RangeSpec(backend=backend, scale=scale, branch="full")
-    ranges = Ranges((jnp.zeros_like(stop), stop), seers)
+    ranges = Ranges((jnp.zeros_like(stop), stop), query_range)
     return _range_attention(spec, query, key, value, ranges)[0]
 
 
@@ -285,8 +287,8 @@ def _prefill_chunk(query, cache: NSACache, chunk: Chunk, layer, scale: float, ba
     seen = _compressed(cache, chunk, layer)
     visible = segments.visible_windows(seen.windows)
     # queries see a window from its last token on
-    seers = _seers(seen.windows.start + (config.kernel_size - 1), chunk)
-    spec, ranges = RangeSpec(**static, branch="compressed"), Ranges(visible, seers)
+    query_range = _query_range(seen.windows.start + (config.kernel_size - 1), chunk)
+    spec, ranges = RangeSpec(**static, branch="compressed"), Ranges(visible, query_range)
     compressed, lse = _range_attention(spec, query, seen.key, seen.value, ranges)
     spec = SelectionSpec(**static, config=config, packed=seen.rows.packed)
     blocks = choose_blocks(spec, query, seen.key, lse, seen.rows, seen.windows)
@@ -294,14 +296,20 @@ def _prefill_chunk(query, cache: NSACache, chunk: Chunk, layer, scale: float, ba
     reach = min(config.window_size - 1, cache.capacity)
     key, value = _nearby(cache, chunk, layer, reach)
     place = jnp.arange(key.shape[1], dtype=jnp.int32)[None] - reach
-    seers = _seers(jnp.broadcast_to(place, (query.shape[0], place.shape[1])), chunk)
-    seers = seers[0], jnp.clip(place + min(config.window_size, key.shape[1]), *seers)
-    spec, ranges = RangeSpec(**static, branch="window"), Ranges(_window(cache, chunk, reach), seers)
+    query_range = _query_range(jnp.broadcast_to(place, (query.shape[0], place.shape[1])), chunk)
+    query_range = (
+        query_range[0],
+        jnp.clip(place + min(config.window_size, key.shape[1]), *query_range),
+    )
+    spec, ranges = (
+        RangeSpec(**static, branch="window"),
+        Ranges(_window(cache, chunk, reach), query_range),
+    )
     window, _ = _range_attention(spec, query, key, value, ranges)
     return Branches(compressed, selected, window)
 
 
-def _seers(place: Int[Array, "B m"], chunk: Chunk) -> tuple[Array, Array]:
+def _query_range(place: Int[Array, "B m"], chunk: Chunk) -> tuple[Array, Array]:
     """The range of queries at or after each place, counted from the chunk's first token.
 
     The range is empty where the place is before the start of the sequence.

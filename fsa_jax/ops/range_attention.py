@@ -38,13 +38,13 @@ class Ranges(NamedTuple):
     def of_windows(cls, rows: SegmentInfo, windows: Windows, kernel_size: int) -> "Ranges":
         """The ranges of compressed attention."""
         visible = segments.visible_windows(windows)
-        return cls(visible, segments.seers_of_windows(rows, windows, kernel_size))
+        return cls(visible, segments.query_range_of_windows(rows, windows, kernel_size))
 
     @classmethod
     def of_tokens(cls, rows: SegmentInfo, window_size: int) -> "Ranges":
         """The ranges of a sliding window."""
         visible = segments.visible_tokens(rows, window_size)
-        return cls(visible, segments.seers_of_tokens(rows, window_size))
+        return cls(visible, segments.query_range_of_tokens(rows, window_size))
 
 
 @dataclasses.dataclass(frozen=True)

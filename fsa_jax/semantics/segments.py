@@ -139,7 +139,7 @@ def visible_tokens(
     return jnp.where(rows.valid, low, high), high
 
 
-def seers_of_windows(
+def query_range_of_windows(
     rows: SegmentInfo, windows: Windows, kernel_size: int
 ) -> tuple[Int[Array, "B M"], Int[Array, "B M"]]:
     """The range of queries [low, high) that attend to each slot; it is empty for an empty slot."""
@@ -149,7 +149,7 @@ def seers_of_windows(
     return jnp.where(exists, start + (kernel_size - 1), 0), jnp.where(exists, end, 0)
 
 
-def seers_of_tokens(
+def query_range_of_tokens(
     rows: SegmentInfo, window_size: int
 ) -> tuple[Int[Array, "B T"], Int[Array, "B T"]]:
     """The range of queries [low, high) whose sliding window contains each key.

@@ -45,11 +45,11 @@ class Case:
         """The range of keys that each token attends to, and of tokens that attend to each key."""
         rows = segments.describe_segments(self.segment_ids(), self.batch, self.length)
         if self.window:
-            seen, by = segments.visible_tokens, segments.seers_of_tokens
+            seen, by = segments.visible_tokens, segments.query_range_of_tokens
             return seen(rows, self.window), by(rows, self.window)
         windows = segments.describe_windows(rows, *WINDOWS.values())
-        seers = segments.seers_of_windows(rows, windows, WINDOWS["kernel_size"])
-        return segments.visible_windows(windows), seers
+        query_range = segments.query_range_of_windows(rows, windows, WINDOWS["kernel_size"])
+        return segments.visible_windows(windows), query_range
 
     def reference(self, *arrays):
         sizes = {"window_size": self.window} if self.window else WINDOWS
@@ -83,8 +83,8 @@ def test_numbers_are_those_of_the_reference(name, monkeypatch):
     """Uses two programs, so that one has several work items; unattended keys are NaN."""
     monkeypatch.setattr(hopper_pipeline, "PROGRAMS", 2)
     case = CASES[name]
-    visible, seers = case.ranges()
-    shapes = [(case.length, case.group * case.kv_heads), (seers[0].shape[1], case.kv_heads)]
+    visible, query_range = case.ranges()
+    shapes = [(case.length, case.group * case.kv_heads), (query_range[0].shape[1], case.kv_heads)]
     dtype = jnp.dtype(case.dtype)
     query, key, value = (
         normal(i, case.batch, *shapes[min(i, 1)], hopper_pipeline.WIDTH, dtype=dtype)
@@ -99,12 +99,12 @@ def test_numbers_are_those_of_the_reference(name, monkeypatch):
         out, lse = wanted = jax.tree.map(np.asarray, wanted)
         delta = np.sum(out * np.asarray(dout, np.float64), axis=-1) - np.asarray(dlse, np.float64)
     no_keys = (visible[0] >= visible[1])[:, :, None]
-    unseen = (seers[0] >= seers[1])[:, :, None, None]
+    unseen = (query_range[0] >= query_range[1])[:, :, None, None]
     query, dout = (jnp.where(no_keys[..., None], jnp.nan, x) for x in (query, dout))
     key, value = (jnp.where(unseen, jnp.nan, x) for x in (key, value))
     delta = jnp.where(no_keys, jnp.nan, jnp.asarray(delta, jnp.float32))
     static = {"scale": case.scale, "interpret": InterpretGPUParams(detect_races=True)}
-    arrays = (query, key, value, visible, seers)
+    arrays = (query, key, value, visible, query_range)
     got = jax.jit(functools.partial(hopper_query_kernels.attention, **static))(*arrays)
     assert_close(got, wanted, TOLERANCE[case.dtype])
     assert not gpu_callbacks.get_races().races_found
@@ -114,7 +114,7 @@ def test_numbers_are_those_of_the_reference(name, monkeypatch):
     assert not gpu_callbacks.get_races().races_found
     if not case.scale:
         return
-    arrays = (query, key, value, seers, *rest)
+    arrays = (query, key, value, query_range, *rest)
     for splits in (1, 2):
         run = functools.partial(hopper_key_kernel.key_gradients, splits=splits, **static)
         got = jax.jit(run)(*arrays)

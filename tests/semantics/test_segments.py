@@ -24,8 +24,8 @@ def tables(ids, indices):
         "visible": windows.visible,
         "range": segments.visible_tokens(rows, 5),
         "seen_windows": segments.visible_windows(windows),
-        "seers_of_windows": segments.seers_of_windows(rows, windows, 6),
-        "seers_of_tokens": segments.seers_of_tokens(rows, 5),
+        "query_range_of_windows": segments.query_range_of_windows(rows, windows, 6),
+        "query_range_of_tokens": segments.query_range_of_tokens(rows, 5),
         "block_start": starts,
     }
 
@@ -36,10 +36,13 @@ def test_tables_of_any_segmentation(ids):
     indices = lists(0, 2, LENGTH, 1, 5, LENGTH // 6)
     table = jax.tree.map(np.asarray, tables(ids, indices))
     low, high = table["range"]
-    for seen, seers in (("range", "seers_of_tokens"), ("seen_windows", "seers_of_windows")):
+    for seen, query_range in (
+        ("range", "query_range_of_tokens"),
+        ("seen_windows", "query_range_of_windows"),
+    ):
         sees, seen_by = (
             np.stack([(at >= a) & (at < b) for at in range(LENGTH)])
-            for a, b in (table[seen], table[seers])
+            for a, b in (table[seen], table[query_range])
         )  # [key, B, query] and [query, B, key]
         keys = seen_by.shape[2]
         np.testing.assert_array_equal(sees[:keys].transpose(2, 1, 0), seen_by)

@@ -48,39 +48,39 @@ def _join(found: Sequence[jax.Array], kv_heads: int) -> jax.Array:
     return x.reshape(*x.shape[:2], -1, *x.shape[4:])
 
 
-def attention(query, key, value, visible, seers, *, scale, interpret=None):
+def attention(query, key, value, visible, query_range, *, scale, interpret=None):
     """`hopper_query_kernels.attention` for any group size."""
     kv_heads = key.shape[2]
     run = functools.partial(hopper_query_kernels.attention, scale=scale, interpret=interpret)
     if len(parts(query.shape[2] // kv_heads)) == 1:
-        return run(query, key, value, visible, seers)
-    found = [run(q, key, value, visible, seers) for q in _cut(query, kv_heads)]
+        return run(query, key, value, visible, query_range)
+    found = [run(q, key, value, visible, query_range) for q in _cut(query, kv_heads)]
     return tuple(_join(x, kv_heads) for x in zip(*found, strict=True))
 
 
 def query_gradient(
-    query, key, value, visible, seers, lse, delta, dout, *, scale, interpret=None
+    query, key, value, visible, query_range, lse, delta, dout, *, scale, interpret=None
 ):  # fmt: skip
     """`hopper_query_kernels.query_gradient` for any group size."""
     kv_heads = key.shape[2]
     run = functools.partial(hopper_query_kernels.query_gradient, scale=scale, interpret=interpret)
     if len(parts(query.shape[2] // kv_heads)) == 1:
-        return run(query, key, value, visible, seers, lse, delta, dout)
+        return run(query, key, value, visible, query_range, lse, delta, dout)
     cut = _cut_all(kv_heads, query, lse, delta, dout)
-    found = [run(q, key, value, visible, seers, *rest) for q, *rest in cut]
+    found = [run(q, key, value, visible, query_range, *rest) for q, *rest in cut]
     return _join(found, kv_heads)
 
 
-def key_gradients(query, key, value, seers, lse, delta, dout, *, scale, interpret=None):
+def key_gradients(query, key, value, query_range, lse, delta, dout, *, scale, interpret=None):
     """`hopper_key_kernel.key_gradients` for any group size."""
     kv_heads = key.shape[2]
     run: Callable = functools.partial(
         hopper_key_kernel.key_gradients, scale=scale, interpret=interpret
     )
     if len(parts(query.shape[2] // kv_heads)) == 1:
-        return run(query, key, value, seers, lse, delta, dout)
+        return run(query, key, value, query_range, lse, delta, dout)
     cut = _cut_all(kv_heads, query, lse, delta, dout)
-    found = [run(q, key, value, seers, *rest, dtype=jnp.float32) for q, *rest in cut]
+    found = [run(q, key, value, query_range, *rest, dtype=jnp.float32) for q, *rest in cut]
     # always added in the order of the parts, so that every run gives the same bits
     sums = [functools.reduce(jnp.add, some) for some in zip(*found, strict=True)]
     return tuple(x.astype(like.dtype) for x, like in zip(sums, (key, value), strict=True))

@@ -68,7 +68,8 @@ ENOUGH_PROGRAMS, SHORTEST, PARTS_BYTES = 1024, 32, 2**28
 
 
 def key_gradients(
-    query, key, value, seers, lse, delta, dout, *, scale, splits=None, dtype=None, interpret=None
+    query, key, value, query_range, lse, delta, dout, *, scale, splits=None, dtype=None,
+    interpret=None,
 ):  # fmt: skip
     """Gradients dK and dV [B, M, K, D].
 
@@ -76,7 +77,7 @@ def key_gradients(
       query: [B, T, N, D].
       key: [B, M, K, D].
       value: [B, M, K, D].
-      seers: (first, end) of the tokens that attend to each key, int32 [B, M] each; empty if none.
+      query_range: (first, end) of the tokens that attend to each key, int32 [B, M] each; empty if none.
       lse: float32 [B, T, N], natural logarithm; -inf for a query with an empty range.
       delta: sum(out * dout) - dlse, float32 [B, T, N].
       dout: [B, T, N, D].
@@ -90,7 +91,7 @@ def key_gradients(
     tokens, keys = ROWS // (heads // kv_heads), WARPGROUPS * KEYS
     starts, branch = _starts(lse, delta, scale, kv_heads), branch_of(query, key)
     query, dout = (pad(x, tokens) for x in (query, dout))
-    key, value, first, end = (pad(x, keys) for x in (key, value, *seers))
+    key, value, first, end = (pad(x, keys) for x in (key, value, *query_range))
     if splits is None:
         splits = _num_splits(branch, key, starts.shape[2])
     items = _items(first, end, starts.shape[2], kv_heads, tokens, splits)

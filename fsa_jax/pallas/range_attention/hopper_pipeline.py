@@ -129,7 +129,8 @@ def call(kernel, *arrays, grid, out_shape, interpret):
 
 
 def call_on_rows(
-    name, compute, rows, key, value, visible, seers, tables, results, *, ring, scale, interpret
+    name, compute, rows, key, value, visible, query_range, tables, results, *, ring, scale,
+    interpret,
 ):  # fmt: skip
     """Calls a kernel that walks over work items.
 
@@ -140,7 +141,7 @@ def call_on_rows(
       key: [B, M, K, D]; keys outside every query's range may hold any value.
       value: [B, M, K, D], likewise.
       visible: (low, high), int32 [B, T]; low >= high is an empty range.
-      seers: (first, end) of the tokens that attend to each key, int32 [B, M] each; empty if none.
+      query_range: (first, end) of the tokens that attend to each key, int32 [B, M] each; empty if none.
       tables: float32 arrays [B, T, N] of one number per row.
       results: dtypes of the results [B, T, N, D], or None for float32 results [B, T, N].
       ring: `Ring`.
@@ -154,7 +155,7 @@ def call_on_rows(
     kv_heads = key.shape[2]
     group = heads // kv_heads
     # keys outside every range may hold any value: they are zeroed, since 0 times NaN is NaN
-    seen = (seers[0] < seers[1])[:, :, None, None]
+    seen = (query_range[0] < query_range[1])[:, :, None, None]
     key, value = (pad(jnp.where(seen, x, 0), ring.keys) for x in (key, value))
     tokens = WARPGROUPS * ROWS // group  # tokens of a work item
     low, high = (pad(x, tokens).reshape(batch, -1, tokens) for x in visible)

@@ -36,7 +36,7 @@ from fsa_jax.pallas.range_attention.hopper_pipeline import (
 FORWARD, GRADIENT = Ring(128, 2, 2), Ring(64, 3, 3)
 
 
-def attention(query, key, value, visible, seers, *, scale, interpret=None):
+def attention(query, key, value, visible, query_range, *, scale, interpret=None):
     """Attention of each query to keys low .. high-1.
 
     Args:
@@ -44,7 +44,7 @@ def attention(query, key, value, visible, seers, *, scale, interpret=None):
       key: [B, M, K, D].
       value: [B, M, K, D].
       visible: (low, high), int32 [B, T]; low >= high is an empty range.
-      seers: (first, end) of the tokens that attend to each key, int32 [B, M] each; empty if none.
+      query_range: (first, end) of the tokens that attend to each key, int32 [B, M] each; empty if none.
       scale: factor of the logits.
       interpret: `InterpretGPUParams` of Pallas Mosaic GPU, to run on a CPU.
 
@@ -54,14 +54,14 @@ def attention(query, key, value, visible, seers, *, scale, interpret=None):
     """
     return tuple(
         call_on_rows(
-            "hopper_forward", _Forward, [query], key, value, visible, seers,
+            "hopper_forward", _Forward, [query], key, value, visible, query_range,
             tables=[], results=[query.dtype, None], ring=FORWARD, scale=scale, interpret=interpret,
         )
     )  # fmt: skip
 
 
 def query_gradient(
-    query, key, value, visible, seers, lse, delta, dout, *, scale, interpret=None
+    query, key, value, visible, query_range, lse, delta, dout, *, scale, interpret=None
 ):  # fmt: skip
     """Gradient [B, T, N, D] of the queries.
 
@@ -70,7 +70,7 @@ def query_gradient(
     """
     tables = [lse * LOG2_E, delta]
     return call_on_rows(
-        "hopper_query_gradient", _QueryGradient, [query, dout], key, value, visible, seers,
+        "hopper_query_gradient", _QueryGradient, [query, dout], key, value, visible, query_range,
         tables=tables, results=[query.dtype], ring=GRADIENT, scale=scale, interpret=interpret,
     )[0]  # fmt: skip
 

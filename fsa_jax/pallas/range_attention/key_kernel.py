@@ -29,7 +29,7 @@ from fsa_jax.pallas.tiles import columns_of, fold_tiles, load_tiles, product, ro
 
 
 def key_gradients(
-    query, key, value, seers, lse, delta, dout, *, plan, scale, interpret
+    query, key, value, query_range, lse, delta, dout, *, plan, scale, interpret
 ):  # fmt: skip
     """Gradients dK [B, M, K, D] and dV [B, M, K, E] in the dtypes of key and value.
 
@@ -82,7 +82,7 @@ def key_gradients(
         query,
         key,
         value,
-        *seers,
+        *query_range,
         lse,
         delta,
         dout,

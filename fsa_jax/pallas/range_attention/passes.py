@@ -140,15 +140,16 @@ def _splits(query, key, value, tile: RangeTile) -> int:
     return max(1, min(-(-PROGRAMS // programs), PARTS_BYTES // part_bytes, steps // SHORTEST))
 
 
-def attention(plan, query, key, value, visible, seers, *, scale, interpret):
+def attention(plan, query, key, value, visible, query_range, *, scale, interpret):
     """Returns out [B, T, N, E], lse float32 [B, T, N]; arguments as `query_kernels.attention`."""
     return query_kernels.attention(
-        query, key, value, visible, seers, plan=plan, scale=scale, interpret=interpret
+        query, key, value, visible, query_range, plan=plan, scale=scale, interpret=interpret
     )
 
 
 def gradients(
-    plan, query, key, value, visible, seers, lse, delta, dout, *, scale, interpret, mosaic=False
+    plan, query, key, value, visible, query_range, lse, delta, dout, *, scale, interpret,
+    mosaic=False,
 ):  # fmt: skip
     """Returns (dq, dk, dv) in the dtypes of query, key and value.
 
@@ -161,5 +162,5 @@ def gradients(
         static = {"scale": scale}
         query_gradient, key_gradients = hopper_groups.query_gradient, hopper_groups.key_gradients
     rest = (lse, delta, dout)
-    dquery = query_gradient(query, key, value, visible, seers, *rest, **static)
-    return dquery, *key_gradients(query, key, value, seers, *rest, **static)
+    dquery = query_gradient(query, key, value, visible, query_range, *rest, **static)
+    return dquery, *key_gradients(query, key, value, query_range, *rest, **static)

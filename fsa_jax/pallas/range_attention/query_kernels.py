@@ -24,7 +24,7 @@ from fsa_jax.pallas.online_softmax import Softmax, Sum, softmax_weights
 from fsa_jax.pallas.tiles import columns_of, fold_tiles, load_tiles, product, rows_mask
 
 
-def attention(query, key, value, visible, seers, *, plan, scale, interpret):
+def attention(query, key, value, visible, query_range, *, plan, scale, interpret):
     """Attention of each query to keys low .. high-1.
 
     Args:
@@ -32,7 +32,7 @@ def attention(query, key, value, visible, seers, *, plan, scale, interpret):
       key: [B, M, K, D].
       value: [B, M, K, E].
       visible: (low, high), int32 [B, T]; low >= high is an empty range.
-      seers: (first, end) of the tokens that attend to each key, int32 [B, M] each; empty if none.
+      query_range: (first, end) of the tokens that attend to each key, int32 [B, M] each; empty if none.
       plan: `passes.Plan`.
       scale: factor of the logits.
       interpret: run the kernel in interpret mode.
@@ -48,7 +48,7 @@ def attention(query, key, value, visible, seers, *, plan, scale, interpret):
     def range_forward_kernel(
         query_ref, key_ref, value_ref, low_ref, high_ref, *refs
     ):  # fmt: skip
-        seers_refs, (out_ref, lse_ref) = refs[:2], refs[2:]
+        query_range_refs, (out_ref, lse_ref) = refs[:2], refs[2:]
         rows = _Rows(query_ref, key_ref, low_ref, high_ref, tile)
         columns, value_columns = (columns_of(x, 128) for x in (key, value))
         queries = rows.load(query_ref, columns)
@@ -56,7 +56,7 @@ def attention(query, key, value, visible, seers, *, plan, scale, interpret):
         def step(start, state, masked):
             row_max, row_sum, out = state
             keys, values = rows.load_keys(
-                start, (key_ref, value_ref), (columns, value_columns), seers_refs, masked
+                start, (key_ref, value_ref), (columns, value_columns), query_range_refs, masked
             )
             logits = softmax.signed(product(queries, keys))
             if masked:
@@ -84,7 +84,7 @@ def attention(query, key, value, visible, seers, *, plan, scale, interpret):
         key,
         value,
         *visible,
-        *seers,
+        *query_range,
         grid=_grid(query, key, tile.rows),
         out_shape=(
             jax.ShapeDtypeStruct((*query.shape[:3], value.shape[3]), query.dtype),
@@ -97,7 +97,7 @@ def attention(query, key, value, visible, seers, *, plan, scale, interpret):
 
 
 def query_gradient(
-    query, key, value, visible, seers, lse, delta, dout, *, plan, scale, interpret
+    query, key, value, visible, query_range, lse, delta, dout, *, plan, scale, interpret
 ):  # fmt: skip
     """Gradient [B, T, N, D] of the queries.
 
@@ -110,7 +110,7 @@ def query_gradient(
     def range_query_gradient_kernel(
         query_ref, key_ref, value_ref, low_ref, high_ref, *refs
     ):  # fmt: skip
-        seers_refs, (lse_ref, delta_ref, dout_ref, dquery_ref) = refs[:2], refs[2:]
+        query_range_refs, (lse_ref, delta_ref, dout_ref, dquery_ref) = refs[:2], refs[2:]
         rows = _Rows(query_ref, key_ref, low_ref, high_ref, tile)
         columns, value_columns = (columns_of(x, 128) for x in (key, value))
         queries, douts = rows.load(query_ref, columns), rows.load(dout_ref, value_columns)
@@ -119,7 +119,7 @@ def query_gradient(
 
         def step(start, dquery, masked):
             keys, values = rows.load_keys(
-                start, (key_ref, value_ref), (columns, value_columns), seers_refs, masked
+                start, (key_ref, value_ref), (columns, value_columns), query_range_refs, masked
             )
             p = softmax_weights(product(queries, keys), lses[:, None], scale, key_ref.dtype)
             if masked:
@@ -137,7 +137,7 @@ def query_gradient(
         key,
         value,
         *visible,
-        *seers,
+        *query_range,
         lse,
         delta,
         dout,
@@ -217,13 +217,15 @@ class _Rows:
         column = (start + iota(self.block))[None, :]
         return (column >= self.low[:, None]) & (column < self.high[:, None])
 
-    def load_keys(self, start, refs, columns, seers_refs, masked):
+    def load_keys(self, start, refs, columns, query_range_refs, masked):
         """Tiles [b, columns] of keys and of values; 0 at keys outside the ranges of all queries."""
         column = start + iota(self.block)
         seen = None
         if masked:
             inside = column < self.keys
-            from_token, to_token = (load(x.at[self.batch, column], mask=inside) for x in seers_refs)
+            from_token, to_token = (
+                load(x.at[self.batch, column], mask=inside) for x in query_range_refs
+            )
             seen = inside & (from_token < to_token)
         return [
             load_tiles(ref, self.batch, column, self.kv_head, cut, seen)
