@@ -21,7 +21,7 @@ from fsa_jax.semantics.segments import SegmentInfo, describe_windows
 
 def compress(
     x: Float[Array, "B T K D"],
-    rows: SegmentInfo,
+    segments: SegmentInfo,
     *,
     kernel_size: int,
     kernel_stride: int,
@@ -30,7 +30,7 @@ def compress(
     positions: Float[Array, "K l D"] | None = None,
 ) -> Float[Array, "B M K D"]:
     """Phi of every window (NSA eq. 7): maps its l tokens, plus `positions`, to one."""
-    windows = describe_windows(rows, kernel_size, kernel_stride)
+    windows = describe_windows(segments, kernel_size, kernel_stride)
     token = windows.start[:, :, None] + jnp.arange(kernel_size, dtype=jnp.int32)[None, None]
     exists = (windows.start < x.shape[1])[:, :, None, None]
     tokens = jax.vmap(lambda row, index: row.at[index].get(mode="fill", fill_value=0))(x, token)
@@ -53,10 +53,10 @@ def compress(
 
 
 def compressed_attention(
-    query, key, value, rows: SegmentInfo, *, kernel_size, kernel_stride, scale
+    query, key, value, segments: SegmentInfo, *, kernel_size, kernel_stride, scale
 ):
     """Attention to the compressed windows that end at or before the query (NSA eq. 7)."""
-    sees = _sees_window(rows, kernel_size, kernel_stride)
+    sees = _sees_window(segments, kernel_size, kernel_stride)
     return _attend(query, key, value, sees[:, None], scale)
 
 
@@ -65,13 +65,13 @@ def select_blocks(
     query: Float[Array, "B T N D"],
     key: Float[Array, "B M K D"],
     lse: Float[Array, "B T N"],
-    rows: SegmentInfo,
+    segments: SegmentInfo,
     *,
     config: NSAConfig,
     scale: float,
 ) -> Int[Array, "B T K S"]:
     """Selects the topk blocks of each query and KV head (NSA eq. 8 to 12)."""
-    sees = _sees_window(rows, config.kernel_size, config.kernel_stride)
+    sees = _sees_window(segments, config.kernel_size, config.kernel_stride)
     logits = _logits(query, key, scale)
     lse = rearrange(lse, "b t (k g) -> b k g t 1", k=key.shape[2])
     lse = jnp.where(jnp.isneginf(lse), 0, lse).astype(logits.dtype)
@@ -79,8 +79,8 @@ def select_blocks(
 
     # In units of d tokens, window i covers [i, i + l/d) and block j covers [j*b/d, (j+1)*b/d).
     stride, per_block = config.kernel_stride, config.block_size // config.kernel_stride
-    windows = describe_windows(rows, config.kernel_size, stride)
-    unit = (windows.start[:, None, :] - rows.start[:, :, None])[..., None] // stride
+    windows = describe_windows(segments, config.kernel_size, stride)
+    unit = (windows.start[:, None, :] - segments.start[:, :, None])[..., None] // stride
     block = jnp.arange(config.num_blocks(query.shape[1]), dtype=jnp.int32)
     last = jnp.minimum(
         unit + config.kernel_size // stride, ((block + 1) * per_block)[None, None, None]
@@ -88,8 +88,8 @@ def select_blocks(
     shared = jnp.maximum(last - jnp.maximum(unit, (block * per_block)[None, None, None]), 0)
     score = einsum("bktm,btmj->btkj", p, shared.astype(p.dtype))
 
-    own = (rows.position // config.block_size)[:, :, None]
-    candidate = rows.valid[:, :, None] & (block[None, None] <= own)
+    own = (segments.position // config.block_size)[:, :, None]
+    candidate = segments.valid[:, :, None] & (block[None, None] <= own)
     forced = (block < config.init_blocks)[None, None] | (
         block[None, None] > own - config.local_blocks
     )
@@ -105,30 +105,34 @@ def select_blocks(
     return jnp.pad(chosen, ((0, 0), (0, 0), (0, 0), (0, missing)), constant_values=-1)
 
 
-def selected_attention(query, key, value, block_indices, rows: SegmentInfo, *, block_size, scale):
+def selected_attention(
+    query, key, value, block_indices, segments: SegmentInfo, *, block_size, scale
+):
     """Attention to the tokens of the listed blocks up to the query (NSA eq. 10)."""
-    block = (rows.token[:, None, :] - rows.start[:, :, None]) // block_size  # [B, T, T]
+    block = (segments.token[:, None, :] - segments.start[:, :, None]) // block_size  # [B, T, T]
     listed = (block[:, :, None, :, None] == block_indices[:, :, :, None, :]).any(axis=-1)
-    sees = rearrange(listed, "b t k s -> b k t s") & _sees_token(rows)[:, None]
+    sees = rearrange(listed, "b t k s -> b k t s") & _sees_token(segments)[:, None]
     return _attend(query, key, value, sees, scale)
 
 
-def sliding_window_attention(query, key, value, rows: SegmentInfo, *, window_size, scale):
+def sliding_window_attention(query, key, value, segments: SegmentInfo, *, window_size, scale):
     """Attention to the last `window_size` tokens up to the query."""
-    near = (rows.token[:, :, None] - rows.token[:, None, :]) < window_size
-    return _attend(query, key, value, (_sees_token(rows) & near)[:, None], scale)
+    near = (segments.token[:, :, None] - segments.token[:, None, :]) < window_size
+    return _attend(query, key, value, (_sees_token(segments) & near)[:, None], scale)
 
 
-def _sees_token(rows: SegmentInfo) -> Bool[Array, "B T T"]:
+def _sees_token(segments: SegmentInfo) -> Bool[Array, "B T T"]:
     """The causal mask within each document; padding neither sees nor is seen."""
-    query, key = rows.token[:, :, None], rows.token[:, None, :]
-    return rows.valid[:, :, None] & (key <= query) & (key >= rows.start[:, :, None])
+    query, key = segments.token[:, :, None], segments.token[:, None, :]
+    return segments.valid[:, :, None] & (key <= query) & (key >= segments.start[:, :, None])
 
 
-def _sees_window(rows: SegmentInfo, kernel_size: int, kernel_stride: int) -> Bool[Array, "B T M"]:
-    start = describe_windows(rows, kernel_size, kernel_stride).start[:, None, :]
-    ended = start + (kernel_size - 1) <= rows.token[:, :, None]
-    return rows.valid[:, :, None] & (start >= rows.start[:, :, None]) & ended
+def _sees_window(
+    segments: SegmentInfo, kernel_size: int, kernel_stride: int
+) -> Bool[Array, "B T M"]:
+    start = describe_windows(segments, kernel_size, kernel_stride).start[:, None, :]
+    ended = start + (kernel_size - 1) <= segments.token[:, :, None]
+    return segments.valid[:, :, None] & (start >= segments.start[:, :, None]) & ended
 
 
 def _logits(query, key, scale) -> Float[Array, "B K G T S"]:

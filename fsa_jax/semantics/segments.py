@@ -92,37 +92,39 @@ def describe_segments(
     return SegmentInfo(start, end, segment_ids > 0, packed=True)
 
 
-def describe_windows(rows: SegmentInfo, kernel_size: int, kernel_stride: int) -> Windows:
+def describe_windows(segments: SegmentInfo, kernel_size: int, kernel_stride: int) -> Windows:
     """Lays out the compressed windows of every document of every sequence."""
-    batch, length = rows.start.shape
+    batch, length = segments.start.shape
     opens = (
-        rows.valid & (rows.position % kernel_stride == 0) & (kernel_size <= rows.end - rows.token)
+        segments.valid
+        & (segments.position % kernel_stride == 0)
+        & (kernel_size <= segments.end - segments.token)
     )
     # the number of slots that are taken by windows which start before this token
     taken = jnp.cumsum(opens, axis=1, dtype=jnp.int32) - opens.astype(jnp.int32)
     slots = length // kernel_stride
     empty = jnp.full((batch, slots), length, jnp.int32)
-    tokens = jnp.broadcast_to(rows.token, (batch, length))
+    tokens = jnp.broadcast_to(segments.token, (batch, length))
     target = jnp.where(opens, taken, slots)  # an index past the end is dropped
     start = jax.vmap(lambda e, i, t: e.at[i].set(t, mode="drop"))(empty, target, tokens)
-    seen = (rows.position - kernel_size + 1 + kernel_stride) // kernel_stride
+    seen = (segments.position - kernel_size + 1 + kernel_stride) // kernel_stride
     return Windows(
         start=start,
-        first=jnp.take_along_axis(taken, rows.start, axis=1),
-        visible=jnp.where(rows.valid, jnp.maximum(seen, 0), 0),
+        first=jnp.take_along_axis(taken, segments.start, axis=1),
+        visible=jnp.where(segments.valid, jnp.maximum(seen, 0), 0),
     )
 
 
 def window_positions(
-    rows: SegmentInfo, positions: Int[Array, "B T"] | None, kernel_size: int, kernel_stride: int
+    segments: SegmentInfo, positions: Int[Array, "B T"] | None, kernel_size: int, kernel_stride: int
 ) -> Int[Array, "B M"]:
     """The position of each window's first token; 0 in empty slots.
 
-    Where `positions` is None, the positions within the documents of `rows` are used.
+    Where `positions` is None, the positions within the documents of `segments` are used.
     """
-    positions = rows.position if positions is None else positions
+    positions = segments.position if positions is None else positions
     read = jax.vmap(lambda row, start: row.at[start].get(mode="fill", fill_value=0))
-    return read(positions, describe_windows(rows, kernel_size, kernel_stride).start)
+    return read(positions, describe_windows(segments, kernel_size, kernel_stride).start)
 
 
 def visible_windows(windows: Windows) -> tuple[Int[Array, "B T"], Int[Array, "B T"]]:
@@ -131,50 +133,50 @@ def visible_windows(windows: Windows) -> tuple[Int[Array, "B T"], Int[Array, "B 
 
 
 def visible_tokens(
-    rows: SegmentInfo, window_size: int
+    segments: SegmentInfo, window_size: int
 ) -> tuple[Int[Array, "B T"], Int[Array, "B T"]]:
     """The range of tokens [low, high) in each query's sliding window; it is empty at padding."""
-    low = jnp.maximum(rows.start, rows.token - (window_size - 1))
-    high = jnp.broadcast_to(rows.token + 1, low.shape)
-    return jnp.where(rows.valid, low, high), high
+    low = jnp.maximum(segments.start, segments.token - (window_size - 1))
+    high = jnp.broadcast_to(segments.token + 1, low.shape)
+    return jnp.where(segments.valid, low, high), high
 
 
 def query_range_of_windows(
-    rows: SegmentInfo, windows: Windows, kernel_size: int
+    segments: SegmentInfo, windows: Windows, kernel_size: int
 ) -> tuple[Int[Array, "B M"], Int[Array, "B M"]]:
     """The range of queries [low, high) that attend to each slot; it is empty for an empty slot."""
-    exists = windows.start < rows.start.shape[1]
+    exists = windows.start < segments.start.shape[1]
     start = jnp.where(exists, windows.start, 0)
-    end = jnp.take_along_axis(rows.end, start, axis=1)
+    end = jnp.take_along_axis(segments.end, start, axis=1)
     return jnp.where(exists, start + (kernel_size - 1), 0), jnp.where(exists, end, 0)
 
 
 def query_range_of_tokens(
-    rows: SegmentInfo, window_size: int
+    segments: SegmentInfo, window_size: int
 ) -> tuple[Int[Array, "B T"], Int[Array, "B T"]]:
     """The range of queries [low, high) whose sliding window contains each key.
 
     The range is empty at padding.
     """
-    low = jnp.broadcast_to(rows.token, rows.start.shape)
-    high = jnp.minimum(low + min(window_size, rows.start.shape[1]), rows.end)
-    return low, jnp.where(rows.valid, high, low)
+    low = jnp.broadcast_to(segments.token, segments.start.shape)
+    high = jnp.minimum(low + min(window_size, segments.start.shape[1]), segments.end)
+    return low, jnp.where(segments.valid, high, low)
 
 
 def listed_block_starts(
-    rows: SegmentInfo, block_indices: Int[Array, "B T K S"], block_size: int
+    segments: SegmentInfo, block_indices: Int[Array, "B T K S"], block_size: int
 ) -> Int[Array, "B T K S"]:
     """The first token of each listed block; T where the entry is ignored.
 
     An entry is used if its block starts at or before the query, in the query's document, and the
     same block number does not occur earlier in the list.
     """
-    length = rows.start.shape[1]
-    own = jnp.where(rows.valid, rows.position // block_size, -1)[:, :, None, None]
+    length = segments.start.shape[1]
+    own = jnp.where(segments.valid, segments.position // block_size, -1)[:, :, None, None]
     counts = (block_indices >= 0) & (block_indices <= own)
     same = block_indices[..., :, None] == block_indices[..., None, :]
     slots = jnp.arange(block_indices.shape[-1], dtype=jnp.int32)
     repeated = jnp.any(same & (slots[None, :] < slots[:, None])[None, None, None], axis=-1)
     # Only numbers in range are multiplied: the list may hold block numbers of up to 2**31.
     offset = jnp.where(counts, block_indices, 0) * block_size
-    return jnp.where(counts & ~repeated, rows.start[:, :, None, None] + offset, length)
+    return jnp.where(counts & ~repeated, segments.start[:, :, None, None] + offset, length)
