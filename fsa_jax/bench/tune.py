@@ -285,12 +285,12 @@ def difference(got, wanted) -> str | None:
             continue
         a, b = (x.astype(np.float64) for x in (a, b))
         if not np.array_equal(np.isfinite(a), np.isfinite(b)):
-            return "other numbers are finite"
+            return "the finite entries differ"
         error = correctness.relative_error(
             np.where(np.isfinite(a), a, 0), np.where(np.isfinite(b), b, 0)
         )
         if not error <= correctness.TOLERANCE:
-            return f"relative error {error:.2e}, at most {correctness.TOLERANCE} is right"
+            return f"relative error {error:.2e} exceeds the tolerance {correctness.TOLERANCE}"
     return None
 
 

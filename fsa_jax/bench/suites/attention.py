@@ -251,7 +251,9 @@ def _prepare(case: Case, subject: Subject, programs, sets, *, check_it: bool):
             return {"forward": arguments}, {}
         share = correctness.check_blocks(case, sets[0], programs["forward"](*arguments[0]))
         if share < correctness.RIGHT_CHOICES:
-            raise WrongResult(f"{subject.function}: {share:.1%} of the sampled lists are right")
+            raise WrongResult(
+                f"{subject.function}: only {share:.1%} of the sampled lists are correct"
+            )
         return {"forward": arguments}, {"right_lists": share}
     kept = [programs["residuals"](*args) for args in arguments]
     # any cotangent will do, and the query has the shape of the output
@@ -270,6 +272,6 @@ def _prepare(case: Case, subject: Subject, programs, sets, *, check_it: bool):
     if error is not None and not error <= correctness.TOLERANCE:
         raise WrongResult(
             f"{subject.function} by {subject.method} at {case}: relative error {error:.2e} of a "
-            f"sample, at most {correctness.TOLERANCE} is right"
+            f"sample exceeds the tolerance {correctness.TOLERANCE}"
         )
     return passes, {"relative_error": error}

@@ -221,10 +221,10 @@ def _measure(call, wanted, sets, rounds: int) -> dict[str, Any]:
     found = wanted(sets[0], program(sets)[0])
     if not (error := found["relative_error"]) <= correctness.TOLERANCE:
         raise correctness.WrongResult(
-            f"relative error {error:.2e}, at most {correctness.TOLERANCE} is right"
+            f"relative error {error:.2e} exceeds the tolerance {correctness.TOLERANCE}"
         )
     if found.get("right_lists", 1) < correctness.RIGHT_CHOICES:
-        raise correctness.WrongResult(f"{found['right_lists']:.1%} of the lists are right")
+        raise correctness.WrongResult(f"only {found['right_lists']:.1%} of the lists are correct")
     measured = timing.measure(program, [(sets,)], rounds)
     for name in ("ms", "dispatch_ms", "device_ms"):
         if measured[name] is not None:
