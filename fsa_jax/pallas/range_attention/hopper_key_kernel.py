@@ -77,7 +77,7 @@ def key_gradients(
       query: [B, T, N, D].
       key: [B, M, K, D].
       value: [B, M, K, D].
-      query_range: (first, end) of the tokens that attend to each key, int32 [B, M] each; empty if none.
+      query_range: (first, end) of the tokens that attend to each key, int32 [B, M]; empty if none.
       lse: float32 [B, T, N], natural logarithm; -inf for a query with an empty range.
       delta: sum(out * dout) - dlse, float32 [B, T, N].
       dout: [B, T, N, D].

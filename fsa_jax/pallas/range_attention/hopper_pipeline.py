@@ -141,7 +141,7 @@ def call_on_rows(
       key: [B, M, K, D]; keys outside every query's range may hold any value.
       value: [B, M, K, D], likewise.
       visible: (low, high), int32 [B, T]; low >= high is an empty range.
-      query_range: (first, end) of the tokens that attend to each key, int32 [B, M] each; empty if none.
+      query_range: (first, end) of the tokens that attend to each key, int32 [B, M]; empty if none.
       tables: float32 arrays [B, T, N] of one number per row.
       results: dtypes of the results [B, T, N, D], or None for float32 results [B, T, N].
       ring: `Ring`.

@@ -44,7 +44,7 @@ def attention(query, key, value, visible, query_range, *, scale, interpret=None)
       key: [B, M, K, D].
       value: [B, M, K, D].
       visible: (low, high), int32 [B, T]; low >= high is an empty range.
-      query_range: (first, end) of the tokens that attend to each key, int32 [B, M] each; empty if none.
+      query_range: (first, end) of the tokens that attend to each key, int32 [B, M]; empty if none.
       scale: factor of the logits.
       interpret: `InterpretGPUParams` of Pallas Mosaic GPU, to run on a CPU.
 

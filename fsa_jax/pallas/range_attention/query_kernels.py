@@ -32,7 +32,7 @@ def attention(query, key, value, visible, query_range, *, plan, scale, interpret
       key: [B, M, K, D].
       value: [B, M, K, E].
       visible: (low, high), int32 [B, T]; low >= high is an empty range.
-      query_range: (first, end) of the tokens that attend to each key, int32 [B, M] each; empty if none.
+      query_range: (first, end) of the tokens that attend to each key, int32 [B, M]; empty if none.
       plan: `passes.Plan`.
       scale: factor of the logits.
       interpret: run the kernel in interpret mode.
