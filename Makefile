@@ -21,6 +21,7 @@ test-slow:
 compile:
 	uv run --isolated --group compile pytest -n 2 -m compile
 
+# All tests that need no GPU.
 test-all: test test-slow compile
 
 gpu:

@@ -152,7 +152,9 @@ def main() -> None:
     )
     parser.add_argument("--seeds", type=int, default=3, help="number of seeds per attention")
     parser.add_argument("--jobs", type=int, default=1, help="number of runs at the same time")
-    parser.add_argument("--text", type=Path, nargs="*", default=(), help="as of fsa-jax train")
+    parser.add_argument(
+        "--text", "--data", type=Path, nargs="*", default=(), help="as of fsa-jax train"
+    )
     parser.add_argument("--report", action="store_true", help="only redraw the plot from the JSON")
     flags = parser.parse_args(rename_flags(sys.argv[1:], {"data": "text"}))
     path = RESULTS / jax.devices()[0].platform / "nsa_vs_full.json"

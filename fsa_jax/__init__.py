@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from fsa_jax.arguments.types import CompressionMethod, Implementation
     from fsa_jax.config import NSAConfig
     from fsa_jax.generation import generate
-    from fsa_jax.inference.nsa_cache import KVCache, NSACache
+    from fsa_jax.inference.kv_cache import KVCache
+    from fsa_jax.inference.nsa_cache import NSACache
     from fsa_jax.inference.page_allocator import OutOfPages, PageAllocator
     from fsa_jax.ops.dispatch import explain
     from fsa_jax.positions import token_positions, window_positions

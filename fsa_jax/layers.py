@@ -27,7 +27,8 @@ from fsa_jax.arguments import checks
 from fsa_jax.arguments.types import AnyArray, CompressionMethod, Implementation, IntegerList
 from fsa_jax.config import NSAConfig
 from fsa_jax.inference import cached_attention
-from fsa_jax.inference.nsa_cache import Chunk, NSACache
+from fsa_jax.inference.kv_cache import Chunk
+from fsa_jax.inference.nsa_cache import NSACache
 from fsa_jax.nn.base import AttentionLayer, linear
 from fsa_jax.nn.compressor import Compressor
 from fsa_jax.nn.full_attention import FullAttention as FullAttention
@@ -300,7 +301,7 @@ class NativeSparseAttention(AttentionLayer):
         array, ids, given = self._arrays(x, segment_ids, positions)
         segments, positions = self._describe(array, ids, given)
         array = segments.without_padding(array)
-        return self._select(self._inputs(array, ids, positions), ids)[1]
+        return self._select(self._inputs(array, ids, positions), ids)
 
     def _inputs(
         self,
@@ -344,12 +345,10 @@ class NativeSparseAttention(AttentionLayer):
             "implementation": self.implementation,
         }
 
-    def _select(
-        self, inputs: _Inputs, segment_ids: jax.Array | None
-    ) -> tuple[jax.Array, jax.Array]:
-        """The output of the compressed branch, and the blocks that its probabilities select."""
+    def _select(self, inputs: _Inputs, segment_ids: jax.Array | None) -> jax.Array:
+        """The blocks that the probabilities of the compressed branch select."""
         shared = self._shared(segment_ids)
-        out, lse = api.compressed_attention(
+        _, lse = api.compressed_attention(
             inputs.query,
             *inputs.compressed,
             kernel_size=self.config.kernel_size,
@@ -357,6 +356,6 @@ class NativeSparseAttention(AttentionLayer):
             return_residuals=True,
             **shared,
         )
-        return out, api.select_blocks(
+        return api.select_blocks(
             inputs.query, inputs.compressed[0], lse, config=self.config, **shared
         )

@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Int, Integer
 from fsa_jax import api
 from fsa_jax.arguments import checks
 from fsa_jax.arguments.types import AnyArray, IntegerList
-from fsa_jax.inference.nsa_cache import Chunk, KVCache
+from fsa_jax.inference.kv_cache import Chunk, KVCache
 from fsa_jax.layers import FullAttention, NativeSparseAttention
 from fsa_jax.nn.base import layer_call, without_padding
 from fsa_jax.partitioning import partitioned

@@ -68,10 +68,12 @@ class TransformerConfig:
       head_dim: width of a head, even; None: ``embed_dim // num_heads``.
       mlp_dim: hidden width of the SwiGLU; None: ``3 * embed_dim``.
       attention: ``"nsa"`` or ``"full"``.
-      nsa: sizes of the sparse attention; ``"full"`` ignores them, and the next three fields.
-      compression: see ``NativeSparseAttention``.
-      gate: see ``NativeSparseAttention``.
-      kv_per_branch: see ``NativeSparseAttention``.
+      nsa: sizes of the sparse attention; ``"full"`` ignores them, and `compression`, `gate`
+        and `kv_per_branch`.
+      compression: how a window of keys or values becomes one: ``"linear"``, ``"weighted"``,
+        ``"mean"`` or ``"mlp"``.
+      gate: one gate triple for each query head, or one for each token.
+      kv_per_branch: whether each branch has keys and values of its own.
       rope_theta: base of the RoPE wavelengths.
       tie_embeddings: whether the output head is the transposed embedding.
       remat: whether the backward pass recomputes the layers, except their attention.

@@ -55,8 +55,8 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")
 
 
-#: Linux lets a process have 65,530 maps of memory. Every compiled program takes some; without, XLA
-#: crashes.
+#: Linux lets a process have 65,530 maps of memory. Every compiled program takes some, and XLA
+#: crashes when none are left.
 MAPS = Path("/proc/self/maps")
 
 

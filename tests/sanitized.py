@@ -17,7 +17,8 @@ from util import lists, normal, selected, value_and_vjp
 import fsa_jax
 from fsa_jax import NSAConfig
 from fsa_jax.inference import decode_step
-from fsa_jax.inference.nsa_cache import Chunk, NSACache
+from fsa_jax.inference.kv_cache import Chunk
+from fsa_jax.inference.nsa_cache import NSACache
 from fsa_jax.pallas import SelectedTuning, support
 from fsa_jax.pallas.block_attention.plan import METHODS
 from fsa_jax.pallas.range_attention import hopper_pipeline as hopper_kernels

@@ -49,7 +49,7 @@ def test_compress(length, packed):
     ids = documents(length, packed)
     rows = segments.describe_segments(ids, 1, length)
     ours = functools.partial(compressions, {"segment_ids": ids}, fsa_jax.compress)
-    defined = functools.partial(compressions, {"rows": rows}, reference.compress)
+    defined = functools.partial(compressions, {"segments": rows}, reference.compress)
     got = value_and_vjp(ours, 3)(*args)
     assert_close(got, value_and_vjp(defined, 3)(*args), TOLERANCE)
     if length < WINDOWS["kernel_size"]:  # no window

@@ -29,7 +29,8 @@ from util import assert_close, assert_same_bits, lists, normal, value_and_vjp
 import fsa_jax
 from fsa_jax import NSAConfig
 from fsa_jax.inference import decode_step
-from fsa_jax.inference.nsa_cache import Chunk, NSACache
+from fsa_jax.inference.kv_cache import Chunk
+from fsa_jax.inference.nsa_cache import NSACache
 from fsa_jax.layers import NativeSparseAttention
 from fsa_jax.pallas import SelectedTuning, intrinsics
 from fsa_jax.pallas.block_attention.plan import METHODS

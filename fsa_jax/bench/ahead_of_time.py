@@ -21,7 +21,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 import fsa_jax
 from fsa_jax.inference.decode_step import attend
-from fsa_jax.inference.nsa_cache import Chunk, NSACache
+from fsa_jax.inference.kv_cache import Chunk
+from fsa_jax.inference.nsa_cache import NSACache
 
 _CONFIG = """
 gpu_device_info {{

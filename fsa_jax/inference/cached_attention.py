@@ -29,7 +29,8 @@ from einops import rearrange
 from jaxtyping import Array, Bool, Float, Int
 
 from fsa_jax import xla
-from fsa_jax.inference.nsa_cache import Chunk, KVCache, NSACache
+from fsa_jax.inference.kv_cache import Chunk, KVCache
+from fsa_jax.inference.nsa_cache import NSACache
 from fsa_jax.ops.block_attention import BlockSpec, Lists, block_attention
 from fsa_jax.ops.block_selection import SelectionSpec, choose_blocks
 from fsa_jax.ops.call import Backend

@@ -13,7 +13,8 @@ tokens of a sequence, d kernel_stride, p block_size, S selected blocks.
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from fsa_jax.inference.nsa_cache import Chunk, NSACache
+from fsa_jax.inference.kv_cache import Chunk
+from fsa_jax.inference.nsa_cache import NSACache
 from fsa_jax.pallas.decode import attention, selection
 
 type Branches = tuple[Float[Array, "B n N E"], Float[Array, "B n N E"], Float[Array, "B n N E"]]

@@ -13,9 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from fsa_jax.arguments import checks
 from fsa_jax.config import NSAConfig
-from fsa_jax.inference.kv_cache import STATIC, heads_of, init_places
-from fsa_jax.inference.kv_cache import Chunk as Chunk
-from fsa_jax.inference.kv_cache import KVCache as KVCache
+from fsa_jax.inference.kv_cache import STATIC, Chunk, KVCache, heads_of, init_places
 
 
 @jax.tree_util.register_dataclass

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Integer
 
 from fsa_jax.arguments import checks
 from fsa_jax.arguments.types import AnyArray, IntegerList
-from fsa_jax.inference.nsa_cache import Chunk, KVCache
+from fsa_jax.inference.kv_cache import Chunk, KVCache
 from fsa_jax.ops import partition
 from fsa_jax.partitioning import partitioned
 from fsa_jax.rope import RoPE

@@ -13,7 +13,7 @@ from fsa_jax import api
 from fsa_jax.arguments import checks
 from fsa_jax.arguments.types import DenseImplementation
 from fsa_jax.inference import cached_attention
-from fsa_jax.inference.nsa_cache import Chunk, KVCache
+from fsa_jax.inference.kv_cache import Chunk, KVCache
 from fsa_jax.nn.base import AttentionLayer
 from fsa_jax.ops.dispatch import CUDNN, check_name
 from fsa_jax.rope import RoPE

@@ -149,7 +149,7 @@ def attention(spec: NSASpec, query, compressed, sources, gates, rows: SegmentInf
 
 def _by_reference(spec, query, compressed, sources, gates, rows):
     """The dense definition, whose gradients are those of its operations."""
-    config, shared = spec.config, {"rows": rows, "scale": spec.window.scale}
+    config, shared = spec.config, {"segments": rows, "scale": spec.window.scale}
     windows = {"kernel_size": config.kernel_size, "kernel_stride": config.kernel_stride}
     out, lse = reference.compressed_attention(query, *compressed, **windows, **shared)
     choice = jax.lax.stop_gradient((query, compressed[0], lse))

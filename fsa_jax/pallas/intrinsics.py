@@ -9,9 +9,6 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from fsa_jax.pallas.tile_sizes import next_power_of_two as next_power_of_two
-from fsa_jax.pallas.tile_sizes import tile_width as tile_width
-
 LOG2_E = math.log2(math.e)
 #: Whether the kernel being traced is for interpret mode, which cannot execute GPU instructions.
 _interpreted = contextvars.ContextVar("interpreted", default=False)

@@ -6,8 +6,6 @@ import jax
 import jax.numpy as jnp
 
 from fsa_jax.pallas.intrinsics import LOG2_E, await_mma, dot, exp2, log2, multiply_add, reciprocal
-from fsa_jax.pallas.tile_sizes import next_power_of_two as next_power_of_two
-from fsa_jax.pallas.tile_sizes import tile_width as tile_width
 
 
 @dataclasses.dataclass(frozen=True)

@@ -58,7 +58,7 @@ def device_reason() -> str | None:
 
 
 def hopper_reason() -> str | None:
-    """Why the Mosaic GPU kernels cannot run on the device to compile for; None if they can."""
+    """Why the GPU cannot run the Mosaic GPU kernels; None if it can, or if there is no GPU."""
     found = capability()
     if found in (None, HOPPER):
         return None

@@ -6,8 +6,6 @@ from jax.experimental import pallas as pl
 
 from fsa_jax.pallas.intrinsics import await_mma, dot, iota, load
 from fsa_jax.pallas.tile_sizes import cut_width
-from fsa_jax.pallas.tile_sizes import next_power_of_two as next_power_of_two
-from fsa_jax.pallas.tile_sizes import tile_width as tile_width
 
 #: Enough programs to balance the load on any GPU; with more tasks, the most tasks per program.
 ENOUGH_PROGRAMS, MOST_TASKS = 16384, 4

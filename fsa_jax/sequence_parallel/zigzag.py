@@ -63,15 +63,23 @@ def from_zigzag(x: jax.Array, devices: int, axis: int = 1) -> jax.Array:
     return _take_chunks(x, order, axis)
 
 
+def _warn_renamed(old: str, new: str) -> None:
+    warnings.warn(
+        f"{old} is now called {new}; the old name will be removed in the next release",
+        DeprecationWarning,
+        stacklevel=3,
+    )
+
+
 def to_stripes(x: jax.Array, devices: int, axis: int = 1) -> jax.Array:
     """The old name of `to_zigzag`."""
-    warnings.warn("to_stripes is now called to_zigzag", DeprecationWarning, stacklevel=2)
+    _warn_renamed("to_stripes", "to_zigzag")
     return to_zigzag(x, devices, axis)
 
 
 def from_stripes(x: jax.Array, devices: int, axis: int = 1) -> jax.Array:
     """The old name of `from_zigzag`."""
-    warnings.warn("from_stripes is now called from_zigzag", DeprecationWarning, stacklevel=2)
+    _warn_renamed("from_stripes", "from_zigzag")
     return from_zigzag(x, devices, axis)
 
 

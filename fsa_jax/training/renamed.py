@@ -84,9 +84,13 @@ def renamed_fields[Class: type](**new_names: str) -> Callable[[Class], Class]:
 
         @functools.wraps(original)
         def __init__(self, *args, **kwargs):
-            for old, new in new_names.items():
-                if old in kwargs and _is_unchanged(old, new, kwargs, fields):
-                    del kwargs[new]
+            unchanged = [
+                new
+                for old, new in new_names.items()
+                if old in kwargs and _is_unchanged(old, new, kwargs, fields)
+            ]
+            for new in unchanged:
+                del kwargs[new]
             init(self, *args, **kwargs)
 
         cls.__init__ = __init__

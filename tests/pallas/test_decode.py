@@ -23,12 +23,12 @@ from util import (
 import fsa_jax
 from fsa_jax import NSACache, NSAConfig, PageAllocator, reference, xla
 from fsa_jax.inference.decode_step import attend
-from fsa_jax.inference.nsa_cache import Chunk
+from fsa_jax.inference.kv_cache import Chunk
 from fsa_jax.pallas.decode import attention, selection
 from fsa_jax.semantics.segments import describe_segments, describe_windows
 
 SCALE = 0.3
-#: gpu/test_gpu_attention.py runs these tests on a GPU.
+#: gpu/test_gpu_paged.py runs these tests on a GPU.
 INTERPRET = jax.default_backend() == "cpu"
 DENSE = jax.jit(reference._attend, static_argnums=4)
 

@@ -74,6 +74,14 @@ def test_replace_takes_old_names(old, new, value):
     assert config == dataclasses.replace(PRESETS["tiny"], **{new: value, "steps": 9})
 
 
+def test_replace_takes_several_old_names():
+    old = {name: value for name, _, value in FIELDS}
+    new = {name: value for _, name, value in FIELDS}
+    with pytest.warns(DeprecationWarning, match="is now called"):
+        config = dataclasses.replace(PRESETS["tiny"], **old)
+    assert config == dataclasses.replace(PRESETS["tiny"], **new)
+
+
 @pytest.mark.parametrize(("old", "new", "value"), FIELDS)
 def test_both_names_of_a_field_are_an_error(old, new, value):
     message = f"{new} and {old}, its old name, must not both be given, got {new}=.* and {old}="

@@ -25,7 +25,8 @@ from fsa_jax.bench.cases import TINY
 from fsa_jax.bench.measure import correctness, timing
 from fsa_jax.bench.report.results import FULL, STEP
 from fsa_jax.inference import decode_step
-from fsa_jax.inference.nsa_cache import Chunk, NSACache
+from fsa_jax.inference.kv_cache import Chunk
+from fsa_jax.inference.nsa_cache import NSACache
 
 BATCHES = (1, 16)
 LENGTHS = (131072, 32768, 8192)
