@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from test_gating import (
+from ops.test_gating import (
     test_branches_get_what_their_gradients_subtract,
     test_error_is_at_most_twice_that_of_the_plain_sum,
 )

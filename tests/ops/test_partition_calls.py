@@ -16,7 +16,6 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from test_sharding import GATES, IDS, KEY, QUERY, VALUE, WEIGHTS, mesh_of, operator
 
 import fsa_jax
 from fsa_jax.ops import partition_calls
@@ -25,6 +24,7 @@ from fsa_jax.pallas import tile_tables
 from fsa_jax.pallas.range_attention import passes as ranges
 from fsa_jax.pallas.tile_config import Tile
 from fsa_jax.training.compilation_cache import keep_compiled_programs
+from ops.test_sharding import GATES, IDS, KEY, QUERY, VALUE, WEIGHTS, mesh_of, operator
 
 
 def names(run, *arrays):
@@ -64,9 +64,10 @@ def test_names_are_the_same_in_another_process():
     found = whole_operator()
     assert len(set(found)) == 1 + 8 + 6  # kinds: of a window; by rows; over the tokens
     assert all(re.fullmatch("fsa_jax [0-9a-f]{64}", name) for name in found)
-    code = "import conftest, json, test_partition_calls as x; print(json.dumps(x.whole_operator()))"
+    code = "import conftest, json, ops.test_partition_calls as x; print(json.dumps(x.whole_operator()))"
     command = [sys.executable, "-W", "ignore", "-c", code]
-    done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+    folder = Path(__file__).parent.parent
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == found
 

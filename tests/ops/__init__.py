@@ -1,0 +1,1 @@
+"""The operations: backends, gradients, and how a call divides over devices."""
