@@ -299,6 +299,7 @@ def test_a_signal_says_how_to_go_on(number, saved, words, code, expected, monkey
     assert (f"the checkpoint of step {saved} is saved" in message) == (saved is not None)
 
 
+@pytest.mark.slow
 def test_the_command_that_goes_on_does(data, tmp_path, monkeypatch, capfd):
     signals_at(monkeypatch, 2, signal.SIGTERM)
     words = train_words(data, tmp_path / "run", "--overwrite", "--steps", "3")

@@ -41,7 +41,7 @@ def extend(model, tokens, cache, num_tokens=None, fresh=False, only_last=False):
     return model(tokens, cache=cache, num_tokens=num_tokens, **options)
 
 
-@pytest.mark.fast_cases("full")
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CONFIGS)
 def test_model_gives_the_logits_of_the_training_forward(name):
     model, tokens = make(name), jnp.concatenate([TOKENS, TOKENS[:, ::-1]])
@@ -113,6 +113,7 @@ def test_stream_shows_each_token_as_it_comes():
         assert column.tolist() == text + [-1] * (len(steps) - len(text))
 
 
+@pytest.mark.slow
 def test_an_error_of_the_stream_ends_the_text_and_keeps_its_type():
     model, shown = make(), []
 

@@ -71,7 +71,7 @@ def peer_parameters(layer, arrays, prefix):
     }
 
 
-@pytest.mark.fast_cases("mod_fsa_groupsum-token-reference", "mod_fsa_groupsum-token-xla")
+@pytest.mark.fast_cases("mod_fsa_groupsum-token-reference")
 @pytest.mark.parametrize("implementation", ["reference", "xla"])
 @pytest.mark.parametrize(
     ("name", "gate"), [("mod_xl_linear", "head"), ("mod_fsa_groupsum", "token")]
@@ -285,6 +285,7 @@ def test_dtype_of_computation_and_storage(cls):
     assert jax.eval_shape(call, stored).dtype == dtype
 
 
+@pytest.mark.slow
 def test_out_features_scale_and_initialisers():
     ones = nnx.initializers.ones
     layer = make(

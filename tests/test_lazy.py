@@ -8,6 +8,7 @@ import fsa_jax
 import fsa_jax.training
 
 
+@pytest.mark.slow
 def test_all_public_names_are_there():
     assert set(fsa_jax.__all__) <= set(dir(fsa_jax))
     for name in fsa_jax.__all__:

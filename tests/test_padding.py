@@ -141,6 +141,7 @@ def with_pads(token):
     return jnp.asarray(np.where(PADDING, token, TOKENS), jnp.int32)
 
 
+@pytest.mark.fast_cases("full")
 @pytest.mark.parametrize("name", MODELS)
 def test_the_model_and_the_loss(name):
     """Pad tokens outside the vocabulary, and cotangents of their logits."""

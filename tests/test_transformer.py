@@ -51,6 +51,7 @@ def rms_norm(x, scale):
     return x / np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + 1e-6) * scale
 
 
+@pytest.mark.fast_cases("False")
 @pytest.mark.parametrize("tied", [True, False])
 def test_is_its_parts_in_order(tied):
     """Embedding, layers one by one in a Python loop, norm and head, written out."""
@@ -191,6 +192,7 @@ def test_sharding():
     np.testing.assert_allclose(got, run(state, tokens, segment_ids), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_built_under_a_mesh_is_sharded_at_once():
     auto = (jax.sharding.AxisType.Auto,)
     mesh = jax.make_mesh((2,), ("model",), axis_types=auto, devices=jax.devices()[:2])
@@ -226,6 +228,7 @@ def test_sizes_that_are_not_given_follow_from_the_others(given, sizes):
 DERIVED = {"num_kv_heads", "head_dim", "mlp_dim"}
 
 
+@pytest.mark.slow
 def test_tokens_and_ids_may_be_integers_of_any_kind():
     model = make()
     want = call(model, TOKENS, SEGMENT_IDS)

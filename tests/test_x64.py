@@ -141,6 +141,7 @@ def for_a_gpu():
         yield
 
 
+@pytest.mark.fast_cases("mosaic_gpu-8")
 @pytest.mark.usefixtures("for_a_gpu", "x64")
 @pytest.mark.parametrize(("implementation", "group"), [(None, 1), ("mosaic_gpu", 8)])
 def test_programs_for_a_gpu_have_no_arrays_of_64_bits(implementation, group):
@@ -246,6 +247,7 @@ def test_results_and_gradients_are_bitwise_the_same(x64):
     assert_close(kernels, without, 2e-6)
 
 
+@pytest.mark.fast_cases("True")
 @pytest.mark.parametrize("full", [False, True])
 def test_programs_of_a_model_have_no_arrays_of_64_bits(full, x64):
     """A training step with dropout, the evaluation, and calls with a cache of each kind."""

@@ -204,6 +204,7 @@ def test_one_document_alone_needs_no_segment_ids(implementation):
     assert_close(run(jnp.full(40, 9, jnp.int32), *args), run(None, *args))
 
 
+@pytest.mark.fast_cases("4")
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("gate_heads", [1, 4])
 def test_gradients_of_the_operator(gate_heads):
@@ -396,6 +397,7 @@ def test_logits_of_ten_thousand(dtype, implementation):
     assert all(np.isfinite(np.asarray(x, np.float64)).all() for x in gradients)
 
 
+@pytest.mark.slow
 def test_bitwise_the_same_on_every_rerun():
     shape = SMALL["many_tiles"]
     args = inputs(shape, jnp.float32)

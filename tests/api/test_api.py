@@ -199,7 +199,7 @@ def window_of(segment_ids):
     return fsa_jax.sliding_window_attention(**arguments)
 
 
-@pytest.mark.fast_cases("int8", "lists")
+@pytest.mark.fast_cases("lists")
 @pytest.mark.parametrize("kind", KINDS)
 def test_segment_ids_may_be_integers_of_any_kind(kind):
     ids = KINDS[kind](DOCUMENTS)
@@ -423,6 +423,7 @@ def check(result):
     assert_close(result, wanted(), 1e-6)
 
 
+@pytest.mark.slow
 def test_vmap_over_rows():
     def mean(*args):
         return jnp.mean(jax.vmap(loss)(*args))

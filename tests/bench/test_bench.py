@@ -28,7 +28,7 @@ def rows_of(path):
     return results["rows"]
 
 
-@pytest.mark.fast_cases("decode")
+@pytest.mark.slow
 @pytest.mark.parametrize("suite", run.SUITES)
 def test_every_suite_runs_without_a_gpu_and_says_that_it_measures_nothing(suite, tmp_path):
     (path,) = bench(BenchConfig(suite=suite, out=tmp_path, rounds=1, minutes=0, threads=2))
@@ -127,7 +127,7 @@ def test_what_the_time_budget_leaves_out_is_recorded(tmp_path):
     assert all("time budget" in row["error"] for row in results["rows"])
 
 
-@pytest.mark.fast_cases("select_blocks-the lists")
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("function", "message"), [("block_attention", "relative error"), ("select_blocks", "the lists")]
 )
@@ -179,7 +179,7 @@ def test_work_counts_what_is_visible(packed, selection):
         assert cases.work(case, function, True)[0] == 2.5 * flops
 
 
-@pytest.mark.fast_cases("True")
+@pytest.mark.slow
 @pytest.mark.parametrize("packed", [False, True])
 def test_the_check_tells_right_from_wrong_blocks(packed):
     case = dataclasses.replace(CASE, packed=packed, length=900)

@@ -101,6 +101,7 @@ def test_a_peer_is_timed_and_compared(packages):
         assert row["flops"] > 0
 
 
+@pytest.mark.slow
 def test_a_peer_that_is_wrong_stays_and_says_so(packages, tmp_path):
     def wrong(*args):
         out, *rest = forward(*args)
@@ -120,6 +121,7 @@ def test_a_peer_that_is_wrong_stays_and_says_so(packages, tmp_path):
     assert (tmp_path / "benchmarks.md").read_text().count("differs from ours") == 1
 
 
+@pytest.mark.slow
 def test_what_fails_in_a_peer_is_recorded(packages):
     def broken(*args):
         raise RuntimeError("out of memory")

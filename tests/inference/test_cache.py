@@ -174,6 +174,7 @@ def test_kernels_serve_sequences_of_different_lengths():
         at += counts
 
 
+@pytest.mark.fast_cases("FullAttention")
 @pytest.mark.parametrize("cls", [NativeSparseAttention, FullAttention])
 def test_rewinding_takes_back_drafts(cls):
     """Tokens that turn out wrong leave no trace, whatever windows and blocks they were in."""
@@ -206,6 +207,7 @@ def numbers(*values):
     return jnp.asarray(values, jnp.int32)
 
 
+@pytest.mark.slow
 def test_all_rewinds_together_take_back_what_the_cache_keeps():
     """Tokens that were taken back count until others stand in their place."""
     layer, x = make(), inputs()
@@ -327,7 +329,7 @@ def test_a_cache_of_the_dtype_of_the_keys(x64):
         assert cache.key.dtype == dtype
 
 
-@pytest.mark.fast_cases("FullAttention")
+@pytest.mark.slow
 @pytest.mark.parametrize("cls", [NativeSparseAttention, FullAttention])
 def test_error_rule_in_bfloat16(cls, x64):
     """All blocks are selected: a choice that rounding flips is no error of the attention."""
@@ -349,6 +351,7 @@ def test_error_rule_in_bfloat16(cls, x64):
         assert_errors_are_at_most_twice_those_of_dense(got, *arrays)
 
 
+@pytest.mark.fast_cases("full")
 @pytest.mark.parametrize("name", ["default", "full"])
 def test_a_step_works_in_place_and_reads_what_it_needs(name):
     """Time of a decoding step: a few blocks, the window and the windows' keys, not the cache."""
@@ -483,6 +486,7 @@ def test_layers_that_cannot_serve_a_cache(cls, options, message):
         layer(inputs()[:, :1], cache=cache)
 
 
+@pytest.mark.slow
 def test_tokens_without_room_are_not_stored_inside_jit():
     layer, x = make(), inputs()
     cache = layer.init_cache(BATCH, LENGTH)

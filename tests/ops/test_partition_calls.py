@@ -64,7 +64,10 @@ def test_names_are_the_same_in_another_process():
     found = whole_operator()
     assert len(set(found)) == 1 + 8 + 6  # kinds: of a window; by rows; over the tokens
     assert all(re.fullmatch("fsa_jax [0-9a-f]{64}", name) for name in found)
-    code = "import conftest, json, ops.test_partition_calls as x; print(json.dumps(x.whole_operator()))"
+    code = (
+        "import conftest, json, ops.test_partition_calls as x; "
+        "print(json.dumps(x.whole_operator()))"
+    )
     command = [sys.executable, "-W", "ignore", "-c", code]
     folder = Path(__file__).parent.parent
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True)

@@ -275,7 +275,7 @@ def twice_alone():
     return jax.jit(twice)(QUERY, KEY, VALUE, GATES, WEIGHTS)
 
 
-@pytest.mark.fast_cases("jit-auto-on_mesh2")
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("how", "kind", "on_mesh"),
     [

@@ -98,7 +98,7 @@ CASES = {
 TOLERANCE = {"float32": 2e-6, "float16": 4e-3, "bfloat16": 3e-2}
 
 
-@pytest.mark.fast_cases("g2", "g16", "one_token")
+@pytest.mark.fast_cases("g16", "one_token")
 @pytest.mark.parametrize("case", CASES)
 def test_values_and_gradients_are_those_of_the_reference(case):
     shape, dtype = CASES[case]
@@ -154,7 +154,7 @@ def test_tuning_changes_no_result(name):
     assert_close(got, exact_small(indices, ids, *args, block_size=32), TOLERANCE["bfloat16"])
 
 
-@pytest.mark.fast_cases("4-True", "4-False")
+@pytest.mark.fast_cases("4-False")
 @pytest.mark.parametrize("alike", [True, False])
 @pytest.mark.parametrize("group", [4, 8, 16])
 def test_the_lists_decide_which_kernels_run(group, alike):
@@ -248,7 +248,7 @@ def test_a_chunk_fits_the_scratch_budget(scratch_mib, dtype):
         assert whole or 2.1 * (partial + splits + 16 * pairs) >= budget
 
 
-@pytest.mark.fast_cases("query_tile")
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 @settings(deadline=None, max_examples=25)
 @given(segmentations(SMALL.batch, SMALL.length), st.integers(0, 2**31))

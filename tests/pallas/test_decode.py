@@ -446,7 +446,7 @@ def whole_branches(query, arrays, window_of_its_own):
     )
 
 
-@pytest.mark.fast_cases("3-True")
+@pytest.mark.slow
 @pytest.mark.parametrize(("tokens", "window_of_its_own"), [(1, False), (3, True)])
 def test_a_step_is_the_end_of_the_whole_sequence(tokens, window_of_its_own):
     batch, length, kv_heads, group, width, layers = 4, 150, 2, 3, 8, 2

@@ -77,7 +77,7 @@ CASES = {
 }
 
 
-@pytest.mark.fast_cases("one_token", "no_scale")
+@pytest.mark.fast_cases("no_scale")
 @pytest.mark.parametrize("name", CASES)
 def test_numbers_are_those_of_the_reference(name, monkeypatch):
     """Uses two programs, so that one has several work items; unattended keys are NaN."""

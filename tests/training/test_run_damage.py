@@ -62,6 +62,7 @@ def run(dense, tmp_path) -> Path:
     return shutil.copytree(dense, tmp_path / "run")
 
 
+@pytest.mark.fast_cases("rest", "position", "no rest", "no metadata", "emptied")
 @pytest.mark.parametrize("kind", DAMAGES)
 def test_the_last_whole_checkpoint_is_taken(kind, texts, run, capfd):
     DAMAGES[kind](run / "checkpoints" / "6")

@@ -157,6 +157,7 @@ def test_resume_goes_on_bitwise(texts, straight, tmp_path):
     assert result.val_loss == expected[-1]["val_loss"]
 
 
+@pytest.mark.slow
 def test_resuming_a_finished_run_changes_nothing(texts, run):
     before = read_metrics(run / "metrics.jsonl")
     train(tiny(texts, run, resume=True, model=DENSE))
@@ -300,6 +301,7 @@ def test_selection_image_by_hand():
     )
 
 
+@pytest.mark.slow
 def test_plots_of_many_runs_layers_and_heads(tmp_path):
     rows = [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}, {"step": 2, "val_loss": 1.5}]
     plot_losses(tmp_path / "loss.png", {"nsa": rows, "full": rows[:1]}, unigram_loss=3.0)
@@ -350,6 +352,7 @@ def test_presets_are_json(preset):
     assert config_from_json(json.loads(json.dumps(config_to_json(config)))) == config
 
 
+@pytest.mark.slow
 def test_a_run_is_not_replaced_by_accident(texts, run):
     with pytest.raises(ValueError, match=r"out must not hold a run already, got '.*run'"):
         train(tiny(texts, run, model=DENSE))
@@ -399,6 +402,7 @@ def test_loading_a_folder_without_checkpoint(tmp_path):
         load_model(tmp_path)
 
 
+@pytest.mark.slow
 def test_loss_that_is_not_finite(texts, tmp_path):
     with pytest.raises(FloatingPointError, match=r"must be finite, got .* at step \d: lower learn"):
         train(tiny(texts, tmp_path, learning_rate=1e38, warmup_steps=0, model=DENSE))

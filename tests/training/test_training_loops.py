@@ -162,6 +162,7 @@ def test_remat_keeps_attention_and_not_the_mlp(kept):
     assert ((2, ROWS, LENGTH, CONFIG.mlp_dim) in shapes) != kept
 
 
+@pytest.mark.fast_cases("full")
 @pytest.mark.parametrize("attention", ["nsa", "full"])
 def test_steps_lower_the_loss(attention):
     graphdef, params = nnx.split(make(attention=attention, num_layers=1))
