@@ -1,17 +1,17 @@
-"""Test set-up: 8 CPU devices, strict dtypes and ranks, shape checks of the internal functions."""
+"""Test setup: eight CPU devices, strict dtypes and ranks, shape checks of internal functions."""
 
 import importlib.util
 import os
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Runs of the tests keep no programs among the user's.
+# Keep the programs that tests compile out of the user's compilation cache.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", "")
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "")
     + " --xla_force_host_platform_device_count=8"
-    # Most of the time of the tests is compilation, and most of that an MLIR pipeline for a fusion.
-    # What runs on a GPU or is compiled for one (ahead_of_time.py) is optimised all the same.
+    # Most test time is compilation, and most of that is an MLIR pipeline for each fusion. Programs
+    # that run on a GPU or are compiled for one (ahead_of_time.py) are still optimised.
     + (
         " --xla_backend_optimization_level=0"
         " --xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters"
@@ -21,7 +21,7 @@ os.environ["XLA_FLAGS"] = (
 
 from jaxtyping import install_import_hook
 
-# The public functions have their own checks, which must meet bad input first.
+# Public functions are excluded, because their own checks must be the first to see bad input.
 INTERNAL = [
     f"fsa_jax.{name}"
     for name in (
@@ -33,7 +33,7 @@ INTERNAL = [
         "xla_tiles",
     )
 ]
-# The hook says nothing of a module that has gone elsewhere: its checks would be gone too.
+# The hook silently ignores missing modules, so a moved module would lose its checks unnoticed.
 for name in INTERNAL:
     if importlib.util.find_spec(name) is None:
         raise ImportError(f"the shape checks of tests name a module that does not exist: {name}")
@@ -51,31 +51,31 @@ from fsa_jax.bench import ahead_of_time  # noqa: E402
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
-# On a GPU, the projections of the layers would otherwise be cut to tf32: right, but not comparable.
+# Otherwise the projections of the layers would use tf32 on a GPU: correct, but not comparable.
 jax.config.update("jax_default_matmul_precision", "highest")
 
 
-#: Linux lets a process have 65,530 maps of memory. Every compiled program takes some, and XLA
-#: crashes when none are left.
+#: Linux limits a process to 65,530 memory maps. Every compiled program takes some, and XLA crashes
+#: when none are left.
 MAPS = Path("/proc/self/maps")
 
 
 @pytest.fixture(autouse=True, scope="module")
 def room_for_programs():
-    """Lets go of the compiled programs of former files, once there are many."""
+    """Clears the compiled programs of previous test files once there are many."""
     if MAPS.exists() and MAPS.read_bytes().count(b"\n") > 45_000:
         jax.clear_caches()
 
 
 @pytest.fixture
 def empty_kernels():
-    """Kernels that do nothing, for one test of programs that are compiled and not run."""
+    """Replaces kernels by empty ones, for a test that compiles programs without running them."""
     with ahead_of_time.empty_kernels():
         yield
 
 
 @pytest.fixture
 def x64():
-    """Float64 for one test."""
+    """Enables `jax_enable_x64` for one test."""
     with jax.enable_x64(True):
         yield

@@ -1,4 +1,4 @@
-"""Native sparse attention in plain Python loops over one document, as the text of the paper says.
+"""Native sparse attention in plain Python loops over one document, following the paper.
 
 This is an independent check of `fsa_jax.reference`, in float64 and without masks, segment tables or
 JAX. `pack` runs it on each document. Shapes are as in fsa_jax.api, without the batch axis.
@@ -10,7 +10,7 @@ import numpy as np
 
 
 def documents(segment_ids):
-    """The (first, one past the last) token of every run of equal ids that are not 0."""
+    """Returns (first, one past the last) token of each run of equal nonzero ids."""
     found, start = [], 0
     for t in range(1, len(segment_ids) + 1):
         if t == len(segment_ids) or segment_ids[t] != segment_ids[start]:
@@ -32,7 +32,7 @@ def attend(query, keys, values, scale):
 
 
 def windows_seen(t, length, kernel_size, kernel_stride):
-    """The numbers of the complete windows of a document that end at or before position t."""
+    """Returns the indices of the document's complete windows that end at or before position t."""
     starts = range(0, length - kernel_size + 1, kernel_stride)
     return [i for i, start in enumerate(starts) if start + kernel_size - 1 <= t]
 
@@ -45,7 +45,7 @@ def compress(x, kernel_size, kernel_stride, phi):
 
 
 def block_scores(p, blocks, config):
-    """Block scores: p of each window times the number of strides that window and block share."""
+    """Returns block scores: each window counts p times the strides it shares with the block."""
     per_window = config.kernel_size // config.kernel_stride
     per_block = config.block_size // config.kernel_stride
     scores = [0.0] * blocks
@@ -57,7 +57,7 @@ def block_scores(p, blocks, config):
 
 
 def choose(t, scores, config):
-    """The block list of position t."""
+    """Returns the block indices of position t."""
     own = t // config.block_size
     forced = [j for j in range(own + 1) if j < config.init_blocks or j > own - config.local_blocks]
     others = sorted((j for j in range(own + 1) if j not in forced), key=lambda j: (-scores[j], j))
@@ -100,7 +100,7 @@ def one_document(query, key, value, compressed_key, compressed_value, config, sc
 
 
 def pack(segment_ids, query, key, value, config, scale, phi, lists=None):
-    """Runs `one_document` on each document; padding keeps out 0, lse -inf and lists of -1."""
+    """Runs `one_document` on each document; padding has out 0, lse -inf and block indices -1."""
     length, heads, _ = query.shape
     width = value.shape[-1]
     total = {

@@ -1,7 +1,8 @@
-"""One small case of the kernels, both passes: `compute-sanitizer python tests/sanitized.py CASE`.
+"""Runs one small case of the kernels: `compute-sanitizer python tests/sanitized.py CASE`.
 
-Without a GPU the kernels are interpreted. With XLA_PYTHON_CLIENT_ALLOCATOR=platform every array
-has an allocation of its own. "planted" reads outside its array, which the tool must find.
+Each case runs the forward and backward passes. Without a GPU the kernels are interpreted. With
+XLA_PYTHON_CLIENT_ALLOCATOR=platform every array has its own allocation. The case "planted" reads
+out of bounds, which the tool must detect.
 """
 
 import functools
@@ -23,7 +24,7 @@ from fsa_jax.pallas import SelectedTuning, support
 from fsa_jax.pallas.block_attention.plan import METHODS
 from fsa_jax.pallas.range_attention import hopper_pipeline as hopper_kernels
 
-#: Neither whole tiles nor whole blocks.
+#: Sizes that fill neither whole tiles nor whole blocks.
 LENGTH = 333
 INTERPRET = jax.default_backend() == "cpu"
 IMPLEMENTATION = "triton_interpret" if INTERPRET else "triton"
@@ -64,13 +65,13 @@ def operator(implementation: fsa_jax.Implementation = IMPLEMENTATION, width=64):
 
 
 def hopper():
-    """Where there are kernels in Mosaic GPU, the operator with those."""
+    """Runs the operator with the Mosaic GPU kernels, where these are supported."""
     there = not INTERPRET and support.hopper_reason() is None
     return operator("mosaic_gpu" if there else IMPLEMENTATION, hopper_kernels.WIDTH)
 
 
 def decoding():
-    """A step after 333 tokens of one sequence and none of another one."""
+    """Decodes one step for a sequence of 333 tokens and for an empty sequence."""
     query, key, value = (jnp.concatenate([x, x]) for x in arrays(4))
     cache = NSACache.init(2, LENGTH, config=CONFIG, num_kv_heads=2, head_dim=64, dtype=key.dtype)
     chunk = cache.place(LENGTH, jnp.asarray([LENGTH, 0], jnp.int32))

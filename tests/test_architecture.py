@@ -1,4 +1,4 @@
-"""Imports of the package go one way: from programs down to layers, functions, kernels and rules."""
+"""Imports go one way: programs import layers, then functions, then kernels, then semantics."""
 
 import ast
 import graphlib
@@ -10,8 +10,9 @@ import pytest
 import fsa_jax
 
 PACKAGE = Path(fsa_jax.__file__).parent
-#: Rooms (a module or a package) from the lowest on. A room imports itself and rooms of lines above
-#: its own; what is listed apart from its package is a room of its own.
+#: The layers of the package, lowest first; each entry is a module or a package. An entry may
+#: import itself and the entries of earlier lines. A module that is listed apart from its package
+#: is an entry of its own.
 ORDER = (
     {"lazy", "messages", "versions", "partitioning", "arguments.types", "arguments.scalars"},
     {"config"},
@@ -34,14 +35,14 @@ ORDER = (
     {"cli"},
 )
 RANKS = {room: rank for rank, rooms in enumerate(ORDER) for room in rooms}
-#: Rooms that use the package as its users do: by the names of `fsa_jax` itself.
+#: Entries that, like users, import only the public names of `fsa_jax`.
 PROGRAMS = {"training", "bench", "cli"}
-#: What kernels may know besides one another.
+#: The entries that kernels may import, apart from other kernels.
 BELOW_KERNELS = {"semantics", "config", "arguments.scalars", "arguments.types"}
 
 
 def module_of(path: Path) -> str:
-    """The name of a file's module below the package; "" of the package itself."""
+    """Returns the dotted module name of a file below the package, or "" for the package itself."""
     parts = path.relative_to(PACKAGE).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
@@ -50,14 +51,14 @@ MODULES = {module_of(path): path for path in sorted(PACKAGE.rglob("*.py"))}
 
 
 def room_of(module: str) -> str | None:
-    """The longest name in `ORDER` that a module's begins with."""
+    """Returns the longest entry of `ORDER` that is a prefix of the module name."""
     parts = module.split(".")
     names = (".".join(parts[:count]) for count in range(len(parts), 0, -1))
     return next((name for name in names if name in RANKS), None)
 
 
 def imports_of(module: str) -> set[str]:
-    """The modules that one imports, anywhere in its file; "" where it is a public name."""
+    """Returns the modules that a module imports anywhere in its file, with "" for public names."""
     found = set()
     for node in ast.walk(ast.parse(MODULES[module].read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -95,7 +96,8 @@ def test_every_room_is_there():
 
 
 def test_no_modules_import_one_another():
-    packages = {name for name, path in MODULES.items() if path.stem == "__init__"}  # they re-export
+    # packages re-export names
+    packages = {name for name, path in MODULES.items() if path.stem == "__init__"}
     graph = {name: imports_of(name) for name in MODULES if name not in packages}
     graphlib.TopologicalSorter(graph).prepare()
 

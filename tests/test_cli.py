@@ -51,13 +51,13 @@ def trained(data, tmp_path_factory) -> Path:
 
 @pytest.fixture(autouse=True)
 def _elsewhere(tmp_path_factory, monkeypatch):
-    """A command that does run writes to no folder of the project."""
+    """Runs each command in a temporary folder, so that none writes into the project."""
     monkeypatch.chdir(tmp_path_factory.mktemp("here"))
 
 
 @pytest.fixture
 def configs(monkeypatch):
-    """What the command `train` asks for, without training."""
+    """Collects the configs that the command `train` passes on, without training."""
     seen = []
 
     def record(config):
@@ -257,7 +257,7 @@ def test_resume_with_other_flags(data, trained, tmp_path, capfd):
 
 @pytest.mark.parametrize("missing", ["grain", "matplotlib.figure", "orbax.checkpoint", "tyro"])
 def test_missing_extra(missing, monkeypatch, capfd):
-    # Both are put back afterwards: the module that other tests patch is the one that is imported.
+    # Both patches are undone afterwards, so other tests patch the module that is imported.
     monkeypatch.setattr(fsa_jax, "training", fsa_jax.training)
     for name in list(sys.modules):
         if name.startswith("fsa_jax.training"):
@@ -355,7 +355,7 @@ def test_a_path_through_a_file(words, tmp_path, capfd):
     ],
 )
 def test_an_empty_path_is_no_path(words, capfd):
-    """Python takes it for the current directory."""
+    """Python would interpret an empty path as the current directory."""
     assert main(words) == 2
     flag = next(word for word in words if word.startswith("--")).rstrip("=")
     assert re.search(rf"{flag}.*''|'' .*{flag}", one_line(capfd))
@@ -372,7 +372,7 @@ def test_failed_training_exits_with_1(data, tmp_path, capfd):
 
 
 def test_the_version_and_help_wait_for_no_large_package():
-    """The time of a start is that of its imports."""
+    """Start-up time is import time, so these commands must not import large packages."""
     code = """
 import sys
 from fsa_jax.cli import main
@@ -393,7 +393,7 @@ assert not loaded() & {"grain", "matplotlib"}, loaded()
     ("words", "unbuffered"), [(["train", "--help"], ""), (["info"], "1"), (["--help"], "")]
 )
 def test_a_reader_that_is_gone_is_no_error(words, unbuffered):
-    """As `fsa-jax info | head -1` has it, once head has read its line."""
+    """A closed pipe, as in `fsa-jax info | head -1` once head has its line, is not an error."""
     reader, writer = os.pipe()
     os.close(reader)
     got = subprocess.run(

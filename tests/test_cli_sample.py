@@ -1,4 +1,4 @@
-"""The command `sample`: text as it is generated, and errors in its arguments."""
+"""The command `sample`: streaming of generated text, and errors in its arguments."""
 
 import io
 import shutil
@@ -31,12 +31,12 @@ def test_sample_continues_the_prompt(trained, capfd):
 
 def test_sample_without_prompt(trained, capfd):
     assert main(["sample", "--checkpoint", str(trained), "--max-bytes", "12"]) == 0
-    # Twelve bytes, of which those that are not UTF-8 are shown as one character.
+    # There are twelve bytes; those that are not valid UTF-8 are shown as one character.
     assert 1 <= len(capfd.readouterr().out.removesuffix("\n")) <= 12
 
 
 def test_sample_shows_bytes_as_they_come_until_the_stop(trained, monkeypatch, capfd):
-    """Characters of several bytes wait for their last one."""
+    """A character of several bytes is shown only when its last byte arrives."""
     added = "é\n€\n\nmore".encode()
     asked, seen = [], []
 

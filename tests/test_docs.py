@@ -1,4 +1,4 @@
-"""The examples of the README and of every docstring run as they stand."""
+"""The examples in the README and in all docstrings run as written."""
 
 import doctest
 import importlib
@@ -21,7 +21,7 @@ def python_of(page: Path) -> list[str]:
 
 BLOCKS = [block for page in (README, GPUS) for block in python_of(page)]
 PACKAGE = Path(fsa_jax.__file__).parent
-#: The blocks of this page follow from one another: they are one example.
+#: The code blocks of this page build on one another, so they form one example.
 BLOCKS.append("\n".join(python_of(INFERENCE)))
 MODULES = [
     ".".join(["fsa_jax", *path.relative_to(PACKAGE).with_suffix("").parts])
@@ -30,7 +30,7 @@ MODULES = [
 ]
 
 
-#: Whose examples take seconds.
+#: Modules whose examples take seconds.
 SLOW = {"fsa_jax.generation", "fsa_jax.transformer"}
 assert {*MODULES} >= SLOW
 

@@ -1,4 +1,4 @@
-"""A model with a cache, and texts that it writes: the training forward's, greedy or drawn."""
+"""Generation with a cache matches the training forward pass, both greedy and sampled."""
 
 import contextlib
 import dataclasses
@@ -51,7 +51,7 @@ def test_model_gives_the_logits_of_the_training_forward(name):
         part, cache = extend(model, tokens[:, start:stop], cache, fresh=fresh)
         logits.append(part)
     np.testing.assert_allclose(np.concatenate(logits, axis=1), want, atol=1e-5)
-    # sequences of different lengths: row 1 has three tokens fewer
+    # sequences of different lengths: sequence 1 has three tokens fewer
     counts = jnp.asarray([18, 15], jnp.int32)
     last, _ = extend(model, tokens[:, :18], cache, counts, fresh=True, only_last=True)
     assert last.shape == (2, 1, 11)
@@ -59,10 +59,10 @@ def test_model_gives_the_logits_of_the_training_forward(name):
 
 
 def argmax_chain(model, prompt, count):
-    """The likeliest token each time, from the training forward over all tokens."""
+    """Greedy decoding by running the training forward pass over all tokens at each step."""
     tokens = list(prompt)
     for _ in range(count):
-        # causal: what stands behind the text changes nothing
+        # attention is causal, so what follows the text does not matter
         row = jnp.asarray([tokens + [0] * (40 - len(tokens))], jnp.int32)
         tokens.append(int(np.argmax(call(model, row)[0, len(tokens) - 1])))
     return tokens[len(prompt) :]
@@ -75,7 +75,7 @@ def test_greedy_text_is_the_argmax_chain_of_the_training_forward(name):
     texts = generate(model, PROMPTS, max_tokens=16, temperature=0)
     assert texts == [argmax_chain(model, prompt, 16) for prompt in PROMPTS]
     assert len({tuple(text) for text in texts}) == len(texts)
-    # a stop ends its own text alone; it is the last of what was added
+    # a stop token ends only its own sequence, and is the last token added to it
     stop = texts[1][4:6]
     end = next(i for i in range(2, 17) if texts[1][i - 2 : i] == stop)
     stopped = generate(model, PROMPTS, max_tokens=16, temperature=0, stop=stop)
@@ -96,7 +96,7 @@ def test_the_seed_decides_and_texts_do_not_depend_on_one_another():
     assert first == texts(0)
     assert first != texts(1)
     assert texts(0, [PROMPTS[0], [5], [6] * 20])[0] == first[0]
-    # equal prompts are drawn apart
+    # equal prompts get different samples
     same = texts(0, [PROMPTS[1]] * 3)
     assert len({tuple(text) for text in same}) == 3
 
@@ -128,14 +128,14 @@ def test_an_error_of_the_stream_ends_the_text_and_keeps_its_type():
     with pytest.raises(Enough, match="three"):
         generate(model, PROMPTS, max_tokens=1000, temperature=0, stream=stream)
     assert len(shown) == 3
-    # the device is as it was
+    # the state of the device is unchanged
     texts = generate(model, PROMPTS, max_tokens=3, temperature=0)
     assert texts == np.stack(shown, axis=1).tolist()
 
 
 @contextlib.contextmanager
 def interrupted_after(seconds):
-    """What Ctrl-C does to Python, by another signal."""
+    """Raises in Python what Ctrl-C would raise, using another signal."""
 
     def interrupt(*_):
         raise KeyboardInterrupt
@@ -150,9 +150,9 @@ def interrupted_after(seconds):
 
 
 def test_ctrl_c_is_heard_at_once():
-    """While tokens are added: hours of them; and while the device reads the prompts."""
+    """Ctrl-C interrupts both a decode that would take hours and a prefill on the device."""
     model = Fixed([0.0] * 8, rounds=60_000)
-    generate(model, [[0]], max_tokens=2)  # compiles
+    generate(model, [[0]], max_tokens=2)  # compiles the programs
     for prompt, stream in ((0, None), (0, lambda _: None), (1, None)):
         start = time.monotonic()
         with pytest.raises(KeyboardInterrupt), interrupted_after(0.5):
@@ -161,7 +161,7 @@ def test_ctrl_c_is_heard_at_once():
 
 
 class Clock:
-    """A time that passes while one sleeps."""
+    """A simulated clock that advances only during sleep."""
 
     now = 0.0
 
@@ -173,7 +173,7 @@ class Clock:
 
 
 class Asked:
-    """What a device is asked to do when it has done what came before: it takes so many seconds."""
+    """A simulated device call that starts after the previous call and takes `seconds`."""
 
     def __init__(self, clock, seconds, before=None):
         self.clock, self.end = clock, max(clock.now, before.end if before else 0) + seconds
@@ -187,7 +187,7 @@ class Asked:
 
 @pytest.mark.parametrize(("seconds", "most"), [(1e-5, 128), (0.03, 3), (0.3, 1)])
 def test_the_device_is_asked_for_a_tenth_of_a_second_at_a_time(seconds, most, monkeypatch):
-    """So that it is free soon after Ctrl-C; and not for single tokens where they take less."""
+    """Short chunks free the device soon after Ctrl-C; cheap steps are batched, not run singly."""
     clock, asked, texts = Clock(), [], types.SimpleNamespace(active=np.ones(1, bool))
     monkeypatch.setattr(generation, "time", clock)
 
@@ -198,12 +198,12 @@ def test_the_device_is_asked_for_a_tenth_of_a_second_at_a_time(seconds, most, mo
 
     for part in generation._chunks(lambda: (None, texts, Asked(clock, 0.0)), add, 1000, 128):
         assert part.shape == (1, 1)
-    assert sum(asked) == 999  # and one that the prompt gave
+    assert sum(asked) == 999  # prefill gave the remaining token
     assert most - 1 <= max(asked[3:]) <= most
 
 
 def test_calls_of_similar_sizes_share_their_programs(caplog):
-    model = Fixed([0.5] * 11)  # one that no other test has
+    model = Fixed([0.5] * 11)  # a model that no other test has compiled
 
     def programs(**options):
         caplog.clear()
@@ -221,7 +221,8 @@ def test_calls_of_similar_sizes_share_their_programs(caplog):
         {"stream": lambda tokens: 1, "stop": [4], "capacity": 64},
     ]:
         assert programs(**options) == []
-    # a longer prompt or more room is a program of its own, and then for all up to twice as long
+    # A longer prompt or a larger capacity compiles a new program, which then serves all sizes up to
+    # twice as large.
     programs(max_tokens=150)
     assert programs(max_tokens=170) == []
     lengths = [1, 64, 65, 192, 193, 256, 257, 300, 385, 70000]
@@ -230,7 +231,7 @@ def test_calls_of_similar_sizes_share_their_programs(caplog):
 
 
 class Fixed(Transformer):
-    """A model of which every token has the same probabilities, whatever was before."""
+    """A model whose next-token distribution is the same for every context."""
 
     def __init__(self, logits, rounds=0):
         self.config = dataclasses.replace(CONFIGS["nsa"], vocab_size=len(logits))
@@ -242,14 +243,15 @@ class Fixed(Transformer):
     def __call__(self, tokens, *args, cache=None, **options) -> Any:
         logits = jnp.asarray(self.logits, jnp.float32)
         if options.get("fresh"):
-            rounds = self.rounds * tokens[0, 0]  # so long does a prompt take
+            # the time that a prompt takes is proportional to this
+            rounds = self.rounds * tokens[0, 0]
             x = jax.lax.fori_loop(0, rounds, lambda _, x: jnp.tanh(x @ x), jnp.eye(64))
             cache += x[0, 1].astype(jnp.int32)
         return jnp.broadcast_to(logits[None, None], (len(tokens), 1, len(self.logits))), cache
 
 
 def shares(logits, **options):
-    """How often each token was drawn, of 3200."""
+    """Returns the fraction of 3200 samples that drew each token."""
     texts = generate(Fixed(logits), [[0]] * 8, max_tokens=400, **options)
     return np.bincount(np.concatenate(texts), minlength=len(logits)) / 3200
 
@@ -260,11 +262,11 @@ def test_draws_follow_the_probabilities():
     np.testing.assert_allclose(shares(logits), p, atol=0.03)
     hot = np.sqrt(p) / np.sqrt(p).sum()
     np.testing.assert_allclose(shares(logits, temperature=2.0), hot, atol=0.03)
-    # 0.5 alone is less than 0.6, 0.5 and 0.3 are not
+    # 0.5 alone is less than 0.6; 0.5 and 0.3 together are not
     np.testing.assert_allclose(shares(logits, top_p=0.6), [5 / 8, 0, 3 / 8, 0], atol=0.03)
     np.testing.assert_array_equal(shares(logits, top_p=0.5), [1, 0, 0, 0])
     np.testing.assert_array_equal(shares(logits, top_p=1e-9), [1, 0, 0, 0])
-    # of equal ones the lower number counts first
+    # among equal probabilities, the lower token id comes first
     np.testing.assert_allclose(shares(logits, top_p=0.85)[1], 1 / 9, atol=0.03)
     assert shares(logits, top_p=0.85)[3] == 0
     np.testing.assert_array_equal(shares(logits, temperature=1e-38), [1, 0, 0, 0])

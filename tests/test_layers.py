@@ -1,4 +1,4 @@
-"""The Flax layers: peers' vectors, packing, dtypes, sharding, linen, bad input."""
+"""The Flax layers: vectors of other projects, packing, dtypes, sharding, linen, bad input."""
 
 import functools
 import json
@@ -26,14 +26,14 @@ CONFIG = NSAConfig(
     local_blocks=2,
     window_size=6,
 )
-# one token, shorter than a window, whole windows, and padding before and after
+# One token, a document shorter than a window, whole windows, and padding before and after.
 LENGTHS = [(0, 3), (1, 21), (2, 1), (3, 5), (4, 21), (0, 2)]
 SEGMENT_IDS = jnp.asarray(np.repeat(*np.transpose(LENGTHS)), jnp.int32)[None]
 
 
 def make(cls=NativeSparseAttention, **options):
     if cls is NativeSparseAttention:
-        # the dense reference compiles fastest; the vectors run the portable implementation too
+        # The dense reference compiles fastest; the vector tests also cover the portable one.
         options = {"config": CONFIG, "implementation": "reference"} | options
     options = {"num_kv_heads": 2, "head_dim": 8, "rngs": nnx.Rngs(0)} | options
     return cls(4, 16, **options)
@@ -49,7 +49,7 @@ def call(layer):
 
 
 def peer_parameters(layer, arrays, prefix):
-    """A peer's parameters (or gradients) in the layer's names and shapes."""
+    """Converts parameters (or gradients) of another project to the layer's names and shapes."""
     heads, width = layer.num_heads, layer.head_dim
 
     def projection(name):
@@ -89,7 +89,7 @@ def test_reproduces_peer_module(name, gate, implementation, x64):
         meta["hidden_size"],
         num_kv_heads=meta["num_kv_heads"],
         head_dim=meta["head_dim"],
-        # the peers' window sees the query and window_size keys before it
+        # their window is the query's position and window_size keys before it
         config=NSAConfig(window_size=meta["window_size"] + 1, **{n: meta[n] for n in sizes}),
         gate=gate,
         rope=rope,
@@ -151,7 +151,7 @@ def test_packed_row_equals_its_documents(options):
 
 @pytest.mark.slow
 def test_gradients_of_packed_row_equal_those_of_its_documents():
-    # the peers' vectors above are packed too; they hold the gradients of the default options
+    # The vector tests above cover packing and the gradients of the default options.
     layer, x = perturbed(make(**VARIANTS[1])), inputs()
     weights = jax.random.normal(jax.random.key(5), x.shape)
 
@@ -176,7 +176,7 @@ def test_gradients_of_packed_row_equal_those_of_its_documents():
 
 
 def perturbed(layer):
-    """The layer with every parameter moved off its initial value, so that none is special."""
+    """Returns the layer with all parameters perturbed, so that none has a special initial value."""
     graphdef, state = nnx.split(layer)
     leaves, tree = jax.tree.flatten(state)
     keys = jax.random.split(jax.random.key(3), len(leaves))
@@ -191,13 +191,14 @@ def test_positions_move_rope_only(cls):
     counted = np.concatenate([np.arange(n) for _, n in LENGTHS]).astype(np.int32)[None]
     y = run(layer, None)
     np.testing.assert_array_equal(run(layer, jnp.asarray(counted)), y)
-    # scores depend on distances only, so a shift of the whole row changes nothing, a stretch does
+    # Scores depend only on distances, so shifting all positions of a sequence changes nothing.
+    # Stretching the positions does change the result.
     np.testing.assert_allclose(run(layer, jnp.asarray(counted + 50)), y, atol=1e-4)
     assert np.abs(run(layer, jnp.asarray(counted * 3)) - y).max() > 1e-2
 
 
 def test_layer_is_its_steps_in_order():
-    """The definition from the public functions: compression before RoPE."""
+    """The layer equals its definition by public functions: compression comes before RoPE."""
     layer, x = perturbed(make()), inputs(batch=2, length=24)
     got, want = nnx.jit(lambda layer, x: (layer(x), step_by_step(layer, x)))(layer, x)
     np.testing.assert_allclose(got, want, atol=1e-5)
@@ -277,7 +278,7 @@ def test_dtype_of_computation_and_storage(cls):
     assert {x.dtype for x in jax.tree.leaves(nnx.state(layer))} == {jnp.dtype("float32")}
     y = call(layer)
     assert y.dtype == dtype
-    # selection may flip where scores tie in low precision, so the typical error is what counts
+    # Selection may flip near ties in low precision, so the test compares the typical error.
     want = call(make(cls))
     assert np.median(np.abs(y.astype(jnp.float32) - want)) < 0.02 * np.abs(want).max()
     stored = make(cls, dtype=dtype, param_dtype=dtype)
@@ -313,7 +314,7 @@ def test_out_features_scale_and_initialisers():
 @pytest.mark.fast_cases("FullAttention")
 @pytest.mark.parametrize("cls", [NativeSparseAttention, FullAttention])
 def test_linen(cls):
-    """The layer inside a linen module: same numbers, parameters in the `params` collection."""
+    """Inside a linen module, numbers are the same and parameters are in the `params` collection."""
     nsa = {"config": CONFIG, "implementation": "reference"}
     options = nsa if cls is NativeSparseAttention else {}
 
@@ -410,7 +411,8 @@ def test_sharding(options, specs):
 
 def test_built_under_a_mesh_is_sharded_at_once():
     with jax.set_mesh(mesh()):
-        assert make().query.kernel.sharding.is_fully_replicated  # no rules: not split
+        # without sharding rules, parameters are replicated
+        assert make().query.kernel.sharding.is_fully_replicated
         with sharding_rules(heads="model"):
             kernel = make().query.kernel.get_value()
     assert kernel.sharding.is_equivalent_to(

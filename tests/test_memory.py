@@ -1,4 +1,4 @@
-"""Memory grows linearly in the tokens: peak bytes of compiled programs, nothing is run."""
+"""Memory is linear in the tokens: peak bytes of compiled programs, none of which is run."""
 
 import functools
 
@@ -60,7 +60,7 @@ def select(query, key, lse, segment_ids):
 
 
 def arguments(function, length):
-    """Shapes of the arguments and how many of them are differentiated."""
+    """Returns shapes of the arguments, and how many of them are differentiated."""
     query, key = array(length, HEADS, WIDTH), array(length, KV_HEADS, WIDTH)
     short = array(length // 16, KV_HEADS, WIDTH)
     ids = array(length, dtype=jnp.int32)
@@ -75,7 +75,7 @@ def arguments(function, length):
 
 
 def peak_bytes(function, length):
-    """Arguments, results and temporaries of the compiled value and gradients."""
+    """Returns bytes of arguments, results and temporaries of the compiled value and gradients."""
     count, args = arguments(function, length)
 
     def run(*args):
@@ -106,7 +106,7 @@ def test_four_times_the_tokens_take_at_most_4_2_times_the_bytes(function):
 
 
 def test_the_measure_sees_a_quadratic_program():
-    """The same measure on the dense reference: the test above can fail."""
+    """Checks that the measure detects quadratic memory, using the dense reference."""
     dense = functools.partial(fsa_jax.sliding_window_attention, window_size=512)
 
     def bytes_of(length):

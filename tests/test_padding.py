@@ -1,7 +1,7 @@
-"""Whatever stands at padding changes nothing: NaN, infinity, huge numbers, tokens of no vocabulary.
+"""The contents of padding change nothing, be it NaN, infinity, huge numbers or invalid tokens.
 
-In any argument and any cotangent, at places that hold no token. Results elsewhere and all gradients
-must have the same bits as with ordinary numbers there.
+This holds for padded positions of every argument and every cotangent. Results elsewhere and all
+gradients must be bitwise the same as with ordinary numbers in the padding.
 """
 
 import dataclasses
@@ -36,16 +36,16 @@ def poisoned(x, where, poison):
 
 
 def empty_slots():
-    """Slots of the compressed keys that hold no window, bool [1, M]."""
+    """Returns the mask of compressed slots that hold no window, bool [1, M]."""
     rows = segments.describe_segments(SEGMENT_IDS, *IDS.shape)
     return np.asarray(segments.describe_windows(rows, 8, 4).start) >= IDS.size
 
 
 @pytest.mark.parametrize("implementation", ["xla", "reference"])
 def test_the_operator(implementation):
-    """Gates, cotangents, queries, keys, and compressed keys in slots without a window.
+    """Fills gates, cotangents, queries, keys, and compressed keys in slots without a window.
 
-    On kernels: pallas/test_range_attention.py.
+    For the kernels, see pallas/test_range_attention.py.
     """
 
     @jax.jit
@@ -74,7 +74,7 @@ def test_the_operator(implementation):
 
 @pytest.mark.parametrize("implementation", ["xla", "reference"])
 def test_the_selection(implementation):
-    """Of the kernels, pallas/test_block_selection.py."""
+    """For the kernels, see pallas/test_block_selection.py."""
     run = jax.jit(
         functools.partial(
             fsa_jax.select_blocks,
@@ -101,7 +101,7 @@ LAYERS = {
 
 @pytest.mark.parametrize("name", LAYERS)
 def test_the_layers(name):
-    """Their input, its positions and the cotangents; gradients of parameters and input."""
+    """Fills the input, positions and cotangents; checks gradients of parameters and input."""
     graphdef, state = nnx.split(LAYERS[name]())
 
     @jax.jit
@@ -144,7 +144,7 @@ def with_pads(token):
 @pytest.mark.fast_cases("full")
 @pytest.mark.parametrize("name", MODELS)
 def test_the_model_and_the_loss(name):
-    """Pad tokens outside the vocabulary, and cotangents of their logits."""
+    """Fills padding with tokens outside the vocabulary, and the cotangents of its logits."""
     graphdef, params = nnx.split(Transformer(MODELS[name], rngs=nnx.Rngs(0)))
 
     @jax.jit
@@ -183,7 +183,7 @@ def test_one_block_of_a_model():
 @pytest.mark.fast_cases("full-False")
 @pytest.mark.parametrize(("name", "fresh"), [("nsa", True), ("full", False)])
 def test_a_model_with_a_cache(name, fresh):
-    """Tokens beyond `num_tokens`; a sequence that gets none, too."""
+    """Fills tokens beyond `num_tokens`, including all tokens of a sequence that gets none."""
     config = dataclasses.replace(MODELS[name], implementation=None, num_layers=1)
     graphdef, params = nnx.split(Transformer(config, rngs=nnx.Rngs(0)))
     counts = jnp.asarray([5, 0, 12], jnp.int32)
@@ -209,7 +209,7 @@ def test_a_model_with_a_cache(name, fresh):
 
 @pytest.mark.parametrize("token", [20, -1, -(2**31)])
 def test_tokens_outside_the_vocabulary(token):
-    """Outside jit an error, in a call with a cache too; inside jit NaN, not another token's row."""
+    """Outside jit they raise, also in calls with a cache; inside jit they give NaN."""
     model = Transformer(MODELS["full"], rngs=nnx.Rngs(0))
     tokens = jnp.zeros((1, 4), jnp.int32).at[0, 2].set(token)
     ids = jnp.asarray([[1, 1, 1, 0]], jnp.int32)

@@ -1,4 +1,4 @@
-"""Positions in packed rows: against plain counting, and through RoPE against single documents."""
+"""Positions in packed sequences, checked by counting, and through RoPE against single documents."""
 
 import itertools
 import re
@@ -20,12 +20,12 @@ README = Path(__file__).parent.parent / "README.md"
 
 
 def documents(row):
-    """(id, tokens) of each run of a row of ids."""
+    """Returns (id, tokens) of each run of equal ids in a sequence."""
     return [(i, len(list(run))) for i, run in itertools.groupby(row)]
 
 
 def counted(row, kernel_size, kernel_stride):
-    """Positions of tokens, and of the windows of `compress`, by counting."""
+    """Computes the positions of tokens, and of the windows of `compress`, by counting."""
     tokens = [t for _, n in documents(row) for t in range(n)]
     windows = [
         start
@@ -40,7 +40,7 @@ def counted(row, kernel_size, kernel_stride):
 @hypothesis.settings(deadline=None, max_examples=20)
 @hypothesis.given(st.data())
 def test_positions_are_those_that_counting_finds(data):
-    length = data.draw(st.sampled_from([3, 25]))  # shorter than a stride too
+    length = data.draw(st.sampled_from([3, 25]))  # includes a length shorter than a stride
     ids = data.draw(segmentations(2, length))
     tokens, windows = zip(*(counted(row.tolist(), 8, 4) for row in ids), strict=True)
     np.testing.assert_array_equal(token_positions(ids), tokens)
@@ -63,7 +63,7 @@ def test_without_documents():
 
 @pytest.mark.parametrize("axis_type", [jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit])
 def test_over_the_devices_of_a_sequence_axis(axis_type):
-    """In zigzag order the windows of a chunk come first in it; over Explicit axes, too."""
+    """In zigzag order, each chunk stores its windows first; this includes Explicit mesh axes."""
     mesh = jax.make_mesh((4,), ("sequence",), axis_types=(axis_type,))
     ids = np.repeat([[1, 2, 3, 0]], [13, 25, 20, 6], axis=1).astype(np.int32)
     sizes: dict[str, Any] = {"kernel_size": 8, "kernel_stride": 4}
@@ -81,7 +81,7 @@ def test_over_the_devices_of_a_sequence_axis(axis_type):
         ]
     )
     wanted = np.zeros(16, int)
-    for chunk in range(8):  # of 8 tokens, with room for 2 windows
+    for chunk in range(8):  # each chunk has 8 tokens and 2 window slots
         own = [plain[s] for s in starts if s // 8 == chunk]
         wanted[2 * chunk : 2 * chunk + len(own)] = own
     first = fsa_jax.from_zigzag(jnp.asarray(np.asarray(first)), 4)[0]
@@ -89,27 +89,27 @@ def test_over_the_devices_of_a_sequence_axis(axis_type):
 
 
 def left(row):
-    """Tokens from each one on to the end of its document, itself included."""
+    """Returns, for each token, the number of tokens to the end of its document, itself included."""
     return [n - t for _, n in documents(row.tolist()) for t in range(n)]
 
 
 @pytest.mark.slow
 def test_the_example_of_the_readme_is_its_documents_one_by_one():
-    """Packed rows with RoPE: nothing of one document depends on the others."""
+    """With RoPE, the documents of a packed sequence do not affect one another."""
     block = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.S)[0]
     assert "window_positions" in block
-    # the same text on shorter documents
+    # Run the same text on shorter documents.
     for long, short in (("4096", "256"), ("1500", "90"), ("2500", "150"), ("[0] * 96", "[0] * 16")):
         block = block.replace(long, short)
     out, alone, windows = jax.jit(lambda: as_packed_and_alone(block, [(0, 90), (90, 240)]))()
     assert out.shape == (1, 256, 8, 64)
     assert_close(out[:, :240], jnp.concatenate(alone, axis=1), 1e-5)
     np.testing.assert_array_equal(out[:, 240:], 0)
-    assert (windows[0] != 16 * np.arange(16))[:11].any()  # what one might try instead
+    assert (windows[0] != 16 * np.arange(16))[:11].any()  # differs from the naive positions
 
 
 def as_packed_and_alone(block, spans):
-    """What the example computes, and its documents one by one: one program under jit."""
+    """Returns what the example computes and its documents one by one, as one program under jit."""
     exec(block, names := {})
     alone, turn = [], names["turn"]
     for start, stop in spans:

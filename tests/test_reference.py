@@ -1,4 +1,4 @@
-"""The dense reference against plain loops (tests/loop_oracle.py) and cases worked out on paper."""
+"""The dense reference against plain loops (tests/loop_oracle.py) and hand-computed cases."""
 
 import functools
 import math
@@ -30,7 +30,7 @@ SIZE: dict[str, Any] = {"kernel_size": CONFIG.kernel_size, "kernel_stride": CONF
 
 
 def operator(query, key, value, segment_ids, indices, implementation):
-    """All parts of the operator, as `loop_oracle.pack` returns them."""
+    """Returns all parts of the operator, in the format of `loop_oracle.pack`."""
     common = {"segment_ids": segment_ids, "implementation": implementation}
     both = {**common, "return_residuals": True}
     ck, cv = (
@@ -75,7 +75,7 @@ def test_any_packed_row_is_what_loops_over_its_documents_give(
 
 
 def test_selection_worked_out_on_paper():
-    """Eight tokens, blocks of 2, windows of 2 tokens: score[j] is p of window j."""
+    """There are eight tokens, blocks of 2 and windows of 2 tokens, so score[j] is p of window j."""
     config = NSAConfig(
         kernel_size=2, kernel_stride=2, block_size=2, topk=3, init_blocks=1, local_blocks=1
     )
@@ -83,7 +83,7 @@ def test_selection_worked_out_on_paper():
     query = jnp.ones((1, 8, 1, 1))
     lse = jnp.zeros((1, 8, 1))
     chosen = fsa_jax.select_blocks(query, key, lse, config=config, implementation="reference")
-    # the last query: forced 0 and 3, then the best of 1 and 2 is 2
+    # In the last list, blocks 0 and 3 are forced, and block 2 scores higher than block 1.
     assert chosen[0, :, 0].tolist() == [
         [0, -1, -1],
         [0, -1, -1],
@@ -100,7 +100,7 @@ def test_equal_scores_go_to_the_lower_block_and_the_group_is_summed():
     config = NSAConfig(
         kernel_size=2, kernel_stride=2, block_size=2, topk=2, init_blocks=0, local_blocks=0
     )
-    # head 0 prefers window 1, head 1 window 2 by as much: the sums of 1 and 2 are equal, and best
+    # Head 0 prefers window 1 and head 1 prefers window 2 by the same margin, so both sums are best.
     key = jnp.asarray([[-9.0, -9.0], [1.0, 0.0], [0.0, 1.0], [-9.0, -9.0]])[None, :, None]
     query = jnp.broadcast_to(jnp.eye(2)[None, None], (1, 8, 2, 2))
     lse = jnp.zeros((1, 8, 2))
@@ -126,10 +126,10 @@ def test_equal_scores_go_to_the_lower_block_and_the_group_is_summed():
     [(1, 3, 1), (1, 4, 2), (1, 5, 2), (1, 6, 2), (1, 7, 1), (0, 0, 2), (0, 1, 2), (0, 2, 2)],
 )
 def test_window_weights_of_the_paper(implementation, block, window, weight):
-    """b=64, l=32, d=16: block j counts the windows 4j-1 .. 4j+3 with weights 1 2 2 2 1."""
+    """With b=64, l=32, d=16, block j weights the windows 4j-1 .. 4j+3 by 1 2 2 2 1."""
     config = NSAConfig(topk=1, init_blocks=0, local_blocks=0)
 
-    def best(rival):  # p is 1 at the window; block 3 has the score 2 * rival, from window 13
+    def best(rival):  # p is 1 at `window`; window 13 gives block 3 the score 2 * rival
         logits = np.full(16, -60.0, np.float32)
         logits[window], logits[13] = 0, math.log(rival)
         return fsa_jax.select_blocks(
@@ -141,7 +141,7 @@ def test_window_weights_of_the_paper(implementation, block, window, weight):
             implementation=implementation,
         )[0, -1, 0, 0]
 
-    # a window of two blocks counts for both, and of equal scores the lower block wins
+    # A window across two blocks counts for both, and the lower block wins ties.
     assert best(0.999 * weight / 2) == (0 if window == 3 else block)
     assert best(1.001 * weight / 2) == 3
 
@@ -165,7 +165,7 @@ def test_compression_is_phi_of_each_window(method, packed, with_positions):
         ),
     }[method]
 
-    def phi(window):  # [l, K, D] to [K, D]
+    def phi(window):  # maps [l, K, D] to [K, D]
         if positions is not None:
             window = window + np.asarray(positions).swapaxes(0, 1)
         flat = window.swapaxes(0, 1).reshape(heads, -1)

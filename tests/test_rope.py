@@ -1,4 +1,4 @@
-"""RoPE: frequencies, the rotation, and its defining property, against plain numpy."""
+"""RoPE: frequencies, the rotation, and its defining property, checked with plain numpy."""
 
 import itertools
 import math
@@ -14,7 +14,7 @@ LLAMA3 = RoPE(theta=500000.0, scaling=Llama3Scaling(factor=8.0))
 
 
 def rotate(x, positions, frequencies):
-    """Half-split RoPE, one pair of channels after the other, as complex numbers."""
+    """Half-split RoPE, computed one channel pair at a time with complex numbers."""
     half = x.shape[-1] // 2
     pairs = x[..., :half] + 1j * x[..., half:]
     turned = pairs * np.exp(1j * positions[..., None, None] * frequencies)
@@ -29,7 +29,7 @@ def test_frequencies_without_scaling():
 
 
 def test_frequencies_with_llama3_scaling():
-    # case by case, in the words of the rule
+    # This follows the wording of the rule, case by case.
     want = []
     for frequency in RoPE(theta=500000.0).inverse_frequencies(64).astype(np.float64):
         wavelength = 2 * math.pi / frequency
@@ -40,7 +40,7 @@ def test_frequencies_with_llama3_scaling():
         else:
             smooth = (8192 / wavelength - 1) / (4 - 1)
             want.append((1 - smooth) * frequency / 8 + smooth * frequency)
-    assert len({round(f / g, 3) for f, g in itertools.pairwise(want)}) > 2  # all cases
+    assert len({round(f / g, 3) for f, g in itertools.pairwise(want)}) > 2  # all cases occur
     np.testing.assert_allclose(LLAMA3.inverse_frequencies(64), want, rtol=1e-6)
 
 
@@ -51,7 +51,7 @@ def test_rotation(rope):
     positions = rng.integers(0, 3000, size=(2, 5), dtype=np.int32)
     want = rotate(x.astype(np.float64), positions, rope.inverse_frequencies(8).astype(np.float64))
     got = rope.apply(jnp.asarray(x), jnp.asarray(positions))
-    np.testing.assert_allclose(got, want, atol=1e-3)  # angles of 3000 radians in float32
+    np.testing.assert_allclose(got, want, atol=1e-3)  # the angles reach 3000 radians in float32
 
 
 def test_rotation_in_float64(x64):

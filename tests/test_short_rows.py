@@ -1,4 +1,4 @@
-"""Rows of every length up to one token more than a window: results, gradients, jit or not."""
+"""Sequences of every length up to a window plus one token: results, gradients, jit or not."""
 
 import functools
 
@@ -21,20 +21,20 @@ TOLERANCE = 2e-6
 
 
 def documents(length, packed):
-    """No ids, or a document of one token, a token of padding, and a document of the rest."""
+    """Returns None, or ids of a one-token document, one padding token, and a second document."""
     ids = np.full((1, length), 2, np.int32)
     ids[:, :2] = [1, 0][:length]
     return jnp.asarray(ids) if packed else None
 
 
 def arrays(length):
-    """Query, key, value and gates."""
+    """Returns query, key, value and gates."""
     shapes = ((2, 4), (1, 4), (1, 4), (2, 3))
     return [normal(i, 1, length, *shape) for i, shape in enumerate(shapes)]
 
 
 def compressions(ids, function, x, positions, *weights):
-    """Keys compressed by every method."""
+    """Compresses keys by every method."""
     run = functools.partial(function, x, positions=positions, **WINDOWS)
     linear, weighted, *mlp = weights
     kinds = {"linear": linear, "weighted": weighted, "mlp": tuple(mlp), "mean": None}
@@ -52,7 +52,7 @@ def test_compress(length, packed):
     defined = functools.partial(compressions, {"segments": rows}, reference.compress)
     got = value_and_vjp(ours, 3)(*args)
     assert_close(got, value_and_vjp(defined, 3)(*args), TOLERANCE)
-    if length < WINDOWS["kernel_size"]:  # no window
+    if length < WINDOWS["kernel_size"]:  # there is no complete window
         assert not any(np.any(x) for x in jax.tree.leaves(got))
     if packed and length == 1:
         one = functools.partial(fsa_jax.compress, **WINDOWS, method="mean", segment_ids=ids)
@@ -61,7 +61,7 @@ def test_compress(length, packed):
 
 
 def branches(indices, ids, implementation, query, key, value):
-    """Each branch alone, and what the first one selects."""
+    """Returns each branch alone, and the blocks that the first one selects."""
     run = {"segment_ids": ids, "implementation": implementation}
     slots = slice(query.shape[1] // WINDOWS["kernel_stride"])
     arrays = (query, key[:, slots], value[:, slots])

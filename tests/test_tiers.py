@@ -1,4 +1,4 @@
-"""The tiers themselves: slices leave nothing out, and markers that name no case are refused."""
+"""The tiers themselves: slices cover every test, and markers with unknown cases are refused."""
 
 import pytest
 from tiers import parse_slice
@@ -21,7 +21,7 @@ def test_alone():
 
 @pytest.fixture
 def collect(pytester):
-    """Names of the tests that pytest would run with some arguments."""
+    """Returns a function that lists the tests that pytest would run with the given arguments."""
     pytester.makeconftest("from tiers import *")
     names = ("gpu", "slow", "essential", "fast_cases(*ids)", "essential_cases(*ids)")
     pytester.makeini("[pytest]\nmarkers =\n" + "\n".join(f"    {name}: x" for name in names))
@@ -48,7 +48,7 @@ def test_slices_are_a_partition(collect, tier, size, total):
 def test_cases_that_are_not_named_are_slow(collect):
     assert collect("-m", "not slow")[0] == [f"test_of_many_cases[{x}]" for x in ("a-0", "b-3")]
     assert collect("-m", "essential")[0] == ["test_of_many_cases[b-1]"]
-    # the tier of a case is its own, whatever else is asked for
+    # The tier of a case does not depend on which other cases are requested.
     assert len(collect("-m", "slow", "-k", "a-0 or a-1")[0]) == 1
 
 

@@ -1,4 +1,4 @@
-"""The transformer: its parts, packing, dropout, selected blocks, sharding, bad input."""
+"""The transformer: its components, packing, dropout, selected blocks, sharding, bad input."""
 
 import dataclasses
 import json
@@ -54,7 +54,7 @@ def rms_norm(x, scale):
 @pytest.mark.fast_cases("False")
 @pytest.mark.parametrize("tied", [True, False])
 def test_is_its_parts_in_order(tied):
-    """Embedding, layers one by one in a Python loop, norm and head, written out."""
+    """The model equals embedding, layers in a Python loop, norm and head, written out."""
     model = make(tie_embeddings=tied)
 
     @nnx.jit
@@ -205,7 +205,7 @@ def test_built_under_a_mesh_is_sharded_at_once():
 @pytest.mark.parametrize(
     ("given", "sizes"),
     [
-        ({}, (2, 32, 384)),  # those of every default model so far
+        ({}, (2, 32, 384)),  # the sizes of all previous default models
         ({"embed_dim": 256}, (2, 64, 768)),
         ({"embed_dim": 4096, "num_heads": 32}, (8, 128, 12288)),
         ({"embed_dim": 48, "num_heads": 3}, (1, 16, 144)),

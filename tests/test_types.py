@@ -1,4 +1,4 @@
-"""What a type checker knows of the package: right and wrong calls in the code of a user."""
+"""What a type checker infers about the package: correct and wrong calls in user code."""
 
 import json
 import shutil
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import fsa_jax
 
-#: Lines that end with "# wrong" are those that the checker must refuse, and no others.
+#: The checker must reject exactly the lines that end with "# wrong".
 USER = """
 from typing import assert_type
 

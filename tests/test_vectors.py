@@ -1,4 +1,4 @@
-"""The peers' own references, run in float64: tests/vectors (results stored as float32 or 64)."""
+"""Results of other projects' reference code in float64, from tests/vectors (float32 or 64)."""
 
 import json
 from pathlib import Path
@@ -13,7 +13,7 @@ import fsa_jax
 from fsa_jax.api import combine_branches
 
 VECTORS = Path(__file__).parent / "vectors"
-STORED = 3e-7  # rounding of the stored float32 results
+STORED = 3e-7  # the rounding of the stored float32 results
 
 
 def load(name):
@@ -106,7 +106,7 @@ def test_compressed_attention_and_selection(name, implementation):
 
     result = run_both_ways(jnp.asarray(z["do"]), *inputs)
     out, (dq, dk, dv, gradients), (ck, cv, lse) = result
-    windows = len(z["ck"])  # the peers store no empty slots
+    windows = len(z["ck"])  # the vectors contain no empty slots
     assert_close((ck[:windows], cv[:windows]), (z["ck"], z["cv"]), STORED)
     assert not np.any(ck[windows:])
     assert_close(

@@ -1,7 +1,8 @@
-"""With `jax_enable_x64` on: the programs of 32-bit numbers are those without it.
+"""With `jax_enable_x64` on, 32-bit programs are the same as without it.
 
-Two measures. Programs are traced and looked through for arrays of 64-bit numbers: for all kernels,
-those for GPUs too, which costs no compilation. And some are run with x64 and without: same bits.
+This is measured in two ways. Programs are traced and searched for arrays of 64-bit numbers, for all
+kernels including those for GPUs, which needs no compilation. Some programs are also run with and
+without x64, and must give the same bits.
 """
 
 import dataclasses
@@ -54,13 +55,13 @@ def all_jaxprs(jaxpr):
 
 
 def wide_arrays(function, *args):
-    """The arrays of 64-bit numbers that a program computes; single numbers do not count.
+    """Returns the arrays of 64-bit numbers that a program computes; scalars do not count.
 
-    In kernels, which know no others than 32-bit ones, single numbers count too.
+    In kernels, which use only 32-bit numbers, scalars count too.
     """
     found = []
     for jaxpr in all_jaxprs(jax.make_jaxpr(function)(*args).jaxpr):
-        kernel = any(hasattr(x.aval, "inner_aval") for x in jaxpr.invars)  # it takes references
+        kernel = any(hasattr(x.aval, "inner_aval") for x in jaxpr.invars)  # kernels take references
         for equation in jaxpr.eqns:
             for x in equation.outvars:
                 if getattr(x.aval, "dtype", None) in WIDE and (kernel or x.aval.size > 1):
@@ -69,7 +70,7 @@ def wide_arrays(function, *args):
 
 
 def bits_without_and_with(function, *args):
-    """Runs a function, which must not be jitted yet, without x64 and with."""
+    """Runs a function that has not been jitted yet, without x64 and with it."""
     runs = []
     for x64 in (False, True):
         with jax.enable_x64(x64):
@@ -78,7 +79,7 @@ def bits_without_and_with(function, *args):
 
 
 def inputs(dtype=jnp.float32, length=64, group=2, width=16):
-    """Query, key, value, compressed key and value, gates."""
+    """Returns query, key, value, compressed key and value, and gates."""
     shapes = [(length, group, width), *[(length, 1, width)] * 2, *[(length // 8, 1, width)] * 2]
     arrays = [normal(i, 1, *shape, dtype=dtype) for i, shape in enumerate(shapes)]
     return *arrays, jax.nn.sigmoid(normal(5, 1, length, group, 3, dtype=dtype))
@@ -90,7 +91,7 @@ def documents(length=64):
 
 
 def branches(arrays, implementation, ids=None):
-    """Every public function."""
+    """Runs every public function."""
     query, key, value, ck, cv, _ = arrays
     shared: dict[str, Any] = {"segment_ids": ids, "implementation": implementation}
     residuals: dict[str, Any] = shared | {"return_residuals": True}
@@ -145,7 +146,7 @@ def for_a_gpu():
 @pytest.mark.usefixtures("for_a_gpu", "x64")
 @pytest.mark.parametrize(("implementation", "group"), [(None, 1), ("mosaic_gpu", 8)])
 def test_programs_for_a_gpu_have_no_arrays_of_64_bits(implementation, group):
-    """The kernels themselves, not as they are interpreted; traced, not compiled."""
+    """Traces the GPU kernels themselves, not their interpreted form, without compiling them."""
     run = value_and_vjp(
         functools.partial(branches, implementation=implementation, ids=documents()), 7
     )
@@ -184,7 +185,7 @@ def test_the_measure_sees_arrays_of_64_bits(x64):
 
 
 def test_a_kernel_takes_weakly_typed_numbers(x64):
-    """What a kernel compares with them is evaluated anew, with x64 on, when it is lowered."""
+    """Comparisons with such numbers are traced again in the lowering, while x64 is on."""
 
     def count_kernel(x_ref, out_ref):
         at = intrinsics.iota(16)
@@ -204,7 +205,7 @@ def test_a_kernel_takes_weakly_typed_numbers(x64):
 
 @pytest.mark.slow
 def test_tokens_over_devices(x64):
-    """float64 gives what one device gives; programs of float32 have no arrays of 64 bits."""
+    """float64 matches one device, and float32 programs have no 64-bit arrays."""
     sizes = {"num_kv_heads": 1, "head_dim": 16, "config": CONFIG, "implementation": "xla"}
 
     def make(axis):
@@ -232,7 +233,7 @@ def test_tokens_over_devices(x64):
 
 @pytest.mark.slow
 def test_results_and_gradients_are_bitwise_the_same(x64):
-    """Those of the loops; those of the kernels, whose compilation takes long, are close to them."""
+    """The portable results match bitwise; kernels, slow to compile, run once and must be close."""
 
     def attend(arrays, implementation):
         shared = {"segment_ids": documents(), "implementation": implementation}
@@ -250,7 +251,7 @@ def test_results_and_gradients_are_bitwise_the_same(x64):
 @pytest.mark.fast_cases("True")
 @pytest.mark.parametrize("full", [False, True])
 def test_programs_of_a_model_have_no_arrays_of_64_bits(full, x64):
-    """A training step with dropout, the evaluation, and calls with a cache of each kind."""
+    """Traces a training step with dropout, the evaluation, and calls with each kind of cache."""
     kernels: dict = {} if full else {"implementation": "triton_interpret"}
     sizes = {"head_dim": 16, "attention": "full" if full else "nsa", "nsa": CONFIG}
     config = tiny(Path("texts"), Path("out"), model=dataclasses.replace(MODEL, **sizes, **kernels))
@@ -301,7 +302,7 @@ def test_texts_are_the_same():
 
 @pytest.mark.usefixtures("x64")
 def test_gates_and_lse_of_64_bits_beside_arrays_of_32():
-    """They count as far as the sums have digits; the gradient of gates keeps their dtype."""
+    """They count up to the precision of the sums; the gradient of the gates keeps their dtype."""
     *arrays, gates = inputs()
     lse = normal(9, 1, 64, 2)
 
@@ -318,7 +319,7 @@ def test_gates_and_lse_of_64_bits_beside_arrays_of_32():
     out, (dgates,), _ = got
     assert out.dtype == jnp.float32
     assert dgates.dtype == jnp.float64
-    # kernels get neither
+    # Kernels receive neither of them.
     found = wide_arrays(functools.partial(run, "triton_interpret"), *_wide(gates, lse))
     assert {name for name, _ in found} <= {"stop_gradient", "convert_element_type", "jit"}
 

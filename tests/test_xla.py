@@ -29,7 +29,7 @@ WINDOWS = {"kernel_size": 8, "kernel_stride": 4}
 
 
 def some_segments(shape, seed=0):
-    """Long and short documents and padding."""
+    """Returns ids of long and short documents and padding."""
     rng = np.random.default_rng(seed)
     ids = np.zeros((shape.batch, shape.length), np.int32)
     for row in ids:
@@ -47,7 +47,7 @@ def inputs(shape, dtype=jnp.float64, seed=0):
 
 
 def compressed(segment_ids, implementation):
-    """`compressed_attention` with residuals; keys and values are compressed before."""
+    """Returns `compressed_attention` with residuals, after compressing keys and values."""
     return lambda query, key, value: fsa_jax.compressed_attention(
         query,
         key,
@@ -98,7 +98,7 @@ def test_values_and_gradients_are_those_of_the_reference(branch, name, packed):
         make = functools.partial(compressed, segment_ids)
         slots = shape.length // WINDOWS["kernel_stride"]
         args = (args[0], args[1][:, :slots], args[2][:, :slots])
-        if slots == 0:  # nothing to differentiate; test_reference covers it
+        if slots == 0:  # there is nothing to differentiate; test_reference covers this case
             shape = SMALL["mha"]
             args = (args[0][:, :1], args[1][:, :0], args[2][:, :0])
     got, wanted = (
@@ -187,7 +187,7 @@ def test_a_packed_row_is_its_documents_one_by_one(implementation, segment_ids):
         while end < 48 and ids[end] == ids[start]:
             end += 1
         if ids[start]:
-            # one compiled program: the document alone at the start of a row of padding
+            # Reuse one compiled program: place the document at the start of a padded sequence.
             alone = np.zeros(48, np.int32)
             alone[: end - start] = 1
             moved = [jnp.roll(x, -start, axis=0) for x in args]
@@ -208,7 +208,7 @@ def test_one_document_alone_needs_no_segment_ids(implementation):
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("gate_heads", [1, 4])
 def test_gradients_of_the_operator(gate_heads):
-    """Through gates, compression and all three branches, against the reference."""
+    """Gradients pass through gates, compression and all three branches; the reference is exact."""
     shapes = ((45, 4, 6), (45, 2, 6), (45, 2, 6), (45, gate_heads, 3))
     args = [normal(i, *shape, dtype=jnp.float64) for i, shape in enumerate(shapes)]
     ids = jnp.asarray([1] * 30 + [0] * 2 + [2] * 13, jnp.int32)
@@ -224,7 +224,7 @@ def test_gradients_of_the_operator(gate_heads):
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("branch", ["compressed", "selected", "window"])
 def test_finite_differences(branch, implementation):
-    """Of the output and of lse, both of which may be differentiated."""
+    """Covers the output and lse, which are both differentiable."""
     query, key, value = (normal(i, 1, 12, n, 3, dtype=jnp.float64) for i, n in enumerate((2, 1, 1)))
     if branch == "selected":
         attend = selected(lists(0, 1, 12, 1, 2, 3), 4, None, implementation)
@@ -253,7 +253,7 @@ def test_finite_differences(branch, implementation):
 @pytest.mark.parametrize("implementation", ["xla", "triton_interpret"])
 @pytest.mark.parametrize("branch", ["compressed", "window", "selected"])
 def test_error_is_at_most_twice_that_of_dense_attention(branch, implementation, dtype):
-    """Of dense attention in the same dtype, both against float64; outputs and gradients alike."""
+    """Dense attention has the same dtype; errors of outputs and gradients are against float64."""
     length, slots = 300, 75
     query, key, value = (normal(i, 1, length, n, 32, dtype=dtype) for i, n in enumerate((8, 2, 2)))
     segment_ids = jnp.asarray([[1] * 200 + [2] * 90 + [0] * 10], jnp.int32)
@@ -283,7 +283,7 @@ SEEDS, TOKENS, WIDTH = 16, 72, 24
 
 
 def dense_gradients(sees, query, key, value, dout):
-    """(dq, dk, dv) of softmax attention under a mask, as anyone writes it; some see nothing."""
+    """Returns (dq, dk, dv) of masked softmax attention; queries without keys get 0."""
     some, groups = sees.any(axis=-1, keepdims=True), query.shape[2] // key.shape[2]
 
     def attend(query, key, value):
@@ -298,7 +298,7 @@ def dense_gradients(sees, query, key, value, dout):
 
 @pytest.mark.parametrize("branch", ["compressed", "window", "selected"])
 def test_float32_gradients_are_as_exact_as_those_of_dense_attention(branch):
-    """Over many random inputs, each a row of one batch: one is luck."""
+    """Uses many random inputs, one for each sequence of a batch, because one could pass by luck."""
     slots = TOKENS // 4 if branch == "compressed" else TOKENS
     shapes = ((TOKENS, 6, 16), (slots, 2, 16), (slots, 2, 48), (TOKENS, 6, 48))
     *args, dout = (normal(i, SEEDS, *shape) for i, shape in enumerate(shapes))
@@ -334,13 +334,13 @@ def test_float32_gradients_are_as_exact_as_those_of_dense_attention(branch):
 @pytest.mark.parametrize("implementation", [*IMPLEMENTATIONS, "triton_interpret"])
 @pytest.mark.parametrize("branch", ["selected", "window"])
 def test_nan_and_infinity_in_what_nobody_sees_change_no_bit(branch, implementation):
-    """Keys and values of blocks without a query, of padding, and padded queries and cotangents."""
+    """Fills keys and values of unselected blocks and of padding, padded queries and cotangents."""
     ids = np.asarray([[1] * 50 + [0] * 7 + [2] * 90 + [0] * 13], np.int32)
     length = ids.size
     padding = unseen = ids[0] == 0
     segment_ids = jnp.asarray(ids)
     if branch == "selected":
-        # nobody chooses the blocks 2 and 4; the blocks 3 and 5 end in padding, and are chosen
+        # No query selects blocks 2 and 4; blocks 3 and 5 are selected and end in padding.
         chosen = np.random.default_rng(0).choice([0, 1, 3, 5], (1, length, 1, 3))
         attend = selected(jnp.asarray(chosen, jnp.int32), 16, segment_ids, implementation)
         position = np.where(ids[0] == 2, np.arange(length) - 57, np.arange(length))
@@ -380,7 +380,7 @@ def test_a_row_of_padding_alone_is_zero_with_zero_gradients(implementation):
 @pytest.mark.parametrize("implementation", [*IMPLEMENTATIONS, "triton_interpret"])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_logits_of_ten_thousand(dtype, implementation):
-    """The maximum of each row is its own: one row's logits of 1e4 ruin no other's of -1e4."""
+    """Each query has its own maximum, so logits of 1e4 do not affect queries at -1e4."""
     length = 64
     direction = jnp.ones((1, length, 1, 4), dtype)
     size = jnp.where(jnp.arange(length) % 2 == 0, 1e4, -1e4).astype(dtype)[None, :, None, None]
@@ -409,7 +409,7 @@ def test_bitwise_the_same_on_every_rerun():
 
 
 def test_all_queries_on_one_block_or_each_on_its_own():
-    """Skew costs time, never memory or correctness."""
+    """Skew costs time, but not memory or correctness."""
     shape = SMALL["many_tiles"]
     hot = jnp.zeros(shape.indices, jnp.int32)
     own = jnp.broadcast_to(

@@ -1,6 +1,6 @@
-"""Tiers of the tests: which cases are fast, and how the slow tier is cut into slices.
+"""Tiers of the tests: which cases are fast, and how the slow tier is divided into slices.
 
-`conftest.py` takes the hooks from here. CONTRIBUTING.md says when to run which tier.
+`conftest.py` imports the hooks from here. CONTRIBUTING.md says when to run which tier.
 """
 
 import zlib
@@ -17,7 +17,7 @@ class Slice(NamedTuple):
     total: int
 
     def holds(self, node_id: str) -> bool:
-        """Whether a test is in the slice: by its name alone, so that no run depends on another."""
+        """Whether a test is in the slice, by its name alone, so that other tests have no effect."""
         return zlib.crc32(node_id.encode()) % self.total == self.number - 1
 
 
@@ -39,18 +39,18 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_pycollect_makeitem(collector: pytest.Module) -> Iterator[None]:
-    """Applies the markers that sort the cases of a parametrised test into tiers.
+    """Applies the markers that assign the cases of a parametrised test to tiers.
 
-    Here all cases of a test are known, whichever of them the command line asks for.
+    All cases of a test are known here, even those that the command line does not ask for.
     """
     found = yield
-    functions = found if isinstance(found, list) else []  # else None, or a class of tests
+    functions = found if isinstance(found, list) else []  # otherwise None or a test class
     items = [x for x in functions if isinstance(x, pytest.Function)]
     for item in items:
         for marker in item.iter_markers("fast_cases"):
             if case_of(item) not in marker.args:
                 item.add_marker(pytest.mark.slow)
-        # A test that a file for GPUs imports from another one is of the group of that file alone.
+        # A test that a GPU test file imports from another file is only in the GPU file's group.
         if any(item.get_closest_marker(group) for group in ("gpu", "compile")):
             item.own_markers[:] = [x for x in item.own_markers if x.name != "slow"]
         for marker in item.iter_markers("essential_cases"):
@@ -68,7 +68,7 @@ def pytest_pycollect_makeitem(collector: pytest.Module) -> Iterator[None]:
 
 
 def case_of(item: pytest.Function) -> str | None:
-    """What stands in brackets behind the name of a parametrised test."""
+    """Returns the text in brackets after the name of a parametrised test."""
     return item.callspec.id if hasattr(item, "callspec") else None
 
 

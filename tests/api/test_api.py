@@ -73,7 +73,7 @@ GOOD: dict[str, dict[str, Any]] = {
     "causal_attention": {"query": QUERY, "key": KEY, "value": KEY, "segment_ids": SEGMENTS},
 }
 
-# function, the arguments that are bad, words that the message must hold
+# Each entry has the function, the bad arguments, and words that the message must contain.
 BAD = [
     ("selected_attention", {"query": QUERY[0]}, ["key", "[T K D]", "(2, 40, 2, 6)"]),
     ("selected_attention", {"query": QUERY[0, 0]}, ["query", "[B T N D]", "(4, 6)"]),
@@ -218,7 +218,7 @@ def test_segment_ids_may_be_integers_of_any_kind(kind):
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("dtype", [jnp.int64, jnp.uint32, jnp.uint64])
 def test_ids_too_large_for_int32_stay_apart_inside_jit(dtype):
-    """Where values are unknown: two ids that are equal in their last 31 bits are two documents."""
+    """Inside jit, ids that differ only above bit 31 must still be two documents."""
     big = 2**31 if dtype == jnp.uint32 else 2**40
     ids = DOCUMENTS.astype(dtype)
     ids = jnp.where(ids == 2, jnp.asarray(1 + big, dtype), ids)
@@ -239,7 +239,7 @@ def test_block_numbers_beyond_int32_are_ignored_like_all_out_of_range(transform,
         return fsa_jax.selected_attention(**arguments)
 
     np.testing.assert_array_equal(transform(run)(kind(lists)), run(few))
-    cut = np.where(lists > 9, 2**32 + 1, -1)  # in 32 bits that would be block 1
+    cut = np.where(lists > 9, 2**32 + 1, -1)  # truncated to 32 bits, this entry would be block 1
     np.testing.assert_array_equal(transform(run)(kind(cut)), run(few * 0 - 1))
 
 
@@ -274,7 +274,7 @@ def test_bad_zigzag(function, arguments, message):
 
 
 def test_import_loads_no_kernels():
-    """Pallas takes as long to import as jax and flax together."""
+    """Importing Pallas takes as long as importing jax and flax together."""
     code = """
 import sys, fsa_jax, fsa_jax.layers, fsa_jax.transformer
 for module in ("jax.experimental.pallas", "jax.experimental.mosaic", "orbax", "grain"):
@@ -311,7 +311,7 @@ def test_a_bad_config_is_refused_when_built(changed, words):
 
 
 def test_negative_ids_are_padding_where_values_cannot_be_read():
-    """Inside jit the values are unknown: no error can be raised, and a negative id is padding."""
+    """Inside jit no error can depend on values, so a negative id is treated as padding."""
     arguments = GOOD["selected_attention"]
 
     def run(segment_ids):
@@ -341,7 +341,7 @@ def test_arrays_that_the_kernels_do_not_take_are_named(function):
 
 
 def test_the_default_choice_is_logged_once_for_each_reason(caplog, monkeypatch):
-    """The GPU is one of which no other test tells a function."""
+    """Uses a compute capability that no other test uses, so nothing has been logged for it yet."""
     monkeypatch.setattr(support, "capability", lambda: 61)
     with caplog.at_level(logging.INFO, logger="fsa_jax"):
         for _ in range(3):
@@ -469,7 +469,7 @@ def test_shard_map_and_jit_with_shardings():
 
 @pytest.mark.slow
 def test_a_remat_policy_can_keep_the_named_residuals():
-    """With the names kept, the backward pass runs no forward attention again."""
+    """If the policy keeps the named residuals, the backward pass does not recompute attention."""
     policy = jax.checkpoint_policies.save_only_these_names(*fsa_jax.CHECKPOINT_NAMES)
 
     def loops(function):
@@ -496,7 +496,7 @@ def test_every_checkpoint_name_is_used():
 
 
 def test_sizes_beyond_all_rows():
-    """Longer than any row, and than 31 bits: no window, all keys, or an error that says so."""
+    """Sizes beyond any sequence length or 31 bits give no window, all keys, or a clear error."""
     for size in (96, 2**31 - 16):
         sizes = {"kernel_size": size, "kernel_stride": 16}
         assert not np.asarray(fsa_jax.window_positions([1] * 40 + [2] * 24, **sizes)).any()

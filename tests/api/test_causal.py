@@ -1,4 +1,4 @@
-"""Dense causal attention: numbers, packed rows, poison, tokens over devices, memory, cuDNN."""
+"""Dense causal attention: errors, packing, NaN fill, sequence parallelism, memory, cuDNN."""
 
 import functools
 import re
@@ -33,7 +33,7 @@ from fsa_jax.pallas.range_attention import (
 from fsa_jax.semantics import segments
 from fsa_jax.transformer import Transformer, TransformerConfig
 
-#: Documents, some of one token, and padding before, between and after them.
+#: Documents, some of one token, with padding before, between and after them.
 LENGTHS = [3, 37, 1, 40, 4, 30, 1, 9, 3]
 IDS = jnp.asarray(np.repeat([0, 1, 2, 3, 0, 4, 5, 6, 0], LENGTHS), jnp.int32)[None]
 TOKENS = IDS.shape[1]
@@ -58,7 +58,7 @@ def arrays(heads=6, kv_heads=2, width=16, value_width=None, dtype="float32", bat
 
 
 def dense(ids, window, dtype):
-    """The softmax of a whole matrix in one dtype, written anew: the yardstick of the errors."""
+    """An independent softmax over the whole score matrix in one dtype, the baseline for errors."""
     token = np.arange(TOKENS)
     sees = (token[:, None] >= token) & (token[:, None] - token < (window or TOKENS))
     if ids is not None:
@@ -82,7 +82,7 @@ def dense(ids, window, dtype):
 
 @functools.cache
 def exact(ids_given, window, heads, dtype):
-    """Errors are measured against float64; what a program of the same dtype makes of it."""
+    """Returns the inputs, and the results of `dense` in their dtype and in float64."""
     ids = IDS if ids_given else None
     args = arrays(heads, value_width=24, dtype=dtype)
     same = value_and_gradients(dense(ids, window, jnp.dtype(dtype)), 9, *args)
@@ -135,7 +135,7 @@ def test_without_a_batch_and_under_vmap():
 @pytest.mark.fast_cases("False-None")
 @pytest.mark.parametrize(("packed", "window"), [(True, None), (False, None), (True, 24)])
 def test_tokens_over_four_devices(packed, window):
-    """The same numbers; keys and values are gathered, their gradients scattered, nothing else."""
+    """Results match one device; the only collectives gather keys and scatter their gradients."""
     ids = IDS if packed else None
     args = arrays()
     wanted = value_and_gradients(attend("xla", ids, window), 5, *args)
@@ -144,7 +144,7 @@ def test_tokens_over_four_devices(packed, window):
     ids = None if ids is None else put(ids)
 
     def run(*args):
-        def loss(*args):  # the cotangents of `value_and_gradients`, in the order of tokens
+        def loss(*args):  # the cotangents of `value_and_gradients`, in token order
             return jax.tree.map(
                 lambda x: from_zigzag(x, 4), attend("xla", ids, window, "tokens")(*args)
             )
@@ -157,7 +157,8 @@ def test_tokens_over_four_devices(packed, window):
     text = jax.jit(attend("xla", ids, window, "tokens")).lower(*map(put, args)).compile().as_text()
     gathered = re.findall(r"= \S*f32\[([\d,]+)\]\S* all-gather", str(text))
     assert gathered
-    assert all(x.split(",").count("1") >= 2 for x in gathered)  # one key head of one row at a time
+    # one key head of one sequence at a time
+    assert all(x.split(",").count("1") >= 2 for x in gathered)
 
 
 def test_a_layer_over_devices_is_the_layer():
@@ -174,7 +175,7 @@ def test_a_layer_over_devices_is_the_layer():
 
 
 def test_memory_of_a_layer_is_linear_on_cpus():
-    """At four times the tokens at most 4.2 times the bytes, packed rows, forward and backward."""
+    """Four times the tokens take at most 4.2 times the bytes, for packed forward and backward."""
     graph, state = nnx.split(FullAttention(2, 16, num_kv_heads=1, rngs=nnx.Rngs(0)))
 
     def peak(tokens):
@@ -193,8 +194,8 @@ def test_memory_of_a_layer_is_linear_on_cpus():
 
 @pytest.mark.slow
 def test_hopper_kernels_at_a_group_that_is_no_power_of_two(monkeypatch):
-    """Three heads as two and one: what the reference gives, from one float32 sum of two parts."""
-    monkeypatch.setattr(hopper_pipeline, "PROGRAMS", 2)  # each of them is interpreted
+    """Three heads run as two and one, match the reference, and sum both parts in float32."""
+    monkeypatch.setattr(hopper_pipeline, "PROGRAMS", 2)  # every program is interpreted, so use few
     query, key, value = (
         normal(i, 1, 40, heads, 128, dtype=jnp.bfloat16) for i, heads in enumerate((3, 1, 1))
     )
@@ -271,7 +272,7 @@ def test_cudnn_says_that_it_is_not_there():
 
 @pytest.mark.parametrize("implementation", ["xla", "cudnn"])
 def test_remat_keeps_what_attention_leaves(implementation, monkeypatch):
-    """The backward pass runs no attention a second time, cuDNN's neither."""
+    """The backward pass does not recompute attention, including cuDNN's."""
     monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91900)
     monkeypatch.setattr(fused_attention_stablehlo, "check_compute_capability", lambda _: True)
     config = TransformerConfig(

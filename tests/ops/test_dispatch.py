@@ -1,4 +1,4 @@
-"""Which backend serves a call: one question, asked before anything is computed."""
+"""The choice of a backend, made once for each call before anything is computed."""
 
 import functools
 import logging
@@ -25,7 +25,7 @@ CONFIG = NSAConfig(kernel_size=8, kernel_stride=4, block_size=16, topk=4, window
 
 
 def shapes(length=64, heads=4, kv_heads=2, width=16, dtype=jnp.bfloat16):
-    """Query, a compressed key and value, and a key and value of all tokens."""
+    """Returns shapes of a query, compressed keys and values, and uncompressed keys and values."""
     sizes = ((length, heads), *((length // 4, kv_heads),) * 2, *((length, kv_heads),) * 2)
     query, *keys = (jax.ShapeDtypeStruct((1, *size, width), dtype) for size in sizes)
     return query, tuple(keys[:2]), (tuple(keys[2:]),)
@@ -58,7 +58,7 @@ def test_backends_without_kernels_are_asked_for_no_plan(implementation):
     request = Request(Never(scale=1.0, branch="window"), (1, 2, 3))
     choice = resolve("sliding_window_attention", implementation, request)
     assert choice.backend.value == choice.implementation == implementation
-    # nor are kernels, where no GPU could run them
+    # kernels are not planned either when no GPU could run them
     assert resolve("sliding_window_attention", None, request).backend is Backend.XLA
 
 
@@ -101,7 +101,7 @@ def test_the_operator_refuses_before_it_computes_anything(monkeypatch):
         jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), x) for x in shapes(width=257)
     )
     gates = jnp.zeros((1, 64, 4, 3), jnp.bfloat16)
-    monkeypatch.setattr(nsa, "attention", None)  # is not to be called
+    monkeypatch.setattr(nsa, "attention", None)  # must not be called
     with pytest.raises(NotImplementedError, match="native_sparse_attention: the head width of key"):
         fsa_jax.native_sparse_attention(
             query, key, key, compressed, compressed, gates,
@@ -125,7 +125,7 @@ def test_explain_says_nothing_in_the_log(caplog):
 @pytest.mark.parametrize("chunked", [False, True])
 @pytest.mark.parametrize("length", [40, 300])
 def test_the_shape_of_an_index_follows_from_the_plan(packed, chunked, length):
-    """As tracing the function that builds it would tell."""
+    """The shapes computed from the plan match those of tracing the index builder."""
     kinds = ((4, 2), (2, 2))
     for heads, kv_heads in kinds:
         query, key = (

@@ -1,4 +1,4 @@
-"""The gated sum: its gradient, and what it gives to the backward passes of the branches."""
+"""The gated sum: its gradients, and the residuals it passes to the branches' backward passes."""
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ KERNELS = Backend.TRITON_INTERPRET if INTERPRET else Backend.TRITON
 
 
 def arrays(dtype, *, width=80, heads=6, gate_heads=6, length=37):
-    """Gates of both signs, and three branches; lengths and widths that fill no tile."""
+    """Gates of both signs and three branches, of sizes that do not fill whole tiles."""
     shape = (2, length, heads, width)
     gates = normal(9, 2, length, gate_heads, 3, dtype=dtype)
     return gates.at[:, 3].set(0), *(normal(i, *shape, dtype=dtype) for i in range(3))
@@ -38,7 +38,7 @@ def test_error_is_at_most_twice_that_of_the_plain_sum(backend, gate_heads, dtype
 
 @pytest.mark.parametrize("backend", [KERNELS, Backend.XLA])
 def test_branches_get_what_their_gradients_subtract(backend):
-    """Delta is sum(out * dout), of dout as it is rounded."""
+    """Delta is sum(out * dout), computed from dout after rounding."""
     gates, *outs = arrays(jnp.bfloat16)
     dout = normal(7, *outs[0].shape, dtype=jnp.bfloat16)
     _, douts, deltas = gated_sum.combine_gradients(backend, gates, outs, dout)

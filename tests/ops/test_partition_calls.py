@@ -1,4 +1,4 @@
-"""Names of partitioned calls, and jax's persistent cache of programs whose keys they are in."""
+"""Names of partitioned calls, and jax's persistent compilation cache, whose keys contain them."""
 
 import contextlib
 import functools
@@ -28,7 +28,7 @@ from ops.test_sharding import GATES, IDS, KEY, QUERY, VALUE, WEIGHTS, mesh_of, o
 
 
 def names(run, *arrays):
-    """What stands for the partitioned calls of a program, in their order."""
+    """Returns the names of a program's partitioned calls, in order."""
     text = jax.jit(run).lower(*arrays).as_text()
     return re.findall(r'@CustomSPMDPartitioning\(.*?backend_config = "(.*?)"', text)
 
@@ -45,7 +45,7 @@ def window(query, key, *, window_size=8, scale=0.5, implementation="xla"):
 
 
 def whole_operator() -> list[str]:
-    """Names of all kinds of calls: forward and backward, by rows and over the tokens of a row."""
+    """Returns names of calls of all kinds: forward and backward, batch-split and sequence-split."""
     found = names(functools.partial(window, implementation="triton_interpret"), *split())
     for axis in (None, "tokens"):
         mesh = mesh_of("auto", ("data", 2), ("tokens", 2))
@@ -62,7 +62,8 @@ ARRAYS = (QUERY, KEY, VALUE, GATES, WEIGHTS, IDS)
 @pytest.mark.slow
 def test_names_are_the_same_in_another_process():
     found = whole_operator()
-    assert len(set(found)) == 1 + 8 + 6  # kinds: of a window; by rows; over the tokens
+    # the window call, calls split by batch, calls split by sequence
+    assert len(set(found)) == 1 + 8 + 6
     assert all(re.fullmatch("fsa_jax [0-9a-f]{64}", name) for name in found)
     code = (
         "import conftest, json, ops.test_partition_calls as x; "
@@ -81,7 +82,7 @@ def test_whatever_a_call_depends_on_changes_its_name(monkeypatch):
         return found
 
     before = name()
-    assert name(window_size=9) == before  # an operand says it
+    assert name(window_size=9) == before  # the window size is an operand, not part of the name
     others = [name(scale=0.25), name(implementation="triton_interpret")]
     others += [name(arrays=split(mesh_of("auto", *axes))) for axes in OTHER_MESHES]
     with jax.default_matmul_precision("float32"):
@@ -91,7 +92,7 @@ def test_whatever_a_call_depends_on_changes_its_name(monkeypatch):
     for rows in (16, 32, 32):
         with tile_tables.using({RANGE: ranges.RangeTile(rows=rows)}):
             others.append(name(implementation="triton_interpret"))
-    assert others.pop() == others[-1]  # a table is what it holds
+    assert others.pop() == others[-1]  # equal tables give equal names
     assert len({before, *others}) == 1 + len(others)
     assert name() == before
     monkeypatch.setattr(partition_calls, "_VERSIONS", ("another",))
@@ -106,7 +107,7 @@ RANGE = tile_tables.Key(
 
 
 def test_what_cannot_be_described_keeps_the_name_that_jax_gives(monkeypatch):
-    def double(x):  # not in the files of the package
+    def double(x):  # defined outside the package
         return (2 * x,)
 
     def of(run):
@@ -120,7 +121,7 @@ def test_what_cannot_be_described_keeps_the_name_that_jax_gives(monkeypatch):
     monkeypatch.setattr(partition_calls, "_IMPORTED", ())
     assert names(functools.partial(window), *split())[
         0
-    ].isdecimal()  # the files are not those that run
+    ].isdecimal()  # the package's files are no longer those that were imported
 
 
 @pytest.mark.parametrize(
@@ -131,7 +132,7 @@ def test_descriptions_tell_values_apart(values):
 
 
 def made_in_the_package(*sources):
-    """Functions as a line of this package's would make them."""
+    """Defines functions as if their source lines were in this package."""
     space = {"__name__": "fsa_jax.somewhere"}
     return [eval(compile(source, "somewhere", "eval"), space) for source in sources]
 
@@ -150,7 +151,7 @@ def test_descriptions_tell_the_functions_of_a_line_apart():
 
 @contextlib.contextmanager
 def caching(**options):
-    """Options of jax's persistent cache, for a while."""
+    """Sets options of jax's persistent cache temporarily."""
     before = {name: getattr(jax.config, name) for name in options}
     for name, value in options.items():
         jax.config.update(name, value)
@@ -165,7 +166,7 @@ def caching(**options):
 
 @pytest.fixture
 def folder(tmp_path):
-    """A persistent cache for one test."""
+    """Gives one test its own persistent cache."""
     options = {
         "jax_compilation_cache_dir": str(tmp_path),
         "jax_persistent_cache_min_compile_time_secs": 0,
@@ -176,9 +177,9 @@ def folder(tmp_path):
 
 @pytest.mark.parametrize("nameless", [False, True])
 def test_a_program_on_a_mesh_is_compiled_once(folder, nameless):
-    """As after a restart: nothing in memory is left. Another program has another entry.
+    """A program is read from the cache after a restart, and another program gets another entry.
 
-    Also where jax is told to leave the names of calls out of keys.
+    This also holds when jax is told to leave the names of custom partitioned calls out of its keys.
     """
     mesh = mesh_of("auto", ("data", 2), ("tensor", 2))
     arrays = jax.device_put((QUERY, KEY), NamedSharding(mesh, P("data", None, "tensor")))
@@ -205,7 +206,7 @@ def test_a_program_on_a_mesh_is_compiled_once(folder, nameless):
 
 
 def test_a_call_is_compiled_as_it_was_traced():
-    """In the configuration of the tracing, whatever it is by then: it is part of the name."""
+    """Compilation uses the configuration of the tracing, which is part of the name."""
     with jax.enable_x64(True):
         arrays = [jnp.asarray(x, jnp.float64) for x in (QUERY, KEY)]
         rows = NamedSharding(mesh_of("auto", ("data", 2)), P("data"))

@@ -1,4 +1,4 @@
-"""Data, tensor and sequence parallel on eight CPU devices, against one; and what is refused."""
+"""Data, tensor and sequence parallelism on eight CPU devices against one, and refused cases."""
 
 import contextlib
 import functools
@@ -34,7 +34,7 @@ COLLECTIVES = r" (all-gather|all-reduce|all-to-all|collective-permute|reduce-sca
 
 
 def operator(implementation, axis=None, packed=True):
-    """Compression and attention with all gradients, as a function of arrays and ids."""
+    """Returns compression and attention with all gradients, as a function of arrays and ids."""
 
     def attend(ids, query, key, value, gates, weights):
         sizes = {"kernel_size": 8, "kernel_stride": 4, "weights": weights}
@@ -68,7 +68,7 @@ def mesh_of(kind, *axes):
 
 
 def compiled(run, mesh, spec, arrays):
-    """Results on a mesh, and the collectives of the program: how many of each kind."""
+    """Returns the results on a mesh, and how many collectives of each kind the program has."""
     heads = NamedSharding(mesh, spec)
     rows = NamedSharding(mesh, P(*spec[:2]))
     weights = NamedSharding(mesh, P(spec[2] if len(spec) > 2 else None))
@@ -86,7 +86,7 @@ def compiled(run, mesh, spec, arrays):
     [("xla", "auto"), ("xla", "explicit"), ("triton_interpret", "auto")],
 )
 def test_rows_and_heads_are_split_without_a_word_between_devices(implementation, kind):
-    """Only the gradient of phi's weights is summed over the rows."""
+    """The only communication sums the gradient of phi's weights over the batch."""
     mesh = mesh_of(kind, ("data", 4), ("tensor", 2))
     arrays = (QUERY, KEY, VALUE, GATES, WEIGHTS, IDS)
     got, found = compiled(operator(implementation), mesh, P("data", None, "tensor"), arrays)
@@ -136,7 +136,7 @@ def test_inside_shard_map_the_axis_is_used_as_it_is():
 @pytest.mark.slow
 @pytest.mark.parametrize(("kind", "axis"), [("explicit", None), ("auto", "data")])
 def test_the_layer(kind, axis):
-    """Rows over the axis, or the tokens of a row; each branch with keys of its own."""
+    """The axis splits the batch or the tokens of a sequence; each branch has its own keys."""
 
     def make(axis):
         return NativeSparseAttention(
@@ -173,7 +173,7 @@ def test_the_layer(kind, axis):
 
 
 def split_window(spec, mesh, sequence=None):
-    """The window branch with a query that is split so; the heads of a group are two."""
+    """Runs the window branch with a query that is split by `spec`; each group has two heads."""
     query = jax.device_put(normal(0, 2, 16, 8, 8), NamedSharding(mesh, spec))
     keys = jnp.ones((2, 16, 4, 8))
     explicit = mesh.axis_types[0] == AxisType.Explicit
@@ -284,7 +284,7 @@ def twice_alone():
     ],
 )  # fmt: skip
 def test_arrays_on_no_mesh_under_set_mesh(how, kind, on_mesh):
-    """All of them, or some of them; the others are split by rows."""
+    """None or some of the arrays are on the mesh; the others are split along the batch."""
     arrays = [QUERY, KEY, VALUE, GATES, WEIGHTS]
     mesh = jax.make_mesh((2, 2), ("data", "tensor"), MIXED[kind], devices=jax.devices()[:4])
     for i in on_mesh:
@@ -312,10 +312,10 @@ def test_shardings_of_other_kinds(kind):
     mesh = jax.make_mesh((2, 2), ("data", "tensor"), types, devices=jax.devices()[:4])
     rows = NamedSharding(mesh, P("data"))
     run, query, key = attend_window, QUERY, KEY
-    if kind == "in_shardings":  # no type says what the mesh is
+    if kind == "in_shardings":  # the types of the arrays do not contain the mesh
         query, key = np.asarray(query), np.asarray(key)
         got = jax.jit(run, in_shardings=(rows, NamedSharding(mesh, P("data", None, "tensor"))))
-    elif kind == "two meshes":  # of the same devices
+    elif kind == "two meshes":  # both have the same devices
         line = jax.make_mesh((4,), ("all",), (AxisType.Auto,), devices=jax.devices()[:4])
         query, key = jax.device_put(query, rows), jax.device_put(key, NamedSharding(line, P("all")))
         got = jax.jit(run)
@@ -331,7 +331,7 @@ def test_shardings_of_other_kinds(kind):
 
 
 def test_rows_split_over_a_part_of_a_mesh_axis():
-    """As a reshape leaves them behind: no PartitionSpec says so."""
+    """A reshape leaves such a sharding behind, which no PartitionSpec can express."""
     rows = NamedSharding(mesh_of("auto", ("data", 8)), P("data"))
     query, key = (jnp.concatenate([x, x + 1]) for x in (QUERY, KEY))
 
@@ -339,7 +339,7 @@ def test_rows_split_over_a_part_of_a_mesh_axis():
         x = x.reshape(rows, columns, *x.shape[1:]).swapaxes(0, 1)
         return x.reshape(8, *x.shape[2:])
 
-    def run(query, key):  # rows 0 4 1 5 2 6 3 7
+    def run(query, key):  # order of sequences: 0 4 1 5 2 6 3 7
         return turned(attend_window(*(turned(x, 2, 4) for x in (query, key))), 4, 2)
 
     placed = jax.device_put((query, key), rows)
@@ -390,7 +390,10 @@ def test_a_model_with_tokens_over_explicit_axes():
 
 
 def test_gradients_are_on_the_mesh_that_is_set():
-    """Of arrays on none, outside jit: on Auto axes of it, they would fit no other array."""
+    """Outside jit, gradients of arrays on no mesh are on the mesh with its Explicit axes.
+
+    On Auto axes of that mesh, they could not be combined with any other array.
+    """
     mesh = mesh_of("explicit", ("data", 2))
     with jax.set_mesh(mesh):
         gradient = jax.grad(lambda query: jnp.sum(attend_window(query, KEY) ** 2))(QUERY)
@@ -420,7 +423,7 @@ def test_arrays_on_two_explicit_meshes_are_refused():
 
 
 def test_explicit_calls_are_bound_as_any_other():
-    attend: Any = fsa_jax.sliding_window_attention  # for a type checker these calls are wrong
+    attend: Any = fsa_jax.sliding_window_attention  # a type checker rejects these calls
     with jax.set_mesh(mesh_of("explicit", ("data", 2))):
         with pytest.raises(TypeError, match="too many positional arguments"):
             attend(QUERY, KEY, VALUE, 6, window_size=6)
