@@ -1,1 +1,1 @@
-"""Programs compiled for GPUs on a machine without one; see the group `compile`."""
+"""Programs compiled for GPUs on a machine without one; the tests have the marker `compile`."""

@@ -1,4 +1,4 @@
-"""The kernels compile for the GPUs they are for, within memory and registers; nothing is run."""
+"""The kernels compile for their GPUs, within memory and register limits; nothing is run."""
 
 import dataclasses
 import json
@@ -27,16 +27,16 @@ pytestmark = pytest.mark.compile
 ROOT = Path(__file__).resolve().parents[2]
 TRITON = "__gpu$xla.gpu.triton"
 QUERY_OUTER = {"tuning": SelectedTuning(method="query_outer")}
-# An H200 gets the code of an H100, but for measured tiles: they differ in memory alone.
+# H200 and H100 differ only in memory, so their code is the same except for measured tiles.
 OPERATOR_CASES = [
-    # g1_mha below, g2 under vmap
+    # g1_mha is below; g2 is compiled under vmap.
     *(("H100", name, {}) for name in KERNELS if name not in ("g1_mha", "g2")),
     *((device, name, {}) for device in ("A100", "L40", "B200") for name in ("main", "g8_widest")),
     ("A100", "g5_odd", {"dtype": jnp.float32}),
     ("H200", "g1_mha", {"packed": True}),
 ]
 CASES = [
-    # the others with the whole operator
+    # The other shapes are covered by the whole operator.
     *(("A100", name, {}) for name in KERNELS if name not in ("main", "g8_widest")),
     ("L40", "g32_mqa", {}),
     ("B200", "g32_mqa", {}),
@@ -64,7 +64,7 @@ def compiled_text(device, *program):
 
 
 def array_sizes(text):
-    """Numbers of elements of all arrays that the text of a program names."""
+    """Returns the element counts of all arrays that appear in the text of a program."""
     shapes = re.findall(r"\b(?:pred|bf16|[sufc]\d+)\[([\d,]+)\]", text)
     return [math.prod(map(int, shape.split(","))) for shape in shapes]
 
@@ -80,7 +80,7 @@ def test_selected_attention_compiles(case):
 @pytest.mark.essential_cases("H100-main", "B200-main")
 @pytest.mark.parametrize("case", OPERATOR_CASES, ids=case_id)
 def test_the_operator_compiles(case):
-    """Forward and backward of all branches and of the selection."""
+    """Compiles forward and backward of all branches and the selection."""
     device, name, options = case
     program = operator_gradients(KERNELS[name], implementation="triton", **options)
     assert set(custom_calls(compiled_text(device, *program))) == {TRITON}
@@ -98,12 +98,12 @@ def test_the_automatic_choice_is_by_the_device_compiled_for():
     lowered = lower_for("H200", run, *shapes).as_text()
     assert set(custom_calls(lowered)) == {TRITON}
     assert "triton" not in jax.jit(run).lower(*shapes).as_text()
-    # traced with a GPU in mind, lowered for a CPU after all
+    # This is traced as for a GPU, but lowered for a CPU.
     assert "triton" not in lower_for("H200", run, *shapes, lowering_platforms=("cpu",)).as_text()
 
 
 def test_empty_kernels_take_the_same_memory_and_calls():
-    """What the tests with the fixture of that name rest on."""
+    """Validates the assumption behind the `empty_kernels` fixture."""
 
     def look():
         compiled = compile_for("H200", *operator_gradients(KERNELS["g2"], implementation="triton"))
@@ -117,7 +117,7 @@ def test_empty_kernels_take_the_same_memory_and_calls():
     with empty_kernels():
         *empty, shorter = look()
     assert empty == whole
-    assert shorter < length  # they are empty
+    assert shorter < length  # the kernels are empty
 
 
 @pytest.mark.usefixtures("empty_kernels")
@@ -142,7 +142,7 @@ def test_memory_is_linear_in_the_tokens_and_within_the_scratch_budget():
 
 @pytest.mark.usefixtures("empty_kernels")
 def test_a_million_tokens_fit_one_gpu():
-    """Packed rows through the whole operator, forward and backward."""
+    """Compiles the whole operator on packed sequences, forward and backward."""
 
     def peak(length):
         shape = Shape(
@@ -159,7 +159,7 @@ def test_a_million_tokens_fit_one_gpu():
     assert large <= 40e9
 
 
-# Narrow heads and little scratch: then all that is linear in the tokens is smaller than the table.
+# With narrow heads and little scratch, arrays linear in the tokens are smaller than the table.
 NARROW = Shape(length=65536, heads=4, kv_heads=2, width=32, value_width=32, block_size=64, slots=16)
 
 
@@ -171,14 +171,15 @@ def test_no_array_is_tokens_by_blocks_and_nothing_leaves_the_device(packed):
     program = selected_gradients(NARROW, implementation="triton", tuning=tuning, packed=packed)
     text = compiled_text("H200", *program)
     sizes = array_sizes(text)
-    assert NARROW.length * NARROW.heads * NARROW.width in sizes  # the query: sizes are read
+    # the query's size is found, so sizes are parsed
+    assert NARROW.length * NARROW.heads * NARROW.width in sizes
     assert max(sizes) < NARROW.length * NARROW.blocks
     assert set(custom_calls(text)) == {TRITON}
     assert not re.search(r" (infeed|outfeed|send|recv)\(", text)
 
 
 def test_the_measure_sees_an_array_of_tokens_by_blocks():
-    """The same measure on a table of choices: the test above can fail."""
+    """Checks that the measure detects a table of tokens by blocks."""
 
     def choices(indices):
         table = jax.nn.one_hot(indices[0, :, 0, 0], NARROW.blocks, dtype=jnp.bfloat16)
@@ -201,10 +202,10 @@ GROUPS = [1, 2, 3, 4, 5, 6, 7, 8, 12, 16]
             ("range_forward", "range_query_gradient", "range_key_gradient", "score"),
             GROUPS,
         ),
-        # packed rows, of which a program has several items
+        # On packed sequences, a program has several work items.
         ("kv_outer_packed", ("forward", "backward"), [1, 3, 4, 8]),
         ("query_outer_packed", ("block_key_gradient",), [3, 8]),
-        # where the lists may choose them
+        # These are the groups for which the block lists may choose these kernels.
         ("query_tile", ("query_tile", "query_tile_gradient"), GROUPS[2:]),
         ("query_outer", ("block_key_gradient",), GROUPS[2:]),
     ],

@@ -1,4 +1,4 @@
-"""Calls with a cache, compiled for a GPU: which kernels, memory, and no copy of all pages."""
+"""Calls with a cache, compiled for a GPU: kernels, memory, and no copy of the whole page pool."""
 
 import re
 
@@ -13,7 +13,7 @@ from fsa_jax.transformer import Transformer, TransformerConfig
 pytestmark = [pytest.mark.compile, pytest.mark.usefixtures("empty_kernels")]
 MIB = 2**20
 LENGTH = 131072
-#: Two decoder layers of Llama 3 8B.
+#: Two decoder layers with the sizes of Llama 3 8B.
 CONFIG = TransformerConfig(
     num_layers=2,
     embed_dim=4096,
@@ -27,7 +27,7 @@ CONFIG = TransformerConfig(
 
 
 def compiled(length, batch=1, **options):
-    """A call with `length` tokens for an H200: scratch and cache in bytes, and the text."""
+    """Compiles a call with `length` tokens for an H200; returns scratch and cache bytes, text."""
     model = nnx.eval_shape(lambda: Transformer(CONFIG, rngs=nnx.Rngs(0)))
     graphdef, params = nnx.split(model)
     cache = jax.eval_shape(lambda: model.init_cache(batch, LENGTH))
@@ -41,8 +41,8 @@ def compiled(length, batch=1, **options):
     assert memory is not None
     assert text is not None
     size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache))
-    assert memory.alias_size_in_bytes >= 0.99 * size  # the old cache becomes the new one
-    # pages are never turned to another layout, which would be a copy of all of them
+    assert memory.alias_size_in_bytes >= 0.99 * size  # the new cache reuses the old one's memory
+    # Pages never change layout, which would copy all of them.
     assert "[4096,64,8,128]{3,2,1,0" in text
     assert not re.search(r"\[4096,(64|4),8,128\]\{(?!3,2,1,0)", text)
     return memory.temp_size_in_bytes, size, text
@@ -52,7 +52,8 @@ def compiled(length, batch=1, **options):
 def test_a_step_takes_little_memory():
     scratch, size, text = compiled(1)
     print(f"{scratch / MIB:.0f} MiB of {size / MIB:.0f}")
-    # compressed keys and values of a layer, blocks of one query; most are weights, laid out anew
+    # The scratch holds one layer's compressed keys and values, the blocks of one query, and mostly
+    # weights in another layout.
     assert scratch < 200 * MIB < size / 5
     assert "merge_splits_kernel" in text
     assert not re.search(r"(range|hopper)_forward_kernel", text)

@@ -1,4 +1,4 @@
-"""The kernels of decoding compile for the GPUs they are for, in registers; nothing is run."""
+"""The decoding kernels compile for their GPUs, within registers; nothing is run."""
 
 import importlib
 import re
@@ -18,7 +18,7 @@ resources = importlib.import_module("benchmarks.resources")
 
 LENGTH, HEADS = 131072, {"heads": 32, "kv_heads": 8}
 TRITON = "__gpu$xla.gpu.triton"
-#: Device, queries a sequence, heads of a group, D, E, dtype: every one of them at least once.
+#: Device, queries per sequence, heads per group, D, E, dtype; every value occurs at least once.
 SIZES = [
     ("H200", 1, 1, 64, 64, "bfloat16"),
     ("A100", 1, 3, 32, 256, "float32"),
@@ -35,7 +35,7 @@ SIZES = [
 
 
 def assert_in_registers(rows):
-    """No spills, and tiles of keys that are loaded ahead."""
+    """Asserts that nothing is spilled and that key tiles are prefetched."""
     for row in rows:
         assert row["spill_store_bytes"] == row["spill_load_bytes"] == 0, row
         assert row["cp_async"] > 0 or not row["kernel"].startswith("paged"), row
@@ -50,11 +50,12 @@ def test_a_step_at_128k_needs_no_memory_and_stays_in_registers(device, batch):
     assert text is not None
     assert memory is not None
     assert set(custom_calls(text)) == {TRITON}
-    # the logits of the compressed keys, and no more than that of partial sums: no copy of a pool
+    # Scratch holds the logits of the compressed keys, and at most as many bytes of partial sums:
+    # no pool is copied.
     logits = 4 * batch * HEADS["heads"] * LENGTH // 16
     assert memory.temp_size_in_bytes <= 2 * logits
     assert logits < 2**25 < memory.argument_size_in_bytes
-    if device != "H100":  # it gets the code of an H200
+    if device != "H100":  # an H100 gets the same code as an H200
         rows = resources.look(resources.find_ptxas(), device, program, resources.METHODS["decode"])
         names = {re.sub(r"__\d+$", "", row["kernel"]) for row in rows}
         assert names == set(resources.METHODS["decode"])
@@ -92,7 +93,7 @@ def test_kernels_of_all_sizes_stay_in_registers(sizes):
 
 
 def test_offsets_of_64_bits_fit_the_registers_too():
-    """Pools of more than 2^32 bytes, as those of all layers are."""
+    """Pools of more than 2^32 bytes need such offsets, as the pools of all layers do."""
     program = decode_step(length=LENGTH, layers=32, **HEADS)
     assert program[2].key.size * program[2].key.dtype.itemsize > 2**32
     assert_in_registers(

@@ -1,4 +1,4 @@
-"""The kernels in Mosaic GPU compile for Hopper and are chosen there alone; nothing is run."""
+"""The Mosaic GPU kernels compile for Hopper and are chosen only there; nothing is run."""
 
 import dataclasses
 import os
@@ -17,7 +17,7 @@ from fsa_jax.bench.shapes import KERNELS
 
 pytestmark = pytest.mark.compile
 TRITON, MOSAIC = "__gpu$xla.gpu.triton", "mosaic_gpu_v2"
-#: Long enough that the kernels pay.
+#: Long enough for the kernels to be profitable.
 LONG = dataclasses.replace(KERNELS["main"], length=8192)
 
 
@@ -28,7 +28,7 @@ def calls(device, shape, **arguments):
 @pytest.mark.essential_cases("True")
 @pytest.mark.parametrize("packed", [False, True])
 def test_both_branches_compile(packed):
-    """Three kernels each; selection and selected attention are in Triton."""
+    """Each branch has three kernels; selection and selected attention use Triton."""
     found = calls("H200", LONG, implementation="mosaic_gpu", packed=packed)
     assert set(found) == {TRITON, MOSAIC}
     assert found.count(MOSAIC) == 6
@@ -68,7 +68,7 @@ def test_a_name_that_cannot_serve_says_why():
             compile_for(device, *operator_gradients(shape, implementation="mosaic_gpu"))
 
 
-#: Bytes that the assembler may spill of a thread, by group: addresses of many copies at once.
+#: Bytes that each thread may spill, by group. They are addresses of many concurrent copies.
 SPILLS = {1: 0, 2: 0, 4: 32, 8: 96, 16: 0, 32: 0}
 
 PROGRAM = """
@@ -80,7 +80,7 @@ compile_branch({group})
 
 
 def compile_branch(group):
-    """Compressed attention with its gradients."""
+    """Compiles compressed attention with its gradients."""
     shapes = [(1, 8192, 2 * group, 128), *[(1, 512, 2, 128)] * 2]
     arrays = [jax.ShapeDtypeStruct(x, jnp.bfloat16) for x in shapes]
 
@@ -98,7 +98,7 @@ def compile_branch(group):
 
 @pytest.mark.parametrize("group", SPILLS)
 def test_products_run_side_by_side_and_registers_suffice(group, tmp_path):
-    """As the assembler reports it, which is asked to before jax is imported."""
+    """Reads the assembler's reports, which must be requested before jax is imported."""
     program = PROGRAM.format(tests=str(Path(__file__).parents[1]), group=group)
     environment = os.environ | {"MOSAIC_GPU_DUMP_TO": str(tmp_path)}
     subprocess.run([sys.executable, "-c", program], check=True, env=environment)

@@ -1,6 +1,6 @@
 """The operator compiled for eight H200s: collectives, their bytes, and memory; nothing is run.
 
-`pytest -s` prints the figures of docs/multi-gpu.md.
+`pytest -s` prints the figures that docs/multi-gpu.md gives.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ from fsa_jax.training.step import abstract_model, init_state, make_train_step, s
 pytestmark = [pytest.mark.compile, pytest.mark.usefixtures("empty_kernels")]
 DEVICES = 8
 WIDTHS = {"width": 128, "value_width": 128, "block_size": 64, "slots": 16}
-#: Operands and results of a collective; asynchronous ones name their operands first.
+#: Matches a collective with its types; asynchronous ones list operands before results.
 COLLECTIVE = re.compile(
     r"= (.*?) (all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)(-start)?\("
 )
@@ -33,7 +33,7 @@ BYTES = {"pred": 1, "bf16": 2, "f32": 4, "s32": 4}
 
 
 def compile_on(mesh, spec, run, shapes):
-    """Compiles for a mesh of H200s: rows, tokens and heads split as `spec` says."""
+    """Compiles for a mesh of H200s, splitting batch, tokens and heads by `spec`."""
     shapes = [
         jax.ShapeDtypeStruct(
             x.shape, x.dtype, sharding=NamedSharding(mesh, P(*spec[: min(len(x.shape), 3)]))
@@ -53,18 +53,18 @@ def peak(compiled):
 
 
 def collectives(compiled):
-    """Kind and result arrays (dtype, shape) of each collective of a program."""
+    """Returns the kind and the result arrays (dtype, shape) of each collective in a program."""
     found = []
     for types, kind, start in COLLECTIVE.findall(compiled.as_text()):
         arrays = re.findall(r"(\w+)\[([\d,]*)\]", types)
         shapes = [(dtype, tuple(map(int, shape.split(",")))) for dtype, shape in arrays]
-        # operands, then results
+        # Asynchronous collectives list operands, then results.
         found.append((kind, shapes[len(shapes) // 2 :] if start else shapes))
     return found
 
 
 def over_sequence(shape):
-    """The operator over a sequence axis, with its gradients, and the shapes that it takes."""
+    """Returns the operator over a sequence axis, with gradients, and its argument shapes."""
     config = config_of(shape)
     _, *shapes = operator_gradients(shape, packed=True)
 
@@ -92,7 +92,7 @@ def test_rows_and_heads_need_no_collective(packed):
 
 
 def test_a_sharding_that_is_left_to_xla_gathers():
-    """The measure sees it: the test above can fail."""
+    """Checks that the measure detects collectives."""
 
     def run(x):
         return jax.lax.sort(x, dimension=0)
@@ -103,7 +103,7 @@ def test_a_sharding_that_is_left_to_xla_gathers():
 
 
 def test_a_row_over_eight_devices_gathers_keys_and_scatters_their_gradients():
-    """Bytes of each kind as in docs/multi-gpu.md; with one KV head no loop hides any."""
+    """Bytes of each kind match docs/multi-gpu.md; with one KV head, no loop hides any of them."""
     length, width, stride = 65536, 128, 16
     run, shapes = over_sequence(Shape(length=length, heads=4, kv_heads=1, **WIDTHS))
     compiled = compile_on(mesh_of("H200", (8,), ("sequence",)), P(None, "sequence"), run, shapes)
@@ -115,9 +115,9 @@ def test_a_row_over_eight_devices_gathers_keys_and_scatters_their_gradients():
             if dtype == "s32":
                 ids += bytes_
             else:
-                sizes[kind] += bytes_  # KeyError: a kind that is not expected
+                sizes[kind] += bytes_  # KeyError for an unexpected kind
     keys_and_values = 2 * (length + length // stride) * width
-    # with one head, XLA sees that backward gathers what forward has gathered
+    # With one head, XLA finds that the backward pass repeats the gathers of the forward pass.
     gathered, scattered = 2 * keys_and_values, 4 * keys_and_values
     print(
         f"gathered {sizes['all-gather']}, scattered {DEVICES * sizes['reduce-scatter']}, ids {ids}"
@@ -146,7 +146,7 @@ def test_memory_of_a_million_tokens(heads, kv_heads):
     [(1, 1, 1, 1), (8, 1, 1, 8), (1, 8, 1, 1), (1, 1, 8, 1), (1, 2, 4, 1)],
 )
 def test_memory_of_a_training_step(data, tensor, sequence, rows):
-    """A decoder layer of the shape of Llama 3 8B, rows of 131,072 tokens, parameters by fsdp."""
+    """Compiles a Llama 3 8B decoder layer on sequences of 131,072 tokens, with fsdp parameters."""
     config = dataclasses.replace(LLAMA_LAYER, batch_size=rows)
     mesh = mesh_of("H200", (data, tensor, sequence), AXES)
     placement = Placement(mesh, fsdp=True)

@@ -19,7 +19,7 @@ from fsa_jax.transformer import TransformerConfig
 pytestmark = [pytest.mark.compile, pytest.mark.usefixtures("empty_kernels")]
 GIB = 2**30
 SMALL = PRESETS["small"]
-#: One decoder layer of Llama 3 8B, over one row of 131,072 tokens.
+#: One decoder layer with the sizes of Llama 3 8B, on one sequence of 131,072 tokens.
 LLAMA_LAYER = dataclasses.replace(
     SMALL,
     batch_size=1,
@@ -39,7 +39,7 @@ LLAMA_LAYER = dataclasses.replace(
 
 
 def training_step(config):
-    """Compiled for an H200: its peak memory in bytes, and its text."""
+    """Compiles a training step for an H200; returns its peak bytes and its text."""
     graphdef, params = abstract_model(config.model)
     state = jax.eval_shape(functools.partial(init_state, config=config), params)
     ids = jax.ShapeDtypeStruct((config.batch_size, config.seq_len), jnp.int32)
@@ -53,11 +53,11 @@ def training_step(config):
 
 @pytest.mark.parametrize(
     ("config", "limit", "ranges"),
-    [(SMALL, 20 * GIB, "range"), (LLAMA_LAYER, 40 * GIB, "hopper")],  # heads of width 64, and 128
+    [(SMALL, 20 * GIB, "range"), (LLAMA_LAYER, 40 * GIB, "hopper")],  # head widths 64 and 128
     ids=["small", "llama"],
 )
 def test_memory_of_a_training_step(config, limit, ranges):
-    """The figures of the README, with some room for other versions of the compiler."""
+    """The limits are the README's figures, with some margin for other compiler versions."""
     peak, text = training_step(config)
     print(f"{peak / GIB:.1f} GiB")
     assert limit / 3 < peak < limit
@@ -67,7 +67,7 @@ def test_memory_of_a_training_step(config, limit, ranges):
 
 @pytest.mark.essential
 def test_no_copy_of_queries_between_the_kernels_of_a_layer():
-    """All kernels take [B, T, N, D] as the projections leave it."""
+    """All kernels take [B, T, N, D], the layout that the projections produce."""
     length, heads, kv_heads, width = 16384, 16, 4, 128
 
     def build():
@@ -95,11 +95,15 @@ def test_no_copy_of_queries_between_the_kernels_of_a_layer():
     assert text is not None
     moved = re.findall(r"= \w+\[([\d,]+)\]\S* (?:transpose|copy)\((%\S*)\)", text)
     sizes = [math.prod(map(int, shape.split(","))) for shape, of in moved if "broadcast" not in of]
-    assert max(sizes) == length * kv_heads * width  # keys and values, for the matmul of phi
+    # keys and values are copied for the matmul of phi
+    assert max(sizes) == length * kv_heads * width
 
 
 def full_attention(tokens, heads, packed=True):
-    """Scratch and text of a layer of dense attention, forward and backward, by default choices."""
+    """Compiles a dense attention layer, forward and backward, with default choices.
+
+    Returns its scratch bytes and its text.
+    """
 
     def build():
         return FullAttention(
@@ -117,7 +121,7 @@ def full_attention(tokens, heads, packed=True):
 
     x = jax.ShapeDtypeStruct((1, tokens, 1024), jnp.bfloat16)
     ids = jax.ShapeDtypeStruct((1, tokens), jnp.int32)
-    # two products that XLA makes into one need a GPU to choose how
+    # A merged pair of matmuls would need a GPU for autotuning, so do not merge any.
     apart = {"xla_gpu_dot_merger_threshold_mb": 0}
     compiled = compile_for("H200", run, state, x, ids, compiler_options=apart)
     found, text = compiled.memory_analysis(), compiled.as_text()
@@ -128,7 +132,7 @@ def full_attention(tokens, heads, packed=True):
 
 @pytest.mark.parametrize("packed", [True, False])
 def test_memory_of_full_attention_is_linear(packed):
-    """At four times the tokens at most 4.2 times the scratch, by the kernels for Hopper."""
+    """Four times the tokens take at most 4.2 times the scratch, with the Hopper kernels."""
     scratch, text = full_attention(16384, 32, packed)
     assert full_attention(65536, 32, packed)[0] <= 4.2 * scratch
     for kernel in ("forward", "query_gradient", "key_gradient"):
@@ -136,7 +140,7 @@ def test_memory_of_full_attention_is_linear(packed):
 
 
 def test_full_attention_at_five_heads_a_group_runs_on_hopper():
-    """As 4 and 1: two calls of each kernel."""
+    """A group of five is split into 4 and 1, so each kernel is called twice."""
     text = full_attention(16384, 40)[1]
     for kernel in ("forward", "query_gradient", "key_gradient"):
         assert len(re.findall(rf"custom-call.*hopper_{kernel}_kernel", text)) == 2

@@ -1,4 +1,4 @@
-"""With `jax_enable_x64` on, the kernels that are compiled for a GPU are those without it."""
+"""The kernels compiled for a GPU are the same with and without `jax_enable_x64`."""
 
 import re
 from collections import Counter
@@ -29,7 +29,7 @@ def compiled_text(program, x64):
 
 
 def kernels(text):
-    """The kernels of a program, with their operands and results, whatever their names are."""
+    """Returns a program's kernels, with their operands and results but without names."""
     lines = [line for line in text.splitlines() if TRITON in line]
     return Counter(re.sub(r"%[\w.-]+|, metadata=\{.*?\}", "", line).strip() for line in lines)
 
@@ -43,12 +43,12 @@ PROGRAMS = {
 @pytest.mark.essential_cases("decode")
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_kernels_are_the_same(name):
-    """The automatic choice, and the kernels of decoding."""
+    """Covers the automatic choice and the decoding kernels."""
     without, with_x64 = (compiled_text(PROGRAMS[name], x64) for x64 in (False, True))
     assert kernels(with_x64)
     assert kernels(with_x64) == kernels(without)
     assert set(custom_calls(with_x64)) == {TRITON}
-    # of 64 bits there are single numbers at most
+    # Only scalars may have 64 bits.
     assert not re.search(r"\b[sfu]64\[\d", with_x64)
 
 

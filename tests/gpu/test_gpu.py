@@ -1,4 +1,7 @@
-"""On an NVIDIA GPU: `JAX_PLATFORMS=cuda python -m pytest -m gpu`. Numbers, reruns, dirty memory."""
+"""Tests on an NVIDIA GPU: error bounds, reruns, dirty memory.
+
+Run them with `JAX_PLATFORMS=cuda python -m pytest -m gpu`.
+"""
 
 import functools
 
@@ -22,7 +25,7 @@ from fsa_jax.pallas import SelectedTuning, Tile
 
 pytestmark = [
     pytest.mark.gpu,
-    # the backend that the kernels are written for
+    # jax warns about the backend of the kernels.
     pytest.mark.filterwarnings("ignore:.*Pallas Triton backend.*:DeprecationWarning"),
 ]
 LENGTH = 1024
@@ -30,14 +33,14 @@ LENGTH = 1024
 
 @pytest.fixture(autouse=True)
 def dirty_memory():
-    """Fills what the allocator hands out next with NaN."""
+    """Fills the memory that the allocator will hand out next with NaN."""
     assert jax.devices()[0].platform == "gpu", "these tests need an NVIDIA GPU"
     dirt = [jnp.full(size, jnp.nan) for size in (2**10, 2**16, 2**20, *[2**26] * 8)]
     jax.block_until_ready(dirt)
 
 
 def segments(length):
-    """Documents of many lengths, one-token ones too, and padding."""
+    """Returns ids of documents of many lengths, including one token, and padding."""
     rng = np.random.default_rng(0)
     ids = np.repeat(rng.integers(0, 4, 99), rng.choice([1, 7, 64, 300], 99))[:length]
     return jnp.asarray(ids, jnp.int32)[None]
@@ -89,7 +92,7 @@ TUNINGS = {
     ],
 )
 def test_error_is_at_most_twice_that_of_dense_attention(name, dtype, tuning, packed):
-    """Of dense attention in the same dtype, both against float64; outputs and gradients alike."""
+    """Dense attention has the same dtype; errors of outputs and gradients are against float64."""
     args, indices, block_size = case(dtype=jnp.dtype(dtype), **CASES[name])
     ids = segments(args[0].shape[1]) if packed else None
     make = functools.partial(selected, indices, block_size, ids)
@@ -112,7 +115,7 @@ def test_a_hundred_reruns_give_the_same_bits(tuning):
 
 
 def test_poison_that_nobody_sees_changes_no_bit():
-    """NaN in padding, and in blocks that no query chose."""
+    """Puts NaN into padding and into blocks that no query selects."""
     (query, key, value), _, block_size = case(2, jnp.bfloat16)
     ids = np.ones((1, LENGTH), np.int32)
     ids[:, 500:512] = 0
@@ -167,7 +170,7 @@ def test_none_takes_the_kernels_and_vmap_works():
 
 
 def test_a_buffer_of_more_than_two_to_the_31_elements():
-    """Queries and their partial results beyond 32-bit offsets, in two chunk sizes."""
+    """Queries and partial results exceed 32-bit offsets, with two chunk sizes."""
     length, heads, width = 2**18, 72, 128  # 2.4e9 elements
     query = jnp.zeros((1, length, heads, width), jnp.bfloat16)
     query = query.at[:, -1].set(normal(0, 1, heads, width, dtype=jnp.bfloat16))

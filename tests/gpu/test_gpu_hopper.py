@@ -1,6 +1,6 @@
-"""On an NVIDIA GPU: compressed, window and dense causal attention in Pallas Mosaic GPU.
+"""Tests on an NVIDIA GPU of compressed, window and dense causal attention in Mosaic GPU.
 
-`JAX_PLATFORMS=cuda python -m pytest -m gpu`; see test_gpu.py. GPUs other than Hopper must refuse.
+`JAX_PLATFORMS=cuda python -m pytest -m gpu`; see test_gpu.py. Other GPUs than Hopper must refuse.
 """
 
 import functools
@@ -24,7 +24,7 @@ from fsa_jax.pallas.range_attention import hopper_pipeline
 from gpu.test_gpu import dirty_memory, pytestmark, segments
 
 __all__ = ["dirty_memory", "pytestmark"]  # used by pytest
-#: Tokens: several tiles of keys for most rows, the last ones in part.
+#: Token counts: most queries attend to several key tiles, of which the last one is partial.
 LENGTH = {"compressed": 6000, "window": 1500, "causal": 1500}
 FUNCTIONS = {
     "compressed": functools.partial(fsa_jax.compressed_attention, kernel_size=32, kernel_stride=16),
@@ -33,7 +33,7 @@ FUNCTIONS = {
 }
 BRANCHES = pytest.mark.parametrize("branch", FUNCTIONS)
 SHAPES = {"g1": (1, 3), "g4": (4, 2), "g8": (8, 1), "g16": (16, 2), "g64": (64, 1)}
-#: Of dense causal attention alone: several powers of two in turn.
+#: Only for dense causal attention: such a group is split into several powers of two.
 ODD_SHAPES = {"g3": (3, 2), "g5": (5, 2), "g7": (7, 1)}
 
 
@@ -56,7 +56,7 @@ def inputs(branch, shape, dtype):
 
 @pytest.fixture(autouse=True)
 def refused():
-    """Whether the GPU has no such kernels; then a call by name says so."""
+    """Returns whether this GPU lacks the kernels; if so, requesting them by name must raise."""
     if support.hopper_reason() is None:
         return False
     with pytest.raises(NotImplementedError, match=r"compute capability 9\.0"):
@@ -82,7 +82,7 @@ _CALLS = [
 def test_error_is_at_most_twice_that_of_dense_attention(
     branch, shape, dtype, packed, scale, refused
 ):
-    """Of dense attention in the same dtype, both against float64; outputs and gradients alike."""
+    """Dense attention has the same dtype; errors of outputs and gradients are against float64."""
     if refused:
         return
     args = inputs(branch, shape, jnp.dtype(dtype))
@@ -128,7 +128,7 @@ def test_poison_that_nobody_sees_changes_no_bit(branch, refused):
 
 @pytest.mark.parametrize("sign", [1, -1])
 def test_logits_of_ten_thousand(sign, refused):
-    """A query gets the value of the one key that all its weight is on."""
+    """Each query must get the value of the one key that has all its weight."""
     if refused:
         return
     query, key, value = inputs("compressed", "g4", jnp.bfloat16)
@@ -152,7 +152,7 @@ def test_none_takes_them_where_there_is_much_to_do(refused):
 
 
 def test_cudnn_by_name():
-    """Where jax finds it, it gives what the kernels give; with documents it refuses."""
+    """Where jax supports cuDNN, results match the kernels'; with documents, cuDNN refuses."""
     args = inputs("causal", "g4", jnp.bfloat16)
     got, wanted = (
         value_and_gradients(
@@ -168,7 +168,7 @@ def test_cudnn_by_name():
 
 
 def test_full_attention_never_takes_the_quadratic_path():
-    """A row of 65,536 tokens in two documents: a matrix of scores would take 16 GiB a head."""
+    """On 65,536 tokens in two documents, a score matrix would take 16 GiB per head."""
     query, key = (normal(0, 1, 65536, heads, 128, dtype=jnp.bfloat16) for heads in (4, 1))
     ids = (jnp.arange(65536, dtype=jnp.int32) // 40000 + 1)[None]
     attend = lambda q, k, v: fsa_jax.causal_attention(q, k, v, segment_ids=ids).sum()  # noqa: E731

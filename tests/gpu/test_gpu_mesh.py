@@ -1,4 +1,4 @@
-"""Two NVIDIA GPUs against one: numbers and step times of data, tensor and sequence parallel."""
+"""Two NVIDIA GPUs against one: results and step times of data, tensor and sequence parallelism."""
 
 import functools
 import time
@@ -18,13 +18,13 @@ from fsa_jax.bench.shapes import Shape
 
 pytestmark = [
     pytest.mark.gpu,
-    # the backend that the kernels are written for; jax announces it from a callback of XLA here
+    # jax warns about the backend of the kernels; on a mesh, it does so in an XLA callback.
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
 ]
 SHAPE = Shape(
     batch=2, length=32768, heads=16, kv_heads=4, width=128, value_width=128, block_size=64, slots=16
 )
-#: How the query and gates are split over an axis of two devices.
+#: How the query and the gates are split over an axis of two devices.
 SPLITS = {
     "data": P("devices"),
     "tensor": P(None, None, "devices"),
@@ -41,10 +41,10 @@ def mesh():
 
 
 def arrays():
-    """Inputs and the cotangent of the operator, without documents."""
+    """Returns inputs and the cotangent of the operator, without documents."""
     _, *shapes = operator_gradients(SHAPE)
     inputs = [normal(i, *x.shape, dtype=jnp.bfloat16) for i, x in enumerate(shapes)]
-    # compressed keys as they come: near the mean of their windows' keys
+    # Use realistic compressed keys, each near the mean of its window's keys.
     sizes = {"kernel_size": 32, "kernel_stride": 16, "method": "mean"}
     inputs[3:5] = (fsa_jax.compress(x, **sizes) for x in inputs[1:3])
     return inputs
@@ -70,7 +70,7 @@ def median_time(program, *inputs):
 
 @functools.cache
 def on_one():
-    """Results of one GPU, and the time of a step."""
+    """Returns the results on one GPU, and the time of a step."""
     program = jax.jit(functools.partial(step, None))
     inputs = arrays()
     return jax.device_get(program(*inputs)), median_time(program, *inputs)
@@ -90,7 +90,7 @@ def test_two_gpus_compute_what_one_does(split, mesh):
         got = jax.tree.map(lambda x: np.asarray(from_zigzag(jnp.asarray(x), 2)), got)
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
         a, b = a.astype(np.float32), b.astype(np.float32)
-        # a block whose score is a tie to rounding may be chosen by one alone: few rows, then
+        # If scores tie up to rounding, only one run may select a block, which affects few queries.
         differs = np.abs(a - b) > 0.02 * np.abs(b).max()
         assert differs.mean() < 1e-3, (split, differs.mean())
     both = median_time(program, *placed)

@@ -1,4 +1,4 @@
-"""On an NVIDIA GPU: compressed and window attention, selection, gates, operator and layer.
+"""Tests on an NVIDIA GPU of compressed and window attention, selection, gates, operator, layer.
 
 `JAX_PLATFORMS=cuda python -m pytest -m gpu`; see test_gpu.py.
 """
@@ -77,7 +77,7 @@ def inputs(branch, shape, dtype):
     ],
 )
 def test_error_is_at_most_twice_that_of_dense_attention(branch, shape, dtype, packed):
-    """Of dense attention in the same dtype, both against float64; outputs and gradients alike."""
+    """Dense attention has the same dtype; errors of outputs and gradients are against float64."""
     args = inputs(branch, shape, jnp.dtype(dtype))
     ids = segments(LENGTH) if packed else None
     ours, dense = (
@@ -107,7 +107,7 @@ def test_poison_that_nobody_sees_changes_no_bit(branch):
     run = value_and_vjp(attend(branch, "triton", jnp.asarray(ids)), 3)
     padding = jnp.asarray(ids == 0)[..., None, None]
     unseen = padding
-    if branch == "compressed":  # two documents have that many windows
+    if branch == "compressed":  # the two documents have this many windows
         windows = (500 - 32) // 16 + 1 + (508 - 32) // 16 + 1
         unseen = (jnp.arange(key.shape[1]) >= windows)[None, :, None, None]
     assert_poison_changes_no_bit(run, (query, key, value), (padding, unseen, unseen))
@@ -116,7 +116,7 @@ def test_poison_that_nobody_sees_changes_no_bit(branch):
 @pytest.mark.parametrize("group", [1, 3, 4, 8, 16])
 @pytest.mark.parametrize("packed", [False, True])
 def test_selection_is_that_of_the_portable_implementation(group, packed):
-    """Where the scores of the last chosen block and the first other one differ clearly."""
+    """Lists agree where the last chosen block scores clearly higher than the first one left out."""
     length, config = 4096, fsa_jax.NSAConfig(topk=8)
     query = normal(0, 1, length, 2 * group, 128, dtype=jnp.bfloat16)
     key = normal(1, 1, length // 16, 2, 128, dtype=jnp.bfloat16)
@@ -133,7 +133,7 @@ def test_selection_is_that_of_the_portable_implementation(group, packed):
     np.testing.assert_array_equal(ours, again)
     same = (ours == portable).all(axis=-1)
     assert same.mean() > 0.998
-    # equal scores: the lower numbers, exactly
+    # With equal scores, exactly the lower blocks must be chosen.
     tied = jnp.zeros_like(key)
     _, lse = fsa_jax.compressed_attention(
         query, tied, tied, **WINDOWS, segment_ids=ids, implementation="xla", return_residuals=True

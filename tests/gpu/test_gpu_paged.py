@@ -1,4 +1,4 @@
-"""On an NVIDIA GPU: the kernels of decoding. See test_gpu.py and pallas/test_decode.py."""
+"""Tests of the decoding kernels on an NVIDIA GPU. See test_gpu.py and pallas/test_decode.py."""
 
 from pallas.test_decode import (
     test_a_bound_on_the_entries_changes_rounding_alone,

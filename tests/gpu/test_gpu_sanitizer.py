@@ -1,4 +1,4 @@
-"""On an NVIDIA GPU, with CUDA's compute-sanitizer: no kernel reads or writes outside its arrays."""
+"""On an NVIDIA GPU, CUDA's compute-sanitizer finds no out-of-bounds access in any kernel."""
 
 import fcntl
 import os
@@ -17,7 +17,7 @@ FOUND = 99
 
 @pytest.fixture
 def alone():
-    """One case at a time: alone each takes seconds, several at once many minutes."""
+    """Runs one case at a time: alone each takes seconds, but several at once take many minutes."""
     with open(Path(tempfile.gettempdir()) / "fsa_jax_sanitizer.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
@@ -31,7 +31,7 @@ def test_no_access_outside_an_array(name):
     done = subprocess.run(
         [tool, "--tool", "memcheck", "--error-exitcode", str(FOUND), sys.executable,
          str(Path(__file__).parents[1] / "sanitized.py"), name],
-        # kernels one by one: recorded as a graph, they would be traced for minutes
+        # Launch kernels one by one: the tool takes minutes to trace a recorded graph.
         env=os.environ
         | {
             "XLA_PYTHON_CLIENT_ALLOCATOR": "platform",

@@ -1,4 +1,4 @@
-"""On an NVIDIA GPU: with `jax_enable_x64` on, the kernels give the bits that they give without.
+"""On an NVIDIA GPU, the kernels give the same bits with and without `jax_enable_x64`.
 
 `JAX_PLATFORMS=cuda python -m pytest -m gpu`; see test_gpu.py and test_x64.py.
 """
