@@ -1,1 +1,1 @@
-"""`fsa-jax bench` and `fsa-jax tune`, and their reports."""
+"""Tests of `fsa-jax bench` and `fsa-jax tune`, and of their reports."""

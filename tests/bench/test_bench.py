@@ -1,4 +1,4 @@
-"""The benchmark runner on a machine without a GPU: the whole path, counts, checks, failures."""
+"""The benchmark runner without a GPU: complete runs, work counts, result checks, failures."""
 
 import dataclasses
 import json
@@ -39,7 +39,7 @@ def test_every_suite_runs_without_a_gpu_and_says_that_it_measures_nothing(suite,
         assert len(row["samples_ms"]) == 1
         assert row["device_ms"] is None
         assert row["peak_bytes"] > 0
-        assert row["floor_ms"] is None  # of a CPU nobody knows the ceilings
+        assert row["floor_ms"] is None  # the ceilings of a CPU are unknown
         checked = row["function"] not in ("combine_branches", "select_blocks", "model")
         assert (row.get("relative_error") is not None) == checked
     functions = {row["function"] for row in rows}
@@ -60,7 +60,7 @@ def test_every_suite_runs_without_a_gpu_and_says_that_it_measures_nothing(suite,
 
 
 def test_a_failing_method_is_recorded_and_the_others_go_on(monkeypatch):
-    """CuDNN on a CPU: the error stands in its rows."""
+    """On a CPU, cuDNN fails and its rows record the error."""
     state = Run(BenchConfig(rounds=1, threads=2), interpret=False)
     rows = list(attention.measure_cases(state, [(CASE, ("full_attention",))], "xla", None))
     outcomes = {(row["method"], row["pass"]): "error" in row for row in rows}
@@ -90,7 +90,7 @@ def test_a_wrong_result_ends_the_run(function, monkeypatch):
 
 @pytest.mark.slow
 def test_rivals_take_turns(monkeypatch):
-    """A round of each after another: a card that warms up must not favour the first."""
+    """Methods alternate in every round, so that a GPU's warm-up does not favour the first one."""
     order, timed = [], timing.Clock.round
 
     def watched(clock, arguments):
@@ -132,7 +132,7 @@ def test_what_the_time_budget_leaves_out_is_recorded(tmp_path):
     ("function", "message"), [("block_attention", "relative error"), ("select_blocks", "the lists")]
 )
 def test_a_wrong_step_of_decoding_ends_the_run(function, message, monkeypatch):
-    """Wrong numbers, or the right ones of blocks that do not have the best scores."""
+    """Covers wrong numbers, and correct attention to blocks that do not have the best scores."""
     state = Run(BenchConfig(suite="decode", rounds=1, threads=2), interpret=True)
     module = decode_attention if function == "block_attention" else selection
     right = getattr(module, function)
@@ -154,7 +154,8 @@ def test_the_work_of_a_step_counts_the_keys_that_are_seen(length):
     config, token = step.config, range(length)
     seen = sum(length - i >= config.kernel_size for i in token[:: config.kernel_stride])
     blocks = {i // config.block_size for i in token}
-    kept = sorted(blocks)[-config.topk :]  # whichever they are, the last one among them
+    # any choice gives the same count if it contains the last block
+    kept = sorted(blocks)[-config.topk :]
     seen += sum(i // config.block_size in kept for i in token) + len(token[-config.window_size :])
     flops, moved = step.work("decode_step")
     assert (flops, moved) == (3 * seen * 4 * 6 * 16, 3 * seen * 2 * 2 * 16 * 2)
@@ -167,10 +168,10 @@ def test_work_counts_what_is_visible(packed, selection):
     case = dataclasses.replace(CASE, packed=packed, selection=selection)
     arrays = cases.make_inputs(case, 0, "xla")
     tokens = jnp.arange(case.length, dtype=jnp.int32)
-    keys = {"compressed_attention": jnp.arange(30, dtype=jnp.int32)}  # of windows
+    keys = {"compressed_attention": jnp.arange(30, dtype=jnp.int32)}  # of windows, not of tokens
     for function in ("compressed_attention", "sliding_window_attention", "selected_attention"):
         if function == "selected_attention" and selection == "skewed":
-            continue  # repeated blocks count once, so that there is less to do
+            continue  # repeated blocks count once, so there is less work
         seen = correctness.visible(case, function, arrays, tokens, keys.get(function, tokens))
         pairs = np.broadcast_to(seen, (case.kv_heads, *seen.shape[1:])).sum() * case.group
         flops, _ = cases.work(case, function, False)
@@ -206,7 +207,7 @@ def test_ceilings_are_measured():
 
 
 def test_what_tells_most_is_measured_first():
-    """Every group at both block sizes, all lengths up to 256K; nothing twice."""
+    """The cases cover each group at both block sizes and all lengths to 256K, without repeats."""
     kernels = attention._kernel_cases(attention.LENGTHS, attention.KERNEL_HEADS)
     operators = attention._operator_cases(attention.LENGTHS, attention.HEADS)
     selected = [case for case, functions in kernels if "selected_attention" in functions]

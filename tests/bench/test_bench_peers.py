@@ -1,4 +1,4 @@
-"""Other projects' kernels in the benchmark, with stand-ins for torch and for the packages."""
+"""Kernels of other projects in the benchmark, with stand-ins for torch and their packages."""
 
 import json
 import sys
@@ -21,7 +21,7 @@ CASE = Case(length=120, heads=6, kv_heads=2, width=16, config=TINY)
 
 
 class Event:
-    """A CUDA event: one millisecond after the one before it."""
+    """A CUDA event, recorded one millisecond after the previous one."""
 
     count = 0
 
@@ -67,7 +67,7 @@ def backward(out, dout, lse, q, k, v, lists, block_size, starts, ends, most_q, m
 
 @pytest.fixture
 def packages(monkeypatch):
-    """Makes torch and a package of one peer importable."""
+    """Makes torch and the package of one other project importable."""
 
     def install(forward, backward=backward):
         cuda = types.SimpleNamespace(Event=Event, synchronize=lambda: None)
@@ -95,7 +95,7 @@ def test_a_peer_is_timed_and_compared(packages):
     rows = rows_of(("peer_fsa",))
     assert set(rows) == {("peer_fsa", "forward"), ("peer_fsa", "backward")}
     for row in rows.values():
-        assert row["samples_ms"] == [0.1, 0.1]  # a millisecond for ten calls
+        assert row["samples_ms"] == [0.1, 0.1]  # ten calls take one millisecond
         assert row["agrees"] is True
         assert 0 < row["relative_error"] < 0.05
         assert row["flops"] > 0

@@ -1,4 +1,4 @@
-"""The report of a benchmark, from made-up result files of every suite."""
+"""The report of a benchmark, built from made-up result files of all suites."""
 
 import copy
 import json
@@ -117,14 +117,14 @@ def everything() -> dict:
 
 
 def sections(text: str) -> dict[str, str]:
-    """The text under each device's heading."""
+    """Returns the text under the heading of each device."""
     parts = re.split(r"^## (.*)$", text, flags=re.MULTILINE)
     return dict(zip(parts[1::2], parts[2::2], strict=True))
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory) -> Path:
-    """A report on results of every suite and two devices."""
+    """Builds a report from results of all suites on two devices."""
     folder = tmp_path_factory.mktemp("bench")
     report(write(folder / "results", **everything()), folder / "out")
     return folder
@@ -154,7 +154,7 @@ def test_sections_and_plots(made):
 
 
 def test_the_plot_of_models_keeps_packed_sequences_apart():
-    """Packed and plain rows of one length are different figures, not one point."""
+    """Packed and plain sequences of one length are drawn in separate figures."""
     content = models("training", "step")
     packed = [r | {"packed": True, "tokens_per_s": 9 * r["tokens_per_s"]} for r in content["rows"]]
     content["rows"] += packed
@@ -170,7 +170,8 @@ def test_the_plot_of_models_keeps_packed_sequences_apart():
 
 def test_tables(made):
     gpu, cpu = sections((made / "out/benchmarks.md").read_text()).values()
-    # triton, kv_outer, query_outer, peer_fsa; x floor; ours over the best peer
+    # The columns are triton, kv_outer, query_outer and peer_fsa, the time over the floor, and our
+    # time over that of the best peer.
     same = "selected_attention | forward | 8,192 | 4 | 4 | no |"
     assert f"| {same} 1.00 (2%) | 1.00 (2%) | 9.00 (2%) | - | 2.00 | 0.111 (query_outer) |" in gpu
     packed = "selected_attention | forward | 8,192 | 16 | 4 | yes |"
@@ -242,7 +243,8 @@ def test_losses_are_listed_and_sorted(made):
     )
     lines = [line.split(" | ") for line in gpu.splitlines() if re.match(r"\| [\d.]+ \|", line)]
     slower = [float(line[0].strip("| ")) for line in lines]
-    # kv_outer at G = 16 (16 against 9), the operator and the models at the shorter length
+    # These are kv_outer at G = 16 (16 against 9), and the operator and the models at the shorter
+    # length.
     assert slower == [2.0] * 4 + [1.78] * 4
     assert {line[1] for line in lines[:4]} == {"native_sparse_attention", "model"}
     assert {(line[4], line[6]) for line in lines[4:]} == {("kv_outer", "query_outer")}

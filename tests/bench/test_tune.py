@@ -41,7 +41,7 @@ def a_table(*tiles, **changes):
 
 @pytest.fixture
 def user_table(tmp_path, monkeypatch):
-    """Writes the user's table."""
+    """Returns a function that writes the user's table."""
 
     def write(*tiles, **changes):
         path = tmp_path / "mine.json"
@@ -62,7 +62,7 @@ def test_the_users_table_is_taken_for_its_device_alone(user_table):
     user_table(tile_tables.entry(key, WIDE))
     found = tile_tables.table()
     assert found is not None
-    assert tile_tables.table() is found  # or everything would be traced anew
+    assert tile_tables.table() is found  # a new object would cause everything to be retraced
     heuristic = supported(ranges.make_plan(*arrays(), 90))
     plan = ranges.make_plan(*arrays(), 90, found)
     assert plan == dataclasses.replace(heuristic, forward=WIDE)
@@ -79,10 +79,10 @@ def test_the_users_table_is_taken_for_its_device_alone(user_table):
         ({"group": 9}, False),
         ({"group": 1}, False),
         ({"width": 64}, False),
-        ({"width": 120}, True),  # padded to 128
+        ({"width": 120}, True),  # the width is padded to 128
         ({"dtype": jnp.float16}, True),
         ({"dtype": jnp.float32}, False),
-        ({"keys": 64}, False),  # the other branch
+        ({"keys": 64}, False),  # this is another branch
     ],
 )
 def test_which_calls_an_entry_serves(call, served):
@@ -131,7 +131,7 @@ def test_plans_of_all_kernels_take_their_tiles():
     for _, _, field in tile_tables.SELECTED.values():
         assert getattr(plan, field) == PLAIN
     assert (scores.rows, scores.num_warps, scores.num_stages) == (32, 2, 4)
-    assert mine.forward == mine.query_tile == asked.forward  # what is asked for comes first
+    assert mine.forward == mine.query_tile == asked.forward  # an explicit tuning takes precedence
     assert mine.backward == PLAIN
     assert supported(make_plan(SelectedTuning(), query, key, value, 16, 64, 90)).forward != PLAIN
 
@@ -139,7 +139,7 @@ def test_plans_of_all_kernels_take_their_tiles():
 @pytest.mark.slow
 @pytest.mark.parametrize("kernel", ["range_forward", "range_key_gradient"])
 def test_a_tile_changes_the_program_and_not_the_result(kernel):
-    """Nothing stays traced with the tile of the candidate before."""
+    """No trace with the tile of the previous candidate is reused."""
     of_window = [job for job in tuner.jobs(TuneConfig(), True) if job.key.branch == "window"]
     (job,) = (job for job in of_window if job.key.kernel == kernel)
     subject = tuner.subject_of(job, True)
@@ -147,7 +147,7 @@ def test_a_tile_changes_the_program_and_not_the_result(kernel):
     name = "forward" if kernel == "range_forward" else "backward"
     again = tuner.compile_with(job, subject, job.tiles[0])
 
-    def instructions(programs):  # without the places in the source
+    def instructions(programs):  # drops source locations
         lines = programs[name].as_text().splitlines()
         return [re.sub(r", metadata=.*", "", line) for line in lines if " = " in line]
 
@@ -222,7 +222,7 @@ def test_wrong_results_are_told():
 
 @pytest.mark.slow
 def test_the_command_without_a_gpu_measures_nothing_and_says_so(tmp_path, monkeypatch):
-    """The whole path with interpreted kernels; a wrong candidate is dropped."""
+    """The whole command runs with interpreted kernels, and drops a wrong candidate."""
     some = [
         job
         for job in tuner.jobs(TuneConfig(), True)

@@ -1,1 +1,1 @@
-"""Caches, their pages, and attention to them."""
+"""Tests of caches, their pages, and attention to cached tokens."""

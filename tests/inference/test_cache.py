@@ -1,4 +1,4 @@
-"""Layers with a cache: the training forward's outputs, in any chunks, for every option."""
+"""Layers with a cache give the outputs of the training forward pass, in any chunks."""
 
 import dataclasses
 from typing import Any
@@ -19,12 +19,12 @@ from fsa_jax.layers import FullAttention, NativeSparseAttention
 from fsa_jax.rope import Llama3Scaling, RoPE
 
 LENGTH, BATCH, FEATURES = 72, 2, 16
-#: Tokens of a row of a call: one, a few, and more than are served by gathering blocks.
+#: Tokens per sequence in a call: one, a few, and too many to be served by gathering blocks.
 WIDTHS = (1, 5, 24)
 assert WIDTHS[1] <= cached_attention.MAX_DECODE_TOKENS < WIDTHS[2]
 
 SCALED = RoPE(theta=5e5, scaling=Llama3Scaling(original_max_position=64))
-#: Windows longer than blocks, no forced first block, a window that reaches over all tokens.
+#: Windows longer than blocks, no forced first block, and a sliding window over all tokens.
 LONG_WINDOWS = NSAConfig(
     kernel_size=16,
     kernel_stride=4,
@@ -34,7 +34,7 @@ LONG_WINDOWS = NSAConfig(
     local_blocks=1,
     window_size=100,
 )
-#: Windows that do not overlap, of one token each, and the query's own token alone near it.
+#: Non-overlapping windows of one token, and a sliding window of only the query's own token.
 ONE_TOKEN = NSAConfig(
     kernel_size=1,
     kernel_stride=1,
@@ -78,8 +78,8 @@ def extend(layer, x, cache, num_tokens, fresh=False):
 
 
 def feed(layer, x, cache, at, counts, width, fresh=False):
-    """The outputs of the next tokens of each sequence; what is not there is given as NaN."""
-    tokens = np.asarray(x)  # slices of jax arrays would be compiled, one by one
+    """Returns the outputs of each sequence's next tokens; absent tokens are NaN in the input."""
+    tokens = np.asarray(x)  # slicing a jax array would compile each slice
     rows = np.full((BATCH, width, x.shape[2]), np.nan, tokens.dtype)
     for row, (start, count) in enumerate(zip(at, counts, strict=True)):
         rows[row, :count] = tokens[row, start : start + count]
@@ -91,7 +91,7 @@ def feed(layer, x, cache, at, counts, width, fresh=False):
 
 
 def run(layer, x, cache, calls, fresh=False):
-    """The outputs of all tokens, given in calls of (width, tokens of each sequence)."""
+    """Returns the outputs of all tokens, fed in calls of (width, tokens of each sequence)."""
     at, out = [0] * BATCH, [[] for _ in range(BATCH)]
     for width, counts in calls:
         parts, cache = feed(layer, x, cache, at, counts, width, fresh)
@@ -104,10 +104,10 @@ def run(layer, x, cache, calls, fresh=False):
 
 @st.composite
 def chunkings(draw, widths):
-    """Calls that give each sequence all its tokens, as many at a time as one likes."""
+    """Draws calls that feed all tokens of each sequence, in chunks of any size."""
     left, calls = [LENGTH] * BATCH, []
     while any(left):
-        # long rows of single tokens take long and show little
+        # Long series of single-token calls take long and test little.
         width = draw(st.sampled_from(widths[-1:] if len(calls) > 25 else widths))
         most = [min(width, n) for n in left]
         counts = [n if len(calls) > 40 else draw(st.integers(0, n)) for n in most]
@@ -133,7 +133,7 @@ def test_any_chunks_give_the_training_forward(options):
     def check(calls):
         np.testing.assert_allclose(run(layer, x, empty, calls), want, atol=1e-5)
 
-    # every width is a compilation: the default options have all
+    # Every width is compiled, so only the default options use all widths.
     widths = WIDTHS if not options else WIDTHS[::2]
     for calls in (TOKEN_BY_TOKEN, IN_CHUNKS):
         check(calls)
@@ -150,7 +150,7 @@ def test_fresh_sequences_run_the_training_forward_and_forget_what_was_there(name
 
 
 def run_cache(layer, x, cache):
-    """The cache that the tokens leave."""
+    """Returns the cache after all tokens have been added."""
     for start in range(0, LENGTH, 24):
         cache = extend(layer, x[:, start : start + 24], cache, None)[1]
     return cache
@@ -158,7 +158,7 @@ def run_cache(layer, x, cache):
 
 @pytest.mark.slow
 def test_kernels_serve_sequences_of_different_lengths():
-    """A chunk by the kernels of training, then some tokens by those of decoding."""
+    """The training kernels process a chunk, then the decoding kernels process some tokens."""
     config = dataclasses.replace(CONFIG, block_size=16)
     layer, x = make(config=config), inputs()
     want = whole(layer, x)
@@ -177,12 +177,12 @@ def test_kernels_serve_sequences_of_different_lengths():
 @pytest.mark.fast_cases("FullAttention")
 @pytest.mark.parametrize("cls", [NativeSparseAttention, FullAttention])
 def test_rewinding_takes_back_drafts(cls):
-    """Tokens that turn out wrong leave no trace, whatever windows and blocks they were in."""
+    """Rejected draft tokens leave no trace, whichever windows and blocks they were in."""
     options = {"rollback": 5} if cls is NativeSparseAttention else {}
     layer, x = make(cls), inputs()
     cache, out = layer.init_cache(BATCH, LENGTH, **options), []
     wrong = jax.random.normal(jax.random.key(1), x.shape)
-    for start in range(0, LENGTH, 3):  # two of each five drafts are wrong
+    for start in range(0, LENGTH, 3):  # two of every five drafts are wrong
         drafts = jnp.concatenate([x[:, start : start + 3], wrong[:, :2]], axis=1)
         counts = jnp.minimum(LENGTH - start, 5) * jnp.ones(BATCH, jnp.int32)
         y, cache = extend(layer, drafts, cache, counts)
@@ -209,7 +209,7 @@ def numbers(*values):
 
 @pytest.mark.slow
 def test_all_rewinds_together_take_back_what_the_cache_keeps():
-    """Tokens that were taken back count until others stand in their place."""
+    """Rewound tokens count against the limit until other tokens replace them."""
     layer, x = make(), inputs()
     want, wrong = whole(layer, x), jax.random.normal(jax.random.key(1), x.shape)
 
@@ -217,23 +217,23 @@ def test_all_rewinds_together_take_back_what_the_cache_keeps():
         return extend(layer, tokens[:, :24], cache, numbers(*counts))
 
     _, cache = add(layer.init_cache(BATCH, LENGTH, rollback=4), x, 17, 20)
-    _, cache = add(cache, wrong, 4, 2)  # 17 and 20 tokens are right
+    _, cache = add(cache, wrong, 4, 2)  # the first 17 and 20 tokens are right
     cache = cache.rewind(numbers(1, 2))
     for count in ((4, 0), (0, 3)):
         with pytest.raises(ValueError, match=r"count must be in 0 \.\. \[3, 2\] .*rollback=4, "):
             cache.rewind(numbers(*count))
     cache = cache.rewind(numbers(3, 0))
     assert cache.lengths.tolist() == [17, 20]
-    _, cache = add(cache, wrong, 1, 1)  # four and two were taken back, one of each was added
+    _, cache = add(cache, wrong, 1, 1)  # after rewinding four and two tokens, one of each was added
     with pytest.raises(ValueError, match=r"count must be in 0 \.\. \[1, 3\]"):
         cache.rewind(numbers(2, 0))
-    cache = cache.rewind(numbers(1, 3))  # as far as it goes
+    cache = cache.rewind(numbers(1, 3))  # the most that the cache can rewind
     out = []
     for row, (start, count) in enumerate(((17, 24), (18, 24))):
         y, new = add(cache, x[:, start:], *(count * (row == i) for i in range(BATCH)))
         np.testing.assert_allclose(y[row], want[row, start : start + 24], atol=1e-5)
         out.append(new)
-    # the tokens that were added since are all there is to take back, and no more than the limit
+    # Only tokens added since can be rewound, and no more than the limit.
     assert out[0]._removable.tolist() == [4, 0]
     fresh = extend(layer, x[:, :24], cache, numbers(3, 9), fresh=True)[1]
     assert fresh._removable.tolist() == [3, 4]
@@ -242,10 +242,10 @@ def test_all_rewinds_together_take_back_what_the_cache_keeps():
 @pytest.mark.parametrize(
     ("cls", "counts"),
     [
-        (NativeSparseAttention, [(2, 2), (1, 2)]),  # four together, of three
+        (NativeSparseAttention, [(2, 2), (1, 2)]),  # four in total, of at most three
         (NativeSparseAttention, [(0, 4)]),
         (NativeSparseAttention, [(0, -1)]),
-        (FullAttention, [(3, 8), (1, 2)]),  # ten of nine
+        (FullAttention, [(3, 8), (1, 2)]),  # ten in total, of nine
         (FullAttention, [(0, -1)]),
     ],
 )
@@ -253,7 +253,7 @@ def test_rewinding_too_far_inside_jit_loses_the_sequence_and_says_so(cls, counts
     layer, x = make(cls), inputs()
     options = {"rollback": 3} if cls is NativeSparseAttention else {}
     _, cache = extend(layer, x[:, :24], layer.init_cache(BATCH, LENGTH, **options), numbers(9, 9))
-    # row 0 goes as far as it may, row 1 further
+    # Sequence 0 is rewound as far as allowed, sequence 1 further.
     back = sum(count for count, _ in counts)
 
     @jax.jit
@@ -274,7 +274,7 @@ def test_rewinding_too_far_inside_jit_loses_the_sequence_and_says_so(cls, counts
         ValueError, match=r"sequence 1, .* start it anew with fresh=True or release"
     ):
         after.rewind(numbers(0, 1))
-    # the other sequence goes on, and so does this one from its start
+    # The other sequence continues, and the lost one can start again from the beginning.
     assert after.rewind(numbers(1, 0)).lost.tolist() == [False, True]
     y, new = extend(layer, x[:, :24], after, numbers(24, 24), fresh=True)
     np.testing.assert_allclose(y[1], whole(layer, x)[1, :24], atol=1e-5)
@@ -286,7 +286,8 @@ def test_numpy_integers_count_as_integers():
     cache = make().init_cache(np.int64(2), np.int16(16), **sizes)
     same = make().init_cache(2, 16, rollback=2, layers=2, num_pages=4)
     assert jax.tree.structure(cache) == jax.tree.structure(same)
-    assert (type(cache.rollback), type(cache.layers)) == (int, int)  # promotion knows the others
+    # numpy integers would take part in dtype promotion
+    assert (type(cache.rollback), type(cache.layers)) == (int, int)
 
 
 def test_a_chunk_is_added_once_to_the_cache_that_gave_it():
@@ -320,7 +321,7 @@ def test_a_cache_of_a_dtype_that_no_call_takes(layer, dtype, message):
 
 @pytest.mark.slow
 def test_a_cache_of_the_dtype_of_the_keys(x64):
-    """The dtype of x counts where the layer has none and the parameters' is narrower."""
+    """The dtype of x decides where the layer has none and the parameters have a narrower one."""
     layer = FullAttention(4, FEATURES, implementation="xla", rngs=nnx.Rngs(0))
     for dtype in (jnp.float32, "float64"):
         x = inputs(dtype)[:, :1]
@@ -332,11 +333,11 @@ def test_a_cache_of_the_dtype_of_the_keys(x64):
 @pytest.mark.slow
 @pytest.mark.parametrize("cls", [NativeSparseAttention, FullAttention])
 def test_error_rule_in_bfloat16(cls, x64):
-    """All blocks are selected: a choice that rounding flips is no error of the attention."""
+    """All blocks are selected, because a choice that rounding flips is not an attention error."""
     dtype, dense_choice = jnp.bfloat16, "xla" if cls is FullAttention else "reference"
     config = dataclasses.replace(CONFIG, topk=LENGTH // CONFIG.block_size)
     options = {} if cls is FullAttention else {"config": config}
-    # parameters and tokens are numbers of the low precision, in all three
+    # Parameters and tokens are rounded to the low precision in all three layers.
     layers = [make(cls, param_dtype=jnp.float64, dtype=d, **options) for d in (dtype, jnp.float64)]
     for layer in layers:
         state = jax.tree.map(lambda p: p.astype(dtype).astype(jnp.float64), nnx.state(layer))
@@ -354,7 +355,7 @@ def test_error_rule_in_bfloat16(cls, x64):
 @pytest.mark.fast_cases("full")
 @pytest.mark.parametrize("name", ["default", "full"])
 def test_a_step_works_in_place_and_reads_what_it_needs(name):
-    """Time of a decoding step: a few blocks, the window and the windows' keys, not the cache."""
+    """A decoding step reads a few blocks, the window and the compressed keys, not all the cache."""
     config = dataclasses.replace(CONFIG, kernel_size=32, kernel_stride=16, block_size=64)
     layer = make(**OPTIONS[name] | ({"config": config} if name == "default" else {}))
     graphdef, state = nnx.split(layer)
@@ -367,16 +368,17 @@ def test_a_step_works_in_place_and_reads_what_it_needs(name):
         size = sum(leaf.nbytes for leaf in jax.tree.leaves(cache))
         compiled: Any = jax.jit(step, donate_argnums=2).lower(state, x, cache).compile()
         memory = compiled.memory_analysis()
-        assert memory.alias_size_in_bytes >= 0.99 * size  # the old cache becomes the new one
+        # the new cache reuses the old one's memory
+        assert memory.alias_size_in_bytes >= 0.99 * size
         return compiled.cost_analysis()["flops"], memory.temp_size_in_bytes, size
 
     x = jnp.zeros((1, 1, FEATURES))
     (near, _, _), (far, scratch, size) = (cost(capacity, x) for capacity in (2048, 32768))
-    products = 2 * 4 * 8 * 2 * (32768 - 2048)  # q k and p v: four heads of width 8
+    products = 2 * 4 * 8 * 2 * (32768 - 2048)  # q k and p v for four heads of width 8
     if name == "full":
         assert products < far - near < 3 * products
         return
-    # compressed keys alone grow with the tokens; they are read twice, for scores again
+    # Only compressed keys grow with the tokens; they are read twice, the second time for scores.
     assert far - near < 3 * products / config.kernel_stride
     assert scratch < size / 8
 

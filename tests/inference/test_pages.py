@@ -1,4 +1,4 @@
-"""Pages that sequences share over time: what is freed is gone, what is missing is said."""
+"""Pages shared by sequences over time: freed pages are never read, missing ones are reported."""
 
 import dataclasses
 from typing import Any
@@ -52,7 +52,7 @@ WANTED = {name: np.asarray(whole(layer, jnp.asarray(TEXTS))) for name, layer in 
 
 
 def poisoned(cache, pages=None, rows=None):
-    """NaN in pages (of all, or of those) and in the tails of rows, where they hold numbers."""
+    """Fills pages (all, or `pages`) and tails of sequences (all, or `rows`) with NaN."""
     changes = {}
     for field in dataclasses.fields(cache):
         x = getattr(cache, field.name)
@@ -69,7 +69,7 @@ def poisoned(cache, pages=None, rows=None):
 
 
 class Server(RuleBasedStateMachine):
-    """Texts come, grow, are cut short and go, in any order; pages that are free hold NaN."""
+    """Sequences start, grow, get truncated and end in any order; free pages contain NaN."""
 
     name = "nsa"
 
@@ -140,7 +140,7 @@ TestServer, TestFullServer = pytest.mark.slow(Server.TestCase), FullServer.TestC
 
 
 def test_one_token_at_a_time_in_pages_of_others():
-    """Single tokens gather blocks by page: none of a page's former text is among them."""
+    """Single-token calls gather blocks by page, and must not read what a page held before."""
     layer, cache = LAYERS["nsa"], init_cache("nsa")
     allocator = PageAllocator(cache)
     for row in (2, 0):
@@ -169,7 +169,7 @@ def test_out_of_pages_harms_no_other_sequence():
         OutOfPages, match=r"sequence 0 needs 6 more pages for 48 tokens, 5 of 11 are free"
     ):
         allocator.reserve(cache, 0, CAPACITY)
-    # sequence 0 has no page: what it gets is not stored, and no other sequence's page changes
+    # Sequence 0 has no page, so its tokens are not stored, and no other sequence's page changes.
     y, after = extend(layer, x, cache, jnp.asarray([WIDTH, 0, WIDTH], jnp.int32))
     assert not np.any(y)
     assert_same_bits(after, cache)
@@ -186,7 +186,7 @@ def test_out_of_pages_harms_no_other_sequence():
 def test_a_page_that_is_not_there_is_never_written():
     cache = init_cache("full")
     table = np.full_like(cache.page_table, -1)
-    table[0, 1] = 4  # its first page is missing
+    table[0, 1] = 4  # the first page is missing
     cache = dataclasses.replace(cache, page_table=jnp.asarray(table))
     x, there = jnp.ones((ROWS, 1, 2, 8)), jnp.asarray([[True], [True], [False]])
     at = jnp.asarray([[PAGE + 3], [0], [0]], jnp.int32)
@@ -207,12 +207,12 @@ def test_a_page_is_handed_out_once_whatever_cache_comes():
             ):
                 use(stale, 1, 2 * PAGE)
     assert allocator.free_pages == PAGES
-    assert allocator.release(after, 0).room.tolist() == [0, 0, 0]  # once more changes nothing
-    row, length = np.int64(0), np.int32(1)  # they count as integers
+    assert allocator.release(after, 0).room.tolist() == [0, 0, 0]  # releasing twice changes nothing
+    row, length = np.int64(0), np.int32(1)  # numpy integers are accepted
     both = allocator.reserve(allocator.reserve(after, 1, 2 * PAGE), row, length)  # type: ignore
     assert both.room.tolist() == [PAGE, 2 * PAGE, 0]
     with pytest.raises(ValueError, match=r"last, \[2\] for sequence 0, got \[\]"):
-        allocator.reserve(cache, 0, 1)  # from before both
+        allocator.reserve(cache, 0, 1)  # this cache is from before both calls
 
 
 def test_a_released_sequence_has_no_past():

@@ -1,1 +1,1 @@
-"""The rules that every implementation obeys."""
+"""Tests of the rules that every implementation obeys."""

@@ -1,4 +1,4 @@
-"""The tables of packed rows, against plain loops over the documents."""
+"""The segment tables of packed sequences, against plain loops over the documents."""
 
 import jax
 import jax.numpy as jnp
@@ -43,7 +43,7 @@ def test_tables_of_any_segmentation(ids):
         sees, seen_by = (
             np.stack([(at >= a) & (at < b) for at in range(LENGTH)])
             for a, b in (table[seen], table[query_range])
-        )  # [key, B, query] and [query, B, key]
+        )  # the shapes are [key, B, query] and [query, B, key]
         keys = seen_by.shape[2]
         np.testing.assert_array_equal(sees[:keys].transpose(2, 1, 0), seen_by)
         assert not sees[keys:].any()

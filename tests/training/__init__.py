@@ -1,1 +1,1 @@
-"""The trainer: data, steps, runs, processes."""
+"""Tests of the trainer: data, steps, runs, processes."""

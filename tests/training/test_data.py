@@ -1,4 +1,4 @@
-"""Data of the trainer: reading, splitting, packing, and going on at a saved position."""
+"""Training data: reading, splitting, packing, and resuming at a saved position."""
 
 import itertools
 import json
@@ -25,7 +25,7 @@ from fsa_jax.training.data import (
 
 
 def counting_document(first: int, length: int) -> bytes:
-    """Bytes that go up by one, so that a cut or a mix in a segment shows."""
+    """Returns bytes that increase by one, so that a cut or a mix within a segment is visible."""
     return bytes((first + i) % 256 for i in range(length))
 
 
@@ -43,7 +43,7 @@ def test_packing_keeps_every_byte_in_order(lengths, seq_len):
     assert tokens.dtype == segment_ids.dtype == np.int32
     expected = [token for document in documents for token in (DOCUMENT_START, *document)]
     assert tokens[segment_ids != 0].tolist() == expected
-    # Padding: only at the very end, less than a row, zeros.
+    # Padding is zeros, shorter than a sequence, and only at the very end.
     padding = np.flatnonzero(segment_ids.ravel() == 0)
     assert padding.tolist() == list(range(len(expected), tokens.size))
     assert len(padding) < seq_len
@@ -58,7 +58,7 @@ def test_segments_are_the_documents_of_a_row(lengths, seq_len):
         used = ids[ids != 0]
         assert used[0] == 1
         new = tokens[1 : len(used)] == DOCUMENT_START
-        # A new segment where a document starts, and nowhere else.
+        # A new segment starts exactly where a document starts.
         np.testing.assert_array_equal(np.diff(used), new)
 
 
@@ -71,14 +71,14 @@ def take(iterator, count):
     return [(batch.tokens, batch.segment_ids) for batch in itertools.islice(iterator, count)]
 
 
-# 20 rows, six batches and two thirds an epoch: the positions lie in several epochs.
+# An epoch has 20 sequences, or six and two thirds batches, so the positions span several epochs.
 @pytest.mark.parametrize("position", [0, 1, 3, 4, 13])
 def test_resume_gives_the_same_batches(position):
     straight = batches()
     take(straight, position)
     state = json.loads(json.dumps(straight.get_state()))
     resumed = batches()
-    take(resumed, 5)  # wherever it is, it must go to the saved place
+    take(resumed, 5)  # resuming must not depend on the current position
     resumed.set_state(state)
     for expected, got in zip(take(straight, 12), take(resumed, 12), strict=True):
         np.testing.assert_array_equal(expected, got)
@@ -136,7 +136,7 @@ def test_folders_are_searched_and_binary_or_hidden_files_left_out(tmp_path):
         "copies of others": 1,
     }
     assert corpus.summary.startswith(f"read 2 files (1 .md, 1 .txt) of {folder}; skipped: 2 hidden")
-    # A file that is named is taken as it is.
+    # A file that is named explicitly is used as it is.
     named = load_corpus([folder / "image.png", folder / "a.txt"])
     assert sorted(named.train + named.validation) == [b"first", b"\x89PNG\0\0"]
 
@@ -171,7 +171,7 @@ def test_default_is_the_source_of_the_standard_library():
     documents = set(corpus.train + corpus.validation)
     assert (library / "dataclasses.py").read_bytes() in documents
     assert (library / "json" / "decoder.py").read_bytes() in documents
-    # Installed packages and the library's tests are not its text.
+    # Installed packages and the library's tests are not part of its text.
     assert Path(np.__file__).read_bytes() not in documents
     assert sum(map(len, documents)) > 1_000_000
     assert list(corpus.read) == [".py"]
@@ -200,7 +200,7 @@ def test_no_text(tmp_path, texts):
 
 
 def test_unreadable_file(tmp_path, monkeypatch):
-    # Permissions do not stop the superuser, who may run the tests.
+    # Permissions do not restrict the superuser, who may run the tests.
     def refuse(self, mode):
         raise PermissionError(13, "Permission denied")
 
@@ -219,7 +219,7 @@ def test_held_out_rows_are_fixed_and_filled_up():
         np.testing.assert_array_equal(one.tokens, two.tokens)
     assert (got[0].segment_ids > 0).any(axis=1).all()
     assert (got[1].segment_ids > 0).any(axis=1).tolist() == [True, True, False, False]
-    # More than all there is cannot be had.
+    # A request for more than there is returns everything.
     most = validation_batches(documents, seq_len=16, batch_size=1, num_sequences=1000)
     assert sum(int((batch.segment_ids > 0).sum()) for batch in most) == 4 * 41
 
@@ -234,7 +234,8 @@ def test_row_for_the_picture_has_two_documents():
 def test_unigram_loss_by_hand():
     tokens = np.asarray([[256, 97, 98, 256, 99, 97, 0]], np.int32)
     segment_ids = np.asarray([[1, 1, 1, 2, 2, 3, 0]], np.int32)
-    # Predicted are 97 and 98 (after the start and after 97), and 99; the 97 alone is not.
+    # The targets are 97 and 98 (after the start and after 97), and 99. The single 97 of segment 3
+    # is not a target.
     got = unigram_loss([b"aab", b"c"], [Batch(tokens=tokens, segment_ids=segment_ids)])
     total = 4 + 256
     expected = -(math.log(3 / total) + math.log(2 / total) + math.log(2 / total)) / 3

@@ -13,7 +13,7 @@ import pytest
 
 from fsa_jax.training import read_metrics
 
-# One run at a time: they share the machine's cores.
+# Only one run at a time, because runs share the machine's cores.
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("processes")]
 STEPS = 5
 COMMON = {
@@ -34,7 +34,7 @@ def texts(tmp_path_factory) -> Path:
 
 
 def start(texts: Path, out: Path, *flags: str, processes: int = 1, **changes):
-    """Starts `fsa-jax train`, and gives its processes."""
+    """Starts `fsa-jax train`, and returns its processes."""
     settings = {**COMMON, **{name.replace("_", "-"): value for name, value in changes.items()}}
     command = [sys.executable, "-m", "fsa_jax.cli", "train", "--text", str(texts)]
     command += ["--out", str(out), *flags]
@@ -45,7 +45,7 @@ def start(texts: Path, out: Path, *flags: str, processes: int = 1, **changes):
     started = []
     for number in range(processes):
         devices = f" --xla_force_host_platform_device_count={4 if processes > 1 else 1}"
-        # those of the tests, of which the last number of devices counts
+        # These follow the flags of the tests; the last device count applies.
         env = os.environ | {"XLA_FLAGS": os.environ["XLA_FLAGS"] + devices}
         if processes > 1:
             env |= {
@@ -60,7 +60,7 @@ def start(texts: Path, out: Path, *flags: str, processes: int = 1, **changes):
 
 
 def finish(started, timeout: float = 300) -> list[tuple[int, str]]:
-    """Exit codes and texts of the processes; none of them outlives it."""
+    """Returns exit codes and output of the processes, none of which is left running."""
     try:
         ends = time.monotonic() + timeout
         texts = [one.communicate(timeout=ends - time.monotonic())[0] for one in started]
@@ -78,13 +78,13 @@ def losses(out: Path) -> np.ndarray:
 
 
 def saved_steps(out: Path) -> list[int]:
-    # orbax writes under another name first
+    # orbax first writes under another name.
     return [int(x.name) for x in (out / "checkpoints").glob("*") if x.name.isdigit()]
 
 
 @pytest.fixture(scope="module")
 def alone(texts, tmp_path_factory) -> np.ndarray:
-    """The losses of one process with one device."""
+    """Returns the losses of one process with one device."""
     out = tmp_path_factory.mktemp("alone")
     ((code, text),) = finish(start(texts, out, "--overwrite"))
     assert code == 0, text
@@ -100,7 +100,7 @@ def test_two_processes_train_as_one(mesh, texts, alone, tmp_path):
 
 
 def test_a_process_that_dies_ends_the_run_and_it_can_go_on(texts, tmp_path):
-    """Full attention, which compiles fast."""
+    """Uses full attention, which compiles fast."""
     dense = {"attention": "full", "checkpoint_every": 20}
     flags = ("--mesh", "data=4,tensor=2")
     straight, killed = tmp_path / "straight", tmp_path / "killed"
@@ -129,7 +129,7 @@ def test_a_process_that_dies_ends_the_run_and_it_can_go_on(texts, tmp_path):
         (code, text), _ = finish(started, timeout=120)
     assert time.monotonic() - since < 90
     assert code != 0
-    # jax itself may be the first to notice, and then ends the process
+    # jax itself may notice first, and then ends the process.
     assert "another process of the run ended" in text or "another task died" in text, text
     assert max(saved_steps(killed)) < 100, "killed too late for this test"
 

@@ -1,4 +1,4 @@
-"""Old names of settings, flags and metrics: they work with a warning, and old runs without one."""
+"""Old names of settings, flags and metrics work with a warning; old runs load without one."""
 
 import dataclasses
 import json
@@ -67,7 +67,7 @@ def test_a_field_has_its_old_name_too(old, new, value):
 
 @pytest.mark.parametrize(("old", "new", "value"), FIELDS)
 def test_replace_takes_old_names(old, new, value):
-    """Though it gives the new name too, with the value from before."""
+    """`replace` also passes the new name with its previous value; the old name must win."""
     with pytest.warns(DeprecationWarning, match=f"{old} is now called {new}") as caught:
         config = dataclasses.replace(PRESETS["tiny"], **{old: value, "steps": 9})
     assert caught[0].filename == __file__
@@ -168,7 +168,7 @@ def with_old_names(values: dict, old_names: dict) -> dict:
 
 
 def rewrite_as_before(run: Path) -> None:
-    """Gives the files of a run the names that they had before the renaming."""
+    """Rewrites the files of a run with the names from before the renaming."""
     for file in (run / "checkpoints").glob("*/position/*"):
         if file.read_bytes().startswith(b"{"):
             position = json.loads(file.read_text())
@@ -199,7 +199,7 @@ def test_a_run_of_before_is_loaded_and_resumed_bitwise(texts, dense, tmp_path):
     assert_same_bits(saved_state(config, 6)[0], saved_state(tiny(texts, run, model=DENSE), 6)[0])
     got, wanted = (without_times(read_metrics(x / "metrics.jsonl")) for x in (run, dense))
     assert got == wanted
-    # One name in the whole file, and the old one beside it.
+    # All rows have the new name, with the old name beside it.
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [row["val_loss"] for row in rows if "held_out_loss" in row] == curve(got, "val_loss")[1]
     result = json.loads((run / "run.json").read_text())["result"]

@@ -1,4 +1,4 @@
-"""What a run meets on its way: damaged checkpoints and metrics, full disks, closed terminals."""
+"""Failures that a run can meet: damaged checkpoints and metrics, full disks, closed terminals."""
 
 import errno
 import shutil
@@ -30,7 +30,7 @@ ROW = '{"step": 1, "loss": 2.0}\n'
 
 
 def damage(path: Path) -> None:
-    """Cuts every file to half its length."""
+    """Truncates every file to half its length."""
     for file in path.rglob("*"):
         if file.is_file():
             file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
@@ -58,7 +58,7 @@ DAMAGES = {
 
 @pytest.fixture
 def run(dense, tmp_path) -> Path:
-    """A copy of a run with checkpoints of steps 3 and 6, to be changed."""
+    """Returns a copy of a run with checkpoints at steps 3 and 6, which the test may change."""
     return shutil.copytree(dense, tmp_path / "run")
 
 
@@ -92,7 +92,7 @@ def test_a_run_goes_on_from_the_last_whole_checkpoint(texts, run, dense, capfd):
     assert_same_bits(saved_state(config, 6)[0], saved_state(tiny(texts, dense, model=DENSE), 6)[0])
     wanted, got = (without_times(read_metrics(x / "metrics.jsonl")) for x in (dense, run))
     assert got == wanted
-    # What is damaged is kept, apart, and the run can be replaced.
+    # The damaged checkpoint is kept separately, and the run can be replaced.
     assert (run / "damaged-checkpoint-6-1" / "rest").is_dir()
     files.check_startable(run, resume=False, overwrite=True)
 
@@ -178,7 +178,7 @@ def test_a_checkpoint_that_cannot_be_written_is_an_error_of_a_file(texts, run, m
             checkpoints.save(9, state, position)
         monkeypatch.undo()
         with pytest.raises(OSError, match=r"orbax has refused to save: '.*run/checkpoints/5'"):
-            checkpoints.save(5, state, position)  # older than the newest
+            checkpoints.save(5, state, position)  # this step is older than the newest checkpoint
 
 
 # Progress

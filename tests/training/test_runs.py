@@ -1,4 +1,4 @@
-"""What must not be lost: folders of runs, runs that a signal ends, damaged files, full disks."""
+"""Protection against data loss: run folders, runs stopped by signals, damaged files, full disks."""
 
 import contextlib
 import dataclasses
@@ -39,7 +39,7 @@ __all__ = ["dense", "texts"]  # used by pytest
 
 ROW = '{"step": 1, "loss": 2.0}\n'
 OURS = json.dumps({"what": "fsa-jax train"})
-#: What runs wrote before their descriptions had the key "what".
+#: The description that runs wrote before it had the key "what".
 OLDER = json.dumps(
     dict.fromkeys(("config", "versions", "devices", "parameters", "data", "unigram_loss"))
 )
@@ -135,13 +135,13 @@ def test_a_folder_is_held_by_one_run(texts, tmp_path):
 
 
 def test_a_lock_that_another_run_deletes_is_taken_anew(tmp_path, monkeypatch):
-    """The other one ends between opening its file and locking it."""
+    """The other run ends between this run's opening of the file and locking it."""
     lock, calls = files._lock, []
 
     def late(descriptor, folder):
         if not calls:
             (tmp_path / ".fsa-jax.lock").unlink()
-            (tmp_path / ".fsa-jax.lock").touch()  # by a third one
+            (tmp_path / ".fsa-jax.lock").touch()  # a third run creates it
         calls.append(descriptor)
         lock(descriptor, folder)
 
@@ -168,7 +168,7 @@ def test_out_is_a_path():
 
 
 def test_files_of_others_are_left_as_they_are(tmp_path):
-    """A file or link that has the name of the lock, and checkpoints that lie elsewhere."""
+    """Covers a file or link with the lock's name, and checkpoints that are stored elsewhere."""
     lock, own = tmp_path / ".fsa-jax.lock", tmp_path / "own"
     own.write_text("own data")
     for make in (lambda: lock.write_text("own data"), lambda: lock.symlink_to(own)):
@@ -194,7 +194,7 @@ def test_files_of_others_are_left_as_they_are(tmp_path):
 
 
 def signals_at(monkeypatch, step: int, *numbers: int):
-    """Has signals come while a step is made."""
+    """Sends signals during a training step."""
     advance = loop.TrainingBatches.__next__
 
     def batch(batches):
@@ -225,7 +225,7 @@ def test_a_stopped_run_goes_on_bitwise_and_can_be_made_longer(
     wanted = without_times(read_metrics(dense / "metrics.jsonl"))
     assert without_times(read_metrics(config.run_folder / "metrics.jsonl")) == wanted
 
-    # The rate goes on as it would have in a run of 7 steps that decays over 6.
+    # The learning rate continues as in a run of 7 steps that decays over 6.
     assert position.config.decay_steps == 6
     capfd.readouterr()
     train(dataclasses.replace(config, resume=True, steps=7))
@@ -295,7 +295,7 @@ def test_nohup_stays(monkeypatch):
 
 @pytest.mark.parametrize(("stepping", "count"), [(False, 1), (True, 2)])
 def test_code_that_python_cannot_interrupt_is_not_waited_for(stepping, count, monkeypatch):
-    """Before the first step one signal ends the process, in a step two."""
+    """One signal ends the process before the first step; during a step it takes two."""
     monkeypatch.setattr(stopping, "_PATIENCE_SECONDS", 0.02)
     seen: list[tuple[signal.Signals, bool]] = []
 
@@ -312,7 +312,7 @@ def test_code_that_python_cannot_interrupt_is_not_waited_for(stepping, count, mo
     with contextlib.suppress(RunStopped), catching_signals(at_once) as stop:
         stop.stepping = stepping
         sender.start()
-        # one call, in which Python runs no handlers
+        # A single call, during which Python runs no signal handlers.
         hashlib.pbkdf2_hmac("sha256", b"a", b"b", 2_000_000)
         over.set()
     sender.join()
@@ -322,7 +322,7 @@ def test_code_that_python_cannot_interrupt_is_not_waited_for(stepping, count, mo
 @pytest.mark.slow
 @pytest.mark.xdist_group("processes")
 def test_all_processes_stop_at_the_same_step(texts, tmp_path):
-    """Though only one of them is told to; also by Ctrl-C, which jax's service does not catch."""
+    """Only one process gets the signal, here Ctrl-C, which jax's service does not catch."""
     sizes = {"attention": "full", "steps": 10**6, "eval_every": 10**6, "checkpoint_every": 20}
     started = start(texts, tmp_path, "--mesh", "data=4,tensor=2", processes=2, **sizes)
     try:

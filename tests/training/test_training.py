@@ -1,4 +1,4 @@
-"""The trainer: step, resuming bitwise, files it writes, pictures, and its errors."""
+"""The trainer: steps, bitwise resuming, output files, plots, and errors."""
 
 import dataclasses
 import json
@@ -55,7 +55,7 @@ MODEL = TransformerConfig(
     head_dim=8,
     mlp_dim=16,
     nsa=NSA,
-    dropout_rate=0.1,  # so that a lost rng shows
+    dropout_rate=0.1,  # so that a lost rng is noticed
 )
 
 DENSE = dataclasses.replace(MODEL, attention="full")
@@ -63,7 +63,7 @@ DENSE = dataclasses.replace(MODEL, attention="full")
 
 @pytest.fixture(scope="session")
 def texts(tmp_path_factory) -> Path:
-    """A folder of 30 short documents."""
+    """Returns a folder of 30 short documents."""
     folder = tmp_path_factory.mktemp("texts")
     for i in range(30):
         (folder / f"{i}.txt").write_text(f"{i} bottles of beer on the wall. " * (1 + i % 4))
@@ -91,7 +91,7 @@ def tiny(texts: Path, out: Path, **changes) -> TrainConfig:
 
 @pytest.fixture(scope="session")
 def straight(texts, tmp_path_factory) -> Path:
-    """The folder of a finished run of six steps."""
+    """Returns the folder of a finished run of six steps."""
     out = tmp_path_factory.mktemp("straight")
     train(tiny(texts, out))
     return out
@@ -99,7 +99,7 @@ def straight(texts, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def dense(texts, tmp_path_factory) -> Path:
-    """The folder of a finished run with full attention, which compiles faster."""
+    """Returns the folder of a finished run with full attention, which compiles faster."""
     out = tmp_path_factory.mktemp("dense")
     train(tiny(texts, out, model=DENSE))
     return out
@@ -107,7 +107,7 @@ def dense(texts, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def run(dense, tmp_path) -> Path:
-    """A copy of the dense run, to be changed."""
+    """Returns a copy of the dense run, which the test may change."""
     return shutil.copytree(dense, tmp_path / "run")
 
 
@@ -138,7 +138,7 @@ def assert_same_bits(one, two):
 def test_resume_goes_on_bitwise(texts, straight, tmp_path):
     config = tiny(texts, tmp_path / "stopped")
     train(dataclasses.replace(config, steps=3))
-    # A kill after the checkpoint: rows of later steps, the last one cut off.
+    # Simulates a kill after the checkpoint: rows of later steps, the last of them truncated.
     metrics = config.run_folder / "metrics.jsonl"
     with metrics.open("a") as file:
         file.write('{"step": 4, "loss": 1.0, "tokens_per_s": 1.0}\n{"step": 5, "lo')
@@ -152,7 +152,7 @@ def test_resume_goes_on_bitwise(texts, straight, tmp_path):
 
     expected = without_times(read_metrics(straight / "metrics.jsonl"))
     got = without_times(read_metrics(metrics))
-    # The first part evaluated at its end too; nothing else differs.
+    # The stopped run also evaluated at its end; nothing else differs.
     assert [row for row in got if row["step"] != 3 or "loss" in row] == expected
     assert result.val_loss == expected[-1]["val_loss"]
 
@@ -202,7 +202,7 @@ def test_default_folder_names_the_run():
 
 
 def test_step_learns_and_donates_its_state(texts):
-    """A hundred steps on one batch: the loss falls far below that of a uniform guess."""
+    """In a hundred steps on one batch, the loss falls far below that of a uniform guess."""
     model = dataclasses.replace(DENSE, dropout_rate=0.0)
     config = tiny(texts, Path("unused"), model=model, decay_steps=100)
     graphdef, params = init_model(model, 0)
@@ -224,7 +224,7 @@ def test_loss_by_hand():
     segment_ids = np.asarray([[1, 1, 1, 2, 2, 0], [1, 2, 2, 2, 2, 2]], np.int32)
     wide = logits.astype(np.float64)
     log_probabilities = wide - np.log(np.exp(wide).sum(-1, keepdims=True))
-    # (sequence, position) of the queries; the last token of a segment predicts nothing.
+    # These are (sequence, position) of queries; the last token of a segment predicts nothing.
     predicting = [(0, 0), (0, 1), (0, 3), (1, 1), (1, 2), (1, 3), (1, 4)]
     expected = -sum(log_probabilities[b, t, tokens[b, t + 1]] for b, t in predicting)
     total, count = next_byte_loss(
@@ -284,7 +284,7 @@ def test_selection_image_by_hand():
         local_blocks=1,
         window_size=1,
     )
-    # Two documents of three and six tokens, and padding. Blocks count in the document.
+    # There are documents of three and six tokens, and padding. Block numbers are per document.
     segment_ids = np.asarray([1, 1, 1, 2, 2, 2, 2, 2, 2, 0], np.int32)
     chosen = np.full((10, 3), -1, np.int32)
     chosen[2, :2] = [0, 1]

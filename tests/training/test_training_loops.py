@@ -1,4 +1,4 @@
-"""The training loops people write all give the same loss, gradients and next parameters."""
+"""Common styles of training loops all give the same loss, gradients and next parameters."""
 
 import dataclasses
 
@@ -34,7 +34,7 @@ ROWS, LENGTH = 8, 40
 TOKENS = jax.random.randint(jax.random.key(0), (ROWS, LENGTH), 0, 17, jnp.int32)
 SEGMENT_IDS = jnp.asarray([np.repeat([1, 2, 3, 0], [20 - i, 11, 5 + i, 4]) for i in range(ROWS)])
 SEGMENT_IDS = SEGMENT_IDS.astype(jnp.int32)
-OPTIMIZER = optax.sgd(0.1, momentum=0.9)  # Adam's first step would hide all but the sign
+OPTIMIZER = optax.sgd(0.1, momentum=0.9)  # Adam's first step would hide all but signs
 
 
 def make(**changes):
@@ -42,14 +42,14 @@ def make(**changes):
 
 
 def loss_of_logits(logits, tokens, segment_ids):
-    """Cross entropy of the next token of the same document, per token of a whole row."""
+    """Next-token cross entropy within documents, divided by all tokens of the sequences."""
     counts = (segment_ids[:, 1:] == segment_ids[:, :-1]) & (segment_ids[:, 1:] > 0)
     losses = optax.softmax_cross_entropy_with_integer_labels(logits[:, :-1], tokens[:, 1:])
     return jnp.sum(losses * counts.astype(jnp.float32)) / tokens.size
 
 
 def train_step(graphdef, average=lambda x: x):
-    """A functional step: (params, opt_state, batch) to (params, opt_state, loss, gradients)."""
+    """A functional step from (params, opt_state, batch) to (params, opt_state, loss, gradients)."""
 
     def step(params, opt_state, tokens, segment_ids):
         def loss(params):
@@ -66,14 +66,14 @@ def train_step(graphdef, average=lambda x: x):
 def jit_loop(model):
     graphdef, params = nnx.split(model)
     step = jax.jit(train_step(graphdef), donate_argnums=(0, 1))
-    # a copy: donation takes the buffers
+    # Copy the parameters, because donation takes their buffers.
     params = jax.tree.map(jnp.copy, params)
     params, _, loss, gradients = step(params, OPTIMIZER.init(params), TOKENS, SEGMENT_IDS)
     return loss, gradients, params
 
 
 def pmap_loop(model):
-    """Data parallel over 8 devices, one row each."""
+    """Data parallelism over 8 devices, with one sequence each."""
     graphdef, params = nnx.split(model)
     step = train_step(graphdef, average=lambda x: jax.lax.pmean(x, "data"))
     step = jax.pmap(step, axis_name="data", in_axes=(None, None, 0, 0))
@@ -84,7 +84,7 @@ def pmap_loop(model):
 
 
 def nnx_loop(model):
-    """What nnx users write: stateful modules and optimizer under nnx.jit."""
+    """The usual nnx style: stateful modules and optimizer under nnx.jit."""
     optimizer = nnx.Optimizer(model, OPTIMIZER, wrt=nnx.Param)
 
     @nnx.jit
@@ -128,7 +128,7 @@ LOOPS = {
 
 @pytest.fixture(scope="module")
 def expected():
-    """Loss, gradients and next parameters under jax.jit, with a scan over layers."""
+    """Returns loss, gradients and next parameters under jax.jit, with a scan over layers."""
     return jit_loop(make())
 
 
@@ -150,7 +150,7 @@ def assert_near(got, want):
 
 @pytest.mark.parametrize("kept", [True, False])
 def test_remat_keeps_attention_and_not_the_mlp(kept):
-    """Under remat the backward scan gets the named results of attention, not the MLP's."""
+    """With remat, the backward scan gets attention's named results, but not those of the MLP."""
     graphdef, params = nnx.split(make(remat=kept))
 
     def pull(params):

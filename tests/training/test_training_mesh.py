@@ -1,4 +1,4 @@
-"""Runs that go on over another mesh of devices than the one that they began on."""
+"""Runs that resume on another device mesh than the one they started on."""
 
 import dataclasses
 
@@ -11,7 +11,7 @@ from training.test_training import MODEL, saved_state, texts, tiny
 
 __all__ = ["texts"]  # used by pytest
 
-# Dropout falls on places of a row, and zigzag order is another one of the tokens.
+# Dropout depends on the position in a sequence, and zigzag order permutes the tokens.
 NSA = dataclasses.replace(MODEL, num_layers=1, dropout_rate=0.0)
 FULL = dataclasses.replace(MODEL, num_kv_heads=2, attention="full")
 
@@ -28,7 +28,7 @@ def losses(config):
     ids=["full", "nsa"],
 )
 def test_a_run_goes_on_over_another_mesh(model, meshes, texts, tmp_path):
-    """Losses and the last state are those of one device, to float32 rounding."""
+    """Losses and the final state match one device, up to float32 rounding."""
     common = {"model": model, "batch_size": 4, "steps": 4, "eval_every": 4, "checkpoint_every": 2}
     alone, moved = (tiny(texts, tmp_path / name, **common) for name in ("alone", "moved"))
     train(alone)
