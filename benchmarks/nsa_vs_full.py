@@ -1,11 +1,11 @@
-"""Trains the default model with sparse and with full attention, over several seeds, and compares.
+"""Compares the default model with sparse and with full attention, trained with several seeds.
 
-    uv run python benchmarks/nsa_vs_full.py            # trains 3 seeds of each, minutes per run
+    uv run python benchmarks/nsa_vs_full.py            # 3 seeds of each; a run takes minutes
     uv run python benchmarks/nsa_vs_full.py --jobs 4   # four runs at a time, two cores each
     uv run python benchmarks/nsa_vs_full.py --report   # only redraws the plot from the JSON
 
-Writes benchmarks/results/<platform>/nsa_vs_full.json (all validation and training losses, versions,
-commit, date) and docs/images/nsa_vs_full.png, which is drawn from that JSON alone.
+It writes benchmarks/results/<platform>/nsa_vs_full.json (all validation and training losses,
+versions, commit, date) and docs/images/nsa_vs_full.png, which is drawn from that JSON file alone.
 """
 
 import argparse
@@ -39,7 +39,7 @@ CORES = 2
 
 
 def pin(free_cores) -> None:
-    """Pins the process to cores of its own, as many as the README states."""
+    """Pins the process to a set of cores from a queue, which no other run uses."""
     os.sched_setaffinity(0, free_cores.get())
 
 
@@ -50,7 +50,7 @@ def train_one(config: TrainConfig) -> dict:
         rows = read_metrics(Path(folder) / "metrics.jsonl")
         description = json.loads((Path(folder) / "run.json").read_text())
     print(config.model.attention, config.seed, result.val_loss, flush=True)
-    # Names rather than paths of this machine: the fingerprint identifies the bytes.
+    # File names are enough, without paths of this machine: the fingerprint identifies the bytes.
     source = ", ".join(path.name for path in config.text) or "the Python standard library"
     return {
         "attention": config.model.attention,
@@ -95,7 +95,7 @@ def measure(seeds: int, jobs: int, text: tuple[Path, ...]) -> dict:
 
 
 def load(path: Path) -> dict:
-    """The results in a JSON file, also in one where `val_loss` has its old name."""
+    """Reads the results from a JSON file, in which `val_loss` may have its old name."""
     results = json.loads(path.read_text(encoding="utf-8"))
     results["runs"] = [
         with_new_names(run, {"held_out_loss": "val_loss"}) for run in results["runs"]
@@ -104,7 +104,7 @@ def load(path: Path) -> dict:
 
 
 def summary(results: dict) -> dict:
-    """The final validation losses, their means, and the gap between the two in percent."""
+    """The final validation losses, their means, and the excess of sparse attention in percent."""
     final = {
         attention: [
             run["val_loss"][1][-1] for run in results["runs"] if run["attention"] == attention
@@ -146,7 +146,7 @@ def draw(results: dict) -> None:
 
 
 def main() -> None:
-    """Trains and writes the JSON, unless --report is given; then draws, and prints the summary."""
+    """Trains and writes the JSON file unless --report is given; draws and prints a summary."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

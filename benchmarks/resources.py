@@ -1,13 +1,14 @@
 """Registers, spills, shared memory and matrix instructions of the kernels, compiled without a GPU.
 
-    python benchmarks/resources.py                                # all of it, some minutes
+    python benchmarks/resources.py                                # everything; takes some minutes
     python benchmarks/resources.py --devices H200 --groups 1 4
 
-Needs jax's plugin for CUDA 12 (`jax-cuda12-plugin`, `jax-cuda12-pjrt`) and NVIDIA's assembler
-(`nvidia-cuda-nvcc-cu12`), but no GPU. Compiles selected attention, and compressed attention and
-the selection, with their gradients, at the `main` shape of fsa_jax/bench/shapes.py with other
-numbers of query heads, and a step of decoding at 131,072 tokens with those heads; asks ptxas about
-each kernel, writes JSON and prints it as a table.
+This script needs jax's plugin for CUDA 12 (`jax-cuda12-plugin`, `jax-cuda12-pjrt`) and NVIDIA's
+assembler (`nvidia-cuda-nvcc-cu12`), but no GPU. It compiles selected attention, compressed
+attention and the selection, with their gradients, at the `main` shape of fsa_jax/bench/shapes.py
+with several numbers of query heads, and a decoding step at 131,072 tokens with the same numbers of
+heads. It assembles each kernel with ptxas, writes what ptxas reports to a JSON file and prints it
+as a table.
 """
 
 import argparse
@@ -36,11 +37,12 @@ from fsa_jax.pallas.block_attention.plan import METHODS as SELECTED_METHODS
 
 ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "benchmarks" / "results" / "resources.json"
-#: An H100 gets the code of an H200, but for measured tiles.
+#: There is no H100: except for measured tile sizes, it gets the same code as an H200.
 DEVICES = ("A100", "L40", "H200", "B200")
 GROUPS = (1, 2, 3, 4, 5, 6, 7, 8, 12, 16)
-#: Kernels to look at: of the methods of selected attention, those whose programs own keys once more
-#: for packed rows, of compressed attention, which the window shares, and of decoding.
+#: Kernels to report: those of each method of selected attention (the ones whose programs own keys a
+#: second time, for packed sequences), of compressed attention, which the window shares, and of
+#: decoding.
 METHODS = {
     "kv_outer": (
         "forward_kernel",
@@ -68,13 +70,13 @@ METHODS = {
         "take_best_kernel",
     ),
 }
-#: What ptxas reports, in numbers.
+#: Numbers in the report of ptxas, as patterns.
 REPORT = {
     "registers": r"Used (\d+) registers",
     "spill_store_bytes": r"(\d+) bytes spill stores",
     "spill_load_bytes": r"(\d+) bytes spill loads",
 }
-#: Instructions that are counted. tcgen05 is what the matrix unit of Blackwell takes.
+#: Instructions to count, as patterns. tcgen05 instructions are those of Blackwell's tensor cores.
 INSTRUCTIONS = {
     "wgmma": r"\bwgmma\.mma_async",
     "mma_sync": r"\bmma\.sync",
@@ -84,7 +86,7 @@ INSTRUCTIONS = {
 
 
 def find_ptxas() -> str:
-    """Path of NVIDIA's assembler in its Python package."""
+    """The path of NVIDIA's assembler in its Python package."""
     try:
         package = importlib.util.find_spec("nvidia.cuda_nvcc")
     except ModuleNotFoundError:
@@ -97,7 +99,7 @@ def find_ptxas() -> str:
 
 
 def assemble(ptxas: str, path: Path) -> dict[str, int]:
-    """What ptxas says of the one kernel in a file, and how often the instructions stand there."""
+    """What ptxas reports for the only kernel of a PTX file, and the instruction counts."""
     code = path.read_text()
     arch = first(r"\.target (\w+)", code)
     report = subprocess.run(
@@ -112,7 +114,7 @@ def assemble(ptxas: str, path: Path) -> dict[str, int]:
 
 
 def first(pattern: str, text: str) -> str:
-    """The first group of a pattern that must be in a text."""
+    """The first group of a pattern's first match in a text; raises if there is no match."""
     match = re.search(pattern, text)
     if match is None:
         raise ValueError(f"no {pattern!r} in {text[:2000]!r}")
@@ -120,7 +122,7 @@ def first(pattern: str, text: str) -> str:
 
 
 def measure(ptxas: str, device: str, group: int, method: str) -> list[dict]:
-    """A row for each kernel of a method on a device, with `group` query heads of a key head."""
+    """A row for each kernel of a method on a device, with `group` query heads per key head."""
     main = KERNELS["main"]
     shape = dataclasses.replace(main, heads=group * main.kv_heads)
     if method == "decode":
@@ -142,14 +144,17 @@ def measure(ptxas: str, device: str, group: int, method: str) -> list[dict]:
 
 
 def look(ptxas: str, device: str, program: tuple, kernels: Sequence[str]) -> list[dict]:
-    """A row for each of the named kernels in a program, (function, shapes ...), on a device."""
+    """A row for each of the named kernels of a program compiled for a device.
+
+    A program is a tuple (function, shapes ...).
+    """
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         dump = {"xla_dump_to": folder, "xla_dump_emitter_re": "ptx"}
         compile_for(device, *program, compiler_options=dump)
         launches = next(Path(folder).glob("*.thunk_sequence.txt")).read_text()
         for path in Path(folder).glob("*.ptx"):
-            # the second of two kernels with one name has a number behind it
+            # The second of two kernels with the same name has a numeric suffix.
             found = re.search(r"\.entry ((\w+?)(?:__\d+)?)\(", path.read_text())
             if found is None or found[2] not in kernels:
                 continue
@@ -166,7 +171,7 @@ def look(ptxas: str, device: str, program: tuple, kernels: Sequence[str]) -> lis
 
 
 def table(rows: list[dict]) -> str:
-    """The rows as Markdown; groups whose numbers are all the same share a line."""
+    """The rows as a Markdown table; groups whose numbers all agree share a line."""
     lines = {}
     for row in rows:
         row = row.copy()
@@ -180,7 +185,7 @@ def table(rows: list[dict]) -> str:
 
 
 def main() -> None:
-    """Measures, writes the JSON and prints the table."""
+    """Compiles the kernels, writes the JSON file and prints the table."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
