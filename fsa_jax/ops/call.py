@@ -55,7 +55,7 @@ class Backend(enum.Enum):
             either = {"cuda": narrow(kernels), "default": narrow(portable)}
             return lambda *args: jax.lax.platform_dependent(*args, **either)
         if self is Backend.REFERENCE:
-            raise ValueError("the reference is not made of kernels and loops")
+            raise ValueError("the reference has no kernels or loops")
         return narrow(kernels)
 
 

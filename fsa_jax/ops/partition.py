@@ -213,13 +213,14 @@ def places(operands, specs, shapes, sizes, sequence_axis=None):
     if kv_heads is not None and kv_heads % parts:
         raise ValueError(
             f"the {kv_heads} KV heads must be a multiple of the {parts} devices of mesh axis "
-            f"{_words(heads)}, or query heads of one group would be apart: split the heads over at "
-            f"most {kv_heads} devices, and the batch over the others"
+            f"{_words(heads)}, so that the query heads of a group stay on one device: split the "
+            f"heads over at most {kv_heads} devices, and the batch over the others"
         )
     rows = found.get("b", ())
     if lengths["b"] % math.prod(sizes[x] for x in rows):
         raise ValueError(
-            f"the {lengths['b']} rows must be a multiple of the devices of mesh axis {_words(rows)}"
+            f"the batch size {lengths['b']} must be a multiple of the devices of mesh axis "
+            f"{_words(rows)}"
         )
     split = {"b": rows or None, "n": heads or None, "k": heads or None}
     split |= {"t": sequence_axis, "m": sequence_axis}

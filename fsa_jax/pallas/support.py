@@ -51,7 +51,7 @@ def device_reason() -> str | None:
     """Why the kernels cannot run on the device to compile for; None if they can."""
     found = capability()
     if found is None:
-        return "the kernels need an NVIDIA GPU, which neither the default device nor the mesh is"
+        return "the kernels need an NVIDIA GPU as the default device or in the mesh"
     if found < OLDEST:
         return f"the kernels need compute capability 8.0, the GPU has {found // 10}.{found % 10}"
     return None

@@ -251,7 +251,7 @@ def read(text: str, where: str) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f"{where} is not JSON: {error}") from error
     if not isinstance(content, dict) or content.get("what") != WHAT:
-        raise ValueError(f"{where} is no table of `{WHAT}`: 'what' must be {WHAT!r}")
+        raise ValueError(f"{where} is not a table of `{WHAT}`: 'what' must be {WHAT!r}")
     if content.get("measurement") is not True:
         raise ValueError(f"{where} measures nothing: it was not made on a GPU")
     if not isinstance(content.get("device"), str) or not isinstance(content.get("tiles"), list):

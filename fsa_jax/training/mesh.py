@@ -136,7 +136,7 @@ class Placement:
         wanted, devices = math.prod(sizes.values()), jax.devices()
         if wanted > len(devices) or (jax.process_count() > 1 and wanted != len(devices)):
             raise ValueError(
-                f"mesh must be of the {len(devices)} devices that there are, got {text!r} of "
+                f"mesh must fit the {len(devices)} devices available, got {text!r}, which needs "
                 f"{wanted}"
             )
         types = (AxisType.Auto,) * len(AXES)

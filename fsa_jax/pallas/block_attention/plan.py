@@ -136,9 +136,9 @@ def _unsupported_reason(tuning: SelectedTuning, query, key, value, block_size: i
 
 def _too_wide(query, key, value, capability: int) -> str:
     return (
-        f"{query.shape[2] // key.shape[2]} query heads a key head of {query.dtype} and head widths "
-        f"{key.shape[3]} and {value.shape[3]} need more than the {shared_memory(capability)} bytes "
-        "of shared memory of the GPU"
+        f"{query.shape[2] // key.shape[2]} query heads per key head, of {query.dtype} and head "
+        f"widths {key.shape[3]} and {value.shape[3]}, need more than the "
+        f"{shared_memory(capability)} bytes of shared memory of the GPU"
     )
 
 

@@ -63,7 +63,7 @@ def make_plan(
     sizes = _tile_sizes(query, key, config, capability)
     if sizes is None:
         return Unsupported(
-            f"head width {key.shape[3]} of {query.dtype} needs more shared memory than it has"
+            f"head width {key.shape[3]} of {query.dtype} needs more shared memory than the GPU has"
         )
     tile = Tile(
         rows=sizes[0],

@@ -65,7 +65,10 @@ def unsupported_reason(query, key, value) -> str | None:
     """Why these kernels cannot serve arrays of these shapes and dtypes; None if they can."""
     batch, length, heads, _ = query.shape
     if max(batch * length * heads, key.size) >= 2**31:
-        return f"numbers of rows, or of keys, must be below 2**31, got {query.shape}, {key.shape}"
+        return (
+            "batch * tokens * query heads, and the size of key, must be below 2**31, got shapes "
+            f"{query.shape} and {key.shape}"
+        )
     if query.dtype not in (jnp.float16, jnp.bfloat16):
         return f"the dtype must be float16 or bfloat16, got {query.dtype}"
     if key.shape[3] != WIDTH or value.shape[3] != WIDTH:

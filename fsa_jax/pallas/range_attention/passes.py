@@ -72,7 +72,7 @@ def _unsupported_reason(query, key, value) -> str | None:
     if batch * key.shape[2] > MOST_HEADS:
         return f"batch * key heads must be at most {MOST_HEADS}, got shape {key.shape}"
     if length * (heads // key.shape[2]) >= 2**30:
-        return f"tokens * query heads a key head must be below 2**30, got shape {query.shape}"
+        return f"tokens * query heads per key head must be below 2**30, got shape {query.shape}"
     return None
 
 
