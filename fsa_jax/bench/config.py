@@ -21,14 +21,14 @@ class BenchConfig:
         `minutes`.
       out: folder for the JSON files and the report.
       report: only regenerate the report from the JSON files below this folder; nothing is run.
-      lengths: tokens of a sequence; empty: those of the suite.
-      heads: pairs of query and key heads, one after the other, such as 12 4 40 8; empty: those of
+      lengths: sequence lengths in tokens; empty: those of the suite.
+      heads: numbers of query and key heads, pair after pair, such as 12 4 40 8; empty: those of
         the suite. The models of the suites training and prefill have fixed heads.
       minutes: no new case starts after this many minutes, or after the suite's share of them if
         several suites run; 0: no limit. The cases left out are recorded.
-      rounds: timed rounds of 3 to 10 calls each.
+      rounds: number of timed rounds, of 3 to 10 calls each.
       threads: number of functions compiled in parallel.
-      peer_path: a checkout of other projects' kernels to time beside ours; see
+      peer_path: a checkout of other projects' kernels, which are timed beside ours; see
         `bench/measure/peers.py`.
     """
 

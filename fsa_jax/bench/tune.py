@@ -37,7 +37,7 @@ from fsa_jax.pallas.tile_tables import Key
 
 #: The tile sizes, warps and stages of the candidates.
 ROWS, KEYS, WARPS, STAGES = (32, 64, 128), (32, 64, 128), (4, 8), (2, 3)
-#: Pairs of the block size and the number of blocks of a query.
+#: Pairs of the block size and the number of blocks per query.
 BLOCKS = ((64, 16), (128, 8))
 #: The number of key heads, and the default groups, widths, length and configurations.
 _SIZES = (
@@ -67,12 +67,12 @@ class TuneConfig:
 
     Attributes:
       out: the file to write.
-      groups: query heads of a key head to measure, the most important first. Default: 4 1 8 2 16;
-        without a GPU 2.
+      groups: numbers of query heads per key head to measure, the most important first. Default:
+        4 1 8 2 16; without a GPU 2.
       widths: head widths of queries, keys and values. Default: 128; without a GPU 16.
-      length: tokens of a sequence. Default: 32768; without a GPU 200.
+      length: sequence length in tokens. Default: 32768; without a GPU 200.
       minutes: no new kernel starts after this many minutes; 0: no limit.
-      rounds: timed rounds of 3 to 10 calls each.
+      rounds: number of timed rounds, of 3 to 10 calls each.
       threads: number of candidates compiled in parallel.
     """
 

@@ -78,7 +78,7 @@ def explain(implementation: Implementation | None = None) -> dict[str, tuple[str
     """
     choices = {name: _decide(name, implementation, ()) for name in _FUNCTIONS}
     chosen = {name: (choice.implementation, choice.reason) for name, choice in choices.items()}
-    return {"compress": ("xla", "matmuls that XLA does well on any device"), **chosen}
+    return {"compress": ("xla", "its matmuls run well in XLA on any device"), **chosen}
 
 
 def check_name(implementation: str | None, others: tuple[str, ...] = ()) -> None:
