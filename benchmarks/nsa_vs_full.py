@@ -1,7 +1,7 @@
 """Compares the default model with sparse and with full attention, trained with several seeds.
 
     uv run python benchmarks/nsa_vs_full.py            # 3 seeds of each; a run takes minutes
-    uv run python benchmarks/nsa_vs_full.py --jobs 4   # four runs at a time, two cores each
+    uv run python benchmarks/nsa_vs_full.py --jobs 4   # four runs at a time
     uv run python benchmarks/nsa_vs_full.py --report   # only redraws the plot from the JSON
 
 It writes benchmarks/results/<platform>/nsa_vs_full.json (all validation and training losses,
@@ -14,7 +14,6 @@ import dataclasses
 import datetime
 import json
 import multiprocessing
-import os
 import platform
 import subprocess
 import sys
@@ -35,12 +34,6 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 PICTURE = ROOT / "docs" / "images" / "nsa_vs_full.png"
 ATTENTIONS = ("nsa", "full")
-CORES = 2
-
-
-def pin(free_cores) -> None:
-    """Pins the process to a set of cores from a queue, which no other run uses."""
-    os.sched_setaffinity(0, free_cores.get())
 
 
 def train_one(config: TrainConfig) -> dict:
