@@ -11,6 +11,8 @@ from fsa_jax.pallas.tile_sizes import cut_width, next_power_of_two
 SHARED_MEMORY = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
 #: Widest head, and most query heads per key head.
 WIDEST, MOST_ROWS = 256, 128
+#: Most programs along the second and the third axis of a grid.
+MOST_PROGRAMS = 65535
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -239,7 +239,6 @@ ASKED = {"lengths": (512, 1024), "heads": ((12, 4), (40, 8))}
 @pytest.mark.parametrize("interpret", [False, True])
 @pytest.mark.parametrize("suite", ["kernels", "operator", "decode"])
 def test_heads_and_lengths_are_those_asked_for(suite, interpret, monkeypatch):
-    asked = []
     monkeypatch.setattr(
         attention, "measure_cases", lambda run, found, *_: iter([case for case, _ in found])
     )

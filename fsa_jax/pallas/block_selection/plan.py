@@ -9,13 +9,17 @@ import dataclasses
 from fsa_jax.config import NSAConfig
 from fsa_jax.pallas import tile_tables
 from fsa_jax.pallas.support import Unsupported
-from fsa_jax.pallas.tile_config import Tile, padded_width, shared_memory, unsupported_arrays_reason
+from fsa_jax.pallas.tile_config import (
+    MOST_PROGRAMS,
+    Tile,
+    padded_width,
+    shared_memory,
+    unsupported_arrays_reason,
+)
 from fsa_jax.pallas.tile_sizes import next_power_of_two
 
 #: Blocks of a tile.
 BLOCKS = 64
-#: Most programs along the second axis of a grid.
-MOST_HEADS = 65535
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -138,7 +142,7 @@ def _tile_sizes(query, key, config, capability) -> tuple[int, int] | None:
 def _chunk(budget: int, heads: int, length: int, step: int, token_bytes: int) -> tuple[int, int]:
     """Heads and tokens of a chunk: whole heads where they fit, else a part of one head's tokens."""
     whole = -(-length // step) * step
-    fit = min(MOST_HEADS, budget // (whole * token_bytes))
+    fit = min(MOST_PROGRAMS, budget // (whole * token_bytes))
     if fit:
         # the largest divisor of the number of heads that fits
         return max(h for h in range(1, fit + 1) if heads % h == 0), whole

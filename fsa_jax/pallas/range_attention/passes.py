@@ -11,7 +11,13 @@ import dataclasses
 from fsa_jax.pallas import tile_tables
 from fsa_jax.pallas.range_attention import hopper_groups, key_kernel, query_kernels
 from fsa_jax.pallas.support import Unsupported
-from fsa_jax.pallas.tile_config import Tile, padded_width, shared_memory, unsupported_arrays_reason
+from fsa_jax.pallas.tile_config import (
+    MOST_PROGRAMS,
+    Tile,
+    padded_width,
+    shared_memory,
+    unsupported_arrays_reason,
+)
 
 #: Programs of the dK and dV kernel that keep a GPU busy, for any number of keys.
 PROGRAMS = 1024
@@ -19,8 +25,6 @@ PROGRAMS = 1024
 SHORTEST = 8
 #: Most bytes of the partial dK and dV of these programs.
 PARTS_BYTES = 2**28
-#: Most programs along the second and third axis of a grid.
-MOST_HEADS = 65535
 
 
 #: Rows, keys, warps and stages of tiles, the fastest first, by kernel and kind of operands: 16-bit
@@ -69,8 +73,8 @@ def _unsupported_reason(query, key, value) -> str | None:
     if reason := unsupported_arrays_reason(query, key, value):
         return reason
     batch, length, heads, _ = query.shape
-    if batch * key.shape[2] > MOST_HEADS:
-        return f"batch * key heads must be at most {MOST_HEADS}, got shape {key.shape}"
+    if batch * key.shape[2] > MOST_PROGRAMS:
+        return f"batch * key heads must be at most {MOST_PROGRAMS}, got shape {key.shape}"
     if length * (heads // key.shape[2]) >= 2**30:
         return f"tokens * query heads per key head must be below 2**30, got shape {query.shape}"
     return None
