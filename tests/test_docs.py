@@ -55,6 +55,7 @@ SHAPES = {
 }
 
 
+@pytest.mark.essential  # whoever edits the README sees at once what no longer runs
 @pytest.mark.fast_cases("selected", "causal")
 @pytest.mark.parametrize(
     ("block", "result"), list(zip(BLOCKS, SHAPES.values(), strict=True)), ids=SHAPES
