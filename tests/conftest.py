@@ -1,4 +1,7 @@
-"""Test setup: eight CPU devices, strict dtypes and ranks, shape checks of internal functions."""
+"""Test setup: eight CPU devices, strict dtypes and ranks, shape checks of internal functions.
+
+Also the fixtures of several folders, among them what the tests of the command line share.
+"""
 
 import importlib.util
 import os
@@ -41,6 +44,7 @@ install_import_hook(INTERNAL, "beartype.beartype")
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
+from command_line import TEXT, train_words  # noqa: E402
 from tiers import (  # noqa: E402, F401
     pytest_addoption,
     pytest_collection_modifyitems,
@@ -48,6 +52,7 @@ from tiers import (  # noqa: E402, F401
 )
 
 from fsa_jax.bench import ahead_of_time  # noqa: E402
+from fsa_jax.cli import main  # noqa: E402
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -79,3 +84,45 @@ def x64():
     """Enables `jax_enable_x64` for one test."""
     with jax.enable_x64(True):
         yield
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory) -> Path:
+    """Returns a folder of four documents and a binary file."""
+    folder = tmp_path_factory.mktemp("data")
+    for i in range(4):
+        (folder / f"{i}.txt").write_text(TEXT * (i + 1))
+    (folder / "numbers.dat").write_bytes(b"\0\1\2")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def trained(data, tmp_path_factory) -> Path:
+    """Returns the folder of a run that the command `train` has finished."""
+    out = tmp_path_factory.mktemp("trained")
+    assert main(train_words(data, out)) == 0
+    return out
+
+
+@pytest.fixture
+def elsewhere(tmp_path_factory, monkeypatch):
+    """Runs a command in a temporary folder, so that it does not write into the project."""
+    monkeypatch.chdir(tmp_path_factory.mktemp("here"))
+
+
+@pytest.fixture
+def configs(monkeypatch):
+    """Collects the configs that the command `train` passes on, without training."""
+    # Imported here, because it takes long and most tests do not need it.
+    import fsa_jax.training
+
+    seen = []
+
+    def record(config):
+        seen.append(config)
+        return fsa_jax.training.TrainResult(
+            step=1, val_loss=1.25, unigram_loss=3.5, files=(Path("a/b.png"),)
+        )
+
+    monkeypatch.setattr(fsa_jax.training, "train", record)
+    return seen

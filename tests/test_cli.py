@@ -13,68 +13,16 @@ import sys
 from pathlib import Path
 
 import pytest
-from training.test_runs import signals_at
+from command_line import one_line, train_words
+from training.runs import signals_at
 
 import fsa_jax
 import fsa_jax.training
 from fsa_jax import cli
 from fsa_jax.cli import main
-from fsa_jax.training import PRESETS, RunStopped, TrainResult, read_metrics
+from fsa_jax.training import PRESETS, RunStopped, read_metrics
 
-TEXT = "the quick brown fox jumps over the lazy dog. "
-
-SIZES = """
-    --attention full --num-layers 1 --embed-dim 16 --num-heads 2 --num-kv-heads 1 --head-dim 8
-    --mlp-dim 16 --batch-size 2 --seq-len 32 --eval-sequences 2 --warmup-steps 1 --decay-steps 9
-"""
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("data")
-    for i in range(4):
-        (folder / f"{i}.txt").write_text(TEXT * (i + 1))
-    (folder / "numbers.dat").write_bytes(b"\0\1\2")
-    return folder
-
-
-def train_words(data: Path, out: Path, *more: str) -> list[str]:
-    return ["train", "--text", str(data), "--out", str(out), "--steps", "2", *SIZES.split(), *more]
-
-
-@pytest.fixture(scope="module")
-def trained(data, tmp_path_factory) -> Path:
-    out = tmp_path_factory.mktemp("trained")
-    assert main(train_words(data, out)) == 0
-    return out
-
-
-@pytest.fixture(autouse=True)
-def _elsewhere(tmp_path_factory, monkeypatch):
-    """Runs each command in a temporary folder, so that none writes into the project."""
-    monkeypatch.chdir(tmp_path_factory.mktemp("here"))
-
-
-@pytest.fixture
-def configs(monkeypatch):
-    """Collects the configs that the command `train` passes on, without training."""
-    seen = []
-
-    def record(config):
-        seen.append(config)
-        return TrainResult(step=1, val_loss=1.25, unigram_loss=3.5, files=(Path("a/b.png"),))
-
-    monkeypatch.setattr(fsa_jax.training, "train", record)
-    return seen
-
-
-def one_line(capfd) -> str:
-    captured = capfd.readouterr()
-    assert captured.out == ""
-    assert captured.err.endswith("\n")
-    assert captured.err.count("\n") == 1, captured.err
-    assert "Traceback" not in captured.err
-    return captured.err
+pytestmark = pytest.mark.usefixtures("elsewhere")
 
 
 def test_train_prints_losses_and_paths(data, tmp_path, capfd):

@@ -6,15 +6,13 @@ import sys
 
 import numpy as np
 import pytest
+from command_line import one_line
 from flax import nnx
-from test_cli import data, one_line, trained
 
 import fsa_jax
 from fsa_jax import cli
 from fsa_jax.cli import main
 from fsa_jax.transformer import Transformer, TransformerConfig
-
-__all__ = ["data", "trained"]  # used by pytest
 
 
 def test_sample_continues_the_prompt(trained, capfd):

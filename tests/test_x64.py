@@ -24,7 +24,7 @@ from jax.sharding import (
     PartitionSpec,
     use_abstract_mesh,
 )
-from training.test_training import DENSE, MODEL, tiny
+from training.runs import DENSE, MODEL, tiny
 from util import assert_close, assert_same_bits, lists, normal, value_and_vjp
 
 import fsa_jax

@@ -77,8 +77,11 @@ def assert_close(got, wanted, tolerance=1e-10):
 
 
 def assert_same_bits(got, wanted):
-    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
-        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+    leaves = jax.tree_util.tree_leaves_with_path(got)
+    for (path, a), b in zip(leaves, jax.tree.leaves(wanted), strict=True):
+        a, b = np.asarray(a), np.asarray(b)
+        assert a.dtype == b.dtype, path
+        assert a.tobytes() == b.tobytes(), path
 
 
 def assert_poison_changes_no_bit(run, arrays, unseen):

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_cli import configs
+from util import assert_same_bits
 
 import fsa_jax.training
 from fsa_jax.cli import main
@@ -28,17 +28,7 @@ from fsa_jax.training import (
     train,
 )
 from fsa_jax.training.metrics import curve
-from training.test_training import (
-    DENSE,
-    assert_same_bits,
-    dense,
-    saved_state,
-    texts,
-    tiny,
-    without_times,
-)
-
-__all__ = ["configs", "dense", "texts"]  # used by pytest
+from training.runs import DENSE, saved_state, tiny, without_times
 
 FIELDS = [
     ("row_length", "seq_len", 64),

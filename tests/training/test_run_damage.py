@@ -5,23 +5,14 @@ import shutil
 from pathlib import Path
 
 import pytest
+from util import assert_same_bits
 
 from fsa_jax.messages import naming
 from fsa_jax.training import Checkpoints, load_model, read_metrics, train
 from fsa_jax.training import folder as files
 from fsa_jax.training import progress as shown
 from fsa_jax.training.metrics import MetricsLog
-from training.test_training import (
-    DENSE,
-    assert_same_bits,
-    dense,
-    saved_state,
-    texts,
-    tiny,
-    without_times,
-)
-
-__all__ = ["dense", "texts"]  # used by pytest
+from training.runs import DENSE, saved_state, tiny, without_times
 
 ROW = '{"step": 1, "loss": 2.0}\n'
 
@@ -54,12 +45,6 @@ DAMAGES = {
     "no metadata": no_metadata,
     "emptied": emptied,
 }
-
-
-@pytest.fixture
-def run(dense, tmp_path) -> Path:
-    """Returns a copy of a run with checkpoints at steps 3 and 6, which the test may change."""
-    return shutil.copytree(dense, tmp_path / "run")
 
 
 @pytest.mark.fast_cases("rest", "position", "no rest", "no metadata", "emptied")

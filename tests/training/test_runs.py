@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from util import assert_same_bits
 
 from fsa_jax.training import (
     RunStopped,
@@ -24,18 +25,8 @@ from fsa_jax.training import (
 from fsa_jax.training import folder as files
 from fsa_jax.training.step import learning_rate_schedule
 from fsa_jax.training.stopping import catching_signals
-from training.test_processes import finish, saved_steps, start
-from training.test_training import (
-    DENSE,
-    assert_same_bits,
-    dense,
-    saved_state,
-    texts,
-    tiny,
-    without_times,
-)
-
-__all__ = ["dense", "texts"]  # used by pytest
+from training.processes import finish, saved_steps, start
+from training.runs import DENSE, saved_state, signals_at, tiny, without_times
 
 ROW = '{"step": 1, "loss": 2.0}\n'
 OURS = json.dumps({"what": "fsa-jax train"})
@@ -191,20 +182,6 @@ def test_files_of_others_are_left_as_they_are(tmp_path):
 
 
 # Signals
-
-
-def signals_at(monkeypatch, step: int, *numbers: int):
-    """Sends signals during a training step."""
-    advance = loop.TrainingBatches.__next__
-
-    def batch(batches):
-        found = advance(batches)
-        if batches.get_state()["batches"] == step:
-            for number in numbers:
-                os.kill(os.getpid(), number)
-        return found
-
-    monkeypatch.setattr(loop.TrainingBatches, "__next__", batch)
 
 
 @pytest.mark.slow

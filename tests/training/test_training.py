@@ -11,12 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from matplotlib.image import imread
+from util import assert_same_bits
 
 from fsa_jax import NSAConfig
 from fsa_jax.training import (
     PRESETS,
-    Checkpoints,
-    TrainConfig,
     load_model,
     next_byte_loss,
     plot_blocks,
@@ -35,103 +34,7 @@ from fsa_jax.training.step import (
     learning_rate_schedule,
     make_train_step,
 )
-from fsa_jax.transformer import TransformerConfig
-
-NSA = NSAConfig(
-    kernel_size=4,
-    kernel_stride=2,
-    block_size=4,
-    topk=3,
-    init_blocks=1,
-    local_blocks=1,
-    window_size=6,
-)
-MODEL = TransformerConfig(
-    vocab_size=257,
-    num_layers=2,
-    embed_dim=16,
-    num_heads=2,
-    num_kv_heads=1,
-    head_dim=8,
-    mlp_dim=16,
-    nsa=NSA,
-    dropout_rate=0.1,  # so that a lost rng is noticed
-)
-
-DENSE = dataclasses.replace(MODEL, attention="full")
-
-
-@pytest.fixture(scope="session")
-def texts(tmp_path_factory) -> Path:
-    """Returns a folder of 30 short documents."""
-    folder = tmp_path_factory.mktemp("texts")
-    for i in range(30):
-        (folder / f"{i}.txt").write_text(f"{i} bottles of beer on the wall. " * (1 + i % 4))
-    return folder
-
-
-def tiny(texts: Path, out: Path, **changes) -> TrainConfig:
-    config = TrainConfig(
-        text=(texts,),
-        out=out,
-        steps=6,
-        eval_every=2,
-        eval_sequences=3,
-        checkpoint_every=3,
-        batch_size=2,
-        seq_len=32,
-        learning_rate=1e-2,
-        weight_decay=0.1,
-        warmup_steps=2,
-        decay_steps=6,
-        model=MODEL,
-    )
-    return dataclasses.replace(config, **changes)
-
-
-@pytest.fixture(scope="session")
-def straight(texts, tmp_path_factory) -> Path:
-    """Returns the folder of a finished run of six steps."""
-    out = tmp_path_factory.mktemp("straight")
-    train(tiny(texts, out))
-    return out
-
-
-@pytest.fixture(scope="session")
-def dense(texts, tmp_path_factory) -> Path:
-    """Returns the folder of a finished run with full attention, which compiles faster."""
-    out = tmp_path_factory.mktemp("dense")
-    train(tiny(texts, out, model=DENSE))
-    return out
-
-
-@pytest.fixture
-def run(dense, tmp_path) -> Path:
-    """Returns a copy of the dense run, which the test may change."""
-    return shutil.copytree(dense, tmp_path / "run")
-
-
-def saved_state(config: TrainConfig, step: int):
-    template = init_state(abstract_like(config), config)
-    with Checkpoints(config.run_folder) as checkpoints:
-        return checkpoints.read_state(step, template), checkpoints.read_position(step)
-
-
-def abstract_like(config: TrainConfig):
-    template = abstract_model(config.model)[1]
-    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), template)
-
-
-def without_times(rows):
-    return [{name: value for name, value in row.items() if name != "tokens_per_s"} for row in rows]
-
-
-def assert_same_bits(one, two):
-    for (path, left), right in zip(
-        jax.tree_util.tree_leaves_with_path(one), jax.tree.leaves(two), strict=True
-    ):
-        assert left.dtype == right.dtype
-        assert np.asarray(left).tobytes() == np.asarray(right).tobytes(), path
+from training.runs import DENSE, MODEL, NSA, saved_state, tiny, without_times
 
 
 @pytest.mark.slow

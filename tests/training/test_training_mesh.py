@@ -7,9 +7,7 @@ import numpy as np
 import pytest
 
 from fsa_jax.training import read_metrics, train
-from training.test_training import MODEL, saved_state, texts, tiny
-
-__all__ = ["texts"]  # used by pytest
+from training.runs import MODEL, saved_state, tiny
 
 # Dropout depends on the position in a sequence, and zigzag order permutes the tokens.
 NSA = dataclasses.replace(MODEL, num_layers=1, dropout_rate=0.0)
