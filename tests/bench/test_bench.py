@@ -59,7 +59,7 @@ def test_every_suite_runs_without_a_gpu_and_says_that_it_measures_nothing(suite,
         assert all(row["tokens_per_s"] > 0 for row in rows)
 
 
-def test_a_failing_method_is_recorded_and_the_others_go_on(monkeypatch):
+def test_a_failing_method_is_recorded_and_the_others_go_on():
     """On a CPU, cuDNN fails and its rows record the error."""
     state = Run(BenchConfig(rounds=1, threads=2), interpret=False)
     rows = list(attention.measure_cases(state, [(CASE, ("full_attention",))], "xla", None))

@@ -122,7 +122,7 @@ def test_numbers_are_those_of_the_reference(name, monkeypatch):
         assert not gpu_callbacks.get_races().races_found
 
 
-def test_what_it_serves(monkeypatch):
+def test_what_it_serves():
     array = lambda *shape, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(shape, dtype)  # noqa: E731
     key = array(1, 64, 2, 128)
     assert hopper_pipeline.unsupported_reason(array(1, 64, 8, 128), key, key) is None

@@ -261,7 +261,7 @@ def test_the_first_signal_waits_for_a_step_and_the_second_does_not(number):
     assert signal.getsignal(number) == before
 
 
-def test_nohup_stays(monkeypatch):
+def test_nohup_stays():
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         with catching_signals():
