@@ -14,6 +14,7 @@ from util import (
     assert_close,
     assert_errors_are_at_most_twice_those_of_dense,
     assert_same_bits,
+    attention_inputs,
     lists,
     normal,
     segmentations,
@@ -39,11 +40,6 @@ def some_segments(shape, seed=0):
             row[at : at + size] = rng.integers(0, 4)
             at += size
     return jnp.asarray(ids)
-
-
-def inputs(shape, dtype=jnp.float64, seed=0):
-    kinds = (shape.query, shape.key, shape.value)
-    return tuple(normal(seed + i, *kind, dtype=dtype) for i, kind in enumerate(kinds))
 
 
 def compressed(segment_ids, implementation):
@@ -88,7 +84,7 @@ def window(segment_ids, implementation, window_size=7):
 def test_values_and_gradients_are_those_of_the_reference(branch, name, packed):
     shape = SMALL[name]
     segment_ids = some_segments(shape) if packed else None
-    args = inputs(shape)
+    args = attention_inputs(shape, jnp.float64)
     if branch == "selected":
         indices = lists(1, *shape.indices, shape.blocks)
         make = functools.partial(selected, indices, shape.block_size, segment_ids)
@@ -125,7 +121,7 @@ def compiled_selected(implementation):
 @given(segmentations(CASE.batch, CASE.length), st.integers(0, 2**31))
 def test_any_segmentation_and_any_lists(segment_ids, seed):
     indices = lists(seed, *CASE.indices, CASE.blocks)
-    args = (indices, segment_ids, *inputs(CASE))
+    args = (indices, segment_ids, *attention_inputs(CASE, jnp.float64))
     assert_close(compiled_selected("xla")(*args), compiled_selected("reference")(*args))
 
 
@@ -149,7 +145,7 @@ SHAPES = st.builds(
 def test_any_shape_and_group(shape, data, seed):
     segment_ids = jnp.asarray(data.draw(segmentations(shape.batch, shape.length)))
     indices = lists(seed, *shape.indices, blocks=shape.blocks)
-    query, key, value = inputs(shape, seed=seed)
+    query, key, value = attention_inputs(shape, jnp.float64, seed)
     make = functools.partial(selected, indices, shape.block_size, segment_ids)
     got, wanted = (
         value_and_gradients(make(name), 3, query, key, value) for name in ("xla", "reference")
@@ -400,7 +396,7 @@ def test_logits_of_ten_thousand(dtype, implementation):
 @pytest.mark.slow
 def test_bitwise_the_same_on_every_rerun():
     shape = SMALL["many_tiles"]
-    args = inputs(shape, jnp.float32)
+    args = attention_inputs(shape)
     gates = normal(9, shape.batch, shape.length, shape.heads, 3)
     run = value_and_vjp(functools.partial(operator, "xla", some_segments(shape)), 5)
     first = run(*args, gates)
@@ -415,7 +411,7 @@ def test_all_queries_on_one_block_or_each_on_its_own():
     own = jnp.broadcast_to(
         (jnp.arange(shape.length, dtype=jnp.int32) // 16)[None, :, None, None], shape.indices
     )
-    args = inputs(shape, jnp.float32)
+    args = attention_inputs(shape)
     for indices in (hot, own):
         got, wanted = (
             value_and_gradients(selected(indices, 16, None, name), 2, *args)

@@ -19,6 +19,12 @@ def normal(seed, *shape, dtype=jnp.float32):
     return jnp.asarray(numbers(seed, *shape), dtype)
 
 
+def attention_inputs(shape, dtype=jnp.float32, seed=0):
+    """Query, key and value of a `Shape`."""
+    kinds = (shape.query, shape.key, shape.value)
+    return tuple(normal(seed + i, *kind, dtype=dtype) for i, kind in enumerate(kinds))
+
+
 def lists(seed, batch, length, kv_heads, slots, blocks):
     """Block lists with -1, repeated, future and out-of-range entries; some lists are empty."""
     rng = np.random.default_rng(seed)

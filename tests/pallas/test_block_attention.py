@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from util import (
     assert_close,
     assert_same_bits,
+    attention_inputs,
     lists,
-    normal,
     segmentations,
     selected,
     value_and_gradients,
@@ -51,11 +51,6 @@ def unwritten_is_nan():
         jax.clear_caches()  # no trace made without the patch may be reused
         yield
     jax.clear_caches()
-
-
-def inputs(shape, dtype=jnp.float32, seed=0):
-    kinds = (shape.query, shape.key, shape.value)
-    return tuple(normal(seed + i, *kind, dtype=dtype) for i, kind in enumerate(kinds))
 
 
 def packed_ids(shape, seed=0):
@@ -102,7 +97,7 @@ TOLERANCE = {"float32": 2e-6, "float16": 4e-3, "bfloat16": 3e-2}
 @pytest.mark.parametrize("case", CASES)
 def test_values_and_gradients_are_those_of_the_reference(case):
     shape, dtype = CASES[case]
-    args = inputs(shape, jnp.dtype(dtype))
+    args = attention_inputs(shape, jnp.dtype(dtype))
     segment_ids = packed_ids(shape) if list(CASES).index(case) % 2 else None
     indices = lists(1, *shape.indices, shape.blocks)
     make = functools.partial(selected, indices, shape.block_size, segment_ids)
@@ -147,7 +142,7 @@ TUNINGS = {
 @pytest.mark.parametrize("name", TUNINGS)
 def test_tuning_changes_no_result(name):
     shape = dataclasses.replace(SMALL, block_size=32)
-    args = inputs(shape, jnp.bfloat16)
+    args = attention_inputs(shape, jnp.bfloat16)
     ids, indices = packed_ids(shape), lists(2, *shape.indices, shape.blocks)
     make = functools.partial(selected, indices, 32, ids)
     got = value_and_gradients(make("triton_interpret", tuning=TUNINGS[name]), 3, *args)
@@ -160,7 +155,7 @@ def test_tuning_changes_no_result(name):
 def test_the_lists_decide_which_kernels_run(group, alike):
     """Query-tile, or else KV-outer (forward from group 3, backward from 8) or query-outer."""
     shape = Shape(length=480, heads=2 * group, kv_heads=2, width=32, value_width=32, slots=1)
-    args = inputs(shape, jnp.bfloat16)
+    args = attention_inputs(shape, jnp.bfloat16)
     token = jnp.arange(shape.length, dtype=jnp.int32)
     chosen = token * (0 if alike else 1) % (token // shape.block_size + 1)
     indices = jnp.broadcast_to(chosen[None, :, None, None], shape.indices)
@@ -194,7 +189,7 @@ def test_chunks_change_no_result(heads, tokens, sort_pairs, packed, monkeypatch)
     jax.clear_caches()
     ids, indices = packed_ids(SMALL) if packed else None, lists(3, *SMALL.indices, SMALL.blocks)
     make = functools.partial(selected, indices, SMALL.block_size, ids)
-    args = inputs(SMALL)
+    args = attention_inputs(SMALL)
     got = value_and_gradients(make("triton_interpret", tuning=SelectedTuning(pairs=5)), 3, *args)
     assert_close(got, exact_small(indices, ids, *args), TOLERANCE["float32"])
 
@@ -207,7 +202,7 @@ def test_many_short_documents(method):
     rng = np.random.default_rng(4)
     ids = np.arange(2 * SMALL.length).reshape(2, -1) + 1  # each token is a document
     ids[1] = np.repeat(np.arange(1, 41), rng.integers(1, 5, 40))[: SMALL.length]
-    ids, args = jnp.asarray(ids, jnp.int32), inputs(SMALL)
+    ids, args = jnp.asarray(ids, jnp.int32), attention_inputs(SMALL)
     indices = jnp.asarray(rng.integers(-1, 2, SMALL.indices), jnp.int32)
     make = functools.partial(selected, indices, SMALL.block_size, ids)
     got = value_and_gradients(make("triton_interpret", tuning=tuning), 3, *args)
@@ -253,7 +248,11 @@ def test_a_chunk_fits_the_scratch_budget(scratch_mib, dtype):
 @settings(deadline=None, max_examples=25)
 @given(segmentations(SMALL.batch, SMALL.length), st.integers(0, 2**31))
 def test_any_segmentation_and_any_lists(method, segment_ids, seed):
-    args = (lists(seed, *SMALL.indices, SMALL.blocks), segment_ids, *inputs(SMALL, seed=seed))
+    args = (
+        lists(seed, *SMALL.indices, SMALL.blocks),
+        segment_ids,
+        *attention_inputs(SMALL, seed=seed),
+    )
     ours = compiled("triton_interpret", SelectedTuning(method=method, pairs=8))
     assert_close(ours(*args), compiled("reference")(*args), 1e-5)
 
@@ -264,7 +263,7 @@ def test_skewed_lists(name):
     """All queries select one block, each query selects its own block, or no query selects any."""
     own = jnp.arange(SMALL.length, dtype=jnp.int32)[None, :, None, None] // 16
     block = {"hot": jnp.zeros_like(own), "own": own, "none": jnp.full_like(own, -1)}[name]
-    args = (jnp.broadcast_to(block, SMALL.indices), None, *inputs(SMALL))
+    args = (jnp.broadcast_to(block, SMALL.indices), None, *attention_inputs(SMALL))
     for tuning in (None, SelectedTuning(pairs=7)):
         got = compiled("triton_interpret", tuning)(*args)
         assert_close(got, exact_small(*args), TOLERANCE["float32"])
@@ -273,15 +272,18 @@ def test_skewed_lists(name):
 def test_bitwise_the_same_on_every_rerun():
     attend = kernel_attention(lists(0, *SMALL.indices, SMALL.blocks), 16, packed_ids(SMALL))
     run = value_and_vjp(attend, 5)
-    first = run(*inputs(SMALL))
+    first = run(*attention_inputs(SMALL))
     for _ in range(3):
-        assert_same_bits(run(*inputs(SMALL)), first)
+        assert_same_bits(run(*attention_inputs(SMALL)), first)
 
 
 @pytest.mark.slow
 def test_vmap_and_checkpoint():
     indices = jnp.stack([lists(i, *SMALL.indices, SMALL.blocks) for i in range(3)])
-    args = [jnp.stack(x) for x in zip(*(inputs(SMALL, seed=9 * i) for i in range(3)), strict=True)]
+    args = [
+        jnp.stack(x)
+        for x in zip(*(attention_inputs(SMALL, seed=9 * i) for i in range(3)), strict=True)
+    ]
 
     def loss(indices, *args, remat=False):
         attend = kernel_attention(indices, 16)
@@ -408,7 +410,7 @@ def test_a_call_that_the_kernels_cannot_serve(name, monkeypatch, caplog):
     indices = jnp.zeros(shape.indices, jnp.int32)
     call = functools.partial(
         fsa_jax.selected_attention,
-        *inputs(shape, dtype),
+        *attention_inputs(shape, dtype),
         indices,
         block_size=block_size,
         tuning=tuning,
@@ -428,7 +430,7 @@ def test_a_call_that_the_kernels_cannot_serve(name, monkeypatch, caplog):
 def test_an_old_gpu_or_none_is_refused(monkeypatch):
     call = functools.partial(
         fsa_jax.selected_attention,
-        *inputs(SMALL),
+        *attention_inputs(SMALL),
         jnp.zeros(SMALL.indices, jnp.int32),
         block_size=16,
         implementation="triton",
@@ -449,6 +451,6 @@ def test_on_a_cpu_the_choice_for_either_device_is_the_portable_implementation():
         block_attention.selected_attention, spec, block_indices=indices, rows=rows
     )
     portable = selected(indices, 16, packed_ids(SMALL), "xla", scale=0.3)
-    args = inputs(SMALL)
+    args = attention_inputs(SMALL)
     got, wanted = (value_and_gradients(f, 3, *args) for f in (either, portable))
     assert_close(got, wanted, 1e-6)
