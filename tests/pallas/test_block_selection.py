@@ -17,30 +17,10 @@ from hypothesis import strategies as st
 from util import normal, segmentations
 
 from fsa_jax import NSAConfig, xla
-from fsa_jax.bench.ahead_of_time import compile_for
-from fsa_jax.pallas.block_selection.passes import select_blocks
 from fsa_jax.pallas.block_selection.plan import make_plan
 from fsa_jax.pallas.support import Unsupported, supported
 from fsa_jax.semantics.segments import describe_segments, describe_windows
-
-SCALE = 0.3
-
-
-def kernel(query, key, lse, segment_ids, config, interpret=True, capability=90, **sizes):
-    """Lists that the kernels select; `sizes` replace fields of the plan."""
-    rows = describe_segments(segment_ids, *query.shape[:2])
-    plan = supported(make_plan(query, key, config, capability=capability))
-    return select_blocks(
-        query,
-        key,
-        lse,
-        rows,
-        describe_windows(rows, config.kernel_size, config.kernel_stride),
-        config=config,
-        scale=SCALE,
-        plan=dataclasses.replace(plan, **sizes),
-        interpret=interpret,
-    )
+from pallas.selection import SCALE, kernel
 
 
 def inputs(config, length, group, width, *, batch=1, kv_heads=2, dtype=jnp.float32, seed=0):
@@ -274,27 +254,3 @@ def test_what_does_not_fit():
     refusal = make_plan(query, key, NSAConfig(), capability=86)
     assert isinstance(refusal, Unsupported)
     assert "head width 256 of float32 needs more shared memory" in refusal.reason
-
-
-@pytest.mark.compile
-@pytest.mark.parametrize(
-    ("device", "length", "packed"), [("A100", 777, True), ("H200", 1, False), ("H200", 2**20, True)]
-)
-def test_compiles(device, length, packed):
-    config = NSAConfig(kernel_size=1, kernel_stride=1) if length == 1 else NSAConfig()
-    shapes = [
-        jax.ShapeDtypeStruct((1, length, 12, 80), jnp.bfloat16),
-        jax.ShapeDtypeStruct((1, length // config.kernel_stride, 4, 80), jnp.bfloat16),
-        jax.ShapeDtypeStruct((1, length, 12), jnp.float32),
-        jax.ShapeDtypeStruct((1, length), jnp.int32),
-    ]
-
-    def select_blocks(query, key, lse, ids):
-        capability = {"A100": 80, "H200": 90}[device]
-        ids = ids if packed else None
-        return kernel(query, key, lse, ids, config, interpret=False, capability=capability)
-
-    found = compile_for(device, select_blocks, *shapes).memory_analysis()
-    assert found is not None
-    # the ranks of a chunk, and the arrays that are linear in the tokens: documents and lists
-    assert found.temp_size_in_bytes <= 2**29 + length * 4 * 80
