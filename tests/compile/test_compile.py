@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from compile.programs import TRITON
 from fsa_jax.bench.ahead_of_time import (
     compile_for,
     custom_calls,
@@ -25,7 +26,6 @@ from fsa_jax.pallas import SelectedTuning
 
 pytestmark = pytest.mark.compile
 ROOT = Path(__file__).resolve().parents[2]
-TRITON = "__gpu$xla.gpu.triton"
 QUERY_OUTER = {"tuning": SelectedTuning(method="query_outer")}
 # H200 and H100 differ only in memory, so their code is the same except for measured tiles.
 OPERATOR_CASES = [

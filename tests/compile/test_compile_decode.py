@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from compile.programs import TRITON
 from fsa_jax.bench.ahead_of_time import compile_for, custom_calls, decode_step
 from fsa_jax.pallas.decode import attention
 
@@ -17,7 +18,6 @@ sys.path.append(str(Path(__file__).resolve().parents[2]))
 resources = importlib.import_module("benchmarks.resources")
 
 LENGTH, HEADS = 131072, {"heads": 32, "kv_heads": 8}
-TRITON = "__gpu$xla.gpu.triton"
 #: Device, queries per sequence, heads per group, D, E, dtype; every value occurs at least once.
 SIZES = [
     ("H200", 1, 1, 64, 64, "bfloat16"),

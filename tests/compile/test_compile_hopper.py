@@ -7,16 +7,14 @@ import subprocess
 import sys
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 import pytest
 
-import fsa_jax
+from compile.programs import MOSAIC, TRITON
 from fsa_jax.bench.ahead_of_time import compile_for, custom_calls, operator_gradients
 from fsa_jax.bench.shapes import KERNELS
 
 pytestmark = pytest.mark.compile
-TRITON, MOSAIC = "__gpu$xla.gpu.triton", "mosaic_gpu_v2"
 #: Long enough for the kernels to be profitable.
 LONG = dataclasses.replace(KERNELS["main"], length=8192)
 
@@ -74,26 +72,9 @@ SPILLS = {1: 0, 2: 0, 4: 32, 8: 96, 16: 0, 32: 0}
 PROGRAM = """
 import sys
 sys.path[:0] = [{tests!r}]
-from compile.test_compile_hopper import compile_branch
+from compile.programs import compile_branch
 compile_branch({group})
 """
-
-
-def compile_branch(group):
-    """Compiles compressed attention with its gradients."""
-    shapes = [(1, 8192, 2 * group, 128), *[(1, 512, 2, 128)] * 2]
-    arrays = [jax.ShapeDtypeStruct(x, jnp.bfloat16) for x in shapes]
-
-    def run(*arrays):
-        def attend(*arrays):
-            return fsa_jax.compressed_attention(
-                *arrays, kernel_size=32, kernel_stride=16, implementation="mosaic_gpu"
-            )
-
-        out, pull = jax.vjp(attend, *arrays)
-        return out, pull(out)
-
-    return compile_for("H200", run, *arrays)
 
 
 @pytest.mark.parametrize("group", SPILLS)

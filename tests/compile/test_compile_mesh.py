@@ -16,7 +16,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import fsa_jax
-from compile.test_compile_models import LLAMA_LAYER
+from compile.programs import LLAMA_LAYER
 from fsa_jax.bench.ahead_of_time import OPTIONS, compile_for, config_of, mesh_of, operator_gradients
 from fsa_jax.bench.shapes import Shape
 from fsa_jax.training.mesh import AXES, Placement

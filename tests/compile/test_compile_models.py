@@ -1,6 +1,5 @@
 """Layers and whole training steps compiled for a GPU: memory, and no copies of queries."""
 
-import dataclasses
 import functools
 import math
 import re
@@ -10,32 +9,15 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
+from compile.programs import LLAMA_LAYER
 from fsa_jax.bench.ahead_of_time import compile_for
 from fsa_jax.layers import FullAttention, NativeSparseAttention
 from fsa_jax.training.config import PRESETS
 from fsa_jax.training.step import abstract_model, init_state, make_train_step
-from fsa_jax.transformer import TransformerConfig
 
 pytestmark = [pytest.mark.compile, pytest.mark.usefixtures("empty_kernels")]
 GIB = 2**30
 SMALL = PRESETS["small"]
-#: One decoder layer with the sizes of Llama 3 8B, on one sequence of 131,072 tokens.
-LLAMA_LAYER = dataclasses.replace(
-    SMALL,
-    batch_size=1,
-    seq_len=131072,
-    model=TransformerConfig(
-        vocab_size=257,
-        num_layers=1,
-        embed_dim=4096,
-        num_heads=32,
-        num_kv_heads=8,
-        head_dim=128,
-        mlp_dim=14336,
-        remat=True,
-        dtype="bfloat16",
-    ),
-)
 
 
 def training_step(config):

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from compile.test_compile_hopper import MOSAIC, compile_branch
+from compile.programs import MOSAIC, TRITON, compile_branch
 from fsa_jax.bench.ahead_of_time import (
     compile_for,
     custom_calls,
@@ -18,7 +18,6 @@ from fsa_jax.bench.ahead_of_time import (
 from fsa_jax.bench.shapes import KERNELS
 
 pytestmark = pytest.mark.compile
-TRITON = "__gpu$xla.gpu.triton"
 
 
 def compiled_text(program, x64):

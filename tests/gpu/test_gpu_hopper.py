@@ -21,7 +21,7 @@ from util import (
 import fsa_jax
 from fsa_jax.pallas import support
 from fsa_jax.pallas.range_attention import hopper_pipeline
-from gpu.test_gpu import dirty_memory, pytestmark, segments
+from gpu.shared import dirty_memory, pytestmark, segments
 
 __all__ = ["dirty_memory", "pytestmark"]  # used by pytest
 #: Token counts: most queries attend to several key tiles, of which the last one is partial.

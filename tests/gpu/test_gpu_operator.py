@@ -25,7 +25,7 @@ from util import (
 
 import fsa_jax
 from fsa_jax.layers import NativeSparseAttention
-from gpu.test_gpu import dirty_memory, pytestmark, segments
+from gpu.shared import dirty_memory, pytestmark, segments
 
 __all__ = [  # used by pytest
     "dirty_memory",

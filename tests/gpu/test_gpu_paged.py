@@ -14,7 +14,7 @@ from pallas.test_decode import (
     test_splits_and_tiles_change_rounding_alone,
 )
 
-from gpu.test_gpu import dirty_memory, pytestmark
+from gpu.shared import dirty_memory, pytestmark
 
 __all__ = [  # used by pytest
     "dirty_memory",

@@ -18,7 +18,7 @@ from util import assert_same_bits, normal, value_and_vjp
 
 import fsa_jax
 from fsa_jax.pallas import support
-from gpu.test_gpu import dirty_memory, pytestmark, segments
+from gpu.shared import dirty_memory, pytestmark, segments
 
 __all__ = [  # used by pytest
     "dirty_memory",

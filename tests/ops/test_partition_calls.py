@@ -24,7 +24,7 @@ from fsa_jax.pallas import tile_tables
 from fsa_jax.pallas.range_attention import passes as ranges
 from fsa_jax.pallas.tile_config import Tile
 from fsa_jax.training.compilation_cache import keep_compiled_programs
-from ops.test_sharding import GATES, IDS, KEY, QUERY, VALUE, WEIGHTS, mesh_of, operator
+from ops.sharded import GATES, IDS, KEY, QUERY, VALUE, WEIGHTS, mesh_of, operator
 
 
 def names(run, *arrays):
