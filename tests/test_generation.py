@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from test_layers import perturbed
-from test_transformer import CONFIG, FULL, TOKENS
+from small_layers import perturbed
+from small_transformers import CONFIG, FULL, TOKENS
 
 from fsa_jax import generate, generation
 from fsa_jax.transformer import Transformer

@@ -1,4 +1,4 @@
-"""The Flax layers: vectors of other projects, packing, dtypes, sharding, linen, bad input."""
+"""The Flax layers: vectors of other projects, packing, positions, dtypes, linen."""
 
 import functools
 import json
@@ -9,38 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen, nnx
+from small_layers import CONFIG, LENGTHS, SEGMENT_IDS, inputs, make, perturbed
 
 import fsa_jax
 from fsa_jax import NSAConfig
 from fsa_jax.layers import FullAttention, NativeSparseAttention
-from fsa_jax.partitioning import sharding_rules
 from fsa_jax.rope import Llama3Scaling, RoPE
 
 VECTORS = pathlib.Path(__file__).parent / "vectors"
-CONFIG = NSAConfig(
-    kernel_size=8,
-    kernel_stride=4,
-    block_size=8,
-    topk=4,
-    init_blocks=1,
-    local_blocks=2,
-    window_size=6,
-)
-# One token, a document shorter than a window, whole windows, and padding before and after.
-LENGTHS = [(0, 3), (1, 21), (2, 1), (3, 5), (4, 21), (0, 2)]
-SEGMENT_IDS = jnp.asarray(np.repeat(*np.transpose(LENGTHS)), jnp.int32)[None]
-
-
-def make(cls=NativeSparseAttention, **options):
-    if cls is NativeSparseAttention:
-        # The dense reference compiles fastest; the vector tests also cover the portable one.
-        options = {"config": CONFIG, "implementation": "reference"} | options
-    options = {"num_kv_heads": 2, "head_dim": 8, "rngs": nnx.Rngs(0)} | options
-    return cls(4, 16, **options)
-
-
-def inputs(batch=1, length=SEGMENT_IDS.shape[1], dtype=jnp.float32):
-    return jax.random.normal(jax.random.key(7), (batch, length, 16), dtype)
 
 
 @nnx.jit
@@ -173,15 +149,6 @@ def test_gradients_of_packed_row_equal_those_of_its_documents():
         total = jax.tree.map(np.add, total, nnx.to_pure_dict(alone))
     assert total_value == pytest.approx(float(value), abs=1e-3)
     jax.tree.map(lambda got, want: assert_near(got, want, bound=1e-4), packed, total)
-
-
-def perturbed(layer):
-    """Returns the layer with all parameters perturbed, so that none has a special initial value."""
-    graphdef, state = nnx.split(layer)
-    leaves, tree = jax.tree.flatten(state)
-    keys = jax.random.split(jax.random.key(3), len(leaves))
-    moved = [x + 0.1 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
-    return nnx.merge(graphdef, jax.tree.unflatten(tree, moved))
 
 
 @pytest.mark.parametrize("cls", [NativeSparseAttention, FullAttention])
@@ -338,167 +305,3 @@ def test_linen(cls):
     np.testing.assert_allclose(run(variables), want, atol=1e-5)
     gradients = linen.unbox(jax.grad(lambda v: jnp.sum(run(v) ** 2))(variables))
     assert np.any(gradients["params"][name]["query"]["kernel"])
-
-
-MESH_RULES = {"embed": "data", "heads": "model", "kv_heads": "model"}
-
-
-def mesh():
-    auto = (jax.sharding.AxisType.Auto,) * 2
-    return jax.make_mesh((4, 2), ("data", "model"), axis_types=auto)
-
-
-@pytest.mark.fast_cases("options1-specs1")
-@pytest.mark.parametrize(
-    ("options", "specs"),
-    [
-        (
-            {"use_bias": True},
-            {
-                "query": {"kernel": ("data", "model", None), "bias": ("model", None)},
-                "key": {"kernel": ("data", "model", None), "bias": ("model", None)},
-                "value": {"kernel": ("data", "model", None), "bias": ("model", None)},
-                "out": {"kernel": ("model", None, "data"), "bias": ("data",)},
-                "gate": {"kernel": ("data", "model", None), "bias": ("model", None)},
-                "compress_key": {
-                    "weights": ("model", None, None),
-                    "positions": ("model", None, None),
-                },
-                "compress_value": {"weights": ("model", None, None)},
-            },
-        ),
-        (
-            {"compression": "mlp", "gate": "token", "kv_per_branch": True},
-            {
-                "query": {"kernel": ("data", "model", None)},
-                "key": {"kernel": ("data", None, "model", None)},
-                "value": {"kernel": ("data", None, "model", None)},
-                "out": {"kernel": ("model", None, "data")},
-                "gate": {"kernel": ("data", None, None)},
-                "compress_key": {
-                    "weights": ("model", None, None),
-                    "weights_out": ("model", None, None),
-                    "positions": ("model", None, None),
-                },
-                "compress_value": {
-                    "weights": ("model", None, None),
-                    "weights_out": ("model", None, None),
-                },
-            },
-        ),
-    ],
-)
-def test_sharding(options, specs):
-    layer = make(**options)
-    graphdef, state = nnx.split(layer)
-    with sharding_rules(**MESH_RULES):
-        got = nnx.to_pure_dict(nnx.get_partition_spec(state))
-        shardings = nnx.get_named_sharding(state, mesh())
-    is_spec = lambda x: isinstance(x, jax.P)  # noqa: E731
-    assert jax.tree.map(tuple, got, is_leaf=is_spec) == specs
-    sharded = jax.device_put(state, shardings)
-    kernel = sharded.query.kernel.get_value()
-    assert kernel.addressable_shards[0].data.shape == (4, 2, 8)
-
-    x = inputs(batch=4)
-    segment_ids = jnp.tile(SEGMENT_IDS, (4, 1))
-    rows = jax.NamedSharding(mesh(), jax.P("data"))
-    run = jax.jit(lambda state, x, segment_ids: nnx.merge(graphdef, state)(x, segment_ids))
-    got = run(sharded, *jax.device_put((x, segment_ids), rows))
-    assert len(got.sharding.device_set) == 8
-    np.testing.assert_allclose(got, run(state, x, segment_ids), atol=1e-5)
-
-
-def test_built_under_a_mesh_is_sharded_at_once():
-    with jax.set_mesh(mesh()):
-        # without sharding rules, parameters are replicated
-        assert make().query.kernel.sharding.is_fully_replicated
-        with sharding_rules(heads="model"):
-            kernel = make().query.kernel.get_value()
-    assert kernel.sharding.is_equivalent_to(
-        jax.NamedSharding(mesh(), jax.P(None, "model", None)), kernel.ndim
-    )
-    assert kernel.addressable_shards[0].data.shape == (16, 2, 8)
-
-
-IDS = jnp.ones((1, 8), jnp.int32)
-
-
-@pytest.mark.parametrize("cls", [NativeSparseAttention, FullAttention])
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"num_kv_heads": 3}, "num_heads must be a positive multiple .*num_heads=4.*=3"),
-        ({"num_kv_heads": 0}, "num_heads must be a positive multiple .*num_kv_heads=0"),
-        ({"head_dim": 7}, "head_dim must be positive and even .* got 7"),
-        ({"implementation": "fast"}, "implementation must be .*'fast'"),
-        ({"head_dim": 8.0}, "head_dim must be an integer .* got 8.0"),
-        ({"num_kv_heads": "2"}, "num_kv_heads must be an integer .* got '2'"),
-        ({"out_features": 0}, "out_features must be an integer of at least 1, got 0"),
-        ({"rope": "half"}, "rope must be a RoPE or None, got 'half'"),
-        ({"scale": "1"}, "scale must be None or a finite number, not an array, got '1'"),
-    ],
-)
-def test_bad_options(cls, options, message):
-    with pytest.raises(ValueError, match=message):
-        make(cls, **options)(inputs(length=8))
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"compression": "max"}, "compression must be one of .* got 'max'"),
-        ({"gate": "row"}, "gate must be one of .* got 'row'"),
-        ({"config": {"topk": 4}}, "config must be an NSAConfig, got {'topk': 4}"),
-        ({"kv_per_branch": 1}, "kv_per_branch must be True or False, got 1"),
-        ({"sequence_axis": 0}, "sequence_axis must be None or the name of a mesh axis, got 0"),
-    ],
-)
-def test_bad_options_of_nsa(options, message):
-    with pytest.raises(ValueError, match=message):
-        make(**options)
-
-
-def test_bad_default_head_dim():
-    with pytest.raises(ValueError, match=r"in_features must be a multiple of num_heads.*30.*4"):
-        FullAttention(4, 30, rngs=nnx.Rngs(0))
-
-
-@pytest.mark.parametrize("cls", [NativeSparseAttention, FullAttention])
-@pytest.mark.parametrize(
-    ("arrays", "message"),
-    [
-        ({"x": jnp.zeros((8, 16))}, r"x must have shape \[B T C\], got shape \(8, 16\)"),
-        ({"x": jnp.zeros((1, 8, 15))}, r"x must have in_features=16 features, got \(1, 8, 15\)"),
-        ({"x": jnp.zeros((1, 8, 16), jnp.int32)}, "x must have one of the dtypes .* got int32"),
-        ({"segment_ids": IDS[0]}, r"segment_ids must have shape .* got shape \(8,\)"),
-        ({"segment_ids": IDS[:, 1:]}, r"segment_ids must have shape .* got \(1, 7\)"),
-        (
-            {"segment_ids": IDS.astype(jnp.float32)},
-            "segment_ids must have an integer dtype .*, got float32",
-        ),
-        ({"segment_ids": -IDS}, r"segment_ids must be 0 \(padding\) or positive, got -1"),
-        ({"positions": IDS[0]}, r"positions must have shape .* got shape \(8,\)"),
-        ({"segment_ids": IDS > 0}, "segment_ids must have an integer dtype, got bool"),
-        ({"segment_ids": [1] * 8}, r"segment_ids must have shape \[B T\], got shape \(8,\)"),
-        ({"positions": "0"}, r"positions must be an integer array of shape \[B T\], got str"),
-        ({"x": [[1.0]]}, r"x must be an array of shape \[B T C\], got list"),
-        ({"fresh": "yes"}, "fresh must be True or False, got 'yes'"),
-        ({"positions": IDS[:, 1:]}, r"positions must have .*\[B T\] of x.*\(1, 7\)"),
-        (
-            {"positions": IDS.astype(jnp.float32)},
-            "positions must have an integer dtype .*, got float32",
-        ),
-    ],
-)
-def test_bad_call(cls, arrays, message):
-    with pytest.raises(ValueError, match=message):
-        make(cls)(**{"x": inputs(length=8)} | arrays)
-
-
-def test_unknown_logical_axis():
-    with (
-        pytest.raises(ValueError, match=r"logical axis must be one of .* got 'head'"),
-        sharding_rules(head="model"),
-    ):
-        pass

@@ -11,7 +11,7 @@ from flax import nnx
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
-from test_layers import CONFIG, perturbed
+from small_layers import CONFIG, perturbed
 from util import assert_same_bits
 
 from fsa_jax import KVCache, NSACache, OutOfPages, PageAllocator
