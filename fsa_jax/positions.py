@@ -117,6 +117,6 @@ def window_positions(
         checks.sequence(sequence_axis, has_batch, shape[1], sizes[1])
         given = zigzag.positions(ids, shape, sequence_axis) if given is None else given
         return zigzag.window_positions(given, ids, *sizes, sequence_axis)
-    rows = segments.describe_segments(ids, *shape)
-    found = segments.window_positions(rows, given, *sizes)
+    segment_info = segments.describe_segments(ids, *shape)
+    found = segments.window_positions(segment_info, given, *sizes)
     return found if has_batch else found[0]

@@ -287,7 +287,7 @@ class Transformer(nnx.Module):
         def step(x: jax.Array, layer: Block, key: jax.Array | None) -> tuple[jax.Array, None]:
             return layer(x, segment_ids, positions, key), None
 
-        segments = checks.rows(tokens, segment_ids, True)
+        segments = checks.segments(tokens, segment_ids, True)
         x, _ = self._scan(step, self._embed(tokens, segments.valid), keys)
         return segments.without_padding(self._logits(x))
 
@@ -390,7 +390,7 @@ class Transformer(nnx.Module):
             return layer(x, segment_ids, positions), blocks
 
         tokens = checks.integers("tokens", tokens, "B T")
-        valid = checks.rows(tokens, segment_ids, True).valid
+        valid = checks.segments(tokens, segment_ids, True).valid
         return self._scan(step, self._embed(tokens, valid), None)[1]
 
     def layer(self, index: int) -> Block:

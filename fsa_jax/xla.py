@@ -92,7 +92,7 @@ def select_blocks(
     query: Float[Array, "B T N D"],
     key: Float[Array, "B M K D"],
     lse: Float[Array, "B T N"],
-    rows: SegmentInfo,
+    segments: SegmentInfo,
     windows: Windows,
     *,
     config: NSAConfig,
@@ -100,7 +100,7 @@ def select_blocks(
 ) -> Int[Array, "B T K S"]:
     """See fsa_jax.select_blocks. Scores are held for one tile of queries at a time.
 
-    `rows` and `windows` describe the queries, which may be only part of the sequence.
+    `segments` and `windows` describe the queries, which may be only part of the sequence.
     """
     length, kv_heads, slots = query.shape[1], key.shape[2], key.shape[1]
     # a sequence with M windows has fewer than M + 1 strides of tokens
@@ -117,7 +117,7 @@ def select_blocks(
         # document, then those of other documents are masked.
         sees = (window >= first[..., None]) & (window < (first + visible)[..., None])
         p = group_weights(logits, lse, sees)
-        if rows.packed:
+        if segments.packed:
             slot = jnp.minimum(first[..., None] + window, slots - 1)
             p = jnp.take_along_axis(p, slot[:, None], axis=-1)
             p = jnp.where((window < visible[..., None])[:, None], p, 0)
@@ -127,7 +127,7 @@ def select_blocks(
 
     query = rearrange(query, "b t (k g) d -> b t k g d", k=kv_heads)
     lse = rearrange(lse, "b t (k g) -> b t k g", k=kv_heads)
-    tokenwise = (query, lse, windows.first, windows.visible, rows.position, rows.valid)
+    tokenwise = (query, lse, windows.first, windows.visible, segments.position, segments.valid)
     tiles = jax.lax.map(one_tile, tuple(_tiles(x, tile) for x in tokenwise))
     return rearrange(tiles, "n b q k s -> b (n q) k s")[:, :length]
 

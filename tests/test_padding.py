@@ -37,8 +37,8 @@ def poisoned(x, where, poison):
 
 def empty_slots():
     """Returns the mask of compressed slots that hold no window, bool [1, M]."""
-    rows = segments.describe_segments(SEGMENT_IDS, *IDS.shape)
-    return np.asarray(segments.describe_windows(rows, 8, 4).start) >= IDS.size
+    segment_info = segments.describe_segments(SEGMENT_IDS, *IDS.shape)
+    return np.asarray(segments.describe_windows(segment_info, 8, 4).start) >= IDS.size
 
 
 @pytest.mark.parametrize("implementation", ["xla", "reference"])

@@ -47,9 +47,9 @@ def test_compress(length, packed):
     shapes = ((1, length, 1, 4), (1, 4, 4), (1, 16, 4), (1, 4), (1, 16, 3), (1, 3, 4))
     args = [normal(i, *shape) for i, shape in enumerate(shapes)]
     ids = documents(length, packed)
-    rows = segments.describe_segments(ids, 1, length)
+    segment_info = segments.describe_segments(ids, 1, length)
     ours = functools.partial(compressions, {"segment_ids": ids}, fsa_jax.compress)
-    defined = functools.partial(compressions, {"segments": rows}, reference.compress)
+    defined = functools.partial(compressions, {"segments": segment_info}, reference.compress)
     got = value_and_vjp(ours, 3)(*args)
     assert_close(got, value_and_vjp(defined, 3)(*args), TOLERANCE)
     if length < WINDOWS["kernel_size"]:  # there is no complete window

@@ -151,13 +151,13 @@ def causal_attention(
         result = sequence_parallel.attention(spec.on(choice.backend), *arrays, ids, **options)
         return as_asked(result, has_batch, return_residuals)
     choice = resolve(name, implementation, Request(spec, arrays))
-    rows, window = describe_segments(ids, *query.shape[:2]), min(window_size or length, length)
+    segments, window = describe_segments(ids, *query.shape[:2]), min(window_size or length, length)
     if choice.backend is Backend.REFERENCE:
         attend = reference.sliding_window_attention
-        result = attend(*arrays, rows, window_size=window, scale=scale)
+        result = attend(*arrays, segments, window_size=window, scale=scale)
     else:
         attend = range_attention.sliding_window_attention
-        result = attend(spec.on(choice.backend), *arrays, rows, window_size=window)
+        result = attend(spec.on(choice.backend), *arrays, segments, window_size=window)
     return as_asked(result, has_batch, return_residuals)
 
 

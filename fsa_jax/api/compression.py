@@ -91,7 +91,7 @@ def compress(
         checks.sequence(sequence_axis, has_batch, x.shape[1], kernel_stride)
         units = zigzag.window_units(x, ids, kernel_size, kernel_stride, sequence_axis)
     else:
-        rows = describe_segments(ids, *x.shape[:2])
-        units = compression.window_units(x, rows, kernel_size, kernel_stride)
+        segments = describe_segments(ids, *x.shape[:2])
+        units = compression.window_units(x, segments, kernel_size, kernel_stride)
     out = compression.compress(x, units, method=method, weights=weights, positions=positions)
     return out if has_batch else out[0]

@@ -122,7 +122,7 @@ def compressed_attention(
     query, key, value, has_batch = checks.attention_arrays(
         query, compressed_key, compressed_value, kernel_stride
     )
-    rows = checks.rows(query, segment_ids, has_batch)
+    segments = checks.segments(query, segment_ids, has_batch)
     scale = checks.scale(scale, query.shape[-1])
     arrays, sizes = (
         (query, key, value),
@@ -131,10 +131,10 @@ def compressed_attention(
     spec = RangeSpec(scale=scale, branch="compressed")
     choice = resolve("compressed_attention", implementation, Request(spec, arrays))
     if choice.backend is Backend.REFERENCE:
-        result = reference.compressed_attention(*arrays, rows, **sizes, scale=scale)
+        result = reference.compressed_attention(*arrays, segments, **sizes, scale=scale)
     else:
         spec = spec.on(choice.backend)
-        result = range_attention.compressed_attention(spec, *arrays, rows, **sizes)
+        result = range_attention.compressed_attention(spec, *arrays, segments, **sizes)
     return as_asked(result, has_batch, return_residuals)
 
 
@@ -245,7 +245,7 @@ def selected_attention(
     return_residuals = checks.flag("return_residuals", return_residuals)
     block_size = checks.size("block_size", block_size)
     query, key, value, has_batch = checks.attention_arrays(query, key, value)
-    rows = checks.rows(query, segment_ids, has_batch)
+    segments = checks.segments(query, segment_ids, has_batch)
     axes = "B T K S" if has_batch else "T K S"
     block_indices = checks.integers("block_indices", block_indices, axes, saturate=True)
     block_indices = block_indices if has_batch else block_indices[None]
@@ -253,10 +253,10 @@ def selected_attention(
     tuning = checks.tuning(tuning, implementation)
     scale = checks.scale(scale, query.shape[-1])
     sizes = {"block_size": block_size, "scale": scale}
-    spec = BlockSpec(**sizes, packed=rows.packed, tuning=tuning)
+    spec = BlockSpec(**sizes, packed=segments.packed, tuning=tuning)
     request = Request(spec, (query, key, value, block_indices.shape[3]))
     choice = resolve("selected_attention", implementation, request)
-    arrays = (query, key, value, block_indices, rows)
+    arrays = (query, key, value, block_indices, segments)
     if choice.backend is Backend.REFERENCE:
         result = reference.selected_attention(*arrays, **sizes)
     else:
@@ -354,16 +354,16 @@ def sliding_window_attention(
     return_residuals = checks.flag("return_residuals", return_residuals)
     window_size = checks.size("window_size", window_size)
     query, key, value, has_batch = checks.attention_arrays(query, key, value)
-    rows = checks.rows(query, segment_ids, has_batch)
+    segments = checks.segments(query, segment_ids, has_batch)
     scale = checks.scale(scale, query.shape[-1])
     arrays, sizes = (query, key, value), {"window_size": window_size}
     spec = RangeSpec(scale=scale, branch="window")
     choice = resolve("sliding_window_attention", implementation, Request(spec, arrays))
     if choice.backend is Backend.REFERENCE:
-        result = reference.sliding_window_attention(*arrays, rows, **sizes, scale=scale)
+        result = reference.sliding_window_attention(*arrays, segments, **sizes, scale=scale)
     else:
         spec = spec.on(choice.backend)
-        result = range_attention.sliding_window_attention(spec, *arrays, rows, **sizes)
+        result = range_attention.sliding_window_attention(spec, *arrays, segments, **sizes)
     return as_asked(result, has_batch, return_residuals)
 
 

@@ -123,19 +123,19 @@ def gated_attention(
         gates = gates.astype(accumulation_dtype(query))
     scale = checks.scale(scale, query.shape[-1])
     ids = checks.ids(segment_ids, query.shape[:2], has_batch)
-    rows = describe_segments(ids, *query.shape[:2])
-    gates = rows.without_padding(gates)  # the branches mask their own arguments
+    segments = describe_segments(ids, *query.shape[:2])
+    gates = segments.without_padding(gates)  # the branches mask their own arguments
     arrays = (query, (compressed_key, compressed_value), tuple(sources))
     if sequence_axis is not None:
         checks.sequence(sequence_axis, has_batch, query.shape[1], stride)
         tuning = attention.TUNING
-        spec = NSASpec.of(config, scale, packed=rows.packed, tuning=tuning)
+        spec = NSASpec.of(config, scale, packed=segments.packed, tuning=tuning)
         requests = spec.requests(*arrays).values()
         choice = resolve_over_tokens(nsa.NAME, implementation, sequence_axis, *requests)
         spec = spec.on(choice.backend)
         return attention.attention(spec, *arrays, gates, ids, axis=sequence_axis)
-    spec = NSASpec.of(config, scale, packed=rows.packed)
-    out = nsa.attention(spec.resolved(implementation, *arrays), *arrays, gates, rows)
+    spec = NSASpec.of(config, scale, packed=segments.packed)
+    out = nsa.attention(spec.resolved(implementation, *arrays), *arrays, gates, segments)
     return out if has_batch else out[0]
 
 

@@ -73,16 +73,16 @@ def select_blocks(
     query, key, _, has_batch = checks.attention_arrays(
         query, compressed_key, compressed_key, config.kernel_stride
     )
-    rows = checks.rows(query, segment_ids, has_batch)
+    segments = checks.segments(query, segment_ids, has_batch)
     lse = checks.with_batch("lse", lse, "T N", has_batch)
     checks.same_axes("B T N", query=query, lse=lse)
     scale = checks.scale(scale, query.shape[-1])
-    spec = SelectionSpec(scale=scale, config=config, packed=rows.packed)
+    spec = SelectionSpec(scale=scale, config=config, packed=segments.packed)
     choice = resolve("select_blocks", implementation, Request(spec, (query, key)))
     query, key, lse = jax.lax.stop_gradient((query, key, lse))
     if choice.backend is Backend.REFERENCE:
-        indices = reference.select_blocks(query, key, lse, rows, config=config, scale=scale)
+        indices = reference.select_blocks(query, key, lse, segments, config=config, scale=scale)
     else:
-        indices = block_selection.select_blocks(spec.on(choice.backend), query, key, lse, rows)
+        indices = block_selection.select_blocks(spec.on(choice.backend), query, key, lse, segments)
     indices = checkpoint_name(indices, "block_indices")
     return indices if has_batch else indices[0]

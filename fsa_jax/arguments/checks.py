@@ -294,7 +294,7 @@ def ids(segment_ids, shape: tuple[int, ...] | None, has_batch: bool) -> jax.Arra
     return jnp.asarray(found if has_batch else found[None])
 
 
-def rows(x: jax.Array, segment_ids, has_batch: bool) -> SegmentInfo:
+def segments(x: jax.Array, segment_ids, has_batch: bool) -> SegmentInfo:
     """The documents of the sequences of `x` [B, T, ...]; see `ids`."""
     return describe_segments(ids(segment_ids, x.shape[:2], has_batch), *x.shape[:2])
 

@@ -157,7 +157,7 @@ class _Seen(NamedTuple):
 
     key: Float[Array, "B M K D"]
     value: Float[Array, "B M K E"]
-    rows: SegmentInfo
+    segments: SegmentInfo
     windows: Windows
 
 
@@ -186,7 +186,7 @@ def _decode_tokens(query, cache: NSACache, chunk: Chunk, layer, *, scale: float)
     visible = _until(seen.windows.visible, cache.windows)
     compressed, lse = _dense(query, seen.key, seen.value, visible, scale)
     blocks = xla.select_blocks(
-        query, seen.key, lse, seen.rows, seen.windows, config=config, scale=scale
+        query, seen.key, lse, seen.segments, seen.windows, config=config, scale=scale
     )
     selected = _listed(query, cache, chunk, layer, blocks, scale)
     reach = min(config.window_size - 1, cache.capacity)
@@ -291,8 +291,8 @@ def _prefill_chunk(query, cache: NSACache, chunk: Chunk, layer, scale: float, ba
     query_range = _query_range(seen.windows.start + (config.kernel_size - 1), chunk)
     spec, ranges = RangeSpec(**static, branch="compressed"), Ranges(visible, query_range)
     compressed, lse = _range_attention(spec, query, seen.key, seen.value, ranges)
-    spec = SelectionSpec(**static, config=config, packed=seen.rows.packed)
-    blocks = choose_blocks(spec, query, seen.key, lse, seen.rows, seen.windows)
+    spec = SelectionSpec(**static, config=config, packed=seen.segments.packed)
+    blocks = choose_blocks(spec, query, seen.key, lse, seen.segments, seen.windows)
     selected = _listed_in_row(query, cache, chunk, layer, blocks, static)
     reach = min(config.window_size - 1, cache.capacity)
     key, value = _nearby(cache, chunk, layer, reach)
@@ -334,10 +334,10 @@ def _listed_in_row(query, cache: NSACache, chunk: Chunk, layer, blocks, static):
     )
     token = first[:, None] + jnp.arange(length, dtype=jnp.int32)[None]
     there = (token >= 0) & (token < chunk.stop[:, None])
-    documents = segments.describe_segments(there.astype(jnp.int32), *there.shape)
+    segment_info = segments.describe_segments(there.astype(jnp.int32), *there.shape)
     first = first[:, None, None, None]
     starts = jnp.where(blocks >= 0, blocks * size - first, length)
     spec = BlockSpec(**static, block_size=size, packed=True)
     offset = jnp.full((query.shape[0], 1), begin, jnp.int32)
-    lists = Lists(starts, documents.start, documents.end, documents.valid, offset)
+    lists = Lists(starts, segment_info.start, segment_info.end, segment_info.valid, offset)
     return _block_attention(spec, query, key, value, lists)[0]

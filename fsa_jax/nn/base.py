@@ -70,7 +70,7 @@ def without_padding(x: jax.Array, segment_ids: Any) -> jax.Array:
 
     def call(given):
         x, segment_ids = given
-        return checks.rows(x, segment_ids, True).without_padding(x)
+        return checks.segments(x, segment_ids, True).without_padding(x)
 
     given = (x, segment_ids)
     mesh = partition.explicit_mesh(given)

@@ -70,14 +70,14 @@ class Lists(NamedTuple):
 
     @classmethod
     def of(
-        cls, rows: SegmentInfo, block_indices: Int[Array, "B T K S"], block_size: int
+        cls, segment_info: SegmentInfo, block_indices: Int[Array, "B T K S"], block_size: int
     ) -> "Lists":
         """The lists made from block numbers, for queries of all tokens."""
-        starts = segments.listed_block_starts(rows, block_indices, block_size)
-        offset = jnp.zeros_like(rows.start[:, :1])
-        return cls(starts, rows.start, rows.end, rows.valid, offset)
+        starts = segments.listed_block_starts(segment_info, block_indices, block_size)
+        offset = jnp.zeros_like(segment_info.start[:, :1])
+        return cls(starts, segment_info.start, segment_info.end, segment_info.valid, offset)
 
-    def rows(self, packed: bool) -> SegmentInfo:
+    def segments(self, packed: bool) -> SegmentInfo:
         """The segments of the keys."""
         return SegmentInfo(self.start, self.end, self.valid, packed=packed)
 
@@ -88,10 +88,12 @@ def selected_attention(
     key: Float[Array, "B T K D"],
     value: Float[Array, "B T K E"],
     block_indices: Int[Array, "B T K S"],
-    rows: SegmentInfo,
+    segment_info: SegmentInfo,
 ) -> tuple[Float[Array, "B T N E"], Float[Array, "B T N"]]:
     """See fsa_jax.selected_attention."""
-    return block_attention(spec, query, key, value, Lists.of(rows, block_indices, spec.block_size))
+    return block_attention(
+        spec, query, key, value, Lists.of(segment_info, block_indices, spec.block_size)
+    )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -156,7 +158,7 @@ def _build_index(spec, plan, lists):
         plan,
         lists.starts,
         lists.offset[0],
-        lists.rows(spec.packed),
+        lists.segments(spec.packed),
         block_size=spec.block_size,
         interpret=spec.interpret,
     )
@@ -181,7 +183,7 @@ def _problem(spec, plan, query, key, value, lists, index):
         starts=lists.starts,
         lists=index,
         offset=lists.offset[0],
-        rows=lists.rows(spec.packed),
+        segments=lists.segments(spec.packed),
         block_size=spec.block_size,
         **spec.options,
     )

@@ -47,22 +47,22 @@ def select_blocks(
     query: Float[Array, "B T N D"],
     key: Float[Array, "B M K D"],
     lse: Float[Array, "B T N"],
-    rows: SegmentInfo,
+    segment_info: SegmentInfo,
 ) -> Int[Array, "B T K topk"]:
     """See fsa_jax.select_blocks. Not differentiable."""
     config = spec.config
-    windows = segments.describe_windows(rows, config.kernel_size, config.kernel_stride)
-    return choose_blocks(spec, query, key, lse, rows, windows)
+    windows = segments.describe_windows(segment_info, config.kernel_size, config.kernel_stride)
+    return choose_blocks(spec, query, key, lse, segment_info, windows)
 
 
 def choose_blocks(
-    spec: SelectionSpec, query, key, lse, rows: SegmentInfo, windows: Windows
+    spec: SelectionSpec, query, key, lse, segment_info: SegmentInfo, windows: Windows
 ) -> Int[Array, "B T K topk"]:
-    """`select_blocks` for queries whose `rows` and `windows` are given."""
+    """`select_blocks` for queries whose `segment_info` and `windows` are given."""
     if key.shape[1] == 0:  # no kernel takes an empty array
         spec = spec.on(Backend.XLA)
     lse = lse.astype(accumulation_dtype(query))
-    segment_arrays = (rows.start, rows.end, rows.valid)
+    segment_arrays = (segment_info.start, segment_info.end, segment_info.valid)
     return _select(spec, query, key, lse, *segment_arrays, windows.first, windows.visible)[0]
 
 
@@ -83,10 +83,10 @@ def _select(spec, *arrays):
     def kernels(query, key, lse, *segment_arrays):
         from fsa_jax.pallas.block_selection import passes
 
-        rows, windows = described(*segment_arrays)
+        segment_info, windows = described(*segment_arrays)
         plan = supported(spec.plan(query, key))
         options = {"config": config, "plan": plan} | spec.options
-        return (passes.select_blocks(query, key, lse, rows, windows, **options),)
+        return (passes.select_blocks(query, key, lse, segment_info, windows, **options),)
 
     def portable(query, key, lse, *segment_arrays):
         described_by = described(*segment_arrays)

@@ -76,15 +76,15 @@ def compress(
 
 
 def window_units(
-    x: Float[Array, "B T K D"], rows: SegmentInfo, kernel_size: int, kernel_stride: int
+    x: Float[Array, "B T K D"], segments: SegmentInfo, kernel_size: int, kernel_stride: int
 ) -> WindowUnits:
     """The windows of sequences that are whole on this device."""
     batch, length, heads, width = x.shape
     slots = length // kernel_stride
-    windows = describe_windows(rows, kernel_size, kernel_stride)
+    windows = describe_windows(segments, kernel_size, kernel_stride)
     found = windows.start < length
     exists = found[:, :, None, None, None]
-    if rows.packed and slots:
+    if segments.packed and slots:
         # A slice that would extend past the end of the sequence is moved back inside, so empty
         # slots read existing tokens; the mask removes these and their cotangents.
         def read_packed(offset):

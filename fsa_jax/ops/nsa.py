@@ -129,7 +129,9 @@ class NSASpec:
         )
 
 
-def attention(spec: NSASpec, query, compressed, sources, gates, rows: SegmentInfo) -> jax.Array:
+def attention(
+    spec: NSASpec, query, compressed, sources, gates, segment_info: SegmentInfo
+) -> jax.Array:
     """The gated sum of the branches, [B, T, N, E].
 
     Args:
@@ -139,17 +141,17 @@ def attention(spec: NSASpec, query, compressed, sources, gates, rows: SegmentInf
       sources: one pair (key [B, T, K, D], value [B, T, K, E]) for the selected branch and the
         window, or a pair for each.
       gates: [B, T, N, 3] or [B, T, 1, 3].
-      rows: the segments.
+      segment_info: the documents of the sequences.
     """
     if spec.window.backend is Backend.REFERENCE:  # serves all branches or none
-        return _by_reference(spec, query, compressed, sources, gates, rows)
-    segment_arrays = (rows.start, rows.end, rows.valid)
+        return _by_reference(spec, query, compressed, sources, gates, segment_info)
+    segment_arrays = (segment_info.start, segment_info.end, segment_info.valid)
     return _attention(spec, query, compressed, sources, gates, segment_arrays)
 
 
-def _by_reference(spec, query, compressed, sources, gates, rows):
+def _by_reference(spec, query, compressed, sources, gates, segment_info):
     """The dense definition, whose gradients are those of its operations."""
-    config, shared = spec.config, {"segments": rows, "scale": spec.window.scale}
+    config, shared = spec.config, {"segments": segment_info, "scale": spec.window.scale}
     windows = {"kernel_size": config.kernel_size, "kernel_stride": config.kernel_stride}
     out, lse = reference.compressed_attention(query, *compressed, **windows, **shared)
     choice = jax.lax.stop_gradient((query, compressed[0], lse))
@@ -179,21 +181,21 @@ def _attention(spec, query, compressed, sources, gates, segment_arrays) -> Any:
 
 
 def _attention_fwd(spec, query, compressed, sources, gates, segment_arrays):
-    config, rows = spec.config, SegmentInfo(*segment_arrays, packed=spec.selected.packed)
-    windows = segments.describe_windows(rows, config.kernel_size, config.kernel_stride)
+    config, segment_info = spec.config, SegmentInfo(*segment_arrays, packed=spec.selected.packed)
+    windows = segments.describe_windows(segment_info, config.kernel_size, config.kernel_stride)
     ranges = None
     if compressed[0].shape[1] == 0:
         results = empty_results(query, compressed[1])
     else:
-        ranges = Ranges.of_windows(rows, windows, config.kernel_size)
+        ranges = Ranges.of_windows(segment_info, windows, config.kernel_size)
         results = range_forward(spec.compressed, ranges, query, *compressed)
     out, lse = named("compressed", *results)
-    indices = choose_blocks(spec.selection, query, compressed[0], lse, rows, windows)
+    indices = choose_blocks(spec.selection, query, compressed[0], lse, segment_info, windows)
     indices = checkpoint_name(indices, "block_indices")
-    lists = Lists.of(rows, indices, config.block_size)
+    lists = Lists.of(segment_info, indices, config.block_size)
     *results, index = block_forward(spec.selected, lists, query, *sources[0])
     selected, selected_lse = named("selected", *results)
-    neighbours = Ranges.of_tokens(rows, config.window_size)
+    neighbours = Ranges.of_tokens(segment_info, config.window_size)
     window, window_lse = named(
         "window", *range_forward(spec.window, neighbours, query, *sources[-1])
     )

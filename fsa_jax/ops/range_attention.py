@@ -35,16 +35,16 @@ class Ranges(NamedTuple):
     queries: tuple[Int[Array, "B M"], ...]
 
     @classmethod
-    def of_windows(cls, rows: SegmentInfo, windows: Windows, kernel_size: int) -> "Ranges":
+    def of_windows(cls, segment_info: SegmentInfo, windows: Windows, kernel_size: int) -> "Ranges":
         """The ranges of compressed attention."""
         visible = segments.visible_windows(windows)
-        return cls(visible, segments.query_range_of_windows(rows, windows, kernel_size))
+        return cls(visible, segments.query_range_of_windows(segment_info, windows, kernel_size))
 
     @classmethod
-    def of_tokens(cls, rows: SegmentInfo, window_size: int) -> "Ranges":
+    def of_tokens(cls, segment_info: SegmentInfo, window_size: int) -> "Ranges":
         """The ranges of a sliding window."""
-        visible = segments.visible_tokens(rows, window_size)
-        return cls(visible, segments.query_range_of_tokens(rows, window_size))
+        visible = segments.visible_tokens(segment_info, window_size)
+        return cls(visible, segments.query_range_of_tokens(segment_info, window_size))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +96,7 @@ def compressed_attention(
     query: Float[Array, "B T N D"],
     key: Float[Array, "B M K D"],
     value: Float[Array, "B M K E"],
-    rows: SegmentInfo,
+    segment_info: SegmentInfo,
     *,
     kernel_size: int,
     kernel_stride: int,
@@ -104,8 +104,10 @@ def compressed_attention(
     """See fsa_jax.compressed_attention."""
     if key.shape[1] == 0:
         return empty_results(query, value)
-    windows = segments.describe_windows(rows, kernel_size, kernel_stride)
-    return range_attention(spec, query, key, value, Ranges.of_windows(rows, windows, kernel_size))
+    windows = segments.describe_windows(segment_info, kernel_size, kernel_stride)
+    return range_attention(
+        spec, query, key, value, Ranges.of_windows(segment_info, windows, kernel_size)
+    )
 
 
 def sliding_window_attention(
@@ -113,12 +115,12 @@ def sliding_window_attention(
     query: Float[Array, "B T N D"],
     key: Float[Array, "B T K D"],
     value: Float[Array, "B T K E"],
-    rows: SegmentInfo,
+    segment_info: SegmentInfo,
     *,
     window_size: int,
 ) -> tuple[Float[Array, "B T N E"], Float[Array, "B T N"]]:
     """See fsa_jax.sliding_window_attention."""
-    return range_attention(spec, query, key, value, Ranges.of_tokens(rows, window_size))
+    return range_attention(spec, query, key, value, Ranges.of_tokens(segment_info, window_size))
 
 
 def empty_results(query, value) -> tuple[jax.Array, jax.Array]:

@@ -171,8 +171,8 @@ class Share:
     def __init__(self, axis, query, kv_heads: int, ids, *, packed: bool, window_size: int | None):
         self.query, self.kv_heads, self.group = query, kv_heads, query.shape[2] // kv_heads
         self.device = zigzag.Device(axis, query.shape[1])
-        self.rows = zigzag.describe(self.device, ids, packed)
-        self.total = self.rows.start.shape[1]
+        self.segments = zigzag.describe(self.device, ids, packed)
+        self.total = self.segments.start.shape[1]
         self.window_size = min(window_size or self.total, self.total)
 
     def put(self, results, parts, head, half=0):
@@ -217,7 +217,7 @@ class Share:
 
     def window(self, half) -> Ranges:
         """The ranges between the queries of a chunk and the tokens that `near` names."""
-        ranges, (begin, _) = Ranges.of_tokens(self.rows, self.window_size), self.near(half)
+        ranges, (begin, _) = Ranges.of_tokens(self.segments, self.window_size), self.near(half)
         keys = tuple(self.device.cut(x, half) - begin for x in ranges.keys)
         return Ranges(keys, self.of_chunk([self.nearby(x, half) for x in ranges.queries], half))
 
@@ -232,7 +232,7 @@ class ShardedNSA(Share):
         kv_heads, window_size = compressed_key.shape[2], config.window_size
         super().__init__(axis, query, kv_heads, ids, packed=spec.packed, window_size=window_size)
         self.windows = segments.describe_windows(
-            self.rows, config.kernel_size, config.kernel_stride
+            self.segments, config.kernel_size, config.kernel_stride
         )
 
     def _keys(self, head):
@@ -266,25 +266,28 @@ class ShardedNSA(Share):
 
     def _windows(self, half) -> Ranges:
         """The ranges between the queries of a chunk and the compressed keys."""
-        ranges = Ranges.of_windows(self.rows, self.windows, self.spec.config.kernel_size)
+        ranges = Ranges.of_windows(self.segments, self.windows, self.spec.config.kernel_size)
         keys = tuple(self.device.cut(x, half) for x in ranges.keys)
         return Ranges(keys, self.of_chunk(ranges.queries, half))
 
     def _lists(self, half, indices) -> Lists:
         """The listed blocks of the queries of a chunk, in the sequence."""
-        rows = self._local(half)
-        starts = segments.listed_block_starts(rows, indices, self.spec.config.block_size)
+        segment_info = self._local(half)
+        starts = segments.listed_block_starts(segment_info, indices, self.spec.config.block_size)
         counts = starts < self.device.chunk
         starts = jnp.where(counts, starts + self.device.offset(half), self.total)
         offset = jnp.broadcast_to(self.device.offset(half), (self.query.shape[0], 1))
-        return Lists(starts, self.rows.start, self.rows.end, self.rows.valid, offset)
+        return Lists(starts, self.segments.start, self.segments.end, self.segments.valid, offset)
 
     def _local(self, half) -> SegmentInfo:
         """The segments of a chunk's tokens, counted from the first token of the chunk."""
         begin, cut = self.device.offset(half), functools.partial(self.device.cut, half=half)
-        rows = self.rows
+        segment_info = self.segments
         return SegmentInfo(
-            cut(rows.start) - begin, cut(rows.end) - begin, cut(rows.valid), self.spec.packed
+            cut(segment_info.start) - begin,
+            cut(segment_info.end) - begin,
+            cut(segment_info.valid),
+            self.spec.packed,
         )
 
     def forward(self) -> Any:

@@ -291,9 +291,9 @@ def _units_of_device(spec, axis, x, ids):
     heads = jnp.stack([device.half_of(x, half)[:, :size] for half in (0, 1)], axis=1)
     heads = device.gather(heads)  # [B, 2n, l, K, D]
     heads = jnp.concatenate([heads, jnp.zeros_like(heads[:, :1])], axis=1)
-    rows = describe(device, ids, packed)
-    windows = segments.describe_windows(rows, size, stride)
-    slots, total = length // stride, rows.start.shape[1]
+    segment_info = describe(device, ids, packed)
+    windows = segments.describe_windows(segment_info, size, stride)
+    slots, total = length // stride, segment_info.start.shape[1]
     units, exist = [], []
     for half in (0, 1):
         after = jax.lax.dynamic_index_in_dim(heads, device.numbers[half] + 1, 1, keepdims=False)

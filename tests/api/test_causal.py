@@ -200,10 +200,10 @@ def test_hopper_kernels_at_a_group_that_is_no_power_of_two(monkeypatch):
         normal(i, 1, 40, heads, 128, dtype=jnp.bfloat16) for i, heads in enumerate((3, 1, 1))
     )
     dout = normal(3, *query.shape, dtype=jnp.bfloat16)
-    rows = segments.describe_segments(None, 1, 40)
+    segment_info = segments.describe_segments(None, 1, 40)
     visible, query_range = (
-        segments.visible_tokens(rows, 40),
-        segments.query_range_of_tokens(rows, 40),
+        segments.visible_tokens(segment_info, 40),
+        segments.query_range_of_tokens(segment_info, 40),
     )
     wide = [x.astype(jnp.float32) for x in (query, key, value)]
     reference = functools.partial(

@@ -133,8 +133,8 @@ def test_the_shape_of_an_index_follows_from_the_plan(packed, chunked, length):
         )
         indices = jnp.zeros((2, length, kv_heads, 5), jnp.int32)
         ids = jnp.ones((2, length), jnp.int32) if packed else None
-        rows = describe_segments(ids, 2, length)
-        lists = Lists.of(rows, indices, 32)
+        segments = describe_segments(ids, 2, length)
+        lists = Lists.of(segments, indices, 32)
         tuning = SelectedTuning(scratch_bytes=2**20, pairs=7) if chunked else None
         spec = BlockSpec(scale=1.0, block_size=32, packed=packed, tuning=tuning)
         plan = supported(spec.plan(query, key, key, 5))

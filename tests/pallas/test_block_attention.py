@@ -321,9 +321,9 @@ def test_index(seed, packed):
     starts[rng.random(starts.shape) < 0.4] = rng.choice(starts.ravel())  # a hot block
     starts[rng.random(starts.shape) < 0.2] = length
     where = np.asarray([[0, 0], [2, 12]])
-    rows = describe_segments(None, 4, length)
+    segments = describe_segments(None, 4, length)
     arrays = (jnp.asarray(x, jnp.int32) for x in (where, starts))
-    index = compiled_index(spacing, pairs)(*arrays, rows)
+    index = compiled_index(spacing, pairs)(*arrays, segments)
     got = jax.tree.map(np.asarray, dataclasses.asdict(index))
     blocks = -(-length // spacing)
     for chunk in range(chunks):
@@ -445,10 +445,10 @@ def test_an_old_gpu_or_none_is_refused(monkeypatch):
 def test_on_a_cpu_the_choice_for_either_device_is_the_portable_implementation():
     """Lowers implementation None for a CPU in a process with a GPU: values and gradients."""
     indices = lists(0, *SMALL.indices, SMALL.blocks)
-    rows = describe_segments(packed_ids(SMALL), SMALL.batch, SMALL.length)
+    segments = describe_segments(packed_ids(SMALL), SMALL.batch, SMALL.length)
     spec = BlockSpec(scale=0.3, block_size=16, packed=True)
     either = functools.partial(
-        block_attention.selected_attention, spec, block_indices=indices, rows=rows
+        block_attention.selected_attention, spec, block_indices=indices, segment_info=segments
     )
     portable = selected(indices, 16, packed_ids(SMALL), "xla", scale=0.3)
     args = attention_inputs(SMALL)

@@ -359,8 +359,8 @@ def test_selection_is_that_of_the_portable_path(config, ties, monkeypatch):
     slots = -(-length // config.block_size) * config.block_size // config.kernel_stride
     query = normal(1, batch, length, group * kv_heads, 8) * (0.0 if ties else 1.0)
     key = normal(2, batch, slots, kv_heads, 8)
-    rows = describe_segments(None, batch, length)
-    windows = describe_windows(rows, config.kernel_size, config.kernel_stride)
+    segments = describe_segments(None, batch, length)
+    windows = describe_windows(segments, config.kernel_size, config.kernel_stride)
     visible = (np.arange(length) + 1 - config.kernel_size) // config.kernel_stride + 1
     visible = np.broadcast_to(np.maximum(visible, 0), (batch, length))
     grouped = query.reshape(batch, length, kv_heads, group, 8)
@@ -381,7 +381,9 @@ def test_selection_is_that_of_the_portable_path(config, ties, monkeypatch):
 
     got = jax.jit(select)()
     real = length // config.kernel_stride
-    wanted = xla.select_blocks(query, key[:, :real], lse, rows, windows, config=config, scale=SCALE)
+    wanted = xla.select_blocks(
+        query, key[:, :real], lse, segments, windows, config=config, scale=SCALE
+    )
     wanted = np.where(there[:, :, None, None], np.asarray(wanted), -1)
     np.testing.assert_array_equal(got, wanted)
     assert (np.asarray(got) == -1).any()

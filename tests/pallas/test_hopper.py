@@ -43,12 +43,12 @@ class Case:
 
     def ranges(self):
         """The range of keys that each token attends to, and of tokens that attend to each key."""
-        rows = segments.describe_segments(self.segment_ids(), self.batch, self.length)
+        segment_info = segments.describe_segments(self.segment_ids(), self.batch, self.length)
         if self.window:
             seen, by = segments.visible_tokens, segments.query_range_of_tokens
-            return seen(rows, self.window), by(rows, self.window)
-        windows = segments.describe_windows(rows, *WINDOWS.values())
-        query_range = segments.query_range_of_windows(rows, windows, WINDOWS["kernel_size"])
+            return seen(segment_info, self.window), by(segment_info, self.window)
+        windows = segments.describe_windows(segment_info, *WINDOWS.values())
+        query_range = segments.query_range_of_windows(segment_info, windows, WINDOWS["kernel_size"])
         return segments.visible_windows(windows), query_range
 
     def reference(self, *arrays):

@@ -14,18 +14,18 @@ LENGTH = 40
 
 @jax.jit
 def tables(ids, indices):
-    rows = segments.describe_segments(ids, *ids.shape)
-    windows = segments.describe_windows(rows, 6, 3)
-    starts = segments.listed_block_starts(rows, indices, 6)
+    segment_info = segments.describe_segments(ids, *ids.shape)
+    windows = segments.describe_windows(segment_info, 6, 3)
+    starts = segments.listed_block_starts(segment_info, indices, 6)
     return {
-        **{name: getattr(rows, name) for name in ("valid", "start", "end", "position")},
+        **{name: getattr(segment_info, name) for name in ("valid", "start", "end", "position")},
         "window_start": windows.start,
         "first": windows.first,
         "visible": windows.visible,
-        "range": segments.visible_tokens(rows, 5),
+        "range": segments.visible_tokens(segment_info, 5),
         "seen_windows": segments.visible_windows(windows),
-        "query_range_of_windows": segments.query_range_of_windows(rows, windows, 6),
-        "query_range_of_tokens": segments.query_range_of_tokens(rows, 5),
+        "query_range_of_windows": segments.query_range_of_windows(segment_info, windows, 6),
+        "query_range_of_tokens": segments.query_range_of_tokens(segment_info, 5),
         "block_start": starts,
     }
 

@@ -108,14 +108,14 @@ def relative_error(got, wanted) -> float:
 @functools.partial(_jit, static_argnums=(0, 1))
 def visible(case: Case, function: str, arrays, rows: Array, keys: Array) -> Array:
     """The mask of the keys that the queries `rows` see, by definition: bool [K or 1, n, M]."""
-    documents = describe_segments(arrays.get("segment_ids"), 1, case.length)
-    config, start = case.config, documents.start[0, rows][:, None]
+    segments = describe_segments(arrays.get("segment_ids"), 1, case.length)
+    config, start = case.config, segments.start[0, rows][:, None]
     token, key = rows[:, None], keys[None]
     if function == "compressed_attention":
-        first = describe_windows(documents, config.kernel_size, config.kernel_stride).start[0, key]
+        first = describe_windows(segments, config.kernel_size, config.kernel_stride).start[0, key]
         ended = first + config.kernel_size - 1 <= token
-        return ((first >= start) & ended & documents.valid[0, token])[None]
-    seen = (key <= token) & (key >= start) & documents.valid[0, token]
+        return ((first >= start) & ended & segments.valid[0, token])[None]
+    seen = (key <= token) & (key >= start) & segments.valid[0, token]
     if function == "sliding_window_attention":
         seen &= token - key < config.window_size
     if function != "selected_attention":
@@ -179,10 +179,10 @@ def check_blocks(case: Case, arrays, lists: Array) -> float:
     logits = _jit(_logits)(arrays["query"][0, sample], arrays["compressed_key"][0])
     lse = rearrange(arrays["lse"][0, sample], "n (k g) -> k g n 1", k=case.kv_heads)
     p = np.asarray(jnp.where(seen[:, None], jnp.exp(logits - lse), 0).sum(axis=1), np.float64)
-    documents = describe_segments(arrays.get("segment_ids"), 1, case.length)
-    start = np.asarray(documents.start[0])[rows]
+    segments = describe_segments(arrays.get("segment_ids"), 1, case.length)
+    start = np.asarray(segments.start[0])[rows]
     first = np.asarray(
-        describe_windows(documents, config.kernel_size, config.kernel_stride).start[0]
+        describe_windows(segments, config.kernel_size, config.kernel_stride).start[0]
     )
     right = []
     for n, row in enumerate(rows):

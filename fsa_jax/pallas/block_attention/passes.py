@@ -54,7 +54,7 @@ class Problem:
       starts: first token of each listed block, T at entries to ignore.
       lists: the query index that `build_lists` returns.
       offset: position of query token 0 in the key sequence; queries may be a part of the sequence.
-      rows: the segments (documents) of the sequences.
+      segments: the documents of the sequences.
       block_size: tokens of a block.
       scale: factor of the logits.
       interpret: run the kernels in interpret mode.
@@ -67,7 +67,7 @@ class Problem:
     starts: Int[Array, "B T K S"]
     lists: query_index.Index
     offset: Int[Array, "1"]
-    rows: SegmentInfo
+    segments: SegmentInfo
     block_size: int
     scale: float
     interpret: bool
@@ -104,17 +104,23 @@ class Problem:
 
 
 def build_lists(
-    plan: Plan, starts: Int[Array, "B T K S"], offset, rows: SegmentInfo, *, block_size, interpret
+    plan: Plan,
+    starts: Int[Array, "B T K S"],
+    offset,
+    segments: SegmentInfo,
+    *,
+    block_size,
+    interpret,
 ) -> query_index.Index:
     """Builds the query index of all chunks; arguments as in `Problem`."""
-    kv_heads, length = starts.shape[2], rows.start.shape[1]
+    kv_heads, length = starts.shape[2], segments.start.shape[1]
     starts = _split_blocks(starts, offset, length, block_size, plan.block)
     where, starts = _chunk_lists(plan, starts, offset, length)
     build = functools.partial(
         query_index.build_index,
-        rows=rows,
+        segments=segments,
         kv_heads=kv_heads,
-        spacing=_spacing(plan, rows.packed),
+        spacing=_spacing(plan, segments.packed),
         block=plan.block,
         pairs=plan.pairs,
         interpret=interpret,
@@ -205,9 +211,9 @@ def gradients(problem: Problem, lse, delta, dout, sums=None):
       dout: cotangent of the output.
       sums: float32 dk and dv to accumulate into; they are returned as the new dk and dv.
     """
-    plan, query, key, value, rows = problem.plan, *problem.arrays, problem.rows
+    plan, query, key, value, segments = problem.plan, *problem.arrays, problem.segments
     starts = problem.split_starts()
-    spacing = _spacing(plan, rows.packed)
+    spacing = _spacing(plan, segments.packed)
     methods = plan.backward_methods
     kv_outer, either = "kv_outer" in methods, len(methods) > 1
     if methods == ("kv_outer",):
@@ -220,10 +226,10 @@ def gradients(problem: Problem, lse, delta, dout, sums=None):
     inverse = None
     if kv_outer:
         offset = problem.offset[0]
-        valid = jax.lax.dynamic_slice_in_dim(rows.valid, offset, query.shape[1], axis=1)
-        inverse = kv_outer_backward.inverse_units(key, value, dout, delta, rows.valid, valid)
-    first = rows.token - rows.position % plan.block
-    block_start = jnp.where(rows.valid, first, rows.start.shape[1])
+        valid = jax.lax.dynamic_slice_in_dim(segments.valid, offset, query.shape[1], axis=1)
+        inverse = kv_outer_backward.inverse_units(key, value, dout, delta, segments.valid, valid)
+    first = segments.token - segments.position % plan.block
+    block_start = jnp.where(segments.valid, first, segments.start.shape[1])
     arrays = (query, key, value, dout, lse, delta)
 
     def step(sums, chunk):

@@ -114,7 +114,7 @@ def num_splits(pairs_of_chunk: int, pairs: int) -> int:
 def build_index(
     where: Int[Array, "c 2"],
     starts: Int[Array, "c H C S"],
-    rows: SegmentInfo,
+    segments: SegmentInfo,
     *,
     kv_heads: int,
     spacing: int,
@@ -127,7 +127,7 @@ def build_index(
     Args:
       where: first (sequence, KV head) pair and first token of each chunk.
       starts: first token of each listed block in its sequence, T at entries to ignore.
-      rows: the segments (documents) of the sequences.
+      segments: the documents of the sequences.
       kv_heads: K.
       spacing: every block starts at a multiple of this number.
       block: tokens of a block.
@@ -135,7 +135,7 @@ def build_index(
       interpret: run the kernel in interpret mode.
     """
     chunks, heads, tokens, slots = starts.shape
-    length = rows.start.shape[1]
+    length = segments.start.shape[1]
     blocks = -(-length // spacing)
     of_head = tokens * slots
     shape = index_shape(starts.shape, length, spacing=spacing, block=block, pairs=pairs)
@@ -171,7 +171,7 @@ def build_index(
     return Index(
         order=order.reshape(chunks, heads * of_head),
         start=start,
-        stop=rows.end[(where[:, :1] + head) // kv_heads, start],
+        stop=segments.end[(where[:, :1] + head) // kv_heads, start],
         head=head,
         first=jnp.where(active, first, 0),
         count=jnp.where(active, jnp.minimum(of_item(end) - first, pairs), 0),

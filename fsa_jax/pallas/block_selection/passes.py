@@ -28,7 +28,7 @@ def select_blocks(
     query: Float[Array, "B T N D"],
     key: Float[Array, "B M K D"],
     lse: Float[Array, "B T N"],
-    rows: SegmentInfo,
+    segments: SegmentInfo,
     windows: Windows,
     *,
     config: NSAConfig,
@@ -43,7 +43,7 @@ def select_blocks(
       key: the compressed keys, M >= 1.
       lse: float32, natural logarithm; logsumexp of compressed attention, -inf for a query without
         visible windows.
-      rows: the segments (documents) of the sequences.
+      segments: the documents of the sequences.
       windows: the compressed windows of the documents.
       config: the configuration of the selection.
       scale: factor of the logits.
@@ -56,7 +56,7 @@ def select_blocks(
     """
     batch, length, _, _ = query.shape
     kv_heads = key.shape[2]
-    own = jnp.where(rows.valid, rows.position // config.block_size, -1)
+    own = jnp.where(segments.valid, segments.position // config.block_size, -1)
     tokenwise = (own, windows.first, windows.visible)
     static = {"config": config, "plan": plan, "interpret": interpret}
 
