@@ -64,27 +64,29 @@ def range_gradients(query, key, value, visible, lse, delta, dout, dlse, *, scale
     return _unflatten(kv_heads, dquery), *(_keys_back(kv_heads, x) for x in dkeys)
 
 
-def block_attention(query, key, value, starts, offset, *, block_size, scale):
-    """Attention of each query to the blocks that start at the tokens `starts` [B, T, K, S].
+def block_attention(query, key, value, block_starts, offset, *, block_size, scale):
+    """Attention of each query to the blocks that start at the tokens `block_starts` [B, T, K, S].
 
     Query t is token offset[0] + t of the key sequence. The results are as in `range_attention`.
     """
     kv_heads = key.shape[2]
     query, key, value = _flatten(kv_heads, query, key, value)
-    starts = rearrange(starts, "b t k s -> (b k) t s")
-    out, lse = _block_forward(block_size, scale, query, key, value, starts, offset[0])
+    block_starts = rearrange(block_starts, "b t k s -> (b k) t s")
+    out, lse = _block_forward(block_size, scale, query, key, value, block_starts, offset[0])
     return _unflatten(kv_heads, out), _unflatten(kv_heads, lse)
 
 
 def block_gradients(
-    query, key, value, starts, offset, lse, delta, dout, dlse, *, block_size, scale
+    query, key, value, block_starts, offset, lse, delta, dout, dlse, *, block_size, scale
 ):  # fmt: skip
     """(dq, dk, dv) of `block_attention`; the arguments are as in `range_gradients`."""
     kv_heads = key.shape[2]
     query, key, value = _flatten(kv_heads, query, key, value)
-    starts = rearrange(starts, "b t k s -> (b k) t s")
+    block_starts = rearrange(block_starts, "b t k s -> (b k) t s")
     rest = _flatten_heads(kv_heads, lse, delta, dout, dlse)
-    dquery, *dkeys = _block_backward(block_size, scale, query, key, value, starts, offset[0], *rest)
+    dquery, *dkeys = _block_backward(
+        block_size, scale, query, key, value, block_starts, offset[0], *rest
+    )
     return _unflatten(kv_heads, dquery), *(_keys_back(kv_heads, x) for x in dkeys)
 
 
@@ -269,11 +271,11 @@ def _block_forward(
     query: Float[Array, "H T G D"],
     key: Float[Array, "H M D"],
     value: Float[Array, "H M E"],
-    starts: Int[Array, "H T S"],
+    block_starts: Int[Array, "H T S"],
     offset: Int[Array, ""],
 ) -> tuple[Float[Array, "H T G E"], Float[Array, "H T G"]]:
-    """Attention of query t to the tokens up to offset + t in the blocks that start at starts[t]."""
-    count, read_tile = _block_tiles(starts, offset, key.shape[1], block_size)
+    """Attention of query t to tokens up to offset + t in the blocks starting at block_starts[t]."""
+    count, read_tile = _block_tiles(block_starts, offset, key.shape[1], block_size)
     # The padding lets the last block extend past the end of the sequence, and provides the block
     # that an empty tile reads.
     key, value = (_pad_tokens(x, block_size) for x in (key, value))
@@ -290,10 +292,12 @@ def _block_forward(
     return finish(top, total, out, query.dtype)
 
 
-def _block_backward(block_size, scale, query, key, value, starts, offset, lse, delta, dout, dlse):
+def _block_backward(
+    block_size, scale, query, key, value, block_starts, offset, lse, delta, dout, dlse
+):
     """Gradients (dq, dk, dv)."""
     length = key.shape[1]
-    count, read_tile = _block_tiles(starts, offset, length, block_size)
+    count, read_tile = _block_tiles(block_starts, offset, length, block_size)
     padded_key, padded_value = (_pad_tokens(x, block_size) for x in (key, value))
 
     def read(index):
@@ -325,7 +329,9 @@ def _block_backward(block_size, scale, query, key, value, starts, offset, lse, d
     return dq.astype(query.dtype), dk, dv
 
 
-def _block_tiles(starts: Int[Array, "H T S"], offset: Int[Array, ""], length: int, block_size: int):
+def _block_tiles(
+    block_starts: Int[Array, "H T S"], offset: Int[Array, ""], length: int, block_size: int
+):
     """Sorts the (query, block) pairs by block and divides the pairs of each block into tiles.
 
     Returns:
@@ -333,14 +339,14 @@ def _block_tiles(starts: Int[Array, "H T S"], offset: Int[Array, ""], length: in
       to its query tokens [H, R] (T where the tile has no more pairs), the first token of its block
       [H] and the visibility mask [H, R, block_size].
     """
-    heads, tokens, slots = starts.shape
-    pairs = tokens * slots
+    heads, tokens, num_selected = block_starts.shape
+    pairs = tokens * num_selected
     tile = min(PAIR_TILE, pairs)
     index = jnp.broadcast_to(jnp.arange(pairs, dtype=jnp.int32)[None], (heads, pairs))
     start, order = jax.lax.sort(
-        (starts.reshape(heads, pairs), index), dimension=1, is_stable=True, num_keys=1
+        (block_starts.reshape(heads, pairs), index), dimension=1, is_stable=True, num_keys=1
     )
-    token = order // slots
+    token = order // num_selected
     opens = jnp.concatenate([jnp.ones((heads, 1), bool), start[:, 1:] != start[:, :-1]], axis=1)
     run = jax.lax.cummax(jnp.where(opens, index, 0), axis=1)
     cuts = (start < length) & ((index - run) % tile == 0)

@@ -336,8 +336,8 @@ def _listed_in_row(query, cache: NSACache, chunk: Chunk, layer, blocks, static):
     there = (token >= 0) & (token < chunk.stop[:, None])
     segment_info = segments.describe_segments(there.astype(jnp.int32), *there.shape)
     first = first[:, None, None, None]
-    starts = jnp.where(blocks >= 0, blocks * size - first, length)
+    block_starts = jnp.where(blocks >= 0, blocks * size - first, length)
     spec = BlockSpec(**static, block_size=size, packed=True)
     offset = jnp.full((query.shape[0], 1), begin, jnp.int32)
-    lists = Lists(starts, segment_info.start, segment_info.end, segment_info.valid, offset)
+    lists = Lists(block_starts, segment_info.start, segment_info.end, segment_info.valid, offset)
     return _block_attention(spec, query, key, value, lists)[0]

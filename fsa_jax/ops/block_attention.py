@@ -43,9 +43,9 @@ class BlockSpec(OpSpec):
 
     def plan(self, *arrays: Any) -> Plan | Unsupported:
         """The plan for query, key and value, and the length of a list."""
-        query, key, value, slots = arrays
+        query, key, value, num_selected = arrays
         tuning = self.tuning or SelectedTuning()
-        sizes = (slots, self.block_size, self.capability)
+        sizes = (num_selected, self.block_size, self.capability)
         plan = make_plan(tuning, query, key, value, *sizes)
         if isinstance(plan, Unsupported):
             return plan
@@ -56,13 +56,13 @@ class Lists(NamedTuple):
     """The block lists of queries that are all tokens of the key sequences, or some of them.
 
     Attributes:
-      starts: first token of each listed block; M where an entry is ignored.
+      block_starts: first token of each listed block; M where an entry is ignored.
       start, end, valid: the segments of the keys' tokens, as in `SegmentInfo`. (These are separate
         since a custom_vjp fills trees with objects other than arrays, which `SegmentInfo` refuses.)
       offset: query t is token offset[b, 0] + t of the keys' sequence; the same for all b.
     """
 
-    starts: Int[Array, "B T K S"]
+    block_starts: Int[Array, "B T K S"]
     start: Int[Array, "B M"]
     end: Int[Array, "B M"]
     valid: Bool[Array, "B M"]
@@ -73,9 +73,9 @@ class Lists(NamedTuple):
         cls, segment_info: SegmentInfo, block_indices: Int[Array, "B T K S"], block_size: int
     ) -> "Lists":
         """The lists made from block numbers, for queries of all tokens."""
-        starts = segments.listed_block_starts(segment_info, block_indices, block_size)
+        block_starts = segments.listed_block_starts(segment_info, block_indices, block_size)
         offset = jnp.zeros_like(segment_info.start[:, :1])
-        return cls(starts, segment_info.start, segment_info.end, segment_info.valid, offset)
+        return cls(block_starts, segment_info.start, segment_info.end, segment_info.valid, offset)
 
     def segments(self, packed: bool) -> SegmentInfo:
         """The segments of the keys."""
@@ -143,20 +143,26 @@ def block_gradients(
     )
 
 
-_LISTS = {"starts": "b t k s", "start": "b m", "end": "b m", "valid": "b m", "offset": "b one"}
+_LISTS = {
+    "block_starts": "b t k s",
+    "start": "b m",
+    "end": "b m",
+    "valid": "b m",
+    "offset": "b one",
+}
 _OPERANDS = ATTENTION | _LISTS
 
 
 def _plan(spec, query, key, value, lists) -> Plan:
-    return supported(spec.plan(query, key, value, lists.starts.shape[3]))
+    return supported(spec.plan(query, key, value, lists.block_starts.shape[3]))
 
 
 def _build_index(spec, plan, lists):
     from fsa_jax.pallas.block_attention import passes
 
-    return passes.build_lists(
+    return passes.build_index(
         plan,
-        lists.starts,
+        lists.block_starts,
         lists.offset[0],
         lists.segments(spec.packed),
         block_size=spec.block_size,
@@ -169,7 +175,7 @@ def _index_shape(spec, plan, key, lists):
     from fsa_jax.pallas.block_attention import passes
 
     sizes = {"block_size": spec.block_size, "packed": spec.packed}
-    return passes.lists_shape(plan, lists.starts.shape, key.shape[1], **sizes)
+    return passes.index_shape(plan, lists.block_starts.shape, key.shape[1], **sizes)
 
 
 def _problem(spec, plan, query, key, value, lists, index):
@@ -180,8 +186,8 @@ def _problem(spec, plan, query, key, value, lists, index):
         query=query,
         key=key,
         value=value,
-        starts=lists.starts,
-        lists=index,
+        block_starts=lists.block_starts,
+        index=index,
         offset=lists.offset[0],
         segments=lists.segments(spec.packed),
         block_size=spec.block_size,
@@ -239,9 +245,9 @@ def _forward(spec, *arrays):
         return out, lse, *_pack(index, padded_sizes, key)
 
     def portable(query, key, value, *lists):
-        starts, *_, offset = lists
+        block_starts, *_, offset = lists
         out, lse = xla.block_attention(
-            query, key, value, starts, offset[0], block_size=spec.block_size, scale=spec.scale
+            query, key, value, block_starts, offset[0], block_size=spec.block_size, scale=spec.scale
         )
         # a placeholder for the index of the kernels, which is not read
         batch, _, kv_heads, _ = key.shape
@@ -279,7 +285,7 @@ def _backward(spec, has_index, has_sums, *arrays):
     def portable(query, key, value, *rest):
         lists, terms, _, sums = parts(rest)
         dquery, *dkeys = xla.block_gradients(
-            query, key, value, lists.starts, lists.offset[0], *terms,
+            query, key, value, lists.block_starts, lists.offset[0], *terms,
             block_size=spec.block_size, scale=spec.scale,
         )  # fmt: skip
         if sums:

@@ -273,11 +273,15 @@ class ShardedNSA(Share):
     def _lists(self, half, indices) -> Lists:
         """The listed blocks of the queries of a chunk, in the sequence."""
         segment_info = self._local(half)
-        starts = segments.listed_block_starts(segment_info, indices, self.spec.config.block_size)
-        counts = starts < self.device.chunk
-        starts = jnp.where(counts, starts + self.device.offset(half), self.total)
+        block_starts = segments.listed_block_starts(
+            segment_info, indices, self.spec.config.block_size
+        )
+        counts = block_starts < self.device.chunk
+        block_starts = jnp.where(counts, block_starts + self.device.offset(half), self.total)
         offset = jnp.broadcast_to(self.device.offset(half), (self.query.shape[0], 1))
-        return Lists(starts, self.segments.start, self.segments.end, self.segments.valid, offset)
+        return Lists(
+            block_starts, self.segments.start, self.segments.end, self.segments.valid, offset
+        )
 
     def _local(self, half) -> SegmentInfo:
         """The segments of a chunk's tokens, counted from the first token of the chunk."""

@@ -140,7 +140,7 @@ def test_the_shape_of_an_index_follows_from_the_plan(packed, chunked, length):
         plan = supported(spec.plan(query, key, key, 5))
         build = functools.partial(block_attention._build_index, spec, plan)
         sizes = {"block_size": 32, "packed": packed}
-        assert selected.lists_shape(plan, indices.shape, length, **sizes) == jax.eval_shape(
+        assert selected.index_shape(plan, indices.shape, length, **sizes) == jax.eval_shape(
             build, lists
         )
 

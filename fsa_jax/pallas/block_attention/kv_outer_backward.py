@@ -164,9 +164,9 @@ def partial_gradients(
             ):
                 store_block(item, sum_ref, split_ref, d, [x * factor for x in parts], axis=1)
 
-        each_item(item_refs, chunk.lists, work)
+        each_item(item_refs, chunk.index, work)
 
-    count = chunk.heads * chunk.tokens * chunk.slots * group
+    count = chunk.heads * chunk.tokens * chunk.num_selected * group
     part = jax.ShapeDtypeStruct((count, width), partial_dtype)
     *sums, part = call_on_items(backward_kernel, chunk, items, inputs, sums, tile, part)
     return *sums, part.reshape(chunk.heads, -1, width)
@@ -196,7 +196,7 @@ def call_on_items(kernel, chunk: Chunk, items, inputs, sums, tile, *more):
         *items,
         *inputs,
         *sums,
-        grid=(chunk.lists.programs,),
+        grid=(chunk.index.programs,),
         out_shape=(*shapes, *more),
         aliases={before: 0, before + 1: 1},
         interpret=chunk.interpret,
@@ -231,12 +231,13 @@ def store_block(item, sum_ref, split_ref, columns, sums, axis):
         store(target, total.astype(sum_ref.dtype), mask=alone)
 
 
-def sum_blocks(chunk: Chunk, block_start, dkey_parts, dvalue_parts, sums, *, spacing):
+def sum_blocks(chunk: Chunk, token_block_start, dkey_parts, dvalue_parts, sums, *, spacing):
     """Adds up the dK and dV of the work items of split blocks, in item order.
 
     Args:
       chunk: the chunk that the items belong to.
-      block_start: int32 [B, T], first token of the block that contains each token; T at padding.
+      token_block_start: int32 [B, T], first token of the block that contains each token; T at
+        padding.
       dkey_parts: the float32 dK of split blocks that `partial_gradients` returns.
       dvalue_parts: likewise for dV.
       sums: as in `partial_gradients`, which has already processed the other blocks.
@@ -245,9 +246,9 @@ def sum_blocks(chunk: Chunk, block_start, dkey_parts, dvalue_parts, sums, *, spa
     Bytes: reads the partial sums once, reads the sums if float32, writes the sums; hot blocks only.
     """
     _, length, kv_heads, _ = sums[0].shape
-    lists, block = chunk.lists, chunk.block
+    index, block = chunk.index, chunk.block
     blocks = -(-length // spacing)
-    heads = lists.block_items.size // blocks
+    heads = index.block_items.size // blocks
 
     def sum_blocks_kernel(
         where_ref, items_ref, split_ref, start_ref, dkey_parts_ref, dvalue_parts_ref,
@@ -293,9 +294,9 @@ def sum_blocks(chunk: Chunk, block_start, dkey_parts, dvalue_parts, sums, *, spa
     return call(
         sum_blocks_kernel,
         chunk.where,
-        lists.block_items,
-        lists.block_split,
-        block_start,
+        index.block_items,
+        index.block_split,
+        token_block_start,
         dkey_parts,
         dvalue_parts,
         *sums,

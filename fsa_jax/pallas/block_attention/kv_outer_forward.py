@@ -80,16 +80,16 @@ def partial_attention(chunk: Chunk, query, key, value, *, tile, partial_dtype):
             steps = item.steps()
             fold_tiles(step, (), 0, item.steps_at_edge(), steps, steps)
 
-        each_item(item_refs, chunk.lists, work)
+        each_item(item_refs, chunk.index, work)
 
-    slots_of_all = chunk.heads * chunk.tokens * chunk.slots * sizes["group"]
+    slots_of_all = chunk.heads * chunk.tokens * chunk.num_selected * sizes["group"]
     out, lse = call(
         forward_kernel,
         *item_arrays(chunk),
         query,
         key,
         value,
-        grid=(chunk.lists.programs,),
+        grid=(chunk.index.programs,),
         out_shape=(
             jax.ShapeDtypeStruct((slots_of_all, value_width), partial_dtype),
             jax.ShapeDtypeStruct((slots_of_all,), jnp.float32),

@@ -88,6 +88,6 @@ def key_gradients(chunk: Chunk, query, key, value, dout, lse, delta, sums, *, ti
             ):
                 store_block(item, sum_ref, split_ref, d, [x.total * factor for x in parts], axis=0)
 
-        each_item(item_refs, chunk.lists, work)
+        each_item(item_refs, chunk.index, work)
 
     return call_on_items(block_key_gradient_kernel, chunk, items, inputs, sums, tile)

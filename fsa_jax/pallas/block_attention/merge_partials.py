@@ -26,13 +26,13 @@ ENOUGH_PROGRAMS = 4096
 
 
 def merge_outputs(
-    where, starts, part, part_lse, out, lse, skip, *, kv_heads, elements, interpret
+    where, block_starts, part, part_lse, out, lse, skip, *, kv_heads, elements, interpret
 ):  # fmt: skip
     """Merges outputs: lse = log(sum of exp(lse_s)), out = sum of exp(lse_s - lse) out_s.
 
     Args:
       where: int32 [2], first (sequence, KV head) pair and first token of the chunk.
-      starts: int32 [H, C, S], the block lists; entries >= T are ignored.
+      block_starts: int32 [H, C, S], the block lists; entries >= T are ignored.
       part: [H, P*G, E], partial outputs of `kv_outer_forward.partial_attention`.
       part_lse: [H, P*G], their logsumexp.
       out: [B, T, N, E], updated in place at the chunk's tokens and heads; 0 for a query without
@@ -43,15 +43,15 @@ def merge_outputs(
       elements: number of results in the tile of a program.
       interpret: run the kernel in interpret mode.
     """
-    tiles, heads = _tiles(starts, out, kv_heads, elements)
+    tiles, heads = _tiles(block_starts, out, kv_heads, elements)
 
     def merge_kernel(
-        where_ref, starts_ref, part_ref, part_lse_ref, _out, _lse, skip_ref, out_ref, lse_ref
+        where_ref, block_starts_ref, part_ref, part_lse_ref, _out, _lse, skip_ref, out_ref, lse_ref
     ):  # fmt: skip
         head, e = pl.program_id(1), iota(next_power_of_two(out.shape[3]))
 
         def merge(number):
-            place = _Place(where_ref, starts_ref, out_ref, kv_heads, elements, number, head)
+            place = _Place(where_ref, block_starts_ref, out_ref, kv_heads, elements, number, head)
             zeros = jnp.zeros((place.rows,), jnp.float32)
             state = (zeros - jnp.inf, zeros, jnp.zeros((place.rows, e.size), jnp.float32))
             row_max, row_sum, result = place.walk(functools.partial(add, place), state)
@@ -85,7 +85,7 @@ def merge_outputs(
     return call(
         merge_kernel,
         where,
-        starts,
+        block_starts,
         part,
         part_lse,
         out,
@@ -103,17 +103,17 @@ def merge_outputs(
 
 
 def sum_gradients(
-    where, starts, part, inverse, dquery, skip, *, scale, kv_heads, elements, interpret
+    where, block_starts, part, inverse, dquery, skip, *, scale, kv_heads, elements, interpret
 ):  # fmt: skip
     """Sums the partial query gradients of a chunk into dquery [B, T, N, D], in place.
 
     `part` [H, P*G, D] holds the partial dq of `kv_outer_backward.partial_gradients`, scaled by
     `inverse` [B, T, N] / scale; the other arguments are those of `merge_outputs`.
     """
-    tiles, heads = _tiles(starts, dquery, kv_heads, elements)
+    tiles, heads = _tiles(block_starts, dquery, kv_heads, elements)
 
     def sum_gradients_kernel(
-        where_ref, starts_ref, part_ref, inverse_ref, _dquery, skip_ref, dquery_ref
+        where_ref, block_starts_ref, part_ref, inverse_ref, _dquery, skip_ref, dquery_ref
     ):  # fmt: skip
         head, d = pl.program_id(1), iota(next_power_of_two(dquery.shape[3]))
 
@@ -123,7 +123,9 @@ def sum_gradients(
             return total
 
         def merge(number):
-            place = _Place(where_ref, starts_ref, dquery_ref, kv_heads, elements, number, head)
+            place = _Place(
+                where_ref, block_starts_ref, dquery_ref, kv_heads, elements, number, head
+            )
             inverses = load(inverse_ref.at[*place.target], mask=place.in_bounds)
             unit = jnp.where(inverses == 0, 0.0, scale / inverses)
             zeros = jnp.zeros((place.rows, d.size), jnp.float32)
@@ -135,7 +137,7 @@ def sum_gradients(
     return call(
         sum_gradients_kernel,
         where,
-        starts,
+        block_starts,
         part,
         inverse,
         dquery,
@@ -153,9 +155,9 @@ def _rows(width, elements):
     return max(1, elements // next_power_of_two(width))
 
 
-def _tiles(starts, result, kv_heads, elements):
+def _tiles(block_starts, result, kv_heads, elements):
     """Number of tiles of a head, and number of heads of the chunk."""
-    heads, tokens, _ = starts.shape
+    heads, tokens, _ = block_starts.shape
     rows = tokens * (result.shape[2] // kv_heads)
     return -(-rows // _rows(result.shape[3], elements)), heads
 
@@ -163,12 +165,12 @@ def _tiles(starts, result, kv_heads, elements):
 class _Place:
     """A tile: several rows of one head of the chunk, with their slots and results."""
 
-    def __init__(self, where_ref, starts_ref, result_ref, kv_heads, elements, number, head):
-        _, self.tokens, self.slots = starts_ref.shape
+    def __init__(self, where_ref, block_starts_ref, result_ref, kv_heads, elements, number, head):
+        _, self.tokens, self.num_selected = block_starts_ref.shape
         _, self.length, query_heads, self.width = result_ref.shape
         self.group = query_heads // kv_heads
         self.rows = _rows(self.width, elements)
-        self.starts_ref = starts_ref
+        self.block_starts_ref = block_starts_ref
         self.head = head
         self.token, self.g = split(number * self.rows + iota(self.rows), self.group)
         batch, kv_head = split(where_ref[0] + self.head, kv_heads)
@@ -181,16 +183,16 @@ class _Place:
         def some(first, count, state):
             slots = []
             for slot in (first + i for i in range(count)):
-                listed = self.in_bounds & (slot < self.slots)
-                start = load(self.starts_ref.at[self.head, self.token, slot], mask=listed)
-                at = (self.token * self.slots + slot) * self.group + self.g
+                listed = self.in_bounds & (slot < self.num_selected)
+                start = load(self.block_starts_ref.at[self.head, self.token, slot], mask=listed)
+                at = (self.token * self.num_selected + slot) * self.group + self.g
                 slots.append((at, listed & (start < self.length)))
             return add(state, slots)
 
-        if self.slots <= SLOTS:
-            return some(0, self.slots, state)
+        if self.num_selected <= SLOTS:
+            return some(0, self.num_selected, state)
         step = lambda i, state: some(i * SLOTS, SLOTS, state)  # noqa: E731
-        return jax.lax.fori_loop(0, -(-self.slots // SLOTS), step, state)
+        return jax.lax.fori_loop(0, -(-self.num_selected // SLOTS), step, state)
 
     def part(self, part_ref, at, active, e):
         """Columns `e` of the partial results of one slot, 0 where the slot is invalid."""

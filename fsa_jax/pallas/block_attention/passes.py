@@ -51,8 +51,8 @@ class Problem:
       query: [B, T, N, D], floating.
       key: [B, T, K, D].
       value: [B, T, K, E].
-      starts: first token of each listed block, T at entries to ignore.
-      lists: the query index that `build_lists` returns.
+      block_starts: first token of each listed block, T at entries to ignore.
+      index: the query index that `build_index` returns.
       offset: position of query token 0 in the key sequence; queries may be a part of the sequence.
       segments: the documents of the sequences.
       block_size: tokens of a block.
@@ -64,8 +64,8 @@ class Problem:
     query: Float[Array, "B T N D"]
     key: Float[Array, "B T K D"]
     value: Float[Array, "B T K E"]
-    starts: Int[Array, "B T K S"]
-    lists: query_index.Index
+    block_starts: Int[Array, "B T K S"]
+    index: query_index.Index
     offset: Int[Array, "1"]
     segments: SegmentInfo
     block_size: int
@@ -81,41 +81,38 @@ class Problem:
     def arrays(self):
         return self.query, self.key, self.value
 
-    def split_starts(self):
-        """`starts`, with each listed block split into blocks of the plan's size."""
+    def split_block_starts(self):
+        """`block_starts`, with each listed block split into blocks of the plan's size."""
         length = self.key.shape[1]
-        return _split_blocks(self.starts, self.offset, length, self.block_size, self.plan.block)
+        return _split_blocks(
+            self.block_starts, self.offset, length, self.block_size, self.plan.block
+        )
 
-    def chunks(self, starts, lists):
+    def chunks(self, block_starts, index):
         """The stacked arrays of all chunks, in order, for `_fold`."""
-        return *_chunk_lists(self.plan, starts, self.offset, self.key.shape[1]), lists
+        return *_chunk_block_starts(self.plan, block_starts, self.offset, self.key.shape[1]), index
 
-    def chunk(self, where, starts, lists) -> Chunk:
+    def chunk(self, where, block_starts, index) -> Chunk:
         """One of the chunks, as the kernels take it."""
         return Chunk(
             where=where,
-            lists=lists,
+            index=index,
             heads=self.plan.heads,
             tokens=self.plan.tokens,
-            slots=starts.shape[-1],
+            num_selected=block_starts.shape[-1],
             pairs=self.plan.pairs,
             **self.static,
         )
 
 
-def build_lists(
-    plan: Plan,
-    starts: Int[Array, "B T K S"],
-    offset,
-    segments: SegmentInfo,
-    *,
-    block_size,
-    interpret,
-) -> query_index.Index:
+def build_index(
+    plan: Plan, block_starts: Int[Array, "B T K S"], offset, segments: SegmentInfo, *,
+    block_size, interpret,
+) -> query_index.Index:  # fmt: skip
     """Builds the query index of all chunks; arguments as in `Problem`."""
-    kv_heads, length = starts.shape[2], segments.start.shape[1]
-    starts = _split_blocks(starts, offset, length, block_size, plan.block)
-    where, starts = _chunk_lists(plan, starts, offset, length)
+    kv_heads, length = block_starts.shape[2], segments.start.shape[1]
+    block_starts = _split_blocks(block_starts, offset, length, block_size, plan.block)
+    where, block_starts = _chunk_block_starts(plan, block_starts, offset, length)
     build = functools.partial(
         query_index.build_index,
         segments=segments,
@@ -125,22 +122,22 @@ def build_lists(
         pairs=plan.pairs,
         interpret=interpret,
     )
-    if starts.size <= plan.sort_pairs:
-        return build(where, starts)
-    lists = jax.lax.map(lambda x: build(x[0][None], x[1][None]), (where, starts))
-    return jax.tree.map(lambda x: x[:, 0], lists)
+    if block_starts.size <= plan.sort_pairs:
+        return build(where, block_starts)
+    index = jax.lax.map(lambda x: build(x[0][None], x[1][None]), (where, block_starts))
+    return jax.tree.map(lambda x: x[:, 0], index)
 
 
-def lists_shape(
-    plan: Plan, lists: tuple[int, ...], length: int, *, block_size: int, packed: bool
+def index_shape(
+    plan: Plan, shape: tuple[int, ...], length: int, *, block_size: int, packed: bool
 ) -> query_index.Index:
-    """Shapes and dtypes of the index that `build_lists` makes of lists [B, T, K, S].
+    """Shapes and dtypes of the index that `build_index` makes of lists [B, T, K, S].
 
     `length` is the length of a key sequence; `packed` says whether sequences have segment ids.
     """
-    batch, tokens, kv_heads, slots = lists
+    batch, tokens, kv_heads, num_selected = shape
     chunks = batch * kv_heads // plan.heads * -(-tokens // plan.tokens)
-    cut = (chunks, plan.heads, plan.tokens, slots * (block_size // plan.block))
+    cut = (chunks, plan.heads, plan.tokens, num_selected * (block_size // plan.block))
     spacing = _spacing(plan, packed)
     return query_index.index_shape(cut, length, spacing=spacing, block=plan.block, pairs=plan.pairs)
 
@@ -151,18 +148,23 @@ def attention(problem: Problem):
     Returns:
       out [B, T, N, E] in the dtype of `query`, and lse float32 [B, T, N].
     """
-    plan, query, key, lists = problem.plan, problem.query, problem.key, problem.lists
+    plan, query, key, index = problem.plan, problem.query, problem.key, problem.index
     static, arrays = problem.static, problem.arrays
-    starts = problem.split_starts()
+    block_starts = problem.split_block_starts()
     outer = functools.partial(
-        query_outer.attention, starts, *arrays, problem.offset, tile=plan.query_outer, **static
+        query_outer.attention,
+        block_starts,
+        *arrays,
+        problem.offset,
+        tile=plan.query_outer,
+        **static,
     )
     methods, use_tiles = plan.forward_methods, jnp.zeros((1,), jnp.int32)
     if methods == ("query_outer",):
         return outer()
     if "query_tile" in methods:
         tile, costs = plan.query_tile, (KV_OUTER_ROWS, QUERY_OUTER_PAIRS)
-        tiles, use_tiles = _tiles(starts, arrays, tile, methods, costs, problem.interpret)
+        tiles, use_tiles = _tiles(block_starts, arrays, tile, methods, costs, problem.interpret)
         results = query_tile.attention(
             tiles, *arrays, problem.offset, use_tiles, tile=tile, **static
         )
@@ -171,7 +173,7 @@ def attention(problem: Problem):
         if "kv_outer" not in methods:
             return results
         # if query_tile has computed the results, the items are emptied: kernels below do nothing
-        lists = query_index.only_if(use_tiles == 0, lists)
+        index = query_index.only_if(use_tiles == 0, index)
     else:
         # the chunks write every element
         results = (
@@ -181,13 +183,13 @@ def attention(problem: Problem):
 
     def step(results, chunk):
         out, lse = results
-        where, starts, _ = chunk
+        where, block_starts, _ = chunk
         part, part_lse = kv_outer_forward.partial_attention(
             problem.chunk(*chunk), *arrays, tile=plan.forward, partial_dtype=plan.partial_dtype
         )
         return merge_partials.merge_outputs(
             where,
-            _counted(starts, query, key),
+            _counted(block_starts, query, key),
             part,
             part_lse,
             out,
@@ -198,7 +200,7 @@ def attention(problem: Problem):
             interpret=problem.interpret,
         )
 
-    return _fold(step, results, problem.chunks(starts, lists))
+    return _fold(step, results, problem.chunks(block_starts, index))
 
 
 def gradients(problem: Problem, lse, delta, dout, sums=None):
@@ -212,7 +214,7 @@ def gradients(problem: Problem, lse, delta, dout, sums=None):
       sums: float32 dk and dv to accumulate into; they are returned as the new dk and dv.
     """
     plan, query, key, value, segments = problem.plan, *problem.arrays, problem.segments
-    starts = problem.split_starts()
+    block_starts = problem.split_block_starts()
     spacing = _spacing(plan, segments.packed)
     methods = plan.backward_methods
     kv_outer, either = "kv_outer" in methods, len(methods) > 1
@@ -221,30 +223,30 @@ def gradients(problem: Problem, lse, delta, dout, sums=None):
         dquery, dq_computed = jax.lax.empty(query.shape, query.dtype), jnp.zeros((1,), jnp.int32)
     else:
         arrays = (query, key, value, dout, lse, delta, problem.offset)
-        dquery, dq_computed = _query_gradient(plan, starts, arrays, problem.static)
-    chunks = problem.chunks(starts, problem.lists)
+        dquery, dq_computed = _query_gradient(plan, block_starts, arrays, problem.static)
+    chunks = problem.chunks(block_starts, problem.index)
     inverse = None
     if kv_outer:
         offset = problem.offset[0]
         valid = jax.lax.dynamic_slice_in_dim(segments.valid, offset, query.shape[1], axis=1)
         inverse = kv_outer_backward.inverse_units(key, value, dout, delta, segments.valid, valid)
     first = segments.token - segments.position % plan.block
-    block_start = jnp.where(segments.valid, first, segments.start.shape[1])
+    token_block_start = jnp.where(segments.valid, first, segments.start.shape[1])
     arrays = (query, key, value, dout, lse, delta)
 
     def step(sums, chunk):
-        where, starts, lists = chunk
+        where, block_starts, index = chunk
         dquery, *sums = sums
 
         if kv_outer:
-            own = query_index.only_if(dq_computed == 0, lists) if either else lists
-            own = problem.chunk(where, starts, own)
+            own = query_index.only_if(dq_computed == 0, index) if either else index
+            own = problem.chunk(where, block_starts, own)
             *sums, dkey_splits, dvalue_splits, part = kv_outer_backward.partial_gradients(
                 own, *arrays, inverse, sums, tile=plan.backward, partial_dtype=plan.gradient_dtype
             )
             dquery = merge_partials.sum_gradients(
                 where,
-                _counted(starts, query, key),
+                _counted(block_starts, query, key),
                 part,
                 inverse,
                 dquery,
@@ -255,16 +257,16 @@ def gradients(problem: Problem, lse, delta, dout, sums=None):
                 interpret=problem.interpret,
             )
             sums = kv_outer_backward.sum_blocks(
-                own, block_start, dkey_splits, dvalue_splits, sums, spacing=spacing
+                own, token_block_start, dkey_splits, dvalue_splits, sums, spacing=spacing
             )
         if methods != ("kv_outer",):
-            own = query_index.only_if(dq_computed > 0, lists) if kv_outer else lists
-            own = problem.chunk(where, starts, own)
+            own = query_index.only_if(dq_computed > 0, index) if kv_outer else index
+            own = problem.chunk(where, block_starts, own)
             *sums, dkey_splits, dvalue_splits = kv_outer_key_gradients.key_gradients(
                 own, *arrays, sums, tile=plan.key_gradient
             )
             sums = kv_outer_backward.sum_blocks(
-                own, block_start, dkey_splits, dvalue_splits, sums, spacing=spacing
+                own, token_block_start, dkey_splits, dvalue_splits, sums, spacing=spacing
             )
         return dquery, *sums
 
@@ -277,7 +279,7 @@ def gradients(problem: Problem, lse, delta, dout, sums=None):
     return dquery, dkey.astype(key.dtype), dvalue.astype(value.dtype)
 
 
-def _query_gradient(plan, starts, arrays, static):
+def _query_gradient(plan, block_starts, arrays, static):
     """Computes dq by kernels whose programs own queries; `arrays` as `query_outer` takes them.
 
     Returns:
@@ -285,20 +287,20 @@ def _query_gradient(plan, starts, arrays, static):
       unwritten.
     """
     outer = functools.partial(
-        query_outer.query_gradient, starts, *arrays, tile=plan.query_outer_backward, **static
+        query_outer.query_gradient, block_starts, *arrays, tile=plan.query_outer_backward, **static
     )
     methods, tile = plan.backward_methods, plan.query_tile_backward
     if methods == ("query_outer",):
         return outer(), jnp.ones((1,), jnp.int32)
     costs = (KV_OUTER_DQ_ROWS, QUERY_OUTER_DQ_PAIRS)
-    tiles, use_tiles = _tiles(starts, arrays, tile, methods, costs, static["interpret"])
+    tiles, use_tiles = _tiles(block_starts, arrays, tile, methods, costs, static["interpret"])
     dquery = query_tile.query_gradient(tiles, *arrays, enabled=use_tiles, tile=tile, **static)
     return outer(
         skip=use_tiles, out_buffers=dquery
     ) if "query_outer" in methods else dquery, use_tiles
 
 
-def _tiles(starts, arrays, tile, methods, costs, interpret):
+def _tiles(block_starts, arrays, tile, methods, costs, interpret):
     """The merged lists of tiles, and an int32 [1] flag: 1 if the query-tile kernels are faster.
 
     The flag is always 1 if there is no other method. `costs` are the costs of a block of a tile, in
@@ -310,47 +312,48 @@ def _tiles(starts, arrays, tile, methods, costs, interpret):
     if pairs is None:
         use_tiles = jnp.ones((1,), jnp.int32)
     else:
-        use_tiles = query_tile.is_profitable(starts, end, pairs, tile, group)
+        use_tiles = query_tile.is_profitable(block_starts, end, pairs, tile, group)
     return query_tile.merge_lists(
-        starts, end, tile, group, use_tiles, interpret=interpret
+        block_starts, end, tile, group, use_tiles, interpret=interpret
     ), use_tiles
 
 
-def _counted(starts, query, key):
+def _counted(block_starts, query, key):
     """Lists for `merge_partials.py`, where invalid entries equal the number of query tokens."""
     if query.shape[1] == key.shape[1]:
-        return starts
-    return jnp.where(starts < key.shape[1], 0, query.shape[1])
+        return block_starts
+    return jnp.where(block_starts < key.shape[1], 0, query.shape[1])
 
 
-def _split_blocks(starts, offset, length, block_size, block):
+def _split_blocks(block_starts, offset, length, block_size, block):
     """Replaces each listed block by the blocks of `block` tokens that it consists of."""
     if block == block_size:
-        return starts
+        return block_starts
     part = jnp.arange(0, block_size, block, dtype=jnp.int32)[None, None, None, None]
-    token = offset + jnp.arange(starts.shape[1], dtype=jnp.int32)
+    token = offset + jnp.arange(block_starts.shape[1], dtype=jnp.int32)
     token = token[None, :, None, None, None]
-    parts = starts[..., None] + part
+    parts = block_starts[..., None] + part
     return rearrange(jnp.where(parts <= token, parts, length), "b t k s p -> b t k (s p)")
 
 
-def _chunk_lists(plan, starts, offset, length):
+def _chunk_block_starts(plan, block_starts, offset, length):
     """Splits the lists of sequences of `length` keys into chunks.
 
     Returns:
-      where [c, 3]: first (sequence, KV head) pair, first token and offset; starts [c, H, C, S].
+      where [c, 3]: first (sequence, KV head) pair, first token and offset;
+      block_starts [c, H, C, S].
     """
-    tokens = starts.shape[1]
+    tokens = block_starts.shape[1]
     missing = -tokens % plan.tokens
     padding = ((0, 0), (0, missing), (0, 0), (0, 0))
-    starts = jnp.pad(starts, padding, constant_values=length)
-    starts = rearrange(starts, "b (m c) k s -> (b k) m c s", c=plan.tokens)
-    heads = starts.shape[0]
-    starts = rearrange(starts, "(n h) m c s -> (n m) h c s", h=plan.heads)
+    block_starts = jnp.pad(block_starts, padding, constant_values=length)
+    block_starts = rearrange(block_starts, "b (m c) k s -> (b k) m c s", c=plan.tokens)
+    heads = block_starts.shape[0]
+    block_starts = rearrange(block_starts, "(n h) m c s -> (n m) h c s", h=plan.heads)
     where = jnp.mgrid[0 : heads : plan.heads, 0 : tokens : plan.tokens]
     where = where.astype(jnp.int32).reshape(2, -1).T
     where = jnp.concatenate([where, jnp.broadcast_to(offset[None], (where.shape[0], 1))], axis=1)
-    return where, starts
+    return where, block_starts
 
 
 def _spacing(plan, packed):

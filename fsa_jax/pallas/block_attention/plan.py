@@ -143,7 +143,7 @@ def _too_wide(query, key, value, capability: int) -> str:
 
 
 def make_plan(
-    tuning: SelectedTuning, query, key, value, slots: int, block_size: int, capability: int
+    tuning: SelectedTuning, query, key, value, num_selected: int, block_size: int, capability: int
 ) -> Plan | Unsupported:
     """Chooses what `tuning` leaves open, from shapes, dtypes and the device's compute capability.
 
@@ -178,11 +178,11 @@ def make_plan(
     if "kv_outer" in forward + backward:
         part = max(width * gradient_dtype.itemsize, value_width * dtype.itemsize)
         pair_bytes += group * (part + 4)
-    slots = slots * (block_size // block)
+    num_selected = num_selected * (block_size // block)
     batch_heads, length = batch * kv_heads, query.shape[1]
     # the rows of a chunk's partial results are indexed in 32 bits
     budget = min(tuning.scratch_bytes, 2**31 // group * pair_bytes)
-    heads, tokens = _chunk(budget, batch_heads, length, slots, pair_bytes)
+    heads, tokens = _chunk(budget, batch_heads, length, num_selected, pair_bytes)
     return Plan(
         forward_methods=forward,
         backward_methods=backward,
@@ -231,9 +231,11 @@ def _tile_sizes(query, key, value, block_size: int, capability: int) -> tuple[in
     return None
 
 
-def _chunk(budget: int, heads: int, length: int, slots: int, pair_bytes: int) -> tuple[int, int]:
+def _chunk(
+    budget: int, heads: int, length: int, num_selected: int, pair_bytes: int
+) -> tuple[int, int]:
     """Heads and tokens of a chunk: whole heads where they fit, else a part of one head's tokens."""
-    token_bytes = slots * pair_bytes
+    token_bytes = num_selected * pair_bytes
     if token_bytes > budget:
         raise ValueError(
             f"scratch_bytes must hold the partial results of one token, {token_bytes}, got {budget}"

@@ -73,19 +73,19 @@ class Index:
 
 
 def index_shape(
-    lists: tuple[int, ...], length: int, *, spacing: int, block: int, pairs: int
+    shape: tuple[int, ...], length: int, *, spacing: int, block: int, pairs: int
 ) -> Index:
     """Shapes and dtypes of the index that `build_index` makes of lists [c, H, C, S].
 
     Args:
-      lists: shape of the lists.
+      shape: shape of the lists.
       length: T, tokens of a key sequence.
       spacing: as in `build_index`.
       block: likewise.
       pairs: likewise.
     """
-    chunks, heads, tokens, slots = lists
-    of_head, blocks = tokens * slots, -(-length // spacing)
+    chunks, heads, tokens, num_selected = shape
+    of_head, blocks = tokens * num_selected, -(-length // spacing)
     cut = heads * of_head // pairs
     bound = heads * min(blocks, of_head) + cut
 
@@ -113,7 +113,7 @@ def num_splits(pairs_of_chunk: int, pairs: int) -> int:
 
 def build_index(
     where: Int[Array, "c 2"],
-    starts: Int[Array, "c H C S"],
+    block_starts: Int[Array, "c H C S"],
     segments: SegmentInfo,
     *,
     kv_heads: int,
@@ -126,7 +126,7 @@ def build_index(
 
     Args:
       where: first (sequence, KV head) pair and first token of each chunk.
-      starts: first token of each listed block in its sequence, T at entries to ignore.
+      block_starts: first token of each listed block in its sequence, T at entries to ignore.
       segments: the documents of the sequences.
       kv_heads: K.
       spacing: every block starts at a multiple of this number.
@@ -134,18 +134,18 @@ def build_index(
       pairs: the most pairs of a work item.
       interpret: run the kernel in interpret mode.
     """
-    chunks, heads, tokens, slots = starts.shape
+    chunks, heads, tokens, num_selected = block_starts.shape
     length = segments.start.shape[1]
     blocks = -(-length // spacing)
-    of_head = tokens * slots
-    shape = index_shape(starts.shape, length, spacing=spacing, block=block, pairs=pairs)
+    of_head = tokens * num_selected
+    shape = index_shape(block_starts.shape, length, spacing=spacing, block=block, pairs=pairs)
     # 1. sort
-    number = jnp.where(starts < length, starts // spacing, blocks).reshape(-1, of_head)
+    number = jnp.where(block_starts < length, block_starts // spacing, blocks).reshape(-1, of_head)
     group = jnp.arange(chunks * heads, dtype=jnp.int32)[:, None]
     key = (number + group * (blocks + 1)).reshape(-1)
     if chunks * heads * (blocks + 1) <= 2**16:
         key = key.astype(jnp.uint16)  # half the passes of the radix sort
-    pair = iota(of_head)[None] + jnp.repeat(where[:, 1] * slots, heads)[:, None]
+    pair = iota(of_head)[None] + jnp.repeat(where[:, 1] * num_selected, heads)[:, None]
     key, order = jax.lax.sort((key, pair.reshape(-1)), num_keys=1, is_stable=True)
     # 2. the pairs of each block
     limits = search(key, iota(chunks * heads * (blocks + 1)), interpret=interpret)
@@ -184,14 +184,14 @@ def build_index(
     )
 
 
-def only_if(wanted: Bool[Array, "1"], lists: Index) -> Index:
+def only_if(wanted: Bool[Array, "1"], index: Index) -> Index:
     """The index unchanged if `wanted`, bool [1], is true, else an index without items."""
     return dataclasses.replace(
-        lists,
-        items=jnp.where(wanted, lists.items, 0),
-        count=jnp.where(wanted, lists.count, 0),
-        split=jnp.where(wanted, lists.split, -1),
-        block_items=jnp.where(wanted, lists.block_items, 0),
+        index,
+        items=jnp.where(wanted, index.items, 0),
+        count=jnp.where(wanted, index.count, 0),
+        split=jnp.where(wanted, index.split, -1),
+        block_items=jnp.where(wanted, index.block_items, 0),
     )
 
 

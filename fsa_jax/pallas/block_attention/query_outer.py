@@ -24,12 +24,13 @@ from fsa_jax.pallas.tiles import columns_of, each, load_tiles, product, programs
 
 
 def attention(
-    starts, query, key, value, offset, *, block, scale, tile, interpret, skip=None, out_buffers=None
+    block_starts, query, key, value, offset, *, block, scale, tile, interpret,
+    skip=None, out_buffers=None,
 ):  # fmt: skip
     """Attention of each query to its listed blocks.
 
     Args:
-      starts: int32 [B, T, K, S], first token of each listed block, T at entries to ignore.
+      block_starts: int32 [B, T, K, S], first token of each listed block, T at entries to ignore.
       query: [B, T, N, D].
       key: [B, T, K, D].
       value: [B, T, K, E].
@@ -47,9 +48,9 @@ def attention(
     given = () if skip is None or out_buffers is None else (skip, *out_buffers)
     softmax = Softmax(scale, exact=key.dtype == jnp.float32)
 
-    tokens, rows = query.shape[1], key.shape[0] * key.shape[2]
+    tokens, heads = query.shape[1], key.shape[0] * key.shape[2]
 
-    def query_outer_kernel(starts_ref, query_ref, key_ref, value_ref, offset_ref, *refs):
+    def query_outer_kernel(block_starts_ref, query_ref, key_ref, value_ref, offset_ref, *refs):
         out_ref, lse_ref = refs[-2:]
         batch, kv_head, query_head, in_bounds = _heads(query_ref, key_ref)
 
@@ -58,7 +59,9 @@ def attention(
             queries = _load_rows(query_ref, batch, token, query_head, in_bounds, columns)
 
             def step(slot, state):
-                column, seen = _block(starts_ref, offset_ref, batch, token, kv_head, slot, block)
+                column, seen = _block(
+                    block_starts_ref, offset_ref, batch, token, kv_head, slot, block
+                )
                 keys = load_tiles(key_ref, batch, column, kv_head, columns, seen)
                 values = load_tiles(value_ref, batch, column, kv_head, value_columns, seen)
                 logits = softmax.signed(product(queries, keys))
@@ -68,7 +71,7 @@ def attention(
             zeros = jnp.zeros((rows,), jnp.float32)
             out = [jnp.zeros((rows, e.size), jnp.float32) for e in value_columns]
             state = (zeros - jnp.inf, zeros, out)
-            row_max, row_sum, out = jax.lax.fori_loop(0, starts_ref.shape[3], step, state)
+            row_max, row_sum, out = jax.lax.fori_loop(0, block_starts_ref.shape[3], step, state)
             some = row_sum > 0
             row_sum = jnp.where(some, row_sum, 1.0)
             for e, x in zip(value_columns, out, strict=True):
@@ -82,13 +85,13 @@ def attention(
 
     return call(
         query_outer_kernel,
-        starts,
+        block_starts,
         query,
         key,
         value,
         offset,
         *given,
-        grid=(programs_of(tokens, rows), rows),
+        grid=(programs_of(tokens, heads), heads),
         out_shape=(
             jax.ShapeDtypeStruct((*query.shape[:3], value.shape[3]), query.dtype),
             jax.ShapeDtypeStruct(query.shape[:3], jnp.float32),
@@ -101,7 +104,7 @@ def attention(
 
 
 def query_gradient(
-    starts, query, key, value, dout, lse, delta, offset, *, block, scale, tile, interpret,
+    block_starts, query, key, value, dout, lse, delta, offset, *, block, scale, tile, interpret,
     skip=None, out_buffers=None,
 ):  # fmt: skip
     """Gradient [B, T, N, D] of the queries; arguments as in `attention` and `kv_outer_backward.py`.
@@ -110,10 +113,11 @@ def query_gradient(
     `out_buffers` that holds it is returned unchanged.
     """
     given = () if skip is None else (skip, out_buffers)
-    tokens, rows = query.shape[1], key.shape[0] * key.shape[2]
+    tokens, heads = query.shape[1], key.shape[0] * key.shape[2]
 
     def query_gradient_kernel(
-        starts_ref, query_ref, key_ref, value_ref, dout_ref, lse_ref, delta_ref, offset_ref, *refs
+        block_starts_ref, query_ref, key_ref, value_ref, dout_ref, lse_ref, delta_ref, offset_ref,
+        *refs,
     ):  # fmt: skip
         dquery_ref = refs[-1]
         batch, kv_head, query_head, in_bounds = _heads(query_ref, key_ref)
@@ -126,7 +130,9 @@ def query_gradient(
             deltas = load(delta_ref.at[batch, token, query_head], mask=in_bounds)
 
             def step(slot, dquery):
-                column, seen = _block(starts_ref, offset_ref, batch, token, kv_head, slot, block)
+                column, seen = _block(
+                    block_starts_ref, offset_ref, batch, token, kv_head, slot, block
+                )
                 keys = load_tiles(key_ref, batch, column, kv_head, columns, seen)
                 values = load_tiles(value_ref, batch, column, kv_head, value_columns, seen)
                 p = softmax_weights(product(keys, queries), lses[None, :], scale, key_ref.dtype)
@@ -135,7 +141,7 @@ def query_gradient(
                 return [x + dot(k, ds, (0, 0)) for x, k in zip(dquery, keys, strict=True)]
 
             zeros = [jnp.zeros((d.size, query_head.size), jnp.float32) for d in columns]
-            dquery = jax.lax.fori_loop(0, starts_ref.shape[3], step, zeros)
+            dquery = jax.lax.fori_loop(0, block_starts_ref.shape[3], step, zeros)
             for d, x in zip(columns, dquery, strict=True):
                 target = dquery_ref.at[batch, token, query_head[None, :], d[:, None]]
                 mask = rows_mask(in_bounds, d, dquery_ref.shape[3]).T
@@ -145,7 +151,7 @@ def query_gradient(
 
     return call(
         query_gradient_kernel,
-        starts,
+        block_starts,
         query,
         key,
         value,
@@ -154,7 +160,7 @@ def query_gradient(
         delta,
         offset,
         *given,
-        grid=(programs_of(tokens, rows), rows),
+        grid=(programs_of(tokens, heads), heads),
         out_shape=jax.ShapeDtypeStruct(query.shape, query.dtype),
         aliases={9: 0} if given else None,
         interpret=interpret,
@@ -172,9 +178,9 @@ def _heads(query_ref, key_ref):
     return batch, kv_head, kv_head * group + g, g < group
 
 
-def _block(starts_ref, offset_ref, batch, token, kv_head, slot, block):
+def _block(block_starts_ref, offset_ref, batch, token, kv_head, slot, block):
     """Tokens of a listed block, and which of them the query attends to."""
-    start = starts_ref[batch, token, kv_head, slot]
+    start = block_starts_ref[batch, token, kv_head, slot]
     column = start + iota(block)
     return column, column <= token + offset_ref[0]
 

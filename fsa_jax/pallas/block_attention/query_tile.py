@@ -45,7 +45,7 @@ COLUMNS = 128
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Lists:
+class MergedLists:
     """The blocks of all tiles; int32.
 
     Attributes:
@@ -65,7 +65,7 @@ def tile_tokens(tile: Tile, group: int) -> int:
 
 
 def is_profitable(
-    starts: Int[Array, "B T K S"], end: int, pairs: float, tile: Tile, group: int
+    block_starts: Int[Array, "B T K S"], end: int, pairs: float, tile: Tile, group: int
 ) -> Int[Array, "1"]:
     """Whether neighbouring queries share so many blocks that the query-tile kernel is faster.
 
@@ -73,8 +73,8 @@ def is_profitable(
     many tiles, only a sample is inspected, as large as `COMPARED` comparisons of entries allow.
 
     Args:
-      starts: first token of each listed block.
-      end: marks the entries of `starts` to ignore.
+      block_starts: first token of each listed block.
+      end: marks the entries of `block_starts` to ignore.
       pairs: number of (query, block) pairs that the other kernel processes in the time that this
         one needs for a block of a tile.
       tile: tile of the query-tile kernel in question.
@@ -83,16 +83,19 @@ def is_profitable(
     Returns:
       int32 [1], 1 or 0.
     """
-    batch, length, kv_heads, slots = starts.shape
+    batch, length, kv_heads, num_selected = block_starts.shape
     tokens = min(tile_tokens(tile, group), length)
     tiles = length // tokens
-    asked = COMPARED // (batch * kv_heads * (tokens * slots) ** 2)
+    asked = COMPARED // (batch * kv_heads * (tokens * num_selected) ** 2)
     apart = -(-tiles // max(asked, 1))
     several = tiles // apart
-    starts = rearrange(
-        starts[:, : several * apart * tokens], "b (m n t) k s -> b m n k t s", n=apart, t=tokens
+    block_starts = rearrange(
+        block_starts[:, : several * apart * tokens],
+        "b (m n t) k s -> b m n k t s",
+        n=apart,
+        t=tokens,
     )
-    listed = rearrange(starts[:, :, apart // 2], "b m k t s -> b m k (t s)")
+    listed = rearrange(block_starts[:, :, apart // 2], "b m k t s -> b m k (t s)")
     same = listed[..., :, None] == listed[..., None, :]
     entry, other = (jax.lax.broadcasted_iota(jnp.int32, same.shape, axis) for axis in (3, 4))
     again = jnp.any(same & (other < entry), axis=-1)
@@ -102,30 +105,36 @@ def is_profitable(
 
 
 def merge_lists(
-    starts: Int[Array, "B T K S"], end: int, tile: Tile, group: int, wanted=None, *, interpret: bool
-) -> Lists:
+    block_starts: Int[Array, "B T K S"],
+    end: int,
+    tile: Tile,
+    group: int,
+    wanted=None,
+    *,
+    interpret: bool,
+) -> MergedLists:
     """Merges the block lists of the tokens of each tile, with `group` query heads per key head.
 
-    `starts` holds the first token of each listed block, or `end` at entries to ignore. If `wanted`,
-    int32 [1], is 0, the merged lists are empty.
+    `block_starts` holds the first token of each listed block, or `end` at entries to ignore. If
+    `wanted`, int32 [1], is 0, the merged lists are empty.
     """
-    batch, length, kv_heads, slots = starts.shape
+    batch, length, kv_heads, num_selected = block_starts.shape
     tokens = tile_tokens(tile, group)
     tiles = -(-length // tokens)
-    width = next_power_of_two(slots)
+    width = next_power_of_two(num_selected)
     entries = next_power_of_two(tokens) * width
     merged = max(1, MERGED // entries)
 
-    def merge_lists_kernel(starts_ref, *refs):
+    def merge_lists_kernel(block_starts_ref, *refs):
         start_ref, members_ref, count_ref = refs[-3:]
         row, kv_head = split(pl.program_id(1), kv_heads)
         number_of_tile = pl.program_id(0) * merged + iota(merged)
         of_tile, slot = (x[None, :] for x in split(iota(entries), width))
         token = number_of_tile[:, None] * tokens + of_tile
-        in_bounds = (token < length) & (of_tile < tokens) & (slot < slots)
+        in_bounds = (token < length) & (of_tile < tokens) & (slot < num_selected)
         if wanted is not None:
             in_bounds &= refs[0][0] > 0
-        listed = load(starts_ref.at[row, token, kv_head, slot], mask=in_bounds, other=end)
+        listed = load(block_starts_ref.at[row, token, kv_head, slot], mask=in_bounds, other=end)
         bits = jnp.left_shift(jnp.ones_like(of_tile), of_tile)
 
         def more(state):
@@ -148,11 +157,11 @@ def merge_lists(
         store(count_ref.at[row, kv_head, number_of_tile], count, mask=number_of_tile < tiles)
 
     narrow = jax.ShapeDtypeStruct((batch, kv_heads, tiles), jnp.int32)
-    wide = jax.ShapeDtypeStruct((*narrow.shape, tokens * slots), jnp.int32)
-    return Lists(
+    wide = jax.ShapeDtypeStruct((*narrow.shape, tokens * num_selected), jnp.int32)
+    return MergedLists(
         *call(
             merge_lists_kernel,
-            starts,
+            block_starts,
             *(() if wanted is None else (wanted,)),
             grid=(-(-tiles // merged), batch * kv_heads),
             out_shape=(wide, wide, narrow),
@@ -164,7 +173,7 @@ def merge_lists(
 
 
 def attention(
-    lists: Lists, query, key, value, offset, enabled, *, block, scale, tile, interpret
+    lists: MergedLists, query, key, value, offset, enabled, *, block, scale, tile, interpret
 ):  # fmt: skip
     """Attention of each query to its listed blocks.
 
@@ -233,7 +242,7 @@ def attention(
 
 
 def query_gradient(
-    lists: Lists, query, key, value, dout, lse, delta, offset, enabled, *,
+    lists: MergedLists, query, key, value, dout, lse, delta, offset, enabled, *,
     block, scale, tile, interpret,
 ):  # fmt: skip
     """Gradient [B, T, N, D] of the queries; arguments as in `attention` and `query_outer.py`."""

@@ -26,10 +26,10 @@ class Chunk:
     Attributes:
       where: int32 [3], first (sequence, KV head) pair and first token of the chunk, and the
         position of query token 0 in the key sequence.
-      lists: the index of the chunk's queries.
+      index: the index of the chunk's queries.
       heads: H, number of (sequence, KV head) pairs.
       tokens: C.
-      slots: S, entries of a list.
+      num_selected: S, entries of a list.
       block: b, keys of a block, a power of two.
       pairs: the most pairs of a work item.
       scale: factor of the logits.
@@ -37,10 +37,10 @@ class Chunk:
     """
 
     where: jax.Array
-    lists: Index
+    index: Index
     heads: int
     tokens: int
-    slots: int
+    num_selected: int
     block: int
     pairs: int
     scale: float
@@ -49,7 +49,7 @@ class Chunk:
     @property
     def splits(self) -> int:
         """Upper bound on the number of work items that belong to split blocks."""
-        return num_splits(self.heads * self.tokens * self.slots, self.pairs)
+        return num_splits(self.heads * self.tokens * self.num_selected, self.pairs)
 
     def sizes(self, query, key) -> dict[str, Any]:
         """Static arguments of `WorkItem`, from the chunk and arrays [B, T, N, D], [B, M, K, D]."""
@@ -57,7 +57,7 @@ class Chunk:
             "length": key.shape[1],
             "group": query.shape[2] // key.shape[2],
             "kv_heads": key.shape[2],
-            "slots": self.slots,
+            "num_selected": self.num_selected,
             "block": self.block,
             "pairs": self.pairs,
             "partial": query.shape[1] != key.shape[1],
@@ -66,34 +66,34 @@ class Chunk:
 
 def arrays(chunk: Chunk):
     """The arrays that `WorkItem` reads, in order: the chunk's origin, then the index's arrays."""
-    where, lists = chunk.where, chunk.lists
+    where, index = chunk.where, chunk.index
     return (
         where,
-        lists.start,
-        lists.stop,
-        lists.head,
-        lists.first,
-        lists.count,
-        lists.begins,
-        lists.split,
-        lists.order,
-        lists.items,
+        index.start,
+        index.stop,
+        index.head,
+        index.first,
+        index.count,
+        index.begins,
+        index.split,
+        index.order,
+        index.items,
     )
 
 
-def each_item(refs, lists, work) -> None:
+def each_item(refs, index, work) -> None:
     """Calls `work(number)` for each work item of this program.
 
     A program has one item, or a share of all items if sequences are packed. `refs` are the refs of
     `arrays`.
     """
     first, items = pl.program_id(0), refs[-1]
-    if not lists.shared:
+    if not index.shared:
         return work(first)
 
     def step(number):
         work(number)
-        return number + lists.programs
+        return number + index.programs
 
     # Programs that run concurrently process neighbouring items. The number of items is reloaded for
     # each item, since keeping it would cost a register.
@@ -114,23 +114,24 @@ class WorkItem:
     """
 
     def __init__(
-        self, refs, item, *, length, group, kv_heads, slots, block, pairs, partial, rows, tokens=0
-    ):
+        self, refs, item, *, length, group, kv_heads, num_selected, block, pairs, partial, rows,
+        tokens=0,
+    ):  # fmt: skip
         where, start, stop, head, first, count, begins, number_of_split, self.order, _ = refs
-        self.length, self.group, self.slots, self.rows = length, group, slots, rows
+        self.length, self.group, self.num_selected, self.rows = length, group, num_selected, rows
         self.block, self.pairs = block, pairs
         self.head, self.first, self.count = head[item], first[item], count[item]
         self.begins, self.split = begins[item] > 0, number_of_split[item]
         self.batch, self.kv_head = split(where[0] + self.head, kv_heads)
         # Offset from a slot number within a head to one within the chunk; `tokens` (C) is needed
         # only here. A single number costs a single register.
-        self.base = self.head * (tokens * slots * group) - where[1] * (slots * group)
+        self.base = self.head * (tokens * num_selected * group) - where[1] * (num_selected * group)
         # the first key, counted from query token 0 if the queries are a part of the sequence
         self.start = start[item] - where[2] if partial else start[item]
         self.column, self.query_column = start[item] + iota(block), self.start + iota(block)
         self.inside = (self.column < stop[item]) & (self.count > 0)
         # No query attends to keys after the item's last query, so those may hold any value.
-        last, _ = split(self.order[self.first + jnp.maximum(self.count - 1, 0)], slots)
+        last, _ = split(self.order[self.first + jnp.maximum(self.count - 1, 0)], num_selected)
         self.visible = self.inside & (self.query_column <= last)
 
     def zero(self):
@@ -180,8 +181,10 @@ class WorkItem:
             row += number * (pairs * self.group)
             at, g = split(row, self.group)
             active = row < jnp.minimum(self.count, (number + 1) * pairs) * self.group
-        pair = load(self.order.at[self.first + at], mask=active, other=self.length * self.slots)
-        token, _ = split(pair, self.slots)
+        pair = load(
+            self.order.at[self.first + at], mask=active, other=self.length * self.num_selected
+        )
+        token, _ = split(pair, self.num_selected)
         return active, token, self.kv_head * self.group + g, pair * self.group + (g + self.base)
 
     def load_rows(self, ref, step, columns):

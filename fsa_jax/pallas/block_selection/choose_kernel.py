@@ -16,16 +16,16 @@ from fsa_jax.pallas.intrinsics import call, iota, load, split, store
 from fsa_jax.pallas.tile_sizes import LARGEST, next_power_of_two
 
 
-def choose_blocks(where, own, ranks, tops, lists, *, config, plan, interpret):
-    """Writes the lists of a chunk into `lists` [B, T, K, topk], in place.
+def choose_blocks(where, own, ranks, tops, block_indices, *, config, plan, interpret):
+    """Writes the lists of a chunk into `block_indices` [B, T, K, topk], in place.
 
     The other arguments are those of `score_kernel.rank_blocks` and its results.
     """
-    _, length, kv_heads, topk = lists.shape
+    _, length, kv_heads, topk = block_indices.shape
     tokens = plan.choose_tokens
     free = topk - config.init_blocks - config.local_blocks
 
-    def choose_kernel(where_ref, own_ref, ranks_ref, tops_ref, _lists, lists_ref):
+    def choose_kernel(where_ref, own_ref, ranks_ref, tops_ref, _block_indices, block_indices_ref):
         head = pl.program_id(1)
         batch, kv_head = split(where_ref[0] + head, kv_heads)
         of_chunk = pl.program_id(0) * tokens + iota(tokens)
@@ -39,7 +39,7 @@ def choose_blocks(where, own, ranks, tops, lists, *, config, plan, interpret):
         last = jnp.where(s < config.init_blocks, s, owns[:, None] - (topk - 1 - s))
         number = jnp.where(active[:, None], last, jnp.where(s <= owns[:, None], s, -1))
         mask = in_bounds[:, None] & (s < topk) & (forced | ~active[:, None])
-        store(lists_ref.at[batch, token[:, None], kv_head, s], number, mask=mask)
+        store(block_indices_ref.at[batch, token[:, None], kv_head, s], number, mask=mask)
         if not free:
             return
 
@@ -84,7 +84,7 @@ def choose_blocks(where, own, ranks, tops, lists, *, config, plan, interpret):
         *_, chosen, position = jax.lax.fori_loop(0, rounds, take, (*state, chosen, position))
         position += config.init_blocks
         store(
-            lists_ref.at[batch, token[:, None], kv_head, position],
+            block_indices_ref.at[batch, token[:, None], kv_head, position],
             chosen,
             mask=active[:, None] & (s < free),
         )
@@ -95,9 +95,9 @@ def choose_blocks(where, own, ranks, tops, lists, *, config, plan, interpret):
         own,
         ranks,
         tops,
-        lists,
+        block_indices,
         grid=(-(-plan.tokens // tokens), plan.heads),
-        out_shape=jax.ShapeDtypeStruct(lists.shape, lists.dtype),
+        out_shape=jax.ShapeDtypeStruct(block_indices.shape, block_indices.dtype),
         aliases={4: 0},
         interpret=interpret,
         num_warps=plan.choose_warps,

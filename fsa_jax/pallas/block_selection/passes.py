@@ -60,13 +60,13 @@ def select_blocks(
     tokenwise = (own, windows.first, windows.visible)
     static = {"config": config, "plan": plan, "interpret": interpret}
 
-    def step(lists, where):
+    def step(block_indices, where):
         ranks, tops = rank_blocks(where, query, key, lse, *tokenwise, scale=scale, **static)
-        return choose_blocks(where, own, ranks, tops, lists, **static), None
+        return choose_blocks(where, own, ranks, tops, block_indices, **static), None
 
-    lists = jnp.full((batch, length, kv_heads, config.topk), -1, jnp.int32)
+    block_indices = jnp.full((batch, length, kv_heads, config.topk), -1, jnp.int32)
     where = jnp.mgrid[0 : batch * kv_heads : plan.heads, 0 : length : plan.tokens]
     where = where.astype(jnp.int32).reshape(2, -1).T
     if where.shape[0] == 1:
-        return step(lists, where[0])[0]
-    return jax.lax.scan(step, lists, where)[0]
+        return step(block_indices, where[0])[0]
+    return jax.lax.scan(step, block_indices, where)[0]
