@@ -27,6 +27,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
+from fsa_jax.pallas.block_attention.backward_inputs import BackwardInputs
 from fsa_jax.pallas.block_attention.work_item import Chunk, WorkItem, each_item
 from fsa_jax.pallas.block_attention.work_item import arrays as item_arrays
 from fsa_jax.pallas.intrinsics import call, dot, iota, load, split, store
@@ -80,19 +81,12 @@ def inverse_units(key, value, dout, delta, key_valid, valid):
     return jnp.where(valid[:, :, None], inverse, 0)
 
 
-def partial_gradients(
-    chunk: Chunk, query, key, value, dout, lse, delta, inverse, sums, *, tile, partial_dtype
-):  # fmt: skip
+def partial_gradients(chunk: Chunk, inputs: BackwardInputs, inverse, sums, *, tile, partial_dtype):
     """Gradients of the (query, block) pairs of a chunk.
 
     Args:
       chunk: the heads and tokens to process.
-      query: [B, T, N, D].
-      key: [B, T, K, D].
-      value: [B, T, K, E].
-      dout: cotangent of the output, [B, T, N, E].
-      lse: float32 [B, T, N].
-      delta: sum(out * dout) - dlse, float32 [B, T, N].
+      inputs: the arrays of the backward pass.
       inverse: result of `inverse_units`, float32 [B, T, N].
       sums: dkey [B, T, K, D] and dvalue [B, T, K, E], updated in place for the blocks that have a
         single work item. float32 buffers are added to, so that a head may span several chunks;
@@ -104,10 +98,11 @@ def partial_gradients(
       dkey and dvalue; float32 dK [X*b, D] and dV [X*b, E] of split blocks, unwritten where there
       is no such item; and dq / scale * inverse, [H, P*G, D], unwritten at invalid pairs.
     """
+    query, key, value, *_ = inputs
     width, block, scale = key.shape[3], chunk.block, chunk.scale
     sizes = chunk.sizes(query, key) | {"tokens": chunk.tokens}
     group = sizes["group"]
-    items, inputs = item_arrays(chunk), (query, key, value, dout, lse, delta, inverse)
+    items, arrays = item_arrays(chunk), (*inputs, inverse)
 
     def backward_kernel(*refs):
         item_refs, refs = refs[: len(items)], refs[len(items) :]
@@ -168,7 +163,7 @@ def partial_gradients(
 
     count = chunk.heads * chunk.tokens * chunk.num_selected * group
     part = jax.ShapeDtypeStruct((count, width), partial_dtype)
-    *sums, part = call_on_items(backward_kernel, chunk, items, inputs, sums, tile, part)
+    *sums, part = call_on_items(backward_kernel, chunk, items, arrays, sums, tile, part)
     return *sums, part.reshape(chunk.heads, -1, width)
 
 

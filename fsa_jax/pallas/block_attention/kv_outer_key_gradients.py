@@ -16,6 +16,7 @@ rows of a step, X work items of split blocks.
 import jax
 import jax.numpy as jnp
 
+from fsa_jax.pallas.block_attention.backward_inputs import BackwardInputs
 from fsa_jax.pallas.block_attention.kv_outer_backward import call_on_items, store_block
 from fsa_jax.pallas.block_attention.work_item import Chunk, WorkItem, each_item
 from fsa_jax.pallas.block_attention.work_item import arrays as item_arrays
@@ -27,14 +28,15 @@ from fsa_jax.pallas.tiles import columns_of, product
 COLUMNS = 128
 
 
-def key_gradients(chunk: Chunk, query, key, value, dout, lse, delta, sums, *, tile):
+def key_gradients(chunk: Chunk, inputs: BackwardInputs, sums, *, tile):
     """Key and value gradients of the pairs of a chunk.
 
     Arguments and results are those of `kv_outer_backward.partial_gradients`, without dq.
     """
+    query, key, value, *_ = inputs
     block, scale, sizes = chunk.block, chunk.scale, chunk.sizes(query, key)
     group = sizes["group"]
-    items, inputs = item_arrays(chunk), (query, key, value, dout, lse, delta)
+    items = item_arrays(chunk)
 
     def block_key_gradient_kernel(*refs):
         item_refs, refs = refs[: len(items)], refs[len(items) :]

@@ -31,6 +31,7 @@ from fsa_jax.pallas.block_attention import (
     query_outer,
     query_tile,
 )
+from fsa_jax.pallas.block_attention.backward_inputs import BackwardInputs
 from fsa_jax.pallas.block_attention.plan import Plan
 from fsa_jax.pallas.block_attention.work_item import Chunk
 from fsa_jax.semantics.segments import SegmentInfo
@@ -214,6 +215,7 @@ def gradients(problem: Problem, lse, delta, dout, sums=None):
       sums: float32 dk and dv to accumulate into; they are returned as the new dk and dv.
     """
     plan, query, key, value, segments = problem.plan, *problem.arrays, problem.segments
+    inputs = BackwardInputs(query, key, value, dout, lse, delta)
     block_starts = problem.split_block_starts()
     spacing = _spacing(plan, segments.packed)
     methods = plan.backward_methods
@@ -222,8 +224,7 @@ def gradients(problem: Problem, lse, delta, dout, sums=None):
         # the chunks write every element of dq
         dquery, dq_computed = jax.lax.empty(query.shape, query.dtype), jnp.zeros((1,), jnp.int32)
     else:
-        arrays = (query, key, value, dout, lse, delta, problem.offset)
-        dquery, dq_computed = _query_gradient(plan, block_starts, arrays, problem.static)
+        dquery, dq_computed = _query_gradient(problem, block_starts, inputs)
     chunks = problem.chunks(block_starts, problem.index)
     inverse = None
     if kv_outer:
@@ -232,7 +233,6 @@ def gradients(problem: Problem, lse, delta, dout, sums=None):
         inverse = kv_outer_backward.inverse_units(key, value, dout, delta, segments.valid, valid)
     first = segments.token - segments.position % plan.block
     token_block_start = jnp.where(segments.valid, first, segments.start.shape[1])
-    arrays = (query, key, value, dout, lse, delta)
 
     def step(sums, chunk):
         where, block_starts, index = chunk
@@ -242,7 +242,7 @@ def gradients(problem: Problem, lse, delta, dout, sums=None):
             own = query_index.only_if(dq_computed == 0, index) if either else index
             own = problem.chunk(where, block_starts, own)
             *sums, dkey_splits, dvalue_splits, part = kv_outer_backward.partial_gradients(
-                own, *arrays, inverse, sums, tile=plan.backward, partial_dtype=plan.gradient_dtype
+                own, inputs, inverse, sums, tile=plan.backward, partial_dtype=plan.gradient_dtype
             )
             dquery = merge_partials.sum_gradients(
                 where,
@@ -263,7 +263,7 @@ def gradients(problem: Problem, lse, delta, dout, sums=None):
             own = query_index.only_if(dq_computed > 0, index) if kv_outer else index
             own = problem.chunk(where, block_starts, own)
             *sums, dkey_splits, dvalue_splits = kv_outer_key_gradients.key_gradients(
-                own, *arrays, sums, tile=plan.key_gradient
+                own, inputs, sums, tile=plan.key_gradient
             )
             sums = kv_outer_backward.sum_blocks(
                 own, token_block_start, dkey_splits, dvalue_splits, sums, spacing=spacing
@@ -279,25 +279,31 @@ def gradients(problem: Problem, lse, delta, dout, sums=None):
     return dquery, dkey.astype(key.dtype), dvalue.astype(value.dtype)
 
 
-def _query_gradient(plan, block_starts, arrays, static):
-    """Computes dq by kernels whose programs own queries; `arrays` as `query_outer` takes them.
+def _query_gradient(problem, block_starts, inputs):
+    """Computes dq by kernels whose programs own queries.
 
     Returns:
       dq, and an int32 [1] flag; if it is 0, the KV-outer kernels are to compute dq, which is
       unwritten.
     """
+    plan, offset, static = problem.plan, problem.offset, problem.static
     outer = functools.partial(
-        query_outer.query_gradient, block_starts, *arrays, tile=plan.query_outer_backward, **static
+        query_outer.query_gradient,
+        block_starts,
+        inputs,
+        offset,
+        tile=plan.query_outer_backward,
+        **static,
     )
     methods, tile = plan.backward_methods, plan.query_tile_backward
     if methods == ("query_outer",):
         return outer(), jnp.ones((1,), jnp.int32)
     costs = (KV_OUTER_DQ_ROWS, QUERY_OUTER_DQ_PAIRS)
-    tiles, use_tiles = _tiles(block_starts, arrays, tile, methods, costs, static["interpret"])
-    dquery = query_tile.query_gradient(tiles, *arrays, enabled=use_tiles, tile=tile, **static)
-    return outer(
-        skip=use_tiles, out_buffers=dquery
-    ) if "query_outer" in methods else dquery, use_tiles
+    tiles, use_tiles = _tiles(block_starts, inputs, tile, methods, costs, problem.interpret)
+    dquery = query_tile.query_gradient(tiles, inputs, offset, use_tiles, tile=tile, **static)
+    if "query_outer" in methods:
+        dquery = outer(skip=use_tiles, out_buffers=dquery)
+    return dquery, use_tiles
 
 
 def _tiles(block_starts, arrays, tile, methods, costs, interpret):

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
+from fsa_jax.pallas.block_attention.backward_inputs import BackwardInputs
 from fsa_jax.pallas.intrinsics import call, dot, iota, load, split, store
 from fsa_jax.pallas.online_softmax import Softmax, softmax_weights
 from fsa_jax.pallas.tile_config import WIDEST
@@ -104,14 +105,15 @@ def attention(
 
 
 def query_gradient(
-    block_starts, query, key, value, dout, lse, delta, offset, *, block, scale, tile, interpret,
+    block_starts, inputs: BackwardInputs, offset, *, block, scale, tile, interpret,
     skip=None, out_buffers=None,
 ):  # fmt: skip
-    """Gradient [B, T, N, D] of the queries; arguments as in `attention` and `kv_outer_backward.py`.
+    """Gradient [B, T, N, D] of the queries; the other arguments are those of `attention`.
 
     If `skip`, int32 [1], is not 0, another kernel has already computed the gradient, and the buffer
     `out_buffers` that holds it is returned unchanged.
     """
+    query, key, value, *_ = inputs
     given = () if skip is None else (skip, out_buffers)
     tokens, heads = query.shape[1], key.shape[0] * key.shape[2]
 
@@ -152,12 +154,7 @@ def query_gradient(
     return call(
         query_gradient_kernel,
         block_starts,
-        query,
-        key,
-        value,
-        dout,
-        lse,
-        delta,
+        *inputs,
         offset,
         *given,
         grid=(programs_of(tokens, heads), heads),

@@ -27,6 +27,7 @@ from einops import rearrange
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Int
 
+from fsa_jax.pallas.block_attention.backward_inputs import BackwardInputs
 from fsa_jax.pallas.intrinsics import call, dot, iota, load, split, store
 from fsa_jax.pallas.online_softmax import Softmax, softmax_weights
 from fsa_jax.pallas.tile_config import Tile
@@ -242,10 +243,10 @@ def attention(
 
 
 def query_gradient(
-    lists: MergedLists, query, key, value, dout, lse, delta, offset, enabled, *,
-    block, scale, tile, interpret,
+    lists: MergedLists, inputs: BackwardInputs, offset, enabled, *, block, scale, tile, interpret
 ):  # fmt: skip
-    """Gradient [B, T, N, D] of the queries; arguments as in `attention` and `query_outer.py`."""
+    """Gradient [B, T, N, D] of the queries; the other arguments are those of `attention`."""
+    query, key, value, *of_queries = inputs
     tiles, heads = _sizes(lists)
 
     def query_tile_gradient_kernel(query_ref, key_ref, value_ref, *refs):
@@ -282,9 +283,7 @@ def query_gradient(
         key,
         value,
         *_list_arrays(lists, offset, enabled),
-        dout,
-        lse,
-        delta,
+        *of_queries,
         grid=(programs_of(tiles, heads), heads),
         out_shape=jax.ShapeDtypeStruct(query.shape, query.dtype),
         interpret=interpret,
