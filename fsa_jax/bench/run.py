@@ -67,7 +67,7 @@ def _suite(run: Run, name: str) -> Path:
         "prefill": functools.partial(models.rows, "prefill"),
         "decode": decode.rows,
     }[name]
-    for row in rows(run, run.ceilings):
+    for row in rows(run):
         results["rows"].append(row)
         results["seconds"] = round(time.perf_counter() - run.began, 1)
         _write(path, results)

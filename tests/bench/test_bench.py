@@ -62,7 +62,7 @@ def test_every_suite_runs_without_a_gpu_and_says_that_it_measures_nothing(suite,
 def test_a_failing_method_is_recorded_and_the_others_go_on():
     """On a CPU, cuDNN fails and its rows record the error."""
     state = Run(BenchConfig(rounds=1, threads=2), interpret=False)
-    rows = list(attention.measure_cases(state, [(CASE, ("full_attention",))], "xla", None))
+    rows = list(attention.measure_cases(state, [(CASE, ("full_attention",))], "xla"))
     outcomes = {(row["method"], row["pass"]): "error" in row for row in rows}
     assert outcomes == {
         (method, name): method == "cudnn"
@@ -85,7 +85,7 @@ def test_a_wrong_result_ends_the_run(function, monkeypatch):
 
     monkeypatch.setattr(cases, "subjects", wrong)
     with pytest.raises(correctness.WrongResult, match=f"{function} by xla.*relative error"):
-        list(attention.measure_cases(state, [(CASE, (function,))], "xla", None))
+        list(attention.measure_cases(state, [(CASE, (function,))], "xla"))
 
 
 @pytest.mark.slow
@@ -99,9 +99,7 @@ def test_rivals_take_turns(monkeypatch):
 
     monkeypatch.setattr(timing.Clock, "round", watched)
     state = Run(BenchConfig(rounds=3, threads=2), interpret=True)
-    rows = list(
-        attention.measure_cases(state, [(CASE, attention.KERNELS[:1])], "triton_interpret", None)
-    )
+    rows = list(attention.measure_cases(state, [(CASE, attention.KERNELS[:1])], "triton_interpret"))
     assert len(rows) == len(set(order)) == 2 * len({row["method"] for row in rows}) > 2
     assert order == order[: len(rows)] * 3
     assert all(len(row["samples_ms"]) == 3 for row in rows)
@@ -145,7 +143,7 @@ def test_a_wrong_step_of_decoding_ends_the_run(function, message, monkeypatch):
 
     monkeypatch.setattr(module, function, wrong)
     with pytest.raises(correctness.WrongResult, match=rf"decode_step.*{message}"):
-        list(decode.rows(state, None))
+        list(decode.rows(state))
 
 
 @pytest.mark.parametrize("length", [7, 16, 90, 200])
@@ -243,7 +241,7 @@ def test_heads_and_lengths_are_those_asked_for(suite, interpret, monkeypatch):
         attention, "measure_cases", lambda run, found, *_: iter([case for case, _ in found])
     )
     state = Run(BenchConfig(**ASKED), interpret=interpret)
-    asked = decode._steps(state) if suite == "decode" else getattr(attention, suite)(state, None)
+    asked = decode._steps(state) if suite == "decode" else getattr(attention, suite)(state)
     shapes = {(case.length, case.heads, case.kv_heads) for case in asked}
     assert shapes == {(t, *heads) for t in (512, 1024) for heads in ((12, 4), (40, 8))}
 
@@ -251,7 +249,7 @@ def test_heads_and_lengths_are_those_asked_for(suite, interpret, monkeypatch):
 @pytest.mark.parametrize("interpret", [False, True])
 def test_lengths_of_models_are_those_asked_for(interpret):
     state = Run(BenchConfig(lengths=(96, 160), minutes=1e-9), interpret=interpret)
-    assert {row["length"] for row in models.rows("training", state, None)} == {96, 160}
+    assert {row["length"] for row in models.rows("training", state)} == {96, 160}
 
 
 @pytest.mark.parametrize("suite", ["training", "prefill"])

@@ -85,7 +85,7 @@ def packages(monkeypatch):
 
 def rows_of(methods):
     state = Run(BenchConfig(rounds=2, threads=2), interpret=True, peers=methods)
-    rows = list(attention.measure_cases(state, [(CASE, ("selected_attention",))], "xla", None))
+    rows = list(attention.measure_cases(state, [(CASE, ("selected_attention",))], "xla"))
     return {(row["method"], row["pass"]): row for row in rows if row["method"] in methods}
 
 

@@ -47,7 +47,7 @@ AHEAD = 4
 SETS_BYTES = 2**28
 
 
-def kernels(run: Run, ceilings) -> Iterator[dict]:
+def kernels(run: Run) -> Iterator[dict]:
     """Measures kernels by length and group size, at (block size, topk) = (64, 16) and (128, 8)."""
     if run.interpret:
         found = [
@@ -57,7 +57,7 @@ def kernels(run: Run, ceilings) -> Iterator[dict]:
     else:
         found = _kernel_cases(run.config.lengths or LENGTHS, run.config.heads or KERNEL_HEADS)
     implementation = "triton_interpret" if run.interpret else "triton"
-    yield from measure_cases(run, found, implementation, ceilings)
+    yield from measure_cases(run, found, implementation)
 
 
 def _tiny_cases(config: BenchConfig) -> list[Case]:
@@ -90,14 +90,14 @@ def _kernel_cases(
     return found
 
 
-def operator(run: Run, ceilings) -> Iterator[dict]:
+def operator(run: Run) -> Iterator[dict]:
     if run.interpret:
         found = _tiny_cases(run.config)
     else:
         found = _operator_cases(run.config.lengths or LENGTHS, run.config.heads or HEADS)
     implementation = "xla" if run.interpret else "triton"
     found = [(case, OPERATOR) for case in found]
-    yield from measure_cases(run, found, implementation, ceilings)
+    yield from measure_cases(run, found, implementation)
 
 
 def _operator_cases(lengths: Sequence[int], heads: Sequence[tuple[int, int]]) -> list[Case]:
@@ -109,7 +109,7 @@ def _operator_cases(lengths: Sequence[int], heads: Sequence[tuple[int, int]]) ->
     ]
 
 
-def measure_cases(run, found, implementation: Implementation, ceilings) -> Iterator[dict]:
+def measure_cases(run, found, implementation: Implementation) -> Iterator[dict]:
     """Compiles, checks and times the subjects of pairs (case, functions), and yields their rows."""
     for several in itertools.batched(found, AHEAD):
         tasks = [(case, _subjects(run, case, implementation, names)) for case, names in several]
@@ -124,7 +124,7 @@ def measure_cases(run, found, implementation: Implementation, ceilings) -> Itera
         for number, (case, subjects) in enumerate(tasks):
             # popped, so that the programs and their memory are freed with the case
             own = {key[1:]: compiled.pop(key) for key in list(compiled) if key[0] == number}
-            yield from _measure_case(run, case, subjects, own, ceilings)
+            yield from _measure_case(run, case, subjects, own)
 
 
 def _subjects(run, case: Case, implementation: Implementation, functions) -> list[Subject]:
@@ -139,7 +139,7 @@ def _compilation(case: Case, subject: Subject):
     return functools.partial(timing.compile_passes, subject.call, *arrays)
 
 
-def _measure_case(run, case: Case, subjects, compiled, ceilings) -> Iterator[dict]:
+def _measure_case(run, case: Case, subjects, compiled) -> Iterator[dict]:
     """Yields the rows of a case from its compiled subjects and inputs."""
     passes = [(s, name) for s in subjects for name in ("forward", "backward")]
     passes = [(s, name) for s, name in passes if s.differentiated or name == "forward"]
@@ -171,7 +171,7 @@ def _measure_case(run, case: Case, subjects, compiled, ceilings) -> Iterator[dic
                 if key not in rows:
                     continue
                 flops, moved = cases.work(case, subject.function, name == "backward")
-                floor = cases.floor_ms(flops, moved, ceilings)
+                floor = cases.floor_ms(flops, moved, run.ceilings)
                 row = rows[key] | {"flops": flops, "bytes": moved, "floor_ms": floor} | found
                 yield row
                 timing.say(f"{key}: {row.get('ms', row.get('error'))}")
@@ -179,10 +179,10 @@ def _measure_case(run, case: Case, subjects, compiled, ceilings) -> Iterator[dic
     if selected and not case.packed:
         programs = selected[0]
         for method in run.peers:
-            yield from _peer_rows(run, case, method, programs, sets, ceilings)
+            yield from _peer_rows(run, case, method, programs, sets)
 
 
-def _peer_rows(run, case: Case, method: str, programs, sets, ceilings) -> Iterator[dict]:
+def _peer_rows(run, case: Case, method: str, programs, sets) -> Iterator[dict]:
     """Yields the rows of another project's selected attention; any failure is recorded."""
     try:
         if isinstance(programs, Exception):
@@ -197,7 +197,7 @@ def _peer_rows(run, case: Case, method: str, programs, sets, ceilings) -> Iterat
         }
     for name, found in measured.items():
         flops, moved = cases.work(case, "selected_attention", name == "backward")
-        floor = cases.floor_ms(flops, moved, ceilings)
+        floor = cases.floor_ms(flops, moved, run.ceilings)
         timing.say(f"{method} {name}: {found.get('ms', found.get('error'))}")
         yield (
             case.row()

@@ -86,7 +86,7 @@ class Step:
         return self.batch * keys * flops_of_key, self.batch * keys * bytes_of_key
 
 
-def rows(run, ceilings) -> Iterator[dict]:
+def rows(run) -> Iterator[dict]:
     """Yields the rows of the suite, one for each step and method."""
     for step in _steps(run):
         subjects = _subjects(step, run.interpret)
@@ -103,7 +103,7 @@ def rows(run, ceilings) -> Iterator[dict]:
             continue
         for names, call, wanted in subjects:
             flops, moved = step.work(names["function"])
-            floor = cases.floor_ms(flops, moved, ceilings)
+            floor = cases.floor_ms(flops, moved, run.ceilings)
             row = step.row() | names | {"flops": flops, "bytes": moved, "floor_ms": floor}
             try:
                 row |= _measure(call, wanted, sets, run.config.rounds)

@@ -38,7 +38,7 @@ PASSES = {"training": "step", "prefill": "prefill"}
 AHEAD = 6
 
 
-def rows(kind: str, run, ceilings) -> Iterator[dict]:
+def rows(kind: str, run) -> Iterator[dict]:
     """Rows of suite "training" or "prefill", one per model, length, packing and attention."""
     models = TINY if run.interpret else MODELS
     lengths = run.config.lengths or ((64,) if run.interpret else LENGTHS)
@@ -54,7 +54,7 @@ def rows(kind: str, run, ceilings) -> Iterator[dict]:
         programs = timing.compile_all(jobs, run.config.threads)
         for number, layer in enumerate(found):
             mine = {name: programs.pop((number, name), None) for name in ATTENTIONS}
-            yield from layer.rows(mine, ceilings)
+            yield from layer.rows(mine)
 
 
 class _Layer:
@@ -101,7 +101,7 @@ class _Layer:
 
         return program, start, per_parameter * count
 
-    def rows(self, programs: dict[str, Any], ceilings) -> Iterator[dict]:
+    def rows(self, programs: dict[str, Any]) -> Iterator[dict]:
         """Yields the rows of both kinds of attention, which are timed in turns."""
         clocks, errors, tokens = {}, {}, None
         if self.run.late():
@@ -123,9 +123,9 @@ class _Layer:
             except Exception as error:
                 errors[attention] = timing.describe_error(error)
         for attention in ATTENTIONS:
-            yield self._row(attention, programs, clocks, errors, ceilings)
+            yield self._row(attention, programs, clocks, errors)
 
-    def _row(self, attention, programs, clocks, errors, ceilings) -> dict:
+    def _row(self, attention, programs, clocks, errors) -> dict:
         row = {
             "function": "model", "method": attention, "pass": PASSES[self.kind],
             "model": self.name, "layers": 1, "length": self.length,
@@ -143,6 +143,7 @@ class _Layer:
         row |= found | {"flops": flops, "bytes": None, "floor_ms": None, "relative_error": None}
         row["peak_bytes"] = timing.peak_bytes(program)
         row["tokens_per_s"] = 1e3 * self.length / row["ms"]
+        ceilings = self.run.ceilings
         row["model_flops_utilisation"] = (
             None if ceilings is None else 1e3 * flops / row["ms"] / ceilings["flops"]
         )
