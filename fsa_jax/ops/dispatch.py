@@ -15,14 +15,15 @@ from fsa_jax.pallas.support import Unsupported, device_reason, hopper_reason
 
 _LOG = logging.getLogger("fsa_jax")
 _NAMES = get_args(Implementation)
-_FUNCTIONS = (
-    "compressed_attention",
-    "select_blocks",
-    "selected_attention",
-    "sliding_window_attention",
-    "native_sparse_attention",
-    "causal_attention",
-)
+#: The public functions that choose a backend, and whether any of their kernels exist in Mosaic GPU.
+_FUNCTIONS = {
+    "compressed_attention": True,
+    "select_blocks": False,
+    "selected_attention": False,
+    "sliding_window_attention": True,
+    "native_sparse_attention": True,
+    "causal_attention": True,
+}
 #: The further implementations of dense causal attention.
 CUDNN = tuple(set(get_args(DenseImplementation)) - set(_NAMES))
 
@@ -46,12 +47,10 @@ class Choice:
     Attributes:
       backend: the backend that serves the call.
       reason: why, in words for users.
-      plans: the plan of the backend's kernels for each request, given the whole arrays.
     """
 
     backend: Backend
     reason: str
-    plans: tuple[Any, ...] = ()
 
     @property
     def implementation(self) -> str:
@@ -123,16 +122,16 @@ def _decide(function: str, implementation: str | None, requests: tuple[Request, 
     backend = Backend.BY_PLATFORM if implementation is None else Backend(implementation)
     if backend in (Backend.XLA, Backend.REFERENCE):
         return Choice(backend, "named by the caller")
-    plans: tuple[Any, ...] = ()
     refusal = _device_refusal(backend)
     if refusal is None:
-        plans = tuple(request.spec.on(backend).plan(*request.arrays) for request in requests)
+        plans = (request.spec.on(backend).plan(*request.arrays) for request in requests)
         refusal = next((plan for plan in plans if isinstance(plan, Unsupported)), None)
     if refusal is None and implementation is not None:
-        return Choice(backend, "named by the caller", plans)
+        return Choice(backend, "named by the caller")
     if refusal is None:
-        mosaic = "" if hopper_reason() else ", with kernels in Mosaic GPU where they pay"
-        return Choice(backend, f"a GPU{mosaic}", plans)
+        mosaic = _FUNCTIONS[function] and hopper_reason() is None
+        kernels = ", with kernels in Mosaic GPU where they are faster" * mosaic
+        return Choice(backend, f"a GPU{kernels}")
     if implementation is None:
         return Choice(Backend.XLA, refusal.reason)
     raise NotImplementedError(

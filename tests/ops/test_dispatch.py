@@ -12,12 +12,11 @@ from fsa_jax import NSAConfig
 from fsa_jax.ops import block_attention, dispatch, nsa
 from fsa_jax.ops.block_attention import BlockSpec, Lists
 from fsa_jax.ops.call import Backend
-from fsa_jax.ops.dispatch import Request, resolve
+from fsa_jax.ops.dispatch import Choice, Request, resolve
 from fsa_jax.ops.nsa import NSASpec
-from fsa_jax.ops.range_attention import RangePlan, RangeSpec
+from fsa_jax.ops.range_attention import RangeSpec
 from fsa_jax.pallas import SelectedTuning, support
 from fsa_jax.pallas.block_attention import passes as selected
-from fsa_jax.pallas.block_attention.plan import Plan
 from fsa_jax.pallas.support import Unsupported, supported
 from fsa_jax.semantics.segments import describe_segments
 
@@ -39,14 +38,19 @@ def backends(spec):
     return [x.backend for x in (spec.compressed, spec.selection, spec.selected, spec.window)]
 
 
-def test_a_choice_has_the_plans_of_all_requests():
-    requests = spec_of().requests(*shapes())
-    choice = resolve("native_sparse_attention", "triton_interpret", *requests.values())
-    assert choice.backend is Backend.TRITON_INTERPRET
-    assert choice.reason == "named by the caller"
-    assert len(choice.plans) == len(requests)
-    assert isinstance(choice.plans[0], Plan)
-    assert isinstance(choice.plans[-1], RangePlan)
+def test_a_named_backend_is_asked_for_the_plans_of_all_requests():
+    asked = []
+
+    class Asked(RangeSpec):
+        def plan(self, *arrays):
+            asked.append((self.backend, *arrays))
+            return super().plan(*arrays)
+
+    query, keys, _ = shapes()
+    requests = [Request(Asked(scale=1.0, branch="window"), (query, *keys)) for _ in range(2)]
+    choice = resolve("native_sparse_attention", "triton_interpret", *requests)
+    assert choice == Choice(Backend.TRITON_INTERPRET, "named by the caller")
+    assert asked == [(Backend.TRITON_INTERPRET, query, *keys)] * 2
 
 
 @pytest.mark.parametrize("implementation", ["xla", "reference"])
@@ -113,6 +117,20 @@ def test_a_plan_that_cannot_be_made_raises_its_reason():
     with pytest.raises(NotImplementedError, match="too wide"):
         supported(Unsupported("too wide"))
     assert supported(3) == 3
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+def test_only_functions_with_kernels_in_mosaic_gpu_mention_them(monkeypatch, capability):
+    monkeypatch.setattr(support, "capability", lambda: capability)
+    found = {
+        name: reason for name, (chosen, reason) in dispatch.explain().items() if chosen != "xla"
+    }
+    without = {"select_blocks", "selected_attention"}
+    ranges = {"compressed_attention", "sliding_window_attention", "causal_attention"}
+    assert set(found) == {*without, *ranges, "native_sparse_attention"}
+    for name, reason in found.items():
+        mentioned = capability == 90 and name not in without
+        assert reason == "a GPU" + ", with kernels in Mosaic GPU where they are faster" * mentioned
 
 
 def test_explain_says_nothing_in_the_log(caplog):
