@@ -1,11 +1,15 @@
-"""Pallas kernels for GPUs: pure functions of arrays, static sizes and a tuning object.
+"""Pallas kernels for GPUs: pure functions of arrays and static sizes.
 
-There is a package for each computation: `range_attention`, `block_attention`, `block_selection`
-and, for decoding, `decode`. Its `plan` or `passes` module chooses sizes from shapes and the device
-(`tile_config`; `tile_tables` holds measured sizes), and its passes run the kernels in sequence.
-Code that the kernels share is in this package: `intrinsics`, `tiles` and `online_softmax`, each of
-which may import the modules named before it. Kernels follow the rules of `fsa_jax.semantics` and
-know nothing about their callers.
+Each computation has a package: `range_attention`, `block_attention`, `block_selection`, and, for a
+few new tokens of sequences with a cache, `decode`. The kernel `gate_gradient` is a single module.
+The first three packages have a `passes` module, which runs their kernels in sequence; it takes its
+sizes from a plan, made from the shapes and the device. Plans prefer the tiles that were measured on
+the device (`tile_tables`) to their own heuristics, and both describe them as `tile_config.Tile`.
+`support` says whether a device can run the kernels at all.
+
+The kernels in Triton are written with the operations in `intrinsics`, `tiles` and `online_softmax`;
+those in Mosaic GPU (`range_attention.hopper_*`) have operations of their own. All of them follow
+the rules of `fsa_jax.semantics` and import nothing from their callers.
 """
 
 from fsa_jax.pallas.block_attention.plan import SelectedTuning

@@ -1,7 +1,9 @@
-"""The rules of native sparse attention that every implementation obeys.
+"""The rules of native sparse attention, which hold for every implementation.
 
-These modules define what packed sequences imply (documents, compressed windows, which query sees
-which key), how blocks are ranked and chosen, and in which dtype sums are accumulated. They are
-plain JAX on small integer arrays. The public functions describe each call once and pass that
-description to the XLA implementation, the kernels and the reference alike.
+`segments` derives from segment ids where documents start and end, which compressed windows exist
+and which keys each query sees. `selection_rule` ranks the blocks of a query and chooses the best of
+them. `precision` names the dtype in which sums are accumulated. All of it is plain JAX.
+
+A call describes its documents once, as a `SegmentInfo`; the reference, the XLA implementation and
+the kernels all work from that description.
 """
