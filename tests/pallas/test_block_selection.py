@@ -31,17 +31,17 @@ def inputs(config, length, group, width, *, batch=1, kv_heads=2, dtype=jnp.float
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))
 def describe(segment_ids, batch, length, config):
-    rows = describe_segments(segment_ids, batch, length)
-    return rows, describe_windows(rows, config.kernel_size, config.kernel_stride)
+    segments = describe_segments(segment_ids, batch, length)
+    return segments, describe_windows(segments, config.kernel_size, config.kernel_stride)
 
 
 def exact(query, key, segment_ids, config):
     """Float64 lse [B, T, N] and scores [B, T, K, J], and the block of each token [B, T]."""
     batch, length, heads, _ = query.shape
     slots, kv_heads = key.shape[1:3]
-    rows, windows = describe(segment_ids, batch, length, config)
+    segments, windows = describe(segment_ids, batch, length, config)
     first, visible, position, valid = map(
-        np.asarray, (windows.first, windows.visible, rows.position, rows.valid)
+        np.asarray, (windows.first, windows.visible, segments.position, segments.valid)
     )
     query = np.asarray(query, np.float64).reshape(batch, length, kv_heads, -1, query.shape[3])
     key = np.asarray(key, np.float64)
@@ -210,10 +210,10 @@ def test_any_segmentation(config, segment_ids, seed):
     """Includes documents of one token, and NaN in padding and in slots without a window."""
     query, key = inputs(config, 90, 3, 16, batch=2, seed=seed)
     lse, score, own = exact(query, key, segment_ids, config)
-    rows, windows = describe(segment_ids, 2, 90, config)
+    segments, windows = describe(segment_ids, 2, 90, config)
     key = jnp.where((windows.start < 90)[:, :, None, None], key, jnp.nan)
-    query = jnp.where(rows.valid[:, :, None, None], query, jnp.nan)
-    lse = jnp.where(rows.valid[:, :, None], jnp.asarray(lse, jnp.float32), jnp.nan)
+    query = jnp.where(segments.valid[:, :, None, None], query, jnp.nan)
+    lse = jnp.where(segments.valid[:, :, None], jnp.asarray(lse, jnp.float32), jnp.nan)
     lists = compiled(config)(query, key, lse, segment_ids)
     assert_best(lists, score, own, config)
 
