@@ -23,7 +23,13 @@ if TYPE_CHECKING:
     from fsa_jax.inference.page_allocator import OutOfPages, PageAllocator
     from fsa_jax.ops.dispatch import explain
     from fsa_jax.positions import token_positions, window_positions
-    from fsa_jax.rope import Llama3Scaling, RoPE
+    from fsa_jax.rope import (
+        LinearScaling,
+        Llama3Scaling,
+        RoPE,
+        RotaryEmbedding,
+        YarnScaling,
+    )
     from fsa_jax.sequence_parallel.zigzag import (
         from_stripes,
         from_zigzag,
@@ -38,12 +44,15 @@ __all__ = [
     "CompressionMethod",
     "Implementation",
     "KVCache",
+    "LinearScaling",
     "Llama3Scaling",
     "NSACache",
     "NSAConfig",
     "OutOfPages",
     "PageAllocator",
     "RoPE",
+    "RotaryEmbedding",
+    "YarnScaling",
     "causal_attention",
     "compress",
     "compressed_attention",
@@ -82,7 +91,7 @@ __getattr__, __dir__ = lazy.exports(
         "arguments.types": ["CompressionMethod", "Implementation"],
         "inference.page_allocator": ["OutOfPages", "PageAllocator"],
         "positions": ["token_positions", "window_positions"],
-        "rope": ["Llama3Scaling", "RoPE"],
+        "rope": ["LinearScaling", "Llama3Scaling", "RoPE", "RotaryEmbedding", "YarnScaling"],
         "sequence_parallel.zigzag": [
             "from_stripes",
             "from_zigzag",

@@ -1,7 +1,11 @@
-"""Rotary position embedding (RoFormer, arXiv 2104.09864), half-split, with Llama 3 scaling."""
+"""Rotary position embedding (RoFormer, arXiv 2104.09864).
+
+`RotaryEmbedding` is what the layers ask of an embedding, and `RoPE` the one that they use by
+default. `rope_scaling.py` holds the scalings of `RoPE` to longer contexts.
+"""
 
 import dataclasses
-import math
+from typing import Protocol, runtime_checkable
 
 import jax.numpy as jnp
 import numpy as np
@@ -9,112 +13,147 @@ from jaxtyping import Array, Float, Integer
 
 from fsa_jax.arguments import checks, scalars
 from fsa_jax.arguments.types import AnyArray, IntegerList
+from fsa_jax.rope_scaling import (
+    LinearScaling,
+    Llama3Scaling,
+    YarnScaling,
+    check_positive,
+    frequencies,
+    scaling_from_dict,
+)
+
+__all__ = [
+    "LinearScaling",
+    "Llama3Scaling",
+    "RoPE",
+    "RotaryEmbedding",
+    "YarnScaling",
+    "scaling_from_dict",
+]
 
 
-def _check_positive(owner: object, *names: str) -> None:
-    for name in names:
-        value = getattr(owner, name)
-        scalars.number(name, value, "a finite number above 0", lambda x: 0 < x < math.inf)
-        if isinstance(value, np.generic):
-            object.__setattr__(owner, name, value.item())  # JSON holds no NumPy scalars
+@runtime_checkable
+class RotaryEmbedding(Protocol):
+    """What the layers ask of a position embedding of queries and keys.
 
+    `RoPE` is one. Any other object with these two methods can take its place, if it is also
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Llama3Scaling:
-    """Frequency scaling that extends a trained RoPE to longer contexts, as in Llama 3.1.
+    * hashable and comparable by value: the layers keep it as static metadata, and a layer whose
+      embedding compares unequal is compiled anew. A frozen dataclass of plain values is both.
+    * deterministic, and the same for every token of the same position: caches hold keys after the
+      embedding, next to which the keys of later calls are put.
 
-    Let w be the wavelength in tokens of a frequency f, L ``original_max_position``, lo
-    ``low_freq_factor`` and hi ``high_freq_factor``. The scaled frequency is
-
-        f                                 if w < L / hi
-        f / factor                        if w > L / lo
-        (1 - s) * f / factor + s * f      otherwise, with s = (L / w - lo) / (hi - lo)
-
-    Attributes:
-      factor: factor by which the longest wavelengths are stretched.
-      low_freq_factor: wavelengths above ``original_max_position / low_freq_factor`` tokens are
-        stretched by the whole factor.
-      high_freq_factor: wavelengths below ``original_max_position / high_freq_factor`` tokens are
-        not changed.
-      original_max_position: context length, in tokens, that the frequencies were trained for.
-
-    Raises:
-      ValueError: a value is not a finite number above 0, or ``high_freq_factor`` is not above
-        ``low_freq_factor``.
+    Arrays that are trained have no place in it.
 
     Example:
-      >>> Llama3Scaling(factor=32.0).original_max_position
-      8192
+      Partial rotary embedding, which leaves all channels but the first ``width`` as they are:
 
-    References:
-      The Llama 3 Herd of Models, arXiv 2407.21783; the formula is that of its released code.
+      >>> @dataclasses.dataclass(frozen=True)
+      ... class PartialRotary:
+      ...     rope: RoPE
+      ...     width: int
+      ...
+      ...     def check(self, head_dim):
+      ...         if self.width > head_dim:
+      ...             raise ValueError(f"width must be at most {head_dim}, got {self.width}")
+      ...         self.rope.check(self.width)
+      ...
+      ...     def apply(self, x, positions):
+      ...         turned, kept = x[..., : self.width], x[..., self.width :]
+      ...         return jnp.concatenate([self.rope.apply(turned, positions), kept], axis=-1)
+      >>> embedding = PartialRotary(RoPE(), width=4)
+      >>> isinstance(embedding, RotaryEmbedding)
+      True
+      >>> embedding.apply(jnp.ones((1, 3, 2, 16)), jnp.arange(3)[None]).shape
+      (1, 3, 2, 16)
     """
 
-    factor: float = 8.0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_max_position: int = 8192
+    def check(self, head_dim: int, /) -> None:
+        """Raises a ValueError if heads of width `head_dim` cannot be embedded.
 
-    def __post_init__(self):
-        _check_positive(self, *(field.name for field in dataclasses.fields(self)))
-        if self.high_freq_factor <= self.low_freq_factor:
-            raise ValueError(
-                "high_freq_factor must be above low_freq_factor, got "
-                f"high_freq_factor={self.high_freq_factor} and "
-                f"low_freq_factor={self.low_freq_factor}"
-            )
+        A layer calls this once, when it is built.
+        """
+        ...
 
-    def stretch(self, frequencies: np.ndarray) -> np.ndarray:
-        """The scaled frequencies.
+    def apply(
+        self, x: Float[Array, "*B T N D"], positions: Integer[Array, "*B T"], /
+    ) -> Float[Array, "*B T N D"]:
+        """Embeds every head of `x` at the position of its token.
+
+        A layer calls this inside `jax.jit` with its queries and its keys, and with the compressed
+        keys at the positions of the first tokens of their windows.
 
         Args:
-          frequencies: frequencies in radians per token.
+          x: queries or keys, floating point [..., T, heads, D].
+          positions: positions of the tokens in their documents, integers [..., T]; leading axes
+            may be absent if all sequences have the same positions.
 
         Returns:
-          Frequencies in radians per token, float64, of the same shape.
+          An array of the shape and dtype of `x`.
         """
-        turns = self.original_max_position * frequencies / (2 * math.pi)  # L / w
-        kept = (turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)
-        kept = np.clip(kept, 0.0, 1.0)  # 0 and 1 are the first two cases of the formula
-        return (1 - kept) * frequencies / self.factor + kept * frequencies
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
 class RoPE:
-    """Rotary position embedding: rotates channels (c, c + D/2) of a head by an angle p f_c.
+    """Rotary position embedding: rotates pairs of channels of a head by angles p f_c.
 
     For a token at position p and a head of width D:
 
         out[c]       = x[c] * cos(p f_c) - x[c + D/2] * sin(p f_c)
         out[c + D/2] = x[c + D/2] * cos(p f_c) + x[c] * sin(p f_c),   f_c = theta ** (-2c / D)
 
+    With ``interleaved`` the pairs are the neighbouring channels (2c, 2c + 1) instead of
+    (c, c + D/2).
+
     Attributes:
       theta: base of the wavelengths.
-      scaling: scaling of the frequencies, or None.
+      scaling: scaling of the frequencies (`LinearScaling`, `Llama3Scaling`, `YarnScaling`), or
+        None.
+      interleaved: which channels form a pair: False for those of the two halves of a head, as in
+        GPT-NeoX and Hugging Face's Llama; True for neighbouring ones, as in RoFormer, the code that
+        Meta released with Llama, and MaxText's llama3.1. The two are the same function up to the
+        order of the channels of queries and keys: first the even ones, then the odd ones turns
+        weights for True into weights for False.
 
     Raises:
-      ValueError: ``theta`` is not a finite number above 0, or ``scaling`` has another type.
+      ValueError: ``theta`` is not a finite number above 0 (above 1 with `YarnScaling`), ``scaling``
+        has another type, or ``interleaved`` is not a bool.
 
     Example:
       >>> RoPE(theta=10000.0).inverse_frequencies(4).round(4).tolist()
       [1.0, 0.009999999776482582]
 
     References:
-      RoFormer, arXiv 2104.09864, equation 34, with channels paired across the halves of a head as
-      in GPT-NeoX and Hugging Face's Llama. RoFormer, and the code that Meta released with Llama,
-      pair the neighbouring channels 2c and 2c + 1. To use such weights, reorder the output channels
-      of each head of the query and key projections: first the even ones, then the odd ones.
+      RoFormer, arXiv 2104.09864, equation 34.
     """
 
     theta: float = 10000.0
-    scaling: Llama3Scaling | None = None
+    scaling: LinearScaling | Llama3Scaling | YarnScaling | None = None
+    interleaved: bool = False
 
     def __post_init__(self):
-        _check_positive(self, "theta")
-        if not isinstance(self.scaling, Llama3Scaling | None):
+        check_positive(self, "theta")
+        if not isinstance(self.scaling, LinearScaling | Llama3Scaling | YarnScaling | None):
             raise ValueError(
-                f"scaling must be a Llama3Scaling or None, got {scalars.short(self.scaling)}"
+                "scaling must be a LinearScaling, Llama3Scaling, YarnScaling or None, got "
+                f"{scalars.short(self.scaling)}"
             )
+        if isinstance(self.scaling, YarnScaling) and self.theta <= 1:
+            raise ValueError(f"theta must be above 1 with a YarnScaling, got {self.theta}")
+        object.__setattr__(self, "interleaved", scalars.flag("interleaved", self.interleaved))
+
+    def check(self, head_dim: int) -> None:
+        """Checks that heads of this width can be rotated.
+
+        Args:
+          head_dim: width D of a head.
+
+        Raises:
+          ValueError: ``head_dim`` is not a positive even number.
+        """
+        if scalars.size("head_dim", head_dim) % 2:
+            raise ValueError(f"head_dim must be positive and even for RoPE, got {head_dim}")
 
     def inverse_frequencies(self, head_dim: int) -> Float[np.ndarray, " half"]:
         """The frequencies f_c.
@@ -123,17 +162,15 @@ class RoPE:
           head_dim: width D of a head.
 
         Returns:
-          Frequencies in radians per token, float32 [head_dim / 2].
+          Frequencies in radians per token after the scaling, float32 [head_dim / 2].
 
         Raises:
           ValueError: ``head_dim`` is not a positive even number.
         """
-        if scalars.size("head_dim", head_dim) % 2:
-            raise ValueError(f"head_dim must be positive and even for RoPE, got {head_dim}")
-        frequencies = self.theta ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
-        if self.scaling is not None:
-            frequencies = self.scaling.stretch(frequencies)
-        return frequencies.astype(np.float32)
+        self.check(head_dim)
+        if self.scaling is None:
+            return frequencies(self.theta, head_dim).astype(np.float32)
+        return self.scaling.frequencies(self.theta, head_dim).astype(np.float32)
 
     def apply(
         self, x: Float[AnyArray, "*B T N D"], positions: Integer[AnyArray, "*B T"] | IntegerList
@@ -170,10 +207,20 @@ class RoPE:
             )
         positions = jnp.expand_dims(positions, range(x.ndim - 2 - positions.ndim))
         precise = jnp.float64 if x.dtype == jnp.float64 else jnp.float32
-        frequencies = jnp.asarray(self.inverse_frequencies(x.shape[-1]), precise)
-        frequencies = jnp.expand_dims(frequencies, range(positions.ndim))
-        angles = positions.astype(precise)[..., None] * frequencies
+        per_token = jnp.asarray(self.inverse_frequencies(x.shape[-1]), precise)
+        per_token = jnp.expand_dims(per_token, range(positions.ndim))
+        angles = positions.astype(precise)[..., None] * per_token
         cos, sin = jnp.cos(angles)[..., None, :], jnp.sin(angles)[..., None, :]
-        first, second = jnp.split(x.astype(precise), 2, axis=-1)
-        rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+        if self.scaling is not None and self.scaling.amplitude != 1:
+            cos, sin = cos * self.scaling.amplitude, sin * self.scaling.amplitude
+        wide = x.astype(precise)
+        if self.interleaved:
+            first, second = wide[..., 0::2], wide[..., 1::2]
+        else:
+            first, second = jnp.split(wide, 2, axis=-1)
+        pairs = [first * cos - second * sin, second * cos + first * sin]
+        if self.interleaved:
+            rotated = jnp.stack(pairs, axis=-1).reshape(x.shape)
+        else:
+            rotated = jnp.concatenate(pairs, axis=-1)
         return rotated.astype(x.dtype)
