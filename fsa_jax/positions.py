@@ -16,7 +16,10 @@ from fsa_jax.sequence_parallel import zigzag
 
 @partitions_itself(segment_ids="t")
 def token_positions(
-    segment_ids: Integer[AnyArray, "*B T"] | IntegerList, *, sequence_axis: str | None = None
+    segment_ids: Integer[AnyArray, "*B T"] | IntegerList,
+    *,
+    padding_id: IntLike = 0,
+    sequence_axis: str | None = None,
 ) -> Int[Array, "*B T"]:
     """The position of each token in its document, counted from 0, as RoPE needs it for queries.
 
@@ -25,7 +28,8 @@ def token_positions(
         out[t] = t - (first token of the document of t)
 
     Args:
-      segment_ids: integers [B, T]; a run of equal ids is one document, and 0 is padding.
+      segment_ids: integers [B, T]; a run of equal ids is one document.
+      padding_id: the segment id of padding; all other ids are at least 0.
       sequence_axis: mesh axis that splits the tokens; see `native_sparse_attention`.
 
     Returns:
@@ -42,7 +46,7 @@ def token_positions(
     Source: NSA (arXiv 2502.11089) for one document; a packed sequence holds several.
     """
     has_batch = checks.batched(segment_ids, "T")
-    ids = checks.ids(segment_ids, None, has_batch)
+    ids = checks.ids(segment_ids, None, has_batch, padding_id)
     if ids is None:
         raise ValueError("segment_ids must be integers [B, T], got None")
     if sequence_axis is None:
@@ -59,6 +63,7 @@ def window_positions(
     *,
     kernel_size: IntLike,
     kernel_stride: IntLike,
+    padding_id: IntLike = 0,
     length: IntLike | None = None,
     positions: Integer[AnyArray, "*B T"] | IntegerList | None = None,
     sequence_axis: str | None = None,
@@ -73,10 +78,11 @@ def window_positions(
     are no windows that cross the end of a document, so later windows move up.
 
     Args:
-      segment_ids: integers [B, T]; a run of equal ids is one document, and 0 is padding. None: a
-        sequence is one document; then give `length` or `positions`.
+      segment_ids: integers [B, T]; a run of equal ids is one document. None: a sequence is one
+        document; then give `length` or `positions`.
       kernel_size: tokens l of a window.
       kernel_stride: tokens d between the starts of windows; divides `kernel_size`.
+      padding_id: the segment id of padding; all other ids are at least 0.
       length: tokens T of a sequence, where `segment_ids` is None.
       positions: integers [B, T], for tokens whose positions are not `token_positions`; out[m] is
         then the position of the window's first token.
@@ -106,7 +112,7 @@ def window_positions(
     else:
         checks.absent("where segment_ids or positions say it", length=length)
     has_batch = checks.batched(positions if segment_ids is None else segment_ids, "T")
-    ids = checks.ids(segment_ids, None, has_batch)
+    ids = checks.ids(segment_ids, None, has_batch, padding_id)
     given = None
     if positions is not None:
         given = checks.integers("positions", positions, "B T" if has_batch else "T")

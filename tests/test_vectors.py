@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -77,7 +78,10 @@ def test_compressed_attention_and_selection(name, implementation):
         init_blocks=meta["init_blocks"],
         local_blocks=meta["local_blocks"],
     )
-    size = {"kernel_size": config.kernel_size, "kernel_stride": config.kernel_stride}
+    size: dict[str, Any] = {
+        "kernel_size": config.kernel_size,
+        "kernel_stride": config.kernel_stride,
+    }
     parameters = {k: jnp.asarray(z[k]) for k in ("wk", "wv", "pe") if k in z}
 
     def run(q, k, v, parameters):

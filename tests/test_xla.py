@@ -1,6 +1,7 @@
 """The portable implementation against the dense reference: numbers, gradients, robustness."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +27,7 @@ from util import (
 import fsa_jax
 from fsa_jax.bench.shapes import SMALL, Shape
 
-WINDOWS = {"kernel_size": 8, "kernel_stride": 4}
+WINDOWS: dict[str, Any] = {"kernel_size": 8, "kernel_stride": 4}
 
 
 def some_segments(shape, seed=0):

@@ -34,10 +34,12 @@ def causal_attention(
     *,
     window_size: IntLike | None = None,
     segment_ids: Integer[AnyArray, "*B T"] | IntegerList | None = None,
+    padding_id: IntLike = 0,
     scale: FloatLike | None = None,
     implementation: DenseImplementation | None = None,
     return_residuals: Literal[False] = False,
     sequence_axis: str | None = None,
+    checkpoint_name: str | None = None,
 ) -> Float[Array, "*B T N E"]: ...
 
 
@@ -49,10 +51,12 @@ def causal_attention(
     *,
     window_size: IntLike | None = None,
     segment_ids: Integer[AnyArray, "*B T"] | IntegerList | None = None,
+    padding_id: IntLike = 0,
     scale: FloatLike | None = None,
     implementation: DenseImplementation | None = None,
     return_residuals: Literal[True],
     sequence_axis: str | None = None,
+    checkpoint_name: str | None = None,
 ) -> tuple[Float[Array, "*B T N E"], Float[Array, "*B T N"]]: ...
 
 
@@ -64,10 +68,12 @@ def causal_attention(
     *,
     window_size: IntLike | None = None,
     segment_ids: Integer[AnyArray, "*B T"] | IntegerList | None = None,
+    padding_id: IntLike = 0,
     scale: FloatLike | None = None,
     implementation: DenseImplementation | None = None,
     return_residuals: bool,
     sequence_axis: str | None = None,
+    checkpoint_name: str | None = None,
 ) -> Float[Array, "*B T N E"] | tuple[Float[Array, "*B T N E"], Float[Array, "*B T N"]]: ...
 
 
@@ -79,10 +85,12 @@ def causal_attention(
     *,
     window_size: IntLike | None = None,
     segment_ids: Integer[AnyArray, "*B T"] | IntegerList | None = None,
+    padding_id: IntLike = 0,
     scale: FloatLike | None = None,
     implementation: DenseImplementation | None = None,
     return_residuals: bool = False,
     sequence_axis: str | None = None,
+    checkpoint_name: str | None = None,
 ) -> Any:
     """Attention of each query to all tokens of its document up to itself, in linear memory.
 
@@ -98,13 +106,16 @@ def causal_attention(
       key: [B, T, K, D], in the dtype of `query`.
       value: [B, T, K, E], in the dtype of `query`.
       window_size: the exact number of visible keys, the query's own included; None: all.
-      segment_ids: integers [B, T], equal ids in a run are one document, 0 is padding.
+      segment_ids: integers [B, T], equal ids in a run are one document.
+      padding_id: the segment id of padding; all other ids are at least 0.
       scale: factor of the logits, by default D ** -0.5.
       implementation: "triton", "mosaic_gpu", "triton_interpret", "xla", "reference"; None: the
         best of these; or "cudnn", which serves neither `segment_ids` nor `return_residuals`, and
         whose gradient of `query` has other bits on every run.
       return_residuals: also return the logsumexp of the scaled logits.
       sequence_axis: mesh axis that splits the tokens; see `native_sparse_attention`.
+      checkpoint_name: name that the results carry for remat policies; None: `CHECKPOINT_NAMES`,
+        or no name with "cudnn".
 
     Returns:
       out [B, T, N, E] in the dtype of `query`, or (out, lse) with lse [B, T, N], natural log, in
@@ -130,8 +141,10 @@ def causal_attention(
     if window_size is not None:
         window_size = checks.size("window_size", window_size)
     query, key, value, has_batch = checks.attention_arrays(query, key, value)
-    ids = checks.ids(segment_ids, query.shape[:2], has_batch)
+    ids = checks.ids(segment_ids, query.shape[:2], has_batch, padding_id)
     scale = checks.scale(scale, query.shape[-1])
+    label = checks.checkpoint_name(checkpoint_name)
+    spec = RangeSpec(scale=scale, branch="causal", checkpoint_name=label)
     length = query.shape[1]
     if implementation in CUDNN:
         _refuse(
@@ -139,10 +152,9 @@ def causal_attention(
             return_residuals=return_residuals,
             sequence_axis=sequence_axis is not None,
         )
-        out = _by_cudnn(query, key, value, window_size, scale)
+        (out,) = spec.renamed(_by_cudnn(query, key, value, window_size, scale))
         return out if has_batch else out[0]
     arrays = (query, key, value)
-    spec = RangeSpec(scale=scale, branch="causal")
     name = "causal_attention"
     if sequence_axis is not None:
         checks.sequence(sequence_axis, has_batch, length, 1)
@@ -154,7 +166,7 @@ def causal_attention(
     segments, window = describe_segments(ids, *query.shape[:2]), min(window_size or length, length)
     if choice.backend is Backend.REFERENCE:
         attend = reference.sliding_window_attention
-        result = attend(*arrays, segments, window_size=window, scale=scale)
+        result = spec.renamed(*attend(*arrays, segments, window_size=window, scale=scale))
     else:
         attend = range_attention.sliding_window_attention
         result = attend(spec.on(choice.backend), *arrays, segments, window_size=window)

@@ -26,6 +26,7 @@ def compress(
     weights: AnyArray | tuple[AnyArray, AnyArray] | None = None,
     positions: Float[AnyArray, "K l D"] | None = None,
     segment_ids: Integer[AnyArray, "*B T"] | IntegerList | None = None,
+    padding_id: IntLike = 0,
     sequence_axis: str | None = None,
 ) -> Float[Array, "*B M K D"]:
     """Compresses each window of `kernel_size` tokens of a document into one key or value.
@@ -44,7 +45,8 @@ def compress(
       method: "linear", "weighted", "mean" or "mlp".
       weights: the parameters of the method, as above, in the dtype of `x`.
       positions: table added to the tokens of each window, [K, l, D], in the dtype of `x`.
-      segment_ids: integers [B, T], equal ids in a run are one document, 0 is padding.
+      segment_ids: integers [B, T], equal ids in a run are one document.
+      padding_id: the segment id of padding; all other ids are at least 0.
       sequence_axis: mesh axis that splits the tokens; see `native_sparse_attention`.
 
     Returns:
@@ -86,7 +88,7 @@ def compress(
         raise ValueError("weights must be None for method='mean'")
     if positions is not None:
         positions = checks.parameter("positions", positions, x, (heads, kernel_size, width))
-    ids = checks.ids(segment_ids, x.shape[:2], has_batch)
+    ids = checks.ids(segment_ids, x.shape[:2], has_batch, padding_id)
     if sequence_axis is not None:
         checks.sequence(sequence_axis, has_batch, x.shape[1], kernel_stride)
         units = zigzag.window_units(x, ids, kernel_size, kernel_stride, sequence_axis)

@@ -32,8 +32,10 @@ def compressed_attention(
     kernel_stride: IntLike,
     scale: FloatLike | None = None,
     segment_ids: Integer[AnyArray, "*B T"] | IntegerList | None = None,
+    padding_id: IntLike = 0,
     implementation: Implementation | None = None,
     return_residuals: Literal[False] = False,
+    checkpoint_name: str | None = None,
 ) -> Float[Array, "*B T N E"]: ...
 
 
@@ -47,8 +49,10 @@ def compressed_attention(
     kernel_stride: IntLike,
     scale: FloatLike | None = None,
     segment_ids: Integer[AnyArray, "*B T"] | IntegerList | None = None,
+    padding_id: IntLike = 0,
     implementation: Implementation | None = None,
     return_residuals: Literal[True],
+    checkpoint_name: str | None = None,
 ) -> tuple[Float[Array, "*B T N E"], Float[Array, "*B T N"]]: ...
 
 
@@ -62,8 +66,10 @@ def compressed_attention(
     kernel_stride: IntLike,
     scale: FloatLike | None = None,
     segment_ids: Integer[AnyArray, "*B T"] | IntegerList | None = None,
+    padding_id: IntLike = 0,
     implementation: Implementation | None = None,
     return_residuals: bool,
+    checkpoint_name: str | None = None,
 ) -> Float[Array, "*B T N E"] | tuple[Float[Array, "*B T N E"], Float[Array, "*B T N"]]: ...
 
 
@@ -77,8 +83,10 @@ def compressed_attention(
     kernel_stride: IntLike,
     scale: FloatLike | None = None,
     segment_ids: Integer[AnyArray, "*B T"] | IntegerList | None = None,
+    padding_id: IntLike = 0,
     implementation: Implementation | None = None,
     return_residuals: bool = False,
+    checkpoint_name: str | None = None,
 ) -> Any:
     """Attention to the compressed windows that end at or before the query.
 
@@ -93,9 +101,11 @@ def compressed_attention(
       kernel_size: tokens l of a window.
       kernel_stride: tokens d between the starts of windows.
       scale: factor of the logits, by default D ** -0.5.
-      segment_ids: integers [B, T], equal ids in a run are one document, 0 is padding.
+      segment_ids: integers [B, T], equal ids in a run are one document.
+      padding_id: the segment id of padding; all other ids are at least 0.
       implementation: "triton", "mosaic_gpu", "triton_interpret", "xla", "reference"; None: best.
       return_residuals: also return the logsumexp of the scaled logits.
+      checkpoint_name: name that the results carry for remat policies; None: `CHECKPOINT_NAMES`.
 
     Returns:
       out [B, T, N, E] in the dtype of `query`, or (out, lse) with lse [B, T, N], natural log, in
@@ -116,22 +126,25 @@ def compressed_attention(
     """
     check_name(implementation)
     return_residuals = checks.flag("return_residuals", return_residuals)
+    name = checks.checkpoint_name(checkpoint_name)
     kernel_size = checks.size("kernel_size", kernel_size)
     kernel_stride = checks.size("kernel_stride", kernel_stride)
     check_window(kernel_size, kernel_stride)
     query, key, value, has_batch = checks.attention_arrays(
         query, compressed_key, compressed_value, kernel_stride
     )
-    segments = checks.segments(query, segment_ids, has_batch)
+    segments = checks.segments(query, segment_ids, has_batch, padding_id)
     scale = checks.scale(scale, query.shape[-1])
     arrays, sizes = (
         (query, key, value),
         {"kernel_size": kernel_size, "kernel_stride": kernel_stride},
     )
-    spec = RangeSpec(scale=scale, branch="compressed")
+    spec = RangeSpec(scale=scale, branch="compressed", checkpoint_name=name)
     choice = resolve("compressed_attention", implementation, Request(spec, arrays))
     if choice.backend is Backend.REFERENCE:
-        result = reference.compressed_attention(*arrays, segments, **sizes, scale=scale)
+        result = spec.renamed(
+            *reference.compressed_attention(*arrays, segments, **sizes, scale=scale)
+        )
     else:
         spec = spec.on(choice.backend)
         result = range_attention.compressed_attention(spec, *arrays, segments, **sizes)
@@ -148,8 +161,10 @@ def selected_attention(
     block_size: IntLike,
     scale: FloatLike | None = None,
     segment_ids: Integer[AnyArray, "*B T"] | IntegerList | None = None,
+    padding_id: IntLike = 0,
     implementation: Implementation | None = None,
     return_residuals: Literal[False] = False,
+    checkpoint_name: str | None = None,
     tuning: SelectedTuning | None = None,
 ) -> Float[Array, "*B T N E"]: ...
 
@@ -164,8 +179,10 @@ def selected_attention(
     block_size: IntLike,
     scale: FloatLike | None = None,
     segment_ids: Integer[AnyArray, "*B T"] | IntegerList | None = None,
+    padding_id: IntLike = 0,
     implementation: Implementation | None = None,
     return_residuals: Literal[True],
+    checkpoint_name: str | None = None,
     tuning: SelectedTuning | None = None,
 ) -> tuple[Float[Array, "*B T N E"], Float[Array, "*B T N"]]: ...
 
@@ -180,8 +197,10 @@ def selected_attention(
     block_size: IntLike,
     scale: FloatLike | None = None,
     segment_ids: Integer[AnyArray, "*B T"] | IntegerList | None = None,
+    padding_id: IntLike = 0,
     implementation: Implementation | None = None,
     return_residuals: bool,
+    checkpoint_name: str | None = None,
     tuning: SelectedTuning | None = None,
 ) -> Float[Array, "*B T N E"] | tuple[Float[Array, "*B T N E"], Float[Array, "*B T N"]]: ...
 
@@ -198,8 +217,10 @@ def selected_attention(
     block_size: IntLike,
     scale: FloatLike | None = None,
     segment_ids: Integer[AnyArray, "*B T"] | IntegerList | None = None,
+    padding_id: IntLike = 0,
     implementation: Implementation | None = None,
     return_residuals: bool = False,
+    checkpoint_name: str | None = None,
     tuning: SelectedTuning | None = None,
 ) -> Any:
     """Attention of each query to the tokens of the blocks in its list.
@@ -218,9 +239,11 @@ def selected_attention(
         out-of-range numbers are ignored, wherever they stand.
       block_size: tokens of a block.
       scale: factor of the logits, by default D ** -0.5.
-      segment_ids: integers [B, T], equal ids in a run are one document, 0 is padding.
+      segment_ids: integers [B, T], equal ids in a run are one document.
+      padding_id: the segment id of padding; all other ids are at least 0.
       implementation: "triton", "mosaic_gpu", "triton_interpret", "xla", "reference"; None: best.
       return_residuals: also return the logsumexp of the scaled logits.
+      checkpoint_name: name that the results carry for remat policies; None: `CHECKPOINT_NAMES`.
       tuning: how the kernels of "triton" run; None: measured heuristics decide. It changes only
         time and memory, and is unused where `implementation=None` chose another implementation.
 
@@ -243,9 +266,10 @@ def selected_attention(
     """
     check_name(implementation)
     return_residuals = checks.flag("return_residuals", return_residuals)
+    name = checks.checkpoint_name(checkpoint_name)
     block_size = checks.size("block_size", block_size)
     query, key, value, has_batch = checks.attention_arrays(query, key, value)
-    segments = checks.segments(query, segment_ids, has_batch)
+    segments = checks.segments(query, segment_ids, has_batch, padding_id)
     axes = "B T K S" if has_batch else "T K S"
     block_indices = checks.integers("block_indices", block_indices, axes, saturate=True)
     block_indices = block_indices if has_batch else block_indices[None]
@@ -253,12 +277,12 @@ def selected_attention(
     tuning = checks.tuning(tuning, implementation)
     scale = checks.scale(scale, query.shape[-1])
     sizes = {"block_size": block_size, "scale": scale}
-    spec = BlockSpec(**sizes, packed=segments.packed, tuning=tuning)
+    spec = BlockSpec(**sizes, packed=segments.packed, tuning=tuning, checkpoint_name=name)
     request = Request(spec, (query, key, value, block_indices.shape[3]))
     choice = resolve("selected_attention", implementation, request)
     arrays = (query, key, value, block_indices, segments)
     if choice.backend is Backend.REFERENCE:
-        result = reference.selected_attention(*arrays, **sizes)
+        result = spec.renamed(*reference.selected_attention(*arrays, **sizes))
     else:
         result = block_attention.selected_attention(spec.on(choice.backend), *arrays)
     return as_asked(result, has_batch, return_residuals)
@@ -273,8 +297,10 @@ def sliding_window_attention(
     window_size: IntLike,
     scale: FloatLike | None = None,
     segment_ids: Integer[AnyArray, "*B T"] | IntegerList | None = None,
+    padding_id: IntLike = 0,
     implementation: Implementation | None = None,
     return_residuals: Literal[False] = False,
+    checkpoint_name: str | None = None,
 ) -> Float[Array, "*B T N E"]: ...
 
 
@@ -287,8 +313,10 @@ def sliding_window_attention(
     window_size: IntLike,
     scale: FloatLike | None = None,
     segment_ids: Integer[AnyArray, "*B T"] | IntegerList | None = None,
+    padding_id: IntLike = 0,
     implementation: Implementation | None = None,
     return_residuals: Literal[True],
+    checkpoint_name: str | None = None,
 ) -> tuple[Float[Array, "*B T N E"], Float[Array, "*B T N"]]: ...
 
 
@@ -301,8 +329,10 @@ def sliding_window_attention(
     window_size: IntLike,
     scale: FloatLike | None = None,
     segment_ids: Integer[AnyArray, "*B T"] | IntegerList | None = None,
+    padding_id: IntLike = 0,
     implementation: Implementation | None = None,
     return_residuals: bool,
+    checkpoint_name: str | None = None,
 ) -> Float[Array, "*B T N E"] | tuple[Float[Array, "*B T N E"], Float[Array, "*B T N"]]: ...
 
 
@@ -315,8 +345,10 @@ def sliding_window_attention(
     window_size: IntLike,
     scale: FloatLike | None = None,
     segment_ids: Integer[AnyArray, "*B T"] | IntegerList | None = None,
+    padding_id: IntLike = 0,
     implementation: Implementation | None = None,
     return_residuals: bool = False,
+    checkpoint_name: str | None = None,
 ) -> Any:
     """Attention of each query to the last `window_size` tokens of its document up to itself.
 
@@ -330,9 +362,11 @@ def sliding_window_attention(
       value: [B, T, K, E], in the dtype of `query`.
       window_size: the exact number of visible keys, the query's own included.
       scale: factor of the logits, by default D ** -0.5.
-      segment_ids: integers [B, T], equal ids in a run are one document, 0 is padding.
+      segment_ids: integers [B, T], equal ids in a run are one document.
+      padding_id: the segment id of padding; all other ids are at least 0.
       implementation: "triton", "mosaic_gpu", "triton_interpret", "xla", "reference"; None: best.
       return_residuals: also return the logsumexp of the scaled logits.
+      checkpoint_name: name that the results carry for remat policies; None: `CHECKPOINT_NAMES`.
 
     Returns:
       out [B, T, N, E] in the dtype of `query`, or (out, lse) with lse [B, T, N], natural log, in
@@ -352,15 +386,18 @@ def sliding_window_attention(
     """
     check_name(implementation)
     return_residuals = checks.flag("return_residuals", return_residuals)
+    name = checks.checkpoint_name(checkpoint_name)
     window_size = checks.size("window_size", window_size)
     query, key, value, has_batch = checks.attention_arrays(query, key, value)
-    segments = checks.segments(query, segment_ids, has_batch)
+    segments = checks.segments(query, segment_ids, has_batch, padding_id)
     scale = checks.scale(scale, query.shape[-1])
     arrays, sizes = (query, key, value), {"window_size": window_size}
-    spec = RangeSpec(scale=scale, branch="window")
+    spec = RangeSpec(scale=scale, branch="window", checkpoint_name=name)
     choice = resolve("sliding_window_attention", implementation, Request(spec, arrays))
     if choice.backend is Backend.REFERENCE:
-        result = reference.sliding_window_attention(*arrays, segments, **sizes, scale=scale)
+        result = spec.renamed(
+            *reference.sliding_window_attention(*arrays, segments, **sizes, scale=scale)
+        )
     else:
         spec = spec.on(choice.backend)
         result = range_attention.sliding_window_attention(spec, *arrays, segments, **sizes)

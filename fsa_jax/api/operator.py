@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Integer
 
 from fsa_jax.arguments import checks
-from fsa_jax.arguments.types import AnyArray, FloatLike, Implementation, IntegerList
+from fsa_jax.arguments.types import AnyArray, FloatLike, Implementation, IntegerList, IntLike
 from fsa_jax.config import NSAConfig
 from fsa_jax.ops import gated_sum, nsa
 from fsa_jax.ops.dispatch import check_name, resolve_over_tokens
@@ -42,8 +42,10 @@ def native_sparse_attention(
     config: NSAConfig,
     scale: FloatLike | None = None,
     segment_ids: Integer[AnyArray, "*B T"] | IntegerList | None = None,
+    padding_id: IntLike = 0,
     implementation: Implementation | None = None,
     sequence_axis: str | None = None,
+    checkpoint_name: str | None = None,
 ) -> Float[Array, "*B T N E"]:
     """Native sparse attention: compressed, selected and window attention, summed with gates.
 
@@ -63,12 +65,15 @@ def native_sparse_attention(
       gates: [B, T, N, 3], or [B, T, 1, 3] for one triple per token, floating.
       config: the sizes.
       scale: factor of the logits, by default D ** -0.5.
-      segment_ids: integers [B, T], equal ids in a run are one document, 0 is padding.
+      segment_ids: integers [B, T], equal ids in a run are one document.
+      padding_id: the segment id of padding; all other ids are at least 0.
       implementation: "triton", "mosaic_gpu", "triton_interpret", "xla", "reference"; None: best.
       sequence_axis: name of the mesh axis that splits the tokens of each sequence, for sequences
         that are too long for one device. All arrays of tokens are then in the order of `to_zigzag`,
         and `compressed_key` and `compressed_value` come from `compress` with the same axis. T is a
         multiple of 2 * devices * kernel_stride.
+      checkpoint_name: name that outputs and logsumexps of the branches and the chosen blocks carry
+        for remat policies, instead of `CHECKPOINT_NAMES`.
 
     Returns:
       [B, T, N, E] in the dtype of `query`; 0 at padding.
@@ -98,13 +103,17 @@ def native_sparse_attention(
         config=config,
         scale=scale,
         segment_ids=segment_ids,
+        padding_id=padding_id,
         implementation=implementation,
         sequence_axis=sequence_axis,
+        checkpoint_name=checkpoint_name,
     )
 
 
 def gated_attention(
-    query, compressed, sources, gates, *, config, scale, segment_ids, implementation, sequence_axis
+    query, compressed, sources, gates, *,
+    config, scale, segment_ids, implementation, sequence_axis, padding_id: IntLike = 0,
+    checkpoint_name=None,
 ) -> Any:  # fmt: skip
     """`native_sparse_attention`, optionally with separate keys and values for the window.
 
@@ -122,19 +131,23 @@ def gated_attention(
     if gates.dtype == jnp.float64:  # neither the sum nor any kernel uses float64
         gates = gates.astype(accumulation_dtype(query))
     scale = checks.scale(scale, query.shape[-1])
-    ids = checks.ids(segment_ids, query.shape[:2], has_batch)
+    ids = checks.ids(segment_ids, query.shape[:2], has_batch, padding_id)
     segments = describe_segments(ids, *query.shape[:2])
     gates = segments.without_padding(gates)  # the branches mask their own arguments
     arrays = (query, (compressed_key, compressed_value), tuple(sources))
+    options = {
+        "packed": segments.packed,
+        "checkpoint_name": checks.checkpoint_name(checkpoint_name),
+    }
     if sequence_axis is not None:
         checks.sequence(sequence_axis, has_batch, query.shape[1], stride)
         tuning = attention.TUNING
-        spec = NSASpec.of(config, scale, packed=segments.packed, tuning=tuning)
+        spec = NSASpec.of(config, scale, **options, tuning=tuning)
         requests = spec.requests(*arrays).values()
         choice = resolve_over_tokens(nsa.NAME, implementation, sequence_axis, *requests)
         spec = spec.on(choice.backend)
         return attention.attention(spec, *arrays, gates, ids, axis=sequence_axis)
-    spec = NSASpec.of(config, scale, packed=segments.packed)
+    spec = NSASpec.of(config, scale, **options)
     out = nsa.attention(spec.resolved(implementation, *arrays), *arrays, gates, segments)
     return out if has_batch else out[0]
 

@@ -6,12 +6,11 @@ call together.
 """
 
 import jax
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, Integer
 
 from fsa_jax import reference
 from fsa_jax.arguments import checks
-from fsa_jax.arguments.types import AnyArray, FloatLike, Implementation, IntegerList
+from fsa_jax.arguments.types import AnyArray, FloatLike, Implementation, IntegerList, IntLike
 from fsa_jax.config import NSAConfig
 from fsa_jax.ops import block_selection
 from fsa_jax.ops.block_selection import SelectionSpec
@@ -29,6 +28,7 @@ def select_blocks(
     config: NSAConfig,
     scale: FloatLike | None = None,
     segment_ids: Integer[AnyArray, "*B T"] | IntegerList | None = None,
+    padding_id: IntLike = 0,
     implementation: Implementation | None = None,
 ) -> Int[Array, "*B T K topk"]:
     """Chooses the blocks that each query attends to, from the compressed attention.
@@ -48,7 +48,8 @@ def select_blocks(
       lse: [B, T, N], the residual of `compressed_attention` on the same query and key.
       config: the sizes.
       scale: factor of the logits, by default D ** -0.5.
-      segment_ids: integers [B, T], equal ids in a run are one document, 0 is padding.
+      segment_ids: integers [B, T], equal ids in a run are one document.
+      padding_id: the segment id of padding; all other ids are at least 0.
       implementation: "triton", "mosaic_gpu", "triton_interpret", "xla", "reference"; None: best.
 
     Returns:
@@ -73,7 +74,7 @@ def select_blocks(
     query, key, _, has_batch = checks.attention_arrays(
         query, compressed_key, compressed_key, config.kernel_stride
     )
-    segments = checks.segments(query, segment_ids, has_batch)
+    segments = checks.segments(query, segment_ids, has_batch, padding_id)
     lse = checks.with_batch("lse", lse, "T N", has_batch)
     checks.same_axes("B T N", query=query, lse=lse)
     scale = checks.scale(scale, query.shape[-1])
@@ -84,5 +85,5 @@ def select_blocks(
         indices = reference.select_blocks(query, key, lse, segments, config=config, scale=scale)
     else:
         indices = block_selection.select_blocks(spec.on(choice.backend), query, key, lse, segments)
-    indices = checkpoint_name(indices, "block_indices")
+    indices = spec.named("block_indices", indices)
     return indices if has_batch else indices[0]

@@ -13,6 +13,7 @@ from fsa_jax.arguments.scalars import flag as flag
 from fsa_jax.arguments.scalars import number as number
 from fsa_jax.arguments.scalars import short as short
 from fsa_jax.arguments.scalars import size as size
+from fsa_jax.arguments.types import IntLike
 from fsa_jax.config import NSAConfig
 from fsa_jax.pallas import SelectedTuning
 from fsa_jax.semantics.segments import SegmentInfo, describe_segments
@@ -273,30 +274,82 @@ def gates(gates, query: jax.Array, has_batch: bool) -> jax.Array:
     return gates
 
 
-def ids(segment_ids, shape: tuple[int, ...] | None, has_batch: bool) -> jax.Array | None:
-    """Checks segment ids [B, T], against `shape` if given, and converts them to int32 if possible.
+def ids(
+    segment_ids, shape: tuple[int, ...] | None, has_batch: bool, padding_id: IntLike = 0
+) -> jax.Array | None:
+    """Checks segment ids [B, T], against `shape` if given; returns them with 0 for padding.
 
-    Outside jit, where the values are known, their sign and size are checked. Inside jit a negative
-    id counts as padding, and a dtype wider than int32 is kept, so that no two ids become equal.
+    Outside jit, where the values are known, their sign and size are checked, and the result is
+    int32. Inside jit a negative id counts as padding, and a dtype is kept or made as wide as
+    needed, so that no two ids become equal.
     """
+    padding = size("padding_id", padding_id, least=-(2**31))
     if segment_ids is None:
         return None
     found = _integers("segment_ids", segment_ids, "B T" if has_batch else "T")
     if shape is not None and found.shape != (wanted := shape if has_batch else shape[1:]):
         raise ValueError(f"segment_ids must have shape {wanted}, got {found.shape}")
+    free = None
     if is_known(found):
-        least = np.asarray(found).min()  # numpy: inside jit a jnp.min would be traced
-        if least < 0:
-            raise ValueError(f"segment_ids must be 0 (padding) or positive, got {least}")
+        values = np.asarray(found)  # numpy: inside jit, operations of jnp would be traced
+        _check_documents(values[values != padding], padding)
         _check_fits("segment_ids", found)
+        free = _unused(values)
     if is_known(found) or not _is_wide(found):
         found = jnp.asarray(found, jnp.int32)
-    return jnp.asarray(found if has_batch else found[None])
+    return _with_padding_0(jnp.asarray(found if has_batch else found[None]), padding, free)
 
 
-def segments(x: jax.Array, segment_ids, has_batch: bool) -> SegmentInfo:
+def _check_documents(values: np.ndarray, padding_id: int) -> None:
+    if values.size and (least := values.min()) < 0:
+        rule = "0 (padding) or positive" if padding_id == 0 else "padding_id or at least 0"
+        raise ValueError(f"segment_ids must be {rule}, got {least} with padding_id={padding_id}")
+
+
+def _unused(values: np.ndarray) -> int:
+    """A positive int32 that is none of the values, which fit into int32."""
+    top = max(int(values.max()), 0)
+    if top < np.iinfo(np.int32).max:
+        return top + 1
+    return int(np.setdiff1d(np.arange(1, values.size + 2), values)[0])
+
+
+def _with_padding_0(ids: jax.Array, padding_id: int, free: int | None) -> jax.Array:
+    """The same documents, where 0 and negative ids are padding, and no other ids.
+
+    Args:
+      ids: int32 or wider; padding has `padding_id` or another negative id.
+      padding_id: the id of padding.
+      free: a positive id that does not occur, if the ids are known.
+    """
+    if padding_id == 0:
+        return ids
+    if padding_id > 0:  # 0 and the other id change places
+        return jnp.where(ids == padding_id, 0, jnp.where(ids == 0, padding_id, ids))
+    # Document 0 gets another id. Where all positive numbers of the dtype may be taken, it is the
+    # first that only the unsigned dtype has.
+    positive = jnp.maximum(ids, 0)
+    if free is None:
+        if not jnp.issubdtype(ids.dtype, jnp.signedinteger):
+            raise ValueError(
+                f"segment_ids must have a signed dtype with padding_id={padding_id} inside jit, "
+                f"got {ids.dtype}: convert with .astype(jnp.int32)"
+            )
+        free = int(jnp.iinfo(ids.dtype).max) + 1
+        positive = positive.astype(f"u{ids.dtype}")
+    return jnp.where(ids < 0, 0, jnp.where(ids == 0, jnp.asarray(free, positive.dtype), positive))
+
+
+def segments(x: jax.Array, segment_ids, has_batch: bool, padding_id: IntLike = 0) -> SegmentInfo:
     """The documents of the sequences of `x` [B, T, ...]; see `ids`."""
-    return describe_segments(ids(segment_ids, x.shape[:2], has_batch), *x.shape[:2])
+    return describe_segments(ids(segment_ids, x.shape[:2], has_batch, padding_id), *x.shape[:2])
+
+
+def checkpoint_name(name: str | None) -> str | None:
+    """Checks for None or a name that results carry for remat policies."""
+    if name is not None and not (isinstance(name, str) and name):
+        raise ValueError(f"checkpoint_name must be None or a non-empty string, got {short(name)}")
+    return name
 
 
 def tokens(name: str, ids: jax.Array, vocab_size: int, valid: jax.Array) -> jax.Array:

@@ -104,7 +104,7 @@ def block_attention(spec: BlockSpec, query, key, value, lists: Lists) -> Any:
 
 def _block_attention_fwd(spec, query, key, value, lists):
     out, lse, index = block_forward(spec, lists, query, key, value)
-    results = named("selected", out, lse)
+    results = named(spec, "selected", out, lse)
     return results, (query, key, value, lists, index, *results)
 
 

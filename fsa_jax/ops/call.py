@@ -23,7 +23,7 @@ RESULTS = ("b t n e", "b t n")
 QUERY_TERMS = {"lse": "b t n", "delta": "b t n", "dout": "b t n e", "dlse": "b t n"}
 #: Branches of native sparse attention, in the order of their gates.
 BRANCHES = ("compressed", "selected", "window")
-#: Names that outputs carry for remat policies such as
+#: Names that outputs carry by default for remat policies such as
 #: ``jax.checkpoint_policies.save_only_these_names(*CHECKPOINT_NAMES)``.
 CHECKPOINT_NAMES = (
     "block_indices",
@@ -96,6 +96,7 @@ class OpSpec:
       scale: factor of the logits.
       capability: of the GPU that tiles are sized for.
       table: measured tiles.
+      checkpoint_name: name of all results for remat policies; None: `CHECKPOINT_NAMES`.
     """
 
     backend: Backend = Backend.BY_PLATFORM
@@ -104,6 +105,7 @@ class OpSpec:
     table: tile_tables.Table | None = dataclasses.field(
         default_factory=tile_tables.table, metadata={"describe": tile_tables.entries}
     )
+    checkpoint_name: str | None = None
 
     def on(self, backend: Backend) -> Self:
         """The same operation by another backend."""
@@ -133,7 +135,15 @@ class OpSpec:
         """See `Backend.runs`."""
         return self.backend.runs(kernels, portable)
 
+    def named(self, default: str, x: jax.Array) -> jax.Array:
+        """A result with its name for remat policies, one of `CHECKPOINT_NAMES` by default."""
+        return checkpoint_name(x, self.checkpoint_name or default)
 
-def named(branch: str, out, lse) -> tuple[jax.Array, jax.Array]:
+    def renamed(self, *results: jax.Array) -> tuple[jax.Array, ...]:
+        """Results that have no names by default."""
+        return tuple(self.named("", x) for x in results) if self.checkpoint_name else results
+
+
+def named(spec: OpSpec, branch: str, out, lse) -> tuple[jax.Array, jax.Array]:
     """The results of a branch with their names for remat policies."""
-    return checkpoint_name(out, f"{branch}_out"), checkpoint_name(lse, f"{branch}_lse")
+    return spec.named(f"{branch}_out", out), spec.named(f"{branch}_lse", lse)

@@ -7,7 +7,8 @@ the branches' own backward passes.
 
 Residuals: the arguments; out and lse of each branch; the ranges of compressed and window attention,
 8 bytes a query and 8 a key each; the lists of blocks as first tokens, and for the kernels their
-index (`block_attention.py`). Outputs, logsumexps and the chosen blocks carry `CHECKPOINT_NAMES`.
+index (`block_attention.py`). Outputs, logsumexps and the chosen blocks carry
+`CHECKPOINT_NAMES` or the name that the caller gave.
 
 Shapes: B sequences, T tokens, N query heads, K key/value heads, M compressed windows, D and E head
 widths.
@@ -19,7 +20,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 
 from fsa_jax import reference
 from fsa_jax.config import NSAConfig
@@ -65,6 +65,7 @@ class NSASpec:
         *,
         packed: bool,
         tuning: SelectedTuning | None = None,
+        checkpoint_name: str | None = None,
     ) -> "NSASpec":
         """The operations of a config.
 
@@ -73,14 +74,16 @@ class NSASpec:
           scale: factor of the logits.
           packed: whether sequences have segment ids.
           tuning: how the kernels of the selected branch run.
+          checkpoint_name: name of the results of all operations; see `OpSpec`.
         """
-        lists = {"block_size": config.block_size, "packed": packed, "tuning": tuning}
+        shared: Any = {"scale": scale, "checkpoint_name": checkpoint_name}
+        lists: Any = {"block_size": config.block_size, "packed": packed, "tuning": tuning}
         return cls(
             config=config,
-            compressed=RangeSpec(scale=scale, branch="compressed"),
-            selection=SelectionSpec(scale=scale, config=config, packed=packed),
-            selected=BlockSpec(scale=scale, **lists),
-            window=RangeSpec(scale=scale, branch="window"),
+            compressed=RangeSpec(**shared, branch="compressed"),
+            selection=SelectionSpec(**shared, config=config, packed=packed),
+            selected=BlockSpec(**shared, **lists),
+            window=RangeSpec(**shared, branch="window"),
         )
 
     def on(self, backend: Backend) -> "NSASpec":
@@ -153,14 +156,20 @@ def _by_reference(spec, query, compressed, sources, gates, segment_info):
     """The dense definition, whose gradients are those of its operations."""
     config, shared = spec.config, {"segments": segment_info, "scale": spec.window.scale}
     windows = {"kernel_size": config.kernel_size, "kernel_stride": config.kernel_stride}
-    out, lse = reference.compressed_attention(query, *compressed, **windows, **shared)
+    out, lse = spec.compressed.renamed(
+        *reference.compressed_attention(query, *compressed, **windows, **shared)
+    )
     choice = jax.lax.stop_gradient((query, compressed[0], lse))
     indices = reference.select_blocks(*choice, config=config, **shared)
-    indices = checkpoint_name(indices, "block_indices")
+    indices = spec.selection.named("block_indices", indices)
     listed = {"block_indices": indices, "block_size": config.block_size}
-    selected, _ = reference.selected_attention(query, *sources[0], **listed, **shared)
+    selected, _ = spec.selected.renamed(
+        *reference.selected_attention(query, *sources[0], **listed, **shared)
+    )
     near = {"window_size": config.window_size}
-    window, _ = reference.sliding_window_attention(query, *sources[-1], **near, **shared)
+    window, _ = spec.window.renamed(
+        *reference.sliding_window_attention(query, *sources[-1], **near, **shared)
+    )
     return gated_sum.combine(gates, (out, selected, window))
 
 
@@ -189,15 +198,15 @@ def _attention_fwd(spec, query, compressed, sources, gates, segment_arrays):
     else:
         ranges = Ranges.of_windows(segment_info, windows, config.kernel_size)
         results = range_forward(spec.compressed, ranges, query, *compressed)
-    out, lse = named("compressed", *results)
+    out, lse = named(spec.compressed, "compressed", *results)
     indices = choose_blocks(spec.selection, query, compressed[0], lse, segment_info, windows)
-    indices = checkpoint_name(indices, "block_indices")
+    indices = spec.selection.named("block_indices", indices)
     lists = Lists.of(segment_info, indices, config.block_size)
     *results, index = block_forward(spec.selected, lists, query, *sources[0])
-    selected, selected_lse = named("selected", *results)
+    selected, selected_lse = named(spec.selected, "selected", *results)
     neighbours = Ranges.of_tokens(segment_info, config.window_size)
     window, window_lse = named(
-        "window", *range_forward(spec.window, neighbours, query, *sources[-1])
+        spec.window, "window", *range_forward(spec.window, neighbours, query, *sources[-1])
     )
     outs, lses = (out, selected, window), (lse, selected_lse, window_lse)
     residuals = _Residuals(outs, lses, ranges, lists, index, neighbours)

@@ -136,7 +136,7 @@ def range_attention(spec: RangeSpec, query, key, value, ranges: Ranges) -> Any:
 
 
 def _range_attention_fwd(spec, query, key, value, ranges):
-    results = named(spec.branch, *range_forward(spec, ranges, query, key, value))
+    results = named(spec, spec.branch, *range_forward(spec, ranges, query, key, value))
     return results, (query, key, value, ranges, *results)
 
 

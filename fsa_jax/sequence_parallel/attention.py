@@ -17,7 +17,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 
 from fsa_jax.config import NSAConfig
 from fsa_jax.ops import gated_sum
@@ -92,7 +91,7 @@ def _attention(spec, query, compressed, sources, gates, ids) -> Any:
 def _attention_fwd(spec, query, compressed, sources, gates, ids):
     results = _forward(spec, query, *compressed, *sources, ids)
     names = [f"{branch}_{part}" for branch in BRANCHES for part in ("out", "lse")]
-    results = tuple(map(checkpoint_name, results, (*names, "block_indices")))
+    results = tuple(map(spec.ops.selection.named, (*names, "block_indices"), results))
     *results, indices = results
     outs, lses = results[::2], results[1::2]
     residuals = (query, compressed, sources, gates, ids, outs, lses, indices)

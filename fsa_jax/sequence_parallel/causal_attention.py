@@ -61,7 +61,7 @@ def _attention(spec, query, key, value, ids) -> Any:
 
 
 def _attention_fwd(spec, query, key, value, ids):
-    results = named(spec.op.branch, *_forward(spec, query, key, value, ids))
+    results = named(spec.op, spec.op.branch, *_forward(spec, query, key, value, ids))
     return results, (query, key, value, ids, *results)
 
 

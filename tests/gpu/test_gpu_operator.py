@@ -4,6 +4,7 @@
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +35,7 @@ __all__ = [  # used by pytest
     "test_error_is_at_most_twice_that_of_the_plain_sum",
 ]
 LENGTH = 1024
-WINDOWS = {"kernel_size": 32, "kernel_stride": 16}
+WINDOWS: dict[str, Any] = {"kernel_size": 32, "kernel_stride": 16}
 FUNCTIONS = {
     "compressed": functools.partial(fsa_jax.compressed_attention, **WINDOWS),
     "window": functools.partial(fsa_jax.sliding_window_attention, window_size=200),
