@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import strategies as st
-from util import assert_same_bits, normal
+from util import assert_close, assert_same_bits, normal
 
 import fsa_jax
 from fsa_jax.arguments import checks
@@ -134,13 +134,22 @@ def run_all(ids, implementation, padding_id, sequence_axis=None):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("implementation", ["xla", "reference", "triton_interpret"])
-def test_ids_from_0_give_the_bits_of_ids_from_1(implementation):
+def test_ids_from_0_give_the_results_of_ids_from_1(implementation):
+    """The same bits outside jit. Inside, the ids are mapped in the program, so XLA may fuse the
+    dense definition and interpreted kernels otherwise, and round otherwise.
+    """
+    # padding with an id below, and with one above those of the documents
+    cases = ((FROM_0.astype(np.int32), -1), (np.where(FROM_0 < 0, 9, FROM_0).astype(np.uint8), 9))
     run = jax.jit(run_all, static_argnums=(1, 2))
-    wanted = run(jnp.asarray(FROM_1, jnp.int32), implementation, 0)
-    assert_same_bits(run(jnp.asarray(FROM_0, jnp.int32), implementation, -1), wanted)
-    # padding with an id above those of the documents
-    above = jnp.asarray(np.where(FROM_0 < 0, 9, FROM_0), jnp.uint8)
-    assert_same_bits(run(above, implementation, 9), wanted)
+    outside = run_all(FROM_1, implementation, 0)
+    inside = run(jnp.asarray(FROM_1, jnp.int32), implementation, 0)
+    for ids, padding_id in cases:
+        assert_same_bits(run_all(ids, implementation, padding_id), outside)
+        got = run(jnp.asarray(ids), implementation, padding_id)
+        if implementation == "xla":
+            assert_same_bits(got, inside)
+        else:
+            assert_close(got, inside, 2e-6)
 
 
 def test_outside_jit():
