@@ -1,6 +1,6 @@
-"""Attention layers for Flax: native sparse attention and its dense counterpart.
+"""Attention layers for Flax: native sparse attention, and dense attention with or without a window.
 
-Both are ``flax.nnx`` modules with the constructor arguments of ``nnx.MultiHeadAttention``, and are
+All are ``flax.nnx`` modules with the constructor arguments of ``nnx.MultiHeadAttention``, and are
 interchangeable. In linen code, wrap them: ``nnx.bridge.to_linen(NativeSparseAttention, num_heads=8,
 in_features=512)``.
 
@@ -12,6 +12,7 @@ key/value heads, D head width, M compressed windows, S selected blocks.
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
@@ -29,21 +30,19 @@ from fsa_jax.config import NSAConfig
 from fsa_jax.inference import cached_attention
 from fsa_jax.inference.kv_cache import Chunk
 from fsa_jax.inference.nsa_cache import NSACache
-from fsa_jax.nn.base import AttentionLayer, linear
+from fsa_jax.nn.base import BIAS_INIT, KERNEL_INIT, ROPE, AttentionLayer, linear
 from fsa_jax.nn.compressor import Compressor
-from fsa_jax.nn.full_attention import FullAttention as FullAttention
+from fsa_jax.nn.dense_attention import FullAttention as FullAttention
+from fsa_jax.nn.dense_attention import SlidingWindowAttention as SlidingWindowAttention
 from fsa_jax.ops.compression import METHODS
-from fsa_jax.ops.dispatch import check_name
+from fsa_jax.partitioning import AxisNames
 from fsa_jax.positions import window_positions
-from fsa_jax.rope import RoPE
+from fsa_jax.rope import RotaryEmbedding
 
 GATES = ("head", "token")
 """Three gates per query head, as in the NSA paper, or three per token, as in FSA."""
 
-_ROPE = RoPE()
 _CONFIG = NSAConfig()
-_KERNEL_INIT = initializers.lecun_normal()
-_BIAS_INIT = initializers.zeros_init()
 _POSITIONS_INIT = initializers.normal(0.02)
 
 
@@ -67,7 +66,10 @@ class NativeSparseAttention(AttentionLayer):
             R k, v),   g = sigmoid(x W_g),   y = o W_o
 
     Keys are compressed before RoPE; a compressed key is rotated by the position of the first token
-    in its window. The projections have the names and shapes of ``nnx.MultiHeadAttention``.
+    in its window. With `compress_after_rope`, ck = phi_k(R k + table). With `qk_norm`, RMSNorm over
+    the channels of a head follows the projections q and k. The projections have the names and
+    shapes of ``nnx.MultiHeadAttention``; they carry the names "query_proj", "key_proj",
+    "value_proj" and "out_proj" for the policies of ``jax.checkpoint``.
 
     Args:
       num_heads: number of query heads N.
@@ -80,18 +82,33 @@ class NativeSparseAttention(AttentionLayer):
       gate: ``"head"`` for three gates per query head, or ``"token"`` for three per token.
       kv_per_branch: whether each branch has its own key and value projections, as in the NSA paper,
         rather than all branches the same.
-      rope: rotary embedding of queries and keys, or None.
+      compress_after_rope: whether phi is applied to rotated keys, as in flash-linear-attention.
+      rope: rotary embedding of queries and keys (see ``fsa_jax.RotaryEmbedding``), or None.
       scale: scale of the logits; None: ``head_dim ** -0.5``.
-      use_bias: whether the projections (and the gates) have a bias.
+      qk_norm: whether each head of the queries and keys is normalised (RMSNorm) before RoPE.
+      norm_eps: epsilon of that normalisation.
+      use_bias: whether the projections and the gates have a bias, where the next three do not say.
+      qkv_bias: whether the projections of queries, keys and values have a bias; None: `use_bias`.
+      out_bias: whether the output projection has a bias; None: `use_bias`.
+      gate_bias: whether the gates have a bias; None: `use_bias`.
       dtype: dtype of the computation; None: inferred from input and parameters.
       param_dtype: dtype in which the parameters are stored.
       precision: ``jax.lax.Precision`` of the projections.
+      dot_general: a function like ``jax.lax.dot_general`` that computes the projections, for
+        example with quantised operands; None: ``jax.lax.dot_general``.
       kernel_init: initialiser of the projections and of the gates.
       out_kernel_init: initialiser of the output projection; None: `kernel_init`.
-      bias_init: initialiser of the biases.
+      bias_init: initialiser of the biases, except that of the gates.
+      gate_bias_init: initialiser of the bias of the gates, an array [N, 3] (or [1, 3]) in the
+        order compressed, selected, window; None: `bias_init`.
       compression_init: initialiser of phi's weights; None: ``linear`` and ``weighted`` start as the
         mean of the window's tokens, and ``mlp`` as LeCun normal.
       positions_init: initialiser of the positional table within a window, [K, l, D].
+      axis_names: names of parameter axes that replace some of ``fsa_jax.partitioning``'s
+        ``LOGICAL_AXES``, for example ``{"embed": "embed_attn", "head_dim": None}``.
+      padding_id: the segment id that marks padding; see ``native_sparse_attention``.
+      checkpoint_name: one name for the outputs and logsumexps of the attention, for the policies of
+        ``jax.checkpoint``; None: ``fsa_jax.CHECKPOINT_NAMES``.
       implementation: passed on to the functions of fsa_jax; None: the best available one.
       sequence_axis: mesh axis that splits the tokens of each sequence, see
         ``fsa_jax.native_sparse_attention``: all arrays of a call are then in zigzag order.
@@ -122,33 +139,44 @@ class NativeSparseAttention(AttentionLayer):
         compression: CompressionMethod = "linear",
         gate: Literal["head", "token"] = "head",
         kv_per_branch: bool = False,
-        rope: RoPE | None = _ROPE,
+        compress_after_rope: bool = False,
+        rope: RotaryEmbedding | None = ROPE,
         scale: float | None = None,
+        qk_norm: bool = False,
+        norm_eps: float = 1e-6,
         use_bias: bool = False,
+        qkv_bias: bool | None = None,
+        out_bias: bool | None = None,
+        gate_bias: bool | None = None,
         dtype: Dtype | None = None,
         param_dtype: Dtype = jnp.float32,
         precision: PrecisionLike = None,
-        kernel_init: Initializer = _KERNEL_INIT,
+        dot_general: Callable[..., jax.Array] | None = None,
+        kernel_init: Initializer = KERNEL_INIT,
         out_kernel_init: Initializer | None = None,
-        bias_init: Initializer = _BIAS_INIT,
+        bias_init: Initializer = BIAS_INIT,
+        gate_bias_init: Initializer | None = None,
         compression_init: Initializer | None = None,
         positions_init: Initializer = _POSITIONS_INIT,
+        axis_names: AxisNames | None = None,
+        padding_id: int = 0,
+        checkpoint_name: str | None = None,
         implementation: Implementation | None = None,
         sequence_axis: str | None = None,
         rngs: nnx.Rngs,
     ):
         checks.choice("compression", compression, METHODS)
         checks.choice("gate", gate, GATES)
-        check_name(implementation)
-        checks.config(config)
-        kv_per_branch = checks.flag("kv_per_branch", kv_per_branch)
-        options = dict(
-            use_bias=use_bias,
+        self.config = checks.config(config)
+        self.kv_per_branch = checks.flag("kv_per_branch", kv_per_branch)
+        self.compress_after_rope = checks.flag("compress_after_rope", compress_after_rope)
+        options: dict[str, Any] = dict(
             dtype=dtype,
             param_dtype=param_dtype,
             precision=precision,
+            dot_general=dot_general,
             kernel_init=kernel_init,
-            bias_init=bias_init,
+            axis_names=axis_names,
             rngs=rngs,
         )
         super().__init__(
@@ -157,19 +185,33 @@ class NativeSparseAttention(AttentionLayer):
             num_kv_heads=num_kv_heads,
             head_dim=head_dim,
             out_features=out_features,
-            kv_branches=(3,) if kv_per_branch else (),
+            _kv_branches=(3,) if kv_per_branch else (),
             rope=rope,
             scale=scale,
+            qk_norm=qk_norm,
+            norm_eps=norm_eps,
+            use_bias=use_bias,
+            qkv_bias=qkv_bias,
+            out_bias=out_bias,
+            out_kernel_init=out_kernel_init,
+            bias_init=bias_init,
+            padding_id=padding_id,
+            checkpoint_name=checkpoint_name,
             implementation=implementation,
             sequence_axis=sequence_axis,
-            out_kernel_init=out_kernel_init,
-            options=options,
+            **options,
         )
-        self.config = config
-        self.kv_per_branch = kv_per_branch
         gates = (num_heads, 3) if gate == "head" else (1, 3)
-        gate_names = ("heads" if gate == "head" else None, None)
-        self.gate = linear((in_features,), gates, (("embed",), gate_names), **options)
+        names = ("embed",), ("heads" if gate == "head" else None, None)
+        own_bias = use_bias if gate_bias is None else checks.flag("gate_bias", gate_bias)
+        init = bias_init if gate_bias_init is None else gate_bias_init
+
+        def flat_init(key, flat, dtype):  # Flax asks for the bias as a vector
+            return init(key, gates, dtype).reshape(flat)
+
+        self.gate = linear(
+            (in_features,), gates, names, use_bias=own_bias, bias_init=flat_init, **options
+        )
 
         def compressor(positions_init: Initializer | None) -> Compressor:
             return Compressor(
@@ -180,6 +222,7 @@ class NativeSparseAttention(AttentionLayer):
                 param_dtype=param_dtype,
                 weights_init=compression_init,
                 positions_init=positions_init,
+                axis_names=axis_names,
                 rngs=rngs,
             )
 
@@ -197,7 +240,11 @@ class NativeSparseAttention(AttentionLayer):
         """The gated sum of the branches, [B, T, N, D]."""
         gates = jax.nn.sigmoid(self.gate(x))
         shared = self._shared(segment_ids)
-        shared |= {"config": self.config, "sequence_axis": self.sequence_axis}
+        shared |= {
+            "config": self.config,
+            "sequence_axis": self.sequence_axis,
+            "checkpoint_name": self.checkpoint_name,
+        }
         arrays = (inputs.query, *inputs.selected, *inputs.compressed, gates)
         if not self.kv_per_branch:
             return api.native_sparse_attention(*arrays, **shared)
@@ -244,21 +291,22 @@ class NativeSparseAttention(AttentionLayer):
         )
 
     def extend(self, x, cache: NSACache, chunk: Chunk, layer, fresh) -> tuple[jax.Array, NSACache]:
-        query, key, value = self._turn(self.query(x), chunk.position), self.key(x), self.value(x)
+        query, key, value = self._query(x, chunk.position), self._key(x), self._value(x)
         self._check_same_dtype(key, cache)
-        backend = cached_attention.backend_of(self.implementation, query, cache)
+        backend = cached_attention.nsa_backend(self.implementation, query, cache)
         keys, values = self._by_branch(key, value)
+        compressed_key = self._to_compress(keys[0], chunk.position)
         selected = window = (self._turn(keys[1], chunk.position), values[1])
         cache = cache.append(*selected, layer, chunk)
         if self.kv_per_branch:
             window = (self._turn(keys[2], chunk.position), values[2])
             cache = cache.append_window(*window, layer, chunk)
         cache = cache.append_compressed(
-            keys[0],
+            compressed_key,
             values[0],
             layer,
             chunk,
-            lambda key, at: self._turn(self.compress_key(key)[:, : at.shape[1]], at),
+            lambda key, at: self._from_compress(self.compress_key(key)[:, : at.shape[1]], at),
             self.compress_value,
         )
         if fresh:
@@ -309,7 +357,7 @@ class NativeSparseAttention(AttentionLayer):
         segment_ids: jax.Array | None,
         positions: jax.Array,
     ) -> _Inputs:
-        query, key, value = self._turn(self.query(x), positions), self.key(x), self.value(x)
+        query, key, value = self._query(x, positions), self._key(x), self._value(x)
         keys, values = self._by_branch(key, value)
         axis = self.sequence_axis
         windows: dict[str, Any] = {
@@ -318,18 +366,26 @@ class NativeSparseAttention(AttentionLayer):
             "positions": positions,
             "sequence_axis": axis,
         }
-        compressed_key = self.compress_key(keys[0], segment_ids, axis)
+        compressed_key = self.compress_key(self._to_compress(keys[0], positions), segment_ids, axis)
         selected_key = self._turn(keys[1], positions)
         window_key = self._turn(keys[2], positions) if self.kv_per_branch else selected_key
         return _Inputs(
             query=query,
             compressed=(
-                self._turn(compressed_key, window_positions(segment_ids, **windows)),
+                self._from_compress(compressed_key, window_positions(segment_ids, **windows)),
                 self.compress_value(values[0], segment_ids, axis),
             ),
             selected=(selected_key, values[1]),
             window=(window_key, values[2]),
         )
+
+    def _to_compress(self, key: jax.Array, positions: jax.Array) -> jax.Array:
+        """The keys that phi compresses, at the positions of their tokens."""
+        return self._turn(key, positions) if self.compress_after_rope else key
+
+    def _from_compress(self, key: jax.Array, positions: jax.Array) -> jax.Array:
+        """The compressed keys that queries see, at the positions of their windows."""
+        return key if self.compress_after_rope else self._turn(key, positions)
 
     def _by_branch(self, key: jax.Array, value: jax.Array) -> Any:
         """The keys and the values of the compressed, selected and window branch."""

@@ -1,15 +1,24 @@
 """Logical names of parameter axes, and rules that map them to mesh axes."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
 from flax import nnx
 from flax.core import spmd
 
-LOGICAL_AXES = ("layers", "vocab", "embed", "heads", "kv_heads", "head_dim", "mlp")
-"""Names that parameter axes may carry; an axis that is never worth splitting is named None."""
+from fsa_jax.arguments import scalars
+
+LOGICAL_AXES = ("layers", "vocab", "embed", "heads", "kv_heads", "head_dim", "mlp", "window")
+"""Names that parameter axes may carry; an axis that is never worth splitting is named None.
+
+``window`` is the axis of phi's matrices that holds all channels of all tokens of a window: for
+``"linear"`` compression these have ``kernel_size * head_dim ** 2`` parameters per key/value head.
+"""
+
+type AxisNames = Mapping[str, str | None]
+"""Other names for some of ``LOGICAL_AXES``, such as those of another framework."""
 
 
 @contextlib.contextmanager
@@ -40,9 +49,37 @@ def sharding_rules(**mesh_axes: str | tuple[str, ...] | None) -> Iterator[None]:
         yield
 
 
-def partitioned(*names: str | None) -> dict[str, Any]:
-    """Metadata of a parameter whose axes carry these logical names."""
+def check_axis_names(axis_names: AxisNames | None) -> dict[str, str | None]:
+    """Checks the argument `axis_names` of the layers; None: no axis has another name.
+
+    Raises:
+      ValueError: it is no dict, a key is not in ``LOGICAL_AXES``, or a name is neither a string nor
+        None.
+    """
+    if axis_names is None:
+        return {}
+    if not isinstance(axis_names, Mapping):
+        raise ValueError(f"axis_names must be a dict or None, got {scalars.short(axis_names)}")
+    for name, other in axis_names.items():
+        if name not in LOGICAL_AXES:
+            raise ValueError(f"axis_names must have keys in {LOGICAL_AXES}, got {name!r}")
+        if not isinstance(other, str | None):
+            raise ValueError(
+                f"axis_names[{name!r}] must be a string or None, got {scalars.short(other)}"
+            )
+    return dict(axis_names)
+
+
+def partitioned(*names: str | None, axis_names: AxisNames | None = None) -> dict[str, Any]:
+    """Metadata of a parameter whose axes carry these logical names.
+
+    Args:
+      *names: one of ``LOGICAL_AXES`` for each axis, or None.
+      axis_names: other names that replace some of these.
+    """
+    other = axis_names or {}
+    replaced = tuple(None if name is None else other.get(name, name) for name in names)
     # By default Flax shards at construction and raises if no mesh is set. Layers of this package
     # can be built anywhere: they are sharded at construction only if both a mesh and rules are set.
     ready = bool(spmd.get_logical_axis_rules()) and not jax.sharding.get_abstract_mesh().empty
-    return {"out_sharding": names, "eager_sharding": ready and nnx.using_eager_sharding()}
+    return {"out_sharding": replaced, "eager_sharding": ready and nnx.using_eager_sharding()}

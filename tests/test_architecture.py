@@ -14,12 +14,13 @@ PACKAGE = Path(fsa_jax.__file__).parent
 #: import itself and the entries of earlier lines. A module that is listed apart from its package
 #: is an entry of its own.
 ORDER = (
-    {"lazy", "messages", "versions", "partitioning", "arguments.types", "arguments.scalars"},
-    {"config"},
+    {"lazy", "messages", "versions", "arguments.types", "arguments.scalars"},
+    {"config", "partitioning"},
     {"semantics"},
     {"pallas"},
     {"arguments", "reference", "xla_tiles"},
-    {"xla", "rope"},
+    {"xla", "rope_scaling"},
+    {"rope"},
     {"ops"},
     {"sequence_parallel"},
     {"positions"},
@@ -28,6 +29,7 @@ ORDER = (
     {"nn"},
     {"layers"},
     {"transformer_config"},
+    {"transformer_block"},
     {"transformer"},
     {"generation"},
     {"training"},

@@ -21,7 +21,6 @@ IDS = jnp.ones((1, 8), jnp.int32)
         ({"head_dim": 8.0}, "head_dim must be an integer .* got 8.0"),
         ({"num_kv_heads": "2"}, "num_kv_heads must be an integer .* got '2'"),
         ({"out_features": 0}, "out_features must be an integer of at least 1, got 0"),
-        ({"rope": "half"}, "rope must be a RoPE or None, got 'half'"),
         ({"scale": "1"}, "scale must be None or a finite number, not an array, got '1'"),
     ],
 )

@@ -274,6 +274,11 @@ def gates(gates, query: jax.Array, has_batch: bool) -> jax.Array:
     return gates
 
 
+def padding(padding_id) -> int:
+    """Checks the segment id that marks padding, an integer that int32 holds."""
+    return size("padding_id", padding_id, least=-(2**31))
+
+
 def ids(
     segment_ids, shape: tuple[int, ...] | None, has_batch: bool, padding_id: IntLike = 0
 ) -> jax.Array | None:
@@ -283,7 +288,7 @@ def ids(
     int32. Inside jit a negative id counts as padding, and a dtype is kept or made as wide as
     needed, so that no two ids become equal.
     """
-    padding = size("padding_id", padding_id, least=-(2**31))
+    padding_id = padding(padding_id)
     if segment_ids is None:
         return None
     found = _integers("segment_ids", segment_ids, "B T" if has_batch else "T")
@@ -292,12 +297,12 @@ def ids(
     free = None
     if is_known(found):
         values = np.asarray(found)  # numpy: inside jit, operations of jnp would be traced
-        _check_documents(values[values != padding], padding)
+        _check_documents(values[values != padding_id], padding_id)
         _check_fits("segment_ids", found)
         free = _unused(values)
     if is_known(found) or not _is_wide(found):
         found = jnp.asarray(found, jnp.int32)
-    return _with_padding_0(jnp.asarray(found if has_batch else found[None]), padding, free)
+    return _with_padding_0(jnp.asarray(found if has_batch else found[None]), padding_id, free)
 
 
 def _check_documents(values: np.ndarray, padding_id: int) -> None:

@@ -62,33 +62,51 @@ class Branches(NamedTuple):
     window: Float[Array, "B n N E"]
 
 
-def backend_of(
-    implementation: str | None, query: Float[Array, "B n N D"], cache: KVCache
+def nsa_backend(
+    implementation: str | None, query: Float[Array, "B n N D"], cache: NSACache
 ) -> Backend:
-    """Chooses the backend for queries of this shape.
+    """Chooses the backend of `attend` for queries of this shape.
 
     Raises:
       NotImplementedError: the named implementation cannot serve them.
     """
+    _check_implementation(implementation)
+    near = min(cache.config.window_size - 1, cache.capacity) + query.shape[1]
+    tokens, windows, near = (
+        _keys(cache, length) for length in (cache.capacity + query.shape[1], cache.windows, near)
+    )
+    # plans do not depend on the scale
+    spec = NSASpec.of(cache.config, 1.0, packed=True)
+    requests = spec.requests(query, (windows, windows), ((tokens, tokens), (near, near)))
+    return resolve(NAME, implementation, *requests.values()).backend
+
+
+def dense_backend(
+    implementation: str | None,
+    query: Float[Array, "B n N D"],
+    cache: KVCache,
+    *,
+    window_size: int | None,
+) -> Backend:
+    """Chooses the backend of `attend_dense`; see `nsa_backend`."""
+    _check_implementation(implementation)
+    seen = cache.capacity
+    if window_size is not None:
+        seen = min(window_size - 1, cache.capacity) + query.shape[1]
+    keys, spec = _keys(cache, seen), RangeSpec(scale=1.0, branch="full")
+    return resolve("causal_attention", implementation, Request(spec, (query, keys, keys))).backend
+
+
+def _check_implementation(implementation: str | None) -> None:
     if implementation in ("reference", *CUDNN):
         raise NotImplementedError(
             f"implementation={implementation!r} cannot serve a cache; use 'xla', 'triton' or None"
         )
 
-    def keys(length: int) -> jax.ShapeDtypeStruct:
-        shape = (query.shape[0], length, *cache.key.shape[2:])
-        return jax.ShapeDtypeStruct(shape, cache.key.dtype)
 
-    if isinstance(cache, NSACache):
-        row, windows = keys(cache.capacity + query.shape[1]), keys(cache.windows)
-        near = keys(min(cache.config.window_size - 1, cache.capacity) + query.shape[1])
-        # plans do not depend on the scale
-        spec = NSASpec.of(cache.config, 1.0, packed=True)
-        requests = spec.requests(query, (windows, windows), ((row, row), (near, near)))
-        return resolve(NAME, implementation, *requests.values()).backend
-    row, spec = keys(cache.capacity), RangeSpec(scale=1.0, branch="full")
-    request = Request(spec, (query, row, row))
-    return resolve("causal_attention", implementation, request).backend
+def _keys(cache: KVCache, length: int) -> jax.ShapeDtypeStruct:
+    shape = (cache.lengths.shape[0], length, *cache.key.shape[2:])
+    return jax.ShapeDtypeStruct(shape, cache.key.dtype)
 
 
 def attend(
@@ -108,7 +126,7 @@ def attend(
       chunk: positions of the queries.
       layer: number of the layer.
       scale: factor of the logits.
-      backend: the result of `backend_of`.
+      backend: the result of `nsa_backend`.
     """
     if query.shape[1] > MAX_DECODE_TOKENS:
         return _prefill_chunk(query, cache, chunk, layer, scale, backend)
@@ -123,23 +141,30 @@ def attend(
     return run(query, cache, chunk, jnp.asarray(layer, jnp.int32))
 
 
-def attend_full(
+def attend_dense(
     query: Float[Array, "B n N D"],
     cache: KVCache,
     chunk: Chunk,
     layer: int | Array,
     *,
+    window_size: int | None,
     scale: float,
     backend: Backend,
 ) -> Float[Array, "B n N E"]:
-    """Causal attention to all tokens of the sequences; the arguments are as in `attend`."""
-    length, capacity = query.shape[1], cache.capacity
-    first = jnp.zeros_like(chunk.first)
-    key, value = (
-        cache.read(pool, layer, first, capacity, chunk.stop) for pool in (cache.key, cache.value)
-    )
+    """Causal attention to all tokens of the sequences, or to the last `window_size` of them.
+
+    The other arguments are as in `attend`; `backend` is the result of `dense_backend`.
+    """
+    pools, few = (cache.key, cache.value), query.shape[1] <= MAX_DECODE_TOKENS
+    if window_size is not None:
+        options: dict[str, Any] = {"window_size": window_size, "scale": scale}
+        if few:
+            return _window_of_few(query, pools, cache, chunk, layer, **options)
+        return _window_of_many(query, pools, cache, chunk, layer, backend=backend, **options)
+    capacity, first = cache.capacity, jnp.zeros_like(chunk.first)
+    key, value = (cache.read(pool, layer, first, capacity, chunk.stop) for pool in pools)
     stop = jnp.where(chunk.valid, chunk.position + 1, 0)
-    if length <= MAX_DECODE_TOKENS:
+    if few:
         return _dense(query, key, value, _until(stop, capacity), scale)[0]
     query_range = _query_range(
         jnp.arange(capacity, dtype=jnp.int32)[None] - chunk.first[:, None], chunk
@@ -189,12 +214,9 @@ def _decode_tokens(query, cache: NSACache, chunk: Chunk, layer, *, scale: float)
         query, seen.key, lse, seen.segments, seen.windows, config=config, scale=scale
     )
     selected = _listed(query, cache, chunk, layer, blocks, scale)
-    reach = min(config.window_size - 1, cache.capacity)
-    key, value = _nearby(cache, chunk, layer, reach)
-    column = jnp.arange(key.shape[1], dtype=jnp.int32)[None, None]
-    low, high = _window(cache, chunk, reach)
-    visible = (column >= low[..., None]) & (column < high[..., None])
-    return Branches(compressed, selected, _dense(query, key, value, visible, scale)[0])
+    options = {"window_size": config.window_size, "scale": scale}
+    window = _window_of_few(query, cache.window_pools, cache, chunk, layer, **options)
+    return Branches(compressed, selected, window)
 
 
 def _until(stop: Int[Array, "B n"], count: int) -> Bool[Array, "B n m"]:
@@ -263,18 +285,42 @@ def _listed(query, cache: NSACache, chunk: Chunk, layer, blocks: Int[Array, "B n
     return rearrange(out, "n b k g e -> b n (k g) e")
 
 
-def _nearby(cache: NSACache, chunk: Chunk, layer, reach: int):
+# The sliding window
+
+
+def _window_of_few(query, pools, cache: KVCache, chunk: Chunk, layer, *, window_size, scale):
+    """Attention of a few queries to the last `window_size` tokens in these pools."""
+    reach = min(window_size - 1, cache.capacity)
+    key, value = _nearby(pools, cache, chunk, layer, reach)
+    low, high = _window(chunk, reach, window_size)
+    column = jnp.arange(key.shape[1], dtype=jnp.int32)[None, None]
+    visible = (column >= low[..., None]) & (column < high[..., None])
+    return _dense(query, key, value, visible, scale)[0]
+
+
+def _window_of_many(
+    query, pools, cache: KVCache, chunk: Chunk, layer, *, window_size, scale, backend
+):
+    """Like `_window_of_few`, by the operations of training."""
+    reach = min(window_size - 1, cache.capacity)
+    key, value = _nearby(pools, cache, chunk, layer, reach)
+    place = jnp.arange(key.shape[1], dtype=jnp.int32)[None] - reach
+    first, last = _query_range(jnp.broadcast_to(place, (query.shape[0], place.shape[1])), chunk)
+    last = jnp.clip(place + min(window_size, key.shape[1]), first, last)
+    ranges = Ranges(_window(chunk, reach, window_size), (first, last))
+    spec = RangeSpec(backend=backend, scale=scale, branch="window")
+    return _range_attention(spec, query, key, value, ranges)[0]
+
+
+def _nearby(pools, cache: KVCache, chunk: Chunk, layer, reach: int):
     """Keys and values from `reach` tokens before the chunk to its end, [B, reach + n, K, ...]."""
-    pools = (cache.key, cache.value)
-    if cache.window_key is not None and cache.window_value is not None:
-        pools = (cache.window_key, cache.window_value)
     count = reach + chunk.position.shape[1]
     return tuple(cache.read(x, layer, chunk.first - reach, count, chunk.stop) for x in pools)
 
 
-def _window(cache: NSACache, chunk: Chunk, reach: int):
+def _window(chunk: Chunk, reach: int, window_size: int):
     """The range of each query's sliding window, in indices of the tokens of `_nearby`."""
-    oldest = jnp.maximum(chunk.position - (cache.config.window_size - 1), 0)
+    oldest = jnp.maximum(chunk.position - (window_size - 1), 0)
     low = oldest - chunk.first[:, None] + reach
     high = chunk.position + 1 - chunk.first[:, None] + reach
     return low, jnp.where(chunk.valid, high, low)
@@ -294,19 +340,15 @@ def _prefill_chunk(query, cache: NSACache, chunk: Chunk, layer, scale: float, ba
     spec = SelectionSpec(**static, config=config, packed=seen.segments.packed)
     blocks = choose_blocks(spec, query, seen.key, lse, seen.segments, seen.windows)
     selected = _listed_in_row(query, cache, chunk, layer, blocks, static)
-    reach = min(config.window_size - 1, cache.capacity)
-    key, value = _nearby(cache, chunk, layer, reach)
-    place = jnp.arange(key.shape[1], dtype=jnp.int32)[None] - reach
-    query_range = _query_range(jnp.broadcast_to(place, (query.shape[0], place.shape[1])), chunk)
-    query_range = (
-        query_range[0],
-        jnp.clip(place + min(config.window_size, key.shape[1]), *query_range),
+    window = _window_of_many(
+        query,
+        cache.window_pools,
+        cache,
+        chunk,
+        layer,
+        window_size=config.window_size,
+        **static,
     )
-    spec, ranges = (
-        RangeSpec(**static, branch="window"),
-        Ranges(_window(cache, chunk, reach), query_range),
-    )
-    window, _ = _range_attention(spec, query, key, value, ranges)
     return Branches(compressed, selected, window)
 
 

@@ -59,8 +59,7 @@ def attend(
     selected, _ = attention.block_attention(
         query, cache.key, cache.value, pages, blocks, last, **options
     )
-    key = cache.key if cache.window_key is None else cache.window_key
-    value = cache.value if cache.window_value is None else cache.window_value
+    key, value = cache.window_pools
     low = jnp.maximum(last - (config.window_size - 1), 0)
     most = config.window_size + query.shape[1] - 1  # a sequence's queries are adjacent
     window, _, _ = attention.range_attention(

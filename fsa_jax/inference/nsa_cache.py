@@ -162,6 +162,13 @@ class NSACache(KVCache):
         key, value = (self.read(pool, layer, nothing, count, stop) for pool in pools)
         return key, value
 
+    @property
+    def window_pools(self) -> tuple[Array, Array]:
+        """The keys and values that the sliding window reads."""
+        if self.window_key is None or self.window_value is None:
+            return self.key, self.value
+        return self.window_key, self.window_value
+
     def append_window(self, key: Array, value: Array, layer, chunk: Chunk) -> Self:
         """Like `append`, for a sliding window with separate keys and values."""
         assert self.window_key is not None

@@ -4,23 +4,35 @@ Shapes: B batch, T tokens of a sequence, C features of the residual stream, N qu
 key/value heads, D head width, n tokens of a call with a cache.
 """
 
-from typing import Any, overload
+from collections.abc import Callable
+from typing import Any, ClassVar, overload
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from flax.typing import Initializer
+from flax.nnx.nn import initializers
+from flax.typing import Dtype, Initializer, PrecisionLike
+from jax.ad_checkpoint import checkpoint_name as named
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Integer
 
 from fsa_jax.arguments import checks
-from fsa_jax.arguments.types import AnyArray, IntegerList
+from fsa_jax.arguments.types import AnyArray, DenseImplementation, IntegerList
 from fsa_jax.inference.kv_cache import Chunk, KVCache
+from fsa_jax.nn.rms_norm import RMSNorm
 from fsa_jax.ops import partition
-from fsa_jax.partitioning import partitioned
-from fsa_jax.rope import RoPE
+from fsa_jax.ops.dispatch import check_name
+from fsa_jax.partitioning import AxisNames, check_axis_names, partitioned
+from fsa_jax.rope import RoPE, RotaryEmbedding
 from fsa_jax.semantics.segments import SegmentInfo, cut, describe_segments
 from fsa_jax.sequence_parallel import zigzag
+
+ROPE = RoPE()
+KERNEL_INIT = initializers.lecun_normal()
+BIAS_INIT = initializers.zeros_init()
+
+#: Names of the outputs of the projections, for the policies of ``jax.checkpoint``.
+PROJECTION_NAMES = ("query_proj", "key_proj", "value_proj", "out_proj")
 
 
 def check_heads(num_heads: int, num_kv_heads: int) -> None:
@@ -83,15 +95,18 @@ def linear(
     inputs: tuple[int, ...],
     outputs: tuple[int, ...],
     names: tuple[tuple[str | None, ...], tuple[str | None, ...]],
+    *,
+    axis_names: AxisNames | None,
     **options: Any,
 ) -> nnx.LinearGeneral:
     """A projection of the last axes; `names` are logical names of its input and output axes."""
+    others = check_axis_names(axis_names)
     return nnx.LinearGeneral(
         inputs,
         outputs,
         axis=tuple(range(-len(inputs), 0)),
-        kernel_metadata=partitioned(*names[0], *names[1]),
-        bias_metadata=partitioned(*names[1]),
+        kernel_metadata=partitioned(*names[0], *names[1], axis_names=others),
+        bias_metadata=partitioned(*names[1], axis_names=others),
         **options,
     )
 
@@ -100,8 +115,11 @@ class AttentionLayer(nnx.Module):
     """Base class of the attention layers.
 
     A layer defines `attend_rows`, the attention of a call without a cache; `init_cache`; and
-    `extend`, the call with a cache.
+    `extend`, the call with a cache. ``NativeSparseAttention`` describes the arguments.
     """
+
+    #: The implementations of this layer besides those that every layer has.
+    other_implementations: ClassVar[tuple[str, ...]] = ()
 
     @property
     def stride(self) -> int:
@@ -113,56 +131,102 @@ class AttentionLayer(nnx.Module):
         num_heads: int,
         in_features: int,
         *,
-        num_kv_heads: int | None,
-        head_dim: int | None,
-        out_features: int | None,
-        kv_branches: tuple[int, ...],
-        rope: RoPE | None,
-        scale: float | None,
-        implementation: Any,
-        sequence_axis: str | None,
-        out_kernel_init: Initializer | None,
-        options: dict[str, Any],
+        num_kv_heads: int | None = None,
+        head_dim: int | None = None,
+        out_features: int | None = None,
+        rope: RotaryEmbedding | None = ROPE,
+        scale: float | None = None,
+        qk_norm: bool = False,
+        norm_eps: float = 1e-6,
+        use_bias: bool = False,
+        qkv_bias: bool | None = None,
+        out_bias: bool | None = None,
+        dtype: Dtype | None = None,
+        param_dtype: Dtype = jnp.float32,
+        precision: PrecisionLike = None,
+        dot_general: Callable[..., jax.Array] | None = None,
+        kernel_init: Initializer = KERNEL_INIT,
+        out_kernel_init: Initializer | None = None,
+        bias_init: Initializer = BIAS_INIT,
+        axis_names: AxisNames | None = None,
+        padding_id: int = 0,
+        checkpoint_name: str | None = None,
+        implementation: DenseImplementation | None = None,
+        sequence_axis: str | None = None,
+        _kv_branches: tuple[int, ...] = (),
+        rngs: nnx.Rngs,
     ):
-        num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
-        check_heads(num_heads, num_kv_heads)
-        checks.size("in_features", in_features)
-        if head_dim is None:
-            if in_features % num_heads:
-                raise ValueError(
-                    "in_features must be a multiple of num_heads where head_dim is not given, got "
-                    f"in_features={in_features} and num_heads={num_heads}"
-                )
-            head_dim = in_features // num_heads
-        checks.size("head_dim", head_dim)
-        if out_features is not None:
-            checks.size("out_features", out_features)
-        checks.scale(scale, head_dim)
-        if sequence_axis is not None:
-            checks.axis_name(sequence_axis)
-        if not isinstance(rope, RoPE | None):
-            raise ValueError(f"rope must be a RoPE or None, got {checks.short(rope)}")
-        if rope is not None:
-            rope.inverse_frequencies(head_dim)  # raises for an odd head_dim
-        self.num_heads = num_heads
-        self.num_kv_heads = num_kv_heads
-        self.head_dim = head_dim
-        self.in_features = in_features
+        check_name(implementation, self.other_implementations)
+        self.num_heads, self.in_features = num_heads, in_features
+        self.num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         self.out_features = in_features if out_features is None else out_features
-        self.rope = rope
+        self.head_dim = self._check_sizes(head_dim)
+        checks.scale(scale, self.head_dim)
+        self.rope = _check_rope(rope, self.head_dim)
         self.scale = scale
-        self.implementation = implementation
-        self.sequence_axis = sequence_axis
+        self.padding_id = checks.padding(padding_id)
+        self.checkpoint_name = checks.checkpoint_name(checkpoint_name)
+        self.implementation: Any = implementation
+        self.sequence_axis = None if sequence_axis is None else checks.axis_name(sequence_axis)
 
-        features, heads = (in_features,), (num_heads, head_dim)
-        kv_heads = (*kv_branches, num_kv_heads, head_dim)
-        head_names = ("heads", "head_dim")
-        kv_names = (*(None for _ in kv_branches), "kv_heads", "head_dim")
-        self.query = linear(features, heads, (("embed",), head_names), **options)
-        self.key = linear(features, kv_heads, (("embed",), kv_names), **options)
-        self.value = linear(features, kv_heads, (("embed",), kv_names), **options)
-        out_options = options | {"kernel_init": out_kernel_init or options["kernel_init"]}
-        self.out = linear(heads, (self.out_features,), (head_names, ("embed",)), **out_options)
+        every = checks.flag("use_bias", use_bias)
+        qkv_bias = every if qkv_bias is None else checks.flag("qkv_bias", qkv_bias)
+        out_bias = every if out_bias is None else checks.flag("out_bias", out_bias)
+        if dot_general is not None and not callable(dot_general):
+            raise ValueError(
+                "dot_general must be None or a function like jax.lax.dot_general, got "
+                f"{checks.short(dot_general)}"
+            )
+        options: dict[str, Any] = dict(
+            dtype=dtype,
+            param_dtype=param_dtype,
+            precision=precision,
+            dot_general=dot_general,
+            bias_init=bias_init,
+            axis_names=axis_names,
+            rngs=rngs,
+        )
+        features, heads = (in_features,), (num_heads, self.head_dim)
+        kv_heads = (*_kv_branches, self.num_kv_heads, self.head_dim)
+        inner = options | {"use_bias": qkv_bias, "kernel_init": kernel_init}
+        names = ("embed",), ("heads", "head_dim")
+        kv_names = ("embed",), (*(None for _ in _kv_branches), "kv_heads", "head_dim")
+        self.query = linear(features, heads, names, **inner)
+        self.key = linear(features, kv_heads, kv_names, **inner)
+        self.value = linear(features, kv_heads, kv_names, **inner)
+        outer = options | {"use_bias": out_bias, "kernel_init": out_kernel_init or kernel_init}
+        self.out = linear(heads, (self.out_features,), (names[1], names[0]), **outer)
+
+        epsilon = checks.number("norm_eps", norm_eps, "in (0, 1)", lambda x: 0 < x < 1)
+        self.query_norm: RMSNorm | None = nnx.data(None)
+        self.key_norm: RMSNorm | None = nnx.data(None)
+        if checks.flag("qk_norm", qk_norm):
+
+            def norm() -> RMSNorm:
+                return RMSNorm(
+                    self.head_dim,
+                    epsilon=epsilon,
+                    dtype=dtype,
+                    param_dtype=param_dtype,
+                    scale_metadata=partitioned(None),
+                    rngs=rngs,
+                )
+
+            self.query_norm, self.key_norm = norm(), norm()
+
+    def _check_sizes(self, head_dim: int | None) -> int:
+        """Checks the sizes of the layer, and returns the head width."""
+        check_heads(self.num_heads, self.num_kv_heads)
+        checks.size("in_features", self.in_features)
+        checks.size("out_features", self.out_features)
+        if head_dim is not None:
+            return checks.size("head_dim", head_dim)
+        if self.in_features % self.num_heads:
+            raise ValueError(
+                "in_features must be a multiple of num_heads where head_dim is not given, got "
+                f"in_features={self.in_features} and num_heads={self.num_heads}"
+            )
+        return self.in_features // self.num_heads
 
     @overload
     def __call__(
@@ -189,8 +253,8 @@ class AttentionLayer(nnx.Module):
 
         Args:
           x: [B, T, C], floating.
-          segment_ids: integers [B, T]; a run of equal ids is one document, and 0 is padding. None:
-            every sequence is one document.
+          segment_ids: integers [B, T]; a run of equal ids is one document, and `padding_id` is
+            padding. None: every sequence is one document.
           positions: integers [B, T], for RoPE; None: counted from each document's start.
           cache: the result of `init_cache` or of an earlier call. Row b of `x` then continues
             sequence b, which determines the positions; a call may add any number of tokens.
@@ -226,9 +290,9 @@ class AttentionLayer(nnx.Module):
 
     def call_part(self, x, segment_ids, positions) -> jax.Array:
         """The call without a cache, where no mesh axis is Explicit."""
-        rows, positions = self._describe(x, segment_ids, positions)
-        heads = self.attend_rows(rows.without_padding(x), segment_ids, positions)
-        return self._project_out(heads, rows)
+        segments, positions = self._describe(x, segment_ids, positions)
+        heads = self.attend_rows(segments.without_padding(x), segment_ids, positions)
+        return self._project_out(heads, segments)
 
     def attend_rows(self, x, segment_ids, positions) -> jax.Array:
         """The attention output [B, T, N, D] of a call without a cache; `x` is 0 at padding."""
@@ -305,7 +369,7 @@ class AttentionLayer(nnx.Module):
     def _arrays(self, x, segment_ids, positions) -> Any:
         """Checks the arguments of a call without a cache, and returns them as arrays or None."""
         x = self._check_features(checks.floating("x", x, "B T C"))
-        segment_ids = checks.ids(segment_ids, x.shape[:2], True)
+        segment_ids = checks.ids(segment_ids, x.shape[:2], True, self.padding_id)
         if positions is not None:
             positions = checks.integers("positions", positions, "B T")
             checks.same_axes("B T", x=x, positions=positions)
@@ -315,17 +379,42 @@ class AttentionLayer(nnx.Module):
         self, x: jax.Array, segment_ids: jax.Array | None, positions: jax.Array | None
     ) -> tuple[SegmentInfo, jax.Array]:
         """The documents of each sequence and the position of each token; see `_arrays`."""
-        rows = describe_segments(segment_ids, *x.shape[:2])
+        segments = describe_segments(segment_ids, *x.shape[:2])
         if positions is not None:
-            return rows, positions
+            return segments, positions
         if self.sequence_axis is None:
-            return rows, rows.position
+            return segments, segments.position
         checks.sequence(self.sequence_axis, True, x.shape[1], self.stride)
-        return rows, zigzag.positions(segment_ids, x.shape[:2], self.sequence_axis)
+        return segments, zigzag.positions(segment_ids, x.shape[:2], self.sequence_axis)
+
+    def _query(self, x: jax.Array, positions: jax.Array) -> jax.Array:
+        """The queries [B, T, N, D] after normalisation and RoPE."""
+        query = named(self.query(x), "query_proj")
+        query = query if self.query_norm is None else self.query_norm(query)
+        return self._turn(query, positions)
+
+    def _key(self, x: jax.Array) -> jax.Array:
+        """The keys [B, T, ..., K, D] after normalisation, before RoPE."""
+        key = named(self.key(x), "key_proj")
+        return key if self.key_norm is None else self.key_norm(key)
+
+    def _value(self, x: jax.Array) -> jax.Array:
+        return named(self.value(x), "value_proj")
 
     def _turn(self, x: jax.Array, positions: jax.Array) -> jax.Array:
         return x if self.rope is None else self.rope.apply(x, positions)
 
-    def _project_out(self, heads: jax.Array, rows: SegmentInfo | Chunk) -> jax.Array:
+    def _project_out(self, heads: jax.Array, segments: SegmentInfo | Chunk) -> jax.Array:
         """Applies the output projection; the result at padding is 0 even with a bias."""
-        return cut(self.out(heads), rows.valid)
+        return cut(named(self.out(heads), "out_proj"), segments.valid)
+
+
+def _check_rope(rope: RotaryEmbedding | None, head_dim: int) -> RotaryEmbedding | None:
+    if not isinstance(rope, RotaryEmbedding | None):
+        raise ValueError(
+            "rope must be None or a RotaryEmbedding, an object with the methods `apply` and "
+            f"`check`, got {checks.short(rope)}"
+        )
+    if rope is not None:
+        rope.check(head_dim)
+    return rope

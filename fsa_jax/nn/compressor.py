@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 from fsa_jax import api
 from fsa_jax.arguments.types import CompressionMethod
 from fsa_jax.config import NSAConfig
-from fsa_jax.partitioning import partitioned
+from fsa_jax.partitioning import AxisNames, check_axis_names, partitioned
 
 
 class Compressor(nnx.Module):
@@ -26,6 +26,7 @@ class Compressor(nnx.Module):
       param_dtype: dtype in which the parameters are stored.
       weights_init: initialiser of the weights; None: see ``NativeSparseAttention``.
       positions_init: initialiser of the positional table [K, l, D]; None: there is no table.
+      axis_names: other names of parameter axes; see ``NativeSparseAttention``.
       rngs: random keys.
 
     Example:
@@ -44,6 +45,7 @@ class Compressor(nnx.Module):
         param_dtype: Dtype = jnp.float32,
         weights_init: Initializer | None = None,
         positions_init: Initializer | None = None,
+        axis_names: AxisNames | None = None,
         rngs: nnx.Rngs,
     ):
         self.config = config
@@ -56,23 +58,26 @@ class Compressor(nnx.Module):
             "mean": (),
             "mlp": ((heads, flat, hidden), (heads, hidden, head_dim)),
         }[method]
-        names = ("kv_heads", None, "head_dim")
         default_init = _lecun_per_head if method == "mlp" else _mean_of_window
         init = default_init if weights_init is None else weights_init
 
-        def parameter(init: Initializer, shape: tuple[int, ...]) -> nnx.Param:
-            metadata = partitioned(*names[: len(shape)])
+        others = check_axis_names(axis_names)
+
+        def parameter(init: Initializer, shape: tuple[int, ...], *names: str | None) -> nnx.Param:
+            metadata = partitioned("kv_heads", *names, axis_names=others)
             return nnx.Param(init(rngs.params(), shape, param_dtype), **metadata)
 
         self.weights: nnx.Param | None = nnx.data(None)
         self.weights_out: nnx.Param | None = nnx.data(None)  # the second matrix of "mlp"
         self.positions: nnx.Param | None = nnx.data(None)
-        if shapes:
-            self.weights = parameter(init, shapes[0])
+        if method == "weighted":
+            self.weights = parameter(init, shapes[0], None)
+        elif shapes:
+            self.weights = parameter(init, shapes[0], "window", "head_dim")
         if len(shapes) == 2:
-            self.weights_out = parameter(init, shapes[1])
+            self.weights_out = parameter(init, shapes[1], None, "head_dim")
         if positions_init is not None:
-            self.positions = parameter(positions_init, (heads, window, head_dim))
+            self.positions = parameter(positions_init, (heads, window, head_dim), None, "head_dim")
 
     def __call__(
         self,

@@ -15,7 +15,7 @@ from util import assert_errors_are_at_most_twice_those_of_dense
 
 from fsa_jax import NSACache, NSAConfig
 from fsa_jax.inference import cached_attention
-from fsa_jax.layers import FullAttention, NativeSparseAttention
+from fsa_jax.layers import FullAttention, NativeSparseAttention, SlidingWindowAttention
 from fsa_jax.rope import Llama3Scaling, RoPE
 from inference.cached_layers import BATCH, FEATURES, LENGTH, extend, inputs, make, numbers, whole
 
@@ -44,6 +44,7 @@ ONE_TOKEN = NSAConfig(
     local_blocks=0,
     window_size=1,
 )
+NORMALISED = {"qk_norm": True, "qkv_bias": True, "rope": RoPE(interleaved=True)}
 OPTIONS = {
     "default": {},
     "per_branch": {"compression": "mlp", "kv_per_branch": True, "gate": "token", "heads": (4, 4)},
@@ -51,7 +52,11 @@ OPTIONS = {
     "mean": {"compression": "mean", "kv_per_branch": True, "rope": None, "heads": (3, 1)},
     "group_of_16": {"heads": (16, 1), "scale": 1.0, "config": LONG_WINDOWS},
     "groups_of_8": {"heads": (16, 2), "compression": "mlp", "config": ONE_TOKEN},
+    "after_rope": {"compress_after_rope": True, "kv_per_branch": True, **NORMALISED},
     "full": {"cls": FullAttention, "use_bias": True},
+    "window": {"cls": SlidingWindowAttention, "window_size": 7, **NORMALISED},
+    "long_window": {"cls": SlidingWindowAttention, "window_size": 100, "heads": (8, 1)},
+    "window_of_one": {"cls": SlidingWindowAttention, "window_size": 1},
     "full_group_of_8": {"cls": FullAttention, "heads": (8, 1), "rope": SCALED, "scale": 0.5},
 }
 
@@ -103,7 +108,7 @@ RAGGED = [
 ]  # fmt: skip
 
 
-@pytest.mark.fast_cases("full", "full_group_of_8")
+@pytest.mark.fast_cases("full", "full_group_of_8", "window")
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_any_chunks_give_the_training_forward(options):
     layer, x = make(**options), inputs()

@@ -1,26 +1,19 @@
-"""Dense causal attention as a Flax layer, with memory linear in the tokens.
+"""Dense causal attention as Flax layers, over all tokens or in a sliding window, in linear memory.
 
 Shapes: B batch, T tokens of a sequence, C features of the residual stream.
 """
 
+from typing import Any, ClassVar
+
 import jax
-import jax.numpy as jnp
-from flax import nnx
-from flax.nnx.nn import initializers
-from flax.typing import Dtype, Initializer, PrecisionLike
+from flax.typing import Dtype
 
 from fsa_jax import api
 from fsa_jax.arguments import checks
-from fsa_jax.arguments.types import DenseImplementation
 from fsa_jax.inference import cached_attention
 from fsa_jax.inference.kv_cache import Chunk, KVCache
 from fsa_jax.nn.base import AttentionLayer
-from fsa_jax.ops.dispatch import CUDNN, check_name
-from fsa_jax.rope import RoPE
-
-_ROPE = RoPE()
-_KERNEL_INIT = initializers.lecun_normal()
-_BIAS_INIT = initializers.zeros_init()
+from fsa_jax.ops.dispatch import CUDNN
 
 
 class FullAttention(AttentionLayer):
@@ -30,8 +23,9 @@ class FullAttention(AttentionLayer):
     y = softmax(scale * R q (R k)^T) v W_o. ``fsa_jax.causal_attention`` computes the attention.
 
     Args:
-      num_heads, in_features, num_kv_heads, head_dim, out_features, rope, scale, use_bias, dtype,
-        param_dtype, precision, kernel_init, out_kernel_init, bias_init, rngs: as in
+      num_heads, in_features, num_kv_heads, head_dim, out_features, rope, scale, qk_norm, norm_eps,
+        use_bias, qkv_bias, out_bias, dtype, param_dtype, precision, dot_general, kernel_init,
+        out_kernel_init, bias_init, axis_names, padding_id, checkpoint_name, rngs: as in
         ``NativeSparseAttention``.
       implementation: as in ``fsa_jax.causal_attention``. ``"cudnn"`` supports neither segment ids
         nor a cache.
@@ -41,6 +35,8 @@ class FullAttention(AttentionLayer):
       ValueError: sizes do not divide, or a choice is unknown.
 
     Example:
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
       >>> layer = FullAttention(4, 64, num_kv_heads=2, rngs=nnx.Rngs(0))
       >>> layer(jnp.ones((1, 128, 64))).shape
       (1, 128, 64)
@@ -50,64 +46,28 @@ class FullAttention(AttentionLayer):
       arXiv 2305.13245.
     """
 
-    def __init__(
-        self,
-        num_heads: int,
-        in_features: int,
-        *,
-        num_kv_heads: int | None = None,
-        head_dim: int | None = None,
-        out_features: int | None = None,
-        rope: RoPE | None = _ROPE,
-        scale: float | None = None,
-        use_bias: bool = False,
-        dtype: Dtype | None = None,
-        param_dtype: Dtype = jnp.float32,
-        precision: PrecisionLike = None,
-        kernel_init: Initializer = _KERNEL_INIT,
-        out_kernel_init: Initializer | None = None,
-        bias_init: Initializer = _BIAS_INIT,
-        implementation: DenseImplementation | None = None,
-        sequence_axis: str | None = None,
-        rngs: nnx.Rngs,
-    ):
-        check_name(implementation, CUDNN)
-        super().__init__(
-            num_heads,
-            in_features,
-            num_kv_heads=num_kv_heads,
-            head_dim=head_dim,
-            out_features=out_features,
-            kv_branches=(),
-            rope=rope,
-            scale=scale,
-            implementation=implementation,
-            sequence_axis=sequence_axis,
-            out_kernel_init=out_kernel_init,
-            options=dict(
-                use_bias=use_bias,
-                dtype=dtype,
-                param_dtype=param_dtype,
-                precision=precision,
-                kernel_init=kernel_init,
-                bias_init=bias_init,
-                rngs=rngs,
-            ),
-        )
+    other_implementations: ClassVar[tuple[str, ...]] = CUDNN
+
+    @property
+    def window_size(self) -> int | None:
+        """The number of visible keys, the query's own included; None: all."""
+        return None
 
     def attend_rows(self, x, segment_ids, positions) -> jax.Array:
-        query, key = self._turn(self.query(x), positions), self._turn(self.key(x), positions)
-        return self._attend(query, key, self.value(x), segment_ids)
+        query, key = self._query(x, positions), self._turn(self._key(x), positions)
+        return self._attend(query, key, self._value(x), segment_ids)
 
     def _attend(self, query, key, value, segment_ids: jax.Array | None) -> jax.Array:
         return api.causal_attention(
             query,
             key,
             value,
+            window_size=self.window_size,
             segment_ids=segment_ids,
             scale=self.scale,
             implementation=self.implementation,
             sequence_axis=self.sequence_axis,
+            checkpoint_name=self.checkpoint_name,
         )
 
     def init_cache(
@@ -146,18 +106,61 @@ class FullAttention(AttentionLayer):
             layers=layers,
         )
 
-    def extend(self, x, cache: KVCache, chunk: Chunk, layer, fresh) -> tuple[jax.Array, KVCache]:
-        query, key = (self._turn(y, chunk.position) for y in (self.query(x), self.key(x)))
-        value = self.value(x)
+    def extend(self, x, cache: Any, chunk: Chunk, layer, fresh) -> tuple[jax.Array, Any]:
+        query, value = self._query(x, chunk.position), self._value(x)
+        key = self._turn(self._key(x), chunk.position)
         self._check_same_dtype(key, cache)
-        backend = cached_attention.backend_of(self.implementation, query, cache)
+        size = self.window_size
+        # checked even if `fresh`, so that every call refuses what later calls could not serve
+        backend = cached_attention.dense_backend(
+            self.implementation, query, cache, window_size=size
+        )
         cache = cache.append(key, value, layer, chunk)
         if fresh:
             # padding comes last, where causal attention hides it from the tokens before it
             heads = self._attend(query, key, value, None)
         else:
-            scale = checks.scale(self.scale, self.head_dim)
-            heads = cached_attention.attend_full(
-                query, cache, chunk, layer, scale=scale, backend=backend
+            heads = cached_attention.attend_dense(
+                query,
+                cache,
+                chunk,
+                layer,
+                window_size=size,
+                scale=checks.scale(self.scale, self.head_dim),
+                backend=backend,
             )
         return self._project_out(heads, chunk), cache
+
+
+class SlidingWindowAttention(FullAttention):
+    """Causal self-attention in a sliding window; otherwise like ``FullAttention``.
+
+    A query at position t of its document sees the tokens t - w + 1 to t, with w the `window_size`.
+
+    Args:
+      num_heads, in_features: as in ``FullAttention``.
+      window_size: the exact number of visible keys, the query's own included.
+      **options: the other arguments of ``FullAttention``.
+
+    Raises:
+      ValueError: a size is not a positive integer; see ``FullAttention``.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> layer = SlidingWindowAttention(4, 64, window_size=32, rngs=nnx.Rngs(0))
+      >>> layer(jnp.ones((1, 128, 64))).shape
+      (1, 128, 64)
+
+    References:
+      Longformer, arXiv 2004.05150, section 3.1, with keys only on one side.
+    """
+
+    def __init__(self, num_heads: int, in_features: int, *, window_size: int, **options: Any):
+        super().__init__(num_heads, in_features, **options)
+        self._window_size = checks.size("window_size", window_size)
+
+    @property
+    def window_size(self) -> int:
+        """The number of visible keys, the query's own included."""
+        return self._window_size
