@@ -5,6 +5,7 @@ import codecs
 import contextlib
 import dataclasses
 import io
+import json
 import math
 import os
 import re
@@ -149,12 +150,17 @@ def _print_error(message: str) -> int:
 
 
 def _parse[Flags](
-    flags: type[Flags], command: str, arguments: Sequence[str], default: Flags | None = None
+    flags: type[Flags],
+    command: str,
+    arguments: Sequence[str],
+    default: Flags | None = None,
+    more_rules: Sequence[Callable] = (),
 ) -> Flags:
     import tyro
 
     rules = tyro.constructors.ConstructorRegistry()
-    rules.primitive_rule(_path_rule)
+    for rule in (_path_rule, *more_rules):
+        rules.primitive_rule(rule)
     messages = io.StringIO()
     try:
         with contextlib.redirect_stderr(messages), rules:
@@ -190,6 +196,30 @@ def _path_rule(found):
         instance_from_str=path,
         is_instance=lambda x: isinstance(x, Path),
         str_from_instance=lambda x: [str(x)],
+    )
+
+
+def _scaling_rule(found):
+    """A tyro rule for a scaling of RoPE: the dictionary of Hugging Face, as JSON, or none."""
+    import tyro
+
+    from fsa_jax.rope_scaling import RoPEScaling, scaling_from_dict
+
+    if found.type != RoPEScaling | None:
+        return None
+
+    def scaling(words: list[str]) -> RoPEScaling | None:
+        try:
+            return scaling_from_dict(json.loads(words[0]))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"rope_scaling must be JSON, got {words[0]!r}") from error
+
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="JSON",
+        instance_from_str=scaling,
+        is_instance=lambda x: isinstance(x, RoPEScaling | None),
+        str_from_instance=lambda x: [json.dumps(x and x.to_dict())],
     )
 
 
@@ -238,7 +268,7 @@ def _train_until_stopped(arguments: Sequence[str]) -> None:
         default = PRESETS.get(found.pop("preset"), default)
         sizes = {name: size for name, size in found.items() if size is not None}
         default = dataclasses.replace(default, model=with_sizes(default.model, sizes))
-    config = _parse(TrainConfig, "train", arguments, default)
+    config = _parse(TrainConfig, "train", arguments, default, (_scaling_rule,))
     # These imports are slow; --help and errors in the flags do not need them.
     from fsa_jax.training import ProcessLost, train
     from fsa_jax.training.compilation_cache import keep_compiled_programs

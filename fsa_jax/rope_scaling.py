@@ -316,6 +316,9 @@ class YarnScaling(_Scaling):
         return ramp * kept / self.factor + (1 - ramp) * kept
 
 
+RoPEScaling = LinearScaling | Llama3Scaling | YarnScaling
+"""The scalings of RoPE."""
+
 _SCALINGS = {kind.rope_type: kind for kind in (LinearScaling, Llama3Scaling, YarnScaling)}
 
 

@@ -1,12 +1,14 @@
 """A small decoder-only transformer, for training and for comparing sparse with dense attention.
 
-The parameters of all layers are stacked along a leading layer axis, and a single ``lax.scan`` runs
-the layers, so tracing and compilation take the time of one layer.
+The parameters of the layers of a type are stacked along a leading layer axis, and ``lax.scan`` runs
+the layers (see `nn/layer_stack.py`), so tracing and compilation take the time of one layer, or of a
+few if the types of the layers differ.
 
 Shapes: B batch, T tokens of a sequence, n tokens of a call with a cache, C embed_dim, L layers,
 V vocabulary, K key/value heads.
 """
 
+from collections import Counter
 from collections.abc import Callable
 from typing import Any, overload
 
@@ -14,139 +16,23 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from flax.nnx.nn import initializers
-from flax.typing import Dtype, Initializer
+from flax.typing import Dtype
 from jaxtyping import Array, Float, Int, Integer
 
 from fsa_jax import api
 from fsa_jax.arguments import checks
 from fsa_jax.arguments.types import AnyArray, IntegerList
-from fsa_jax.inference.kv_cache import Chunk, KVCache
-from fsa_jax.layers import FullAttention, NativeSparseAttention
-from fsa_jax.nn.base import layer_call, without_padding
+from fsa_jax.inference.kv_cache import KVCache
+from fsa_jax.layers import NativeSparseAttention
+from fsa_jax.nn.base import layer_call
+from fsa_jax.nn.layer_stack import run_layers
 from fsa_jax.partitioning import partitioned
-from fsa_jax.rope import RoPE
-from fsa_jax.semantics.precision import narrow
 from fsa_jax.semantics.segments import cut
+from fsa_jax.transformer_block import Block, residual_norm
 from fsa_jax.transformer_config import TransformerConfig as TransformerConfig
 
 #: The primitive by which jax runs cuDNN's forward pass of attention.
 CUDNN_FORWARD = "dot_product_attention_fwd_wrapper"
-
-
-class RMSNorm(nnx.RMSNorm):
-    """RMSNorm, arXiv 1910.07467, over the residual stream; statistics in float32."""
-
-    def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
-        super().__init__(
-            config.embed_dim,
-            epsilon=config.norm_eps,
-            dtype=config.dtype,
-            param_dtype=config.param_dtype,
-            scale_metadata=partitioned("embed"),
-            rngs=rngs,
-        )
-
-    def __call__(self, x: Float[Array, "B T C"], mask: Array | None = None):
-        # flax promotes bfloat16 implicitly, which strict promotion would forbid.
-        with jax.numpy_dtype_promotion("standard"):
-            return super().__call__(x, mask)
-
-
-class SwiGLU(nnx.Module):
-    """Gated feed-forward: (silu(x W_gate) * (x W_up)) W_down, arXiv 2002.05202, section 2."""
-
-    def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
-        def linear(inputs: int, outputs: int, init, *names: str) -> nnx.Linear:
-            return nnx.Linear(
-                inputs,
-                outputs,
-                use_bias=False,
-                dtype=config.dtype,
-                param_dtype=config.param_dtype,
-                kernel_init=init,
-                kernel_metadata=partitioned(*names),
-                rngs=rngs,
-            )
-
-        width, hidden = config.embed_dim, config.mlp_dim
-        self.gate = linear(width, hidden, initializers.lecun_normal(), "embed", "mlp")
-        self.up = linear(width, hidden, initializers.lecun_normal(), "embed", "mlp")
-        self.down = linear(hidden, width, _branch_init(config), "mlp", "embed")
-
-    def __call__(self, x: Float[Array, "B T C"]) -> Float[Array, "B T C"]:
-        return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
-
-
-class Block(nnx.Module):
-    """One layer: x + attention(norm(x)), then x + mlp(norm(x))."""
-
-    def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
-        self.attention_norm = RMSNorm(config, rngs=rngs)
-        self.mlp_norm = RMSNorm(config, rngs=rngs)
-        shared: dict[str, Any] = dict(
-            num_kv_heads=config.num_kv_heads,
-            head_dim=config.head_dim,
-            rope=RoPE(theta=config.rope_theta),
-            dtype=config.dtype,
-            param_dtype=config.param_dtype,
-            out_kernel_init=_branch_init(config),
-            implementation=config.implementation,
-            sequence_axis=config.sequence_axis,
-            rngs=rngs,
-        )
-        if config.attention == "full":
-            self.attention = FullAttention(config.num_heads, config.embed_dim, **shared)
-        else:
-            self.attention = NativeSparseAttention(
-                config.num_heads,
-                config.embed_dim,
-                config=config.nsa,
-                compression=config.compression,
-                gate=config.gate,
-                kv_per_branch=config.kv_per_branch,
-                **shared,
-            )
-        self.mlp = SwiGLU(config, rngs=rngs)
-        self.dropout = nnx.Dropout(config.dropout_rate)
-
-    def __call__(
-        self,
-        x: Float[Array, "B T C"],
-        segment_ids: Integer[AnyArray, "B T"] | IntegerList | None = None,
-        positions: Integer[AnyArray, "B T"] | IntegerList | None = None,
-        dropout_key: jax.Array | None = None,
-    ) -> Float[Array, "B T C"]:
-        """The layer's output; dropout is applied only if `dropout_key` is given."""
-        attention_key, mlp_key = (
-            (None, None) if dropout_key is None else jax.random.split(dropout_key)
-        )
-        x = without_padding(x, segment_ids)
-        out = self.attention(self.attention_norm(x), segment_ids, positions)
-        x = x + self._drop(out, attention_key)
-        return x + self._drop(self.mlp(self.mlp_norm(x)), mlp_key)
-
-    def extend(
-        self, x: Float[Array, "B n C"], cache: Any, chunk: Chunk, layer: jax.Array, fresh: bool
-    ) -> tuple[Float[Array, "B n C"], Any]:
-        """The layer's output for a chunk, and the updated cache; see the attention layers."""
-        x = cut(x, chunk.valid)
-        out, cache = self.attention.extend(self.attention_norm(x), cache, chunk, layer, fresh)
-        x = x + out
-        return x + self.mlp(self.mlp_norm(x)), cache
-
-    def _drop(self, x: jax.Array, key: jax.Array | None) -> jax.Array:
-        return x if key is None else narrow(self.dropout.__call__)(x, rngs=key)
-
-    def selected_blocks(
-        self,
-        x: Float[Array, "B T C"],
-        segment_ids: Integer[AnyArray, "B T"] | IntegerList | None = None,
-        positions: Integer[AnyArray, "B T"] | IntegerList | None = None,
-    ) -> Int[Array, "B T K topk"]:
-        """The blocks that the attention of this layer selects for the layer's input x."""
-        assert isinstance(self.attention, NativeSparseAttention)
-        x = without_padding(x, segment_ids)
-        return self.attention.selected_blocks(self.attention_norm(x), segment_ids, positions)
 
 
 class Transformer(nnx.Module):
@@ -183,13 +69,21 @@ class Transformer(nnx.Module):
             rngs=rngs,
         )
 
-        @nnx.split_rngs(splits=config.num_layers)
-        @nnx.vmap(transform_metadata={nnx.PARTITION_NAME: "layers"})
-        def build(rngs: nnx.Rngs) -> Block:
-            return Block(config, rngs=rngs)
+        def stack(kind: str, count: int) -> Block:
+            @nnx.split_rngs(splits=count)
+            @nnx.vmap(transform_metadata={nnx.PARTITION_NAME: "layers"})
+            def build(rngs: nnx.Rngs) -> Block:
+                return Block(config, kind, rngs=rngs)
 
-        self.layers = build(rngs)
-        self.norm = RMSNorm(config, rngs=rngs)
+            return build(rngs)
+
+        counts = Counter(config.types)
+        self.layers: Any
+        if len(counts) == 1:
+            self.layers = stack(config.types[0], config.num_layers)
+        else:
+            self.layers = nnx.Dict({kind: stack(kind, count) for kind, count in counts.items()})
+        self.norm = residual_norm(config, rngs)
         self.head: nnx.Param | None = nnx.data(None)
         if not config.tie_embeddings:
             shape = (config.vocab_size, config.embed_dim)
@@ -233,8 +127,8 @@ class Transformer(nnx.Module):
 
         Args:
           tokens: integers [B, T], in 0 .. vocab_size - 1; any value at padding.
-          segment_ids: integers [B, T]; a run of equal ids is one document, and 0 is padding. None:
-            every sequence is one document.
+          segment_ids: integers [B, T]; a run of equal ids is one document, and the configuration's
+            `padding_id` is padding. None: every sequence is one document.
           positions: integers [B, T], for RoPE; None: counted from the start of each document.
           dropout_key: random key of dropout; None: no dropout.
           cache: the result of `init_cache` or of an earlier call. The tokens [b] then continue
@@ -272,7 +166,7 @@ class Transformer(nnx.Module):
             return self._extend(tokens, cache, num_tokens, fresh, only_last)
         options = {"fresh": fresh or None, "only_last": only_last or None}
         checks.absent("without a cache", num_tokens=num_tokens, **options)
-        segment_ids = checks.ids(segment_ids, tokens.shape, True)
+        segment_ids = checks.ids(segment_ids, tokens.shape, True, self.config.padding_id)
         if positions is not None:
             positions = checks.integers("positions", positions, "B T")
         rest = (segment_ids, positions, dropout_key)
@@ -288,7 +182,8 @@ class Transformer(nnx.Module):
             return layer(x, segment_ids, positions, key), None
 
         segments = checks.segments(tokens, segment_ids, True)
-        x, _ = self._scan(step, self._embed(tokens, segments.valid), keys)
+        remat = _keeps_attention if self.config.remat else None
+        x, _ = self._run(step, self._embed(tokens, segments.valid), keys, remat=remat)
         return segments.without_padding(self._logits(x))
 
     def init_cache(
@@ -318,9 +213,9 @@ class Transformer(nnx.Module):
             attention, or the dtype is not that of the keys.
         """
         options = {"rollback": rollback, "page_size": page_size}
-        other = "page_size" if self.config.attention == "nsa" else "rollback"
+        other = "page_size" if "nsa" in self.config.types else "rollback"
         checks.absent(f"with attention={self.config.attention!r}", **{other: options.pop(other)})
-        return self.layers.attention.init_cache(
+        return self._cached.init_cache(
             batch,
             capacity,
             dtype=dtype,
@@ -329,23 +224,38 @@ class Transformer(nnx.Module):
             **{name: value for name, value in options.items() if value is not None},
         )
 
+    @property
+    def _stacks(self) -> dict[str, Block]:
+        """For each type of layer, the layers of that type, with stacked parameters."""
+        if isinstance(self.layers, Block):
+            return {self.config.types[0]: self.layers}
+        return dict(self.layers.items())
+
+    @property
+    def _cached(self) -> Any:
+        """The attention layer that makes the cache of all layers.
+
+        The cache of sparse attention holds all that the other types need: the keys and values of
+        all tokens.
+        """
+        stacks = self._stacks
+        return stacks["nsa" if "nsa" in stacks else self.config.types[0]].attention
+
     def _extend(self, tokens: jax.Array, cache: KVCache, num_tokens, fresh: bool, only_last: bool):
         """The logits, and the cache with the new tokens."""
-        self.layers.attention.check_cache(cache, tokens.shape[0], self.config.num_layers)
+        self._cached.check_cache(cache, tokens.shape[0], self.config.num_layers)
         cache = cache.emptied() if fresh else cache
         chunk = cache.place(tokens.shape[1], num_tokens)
         x, valid = self._embed(tokens, chunk.valid), chunk.valid
-        graphdef, stacked = nnx.split(self.layers)
 
         # The cache of all layers is carried rather than scanned over, so that each layer updates it
         # in place.
-        def body(carry, inputs):
-            state, number = inputs
+        def step(carry, layer: Block, number: jax.Array):
             x, cache = carry
-            return nnx.merge(graphdef, state).extend(x, cache, chunk, number, fresh), None
+            return layer.extend(x, cache, chunk, number, fresh), None
 
         numbers = jnp.arange(self.config.num_layers, dtype=jnp.int32)
-        (x, cache), _ = jax.lax.scan(body, (x, cache), (stacked, numbers))
+        (x, cache), _ = self._run(step, (x, cache), numbers)
         if only_last:
             last = jnp.maximum(chunk.stop - chunk.first - 1, 0)[:, None]
             x = jnp.take_along_axis(x, last[..., None], axis=1)
@@ -373,25 +283,27 @@ class Transformer(nnx.Module):
           positions: as in a call.
 
         Returns:
-          int32 [L, B, T, K, topk] block indices, in ascending order and padded with -1. They count
-          from the start of the query's own document.
+          int32 [L, B, T, K, topk] block indices, in ascending order and padded with -1, of the
+          layers of sparse attention. They count from the start of the query's own document.
 
         Raises:
-          ValueError: the model has full attention.
+          ValueError: the model has no layer of sparse attention.
         """
-        if self.config.attention != "nsa":
+        if "nsa" not in self.config.types:
             raise ValueError(
-                'selected_blocks needs a model with attention="nsa", got '
+                "selected_blocks needs a model with layers of native sparse attention, got "
                 f"attention={self.config.attention!r}"
             )
 
-        def step(x: jax.Array, layer: Block, _: None) -> tuple[jax.Array, jax.Array]:
-            blocks = layer.selected_blocks(x, segment_ids, positions)
+        def step(x: jax.Array, layer: Block, _: None) -> tuple[jax.Array, jax.Array | None]:
+            sparse = isinstance(layer.attention, NativeSparseAttention)
+            blocks = layer.selected_blocks(x, segment_ids, positions) if sparse else None
             return layer(x, segment_ids, positions), blocks
 
         tokens = checks.integers("tokens", tokens, "B T")
+        segment_ids = checks.ids(segment_ids, tokens.shape, True, self.config.padding_id)
         valid = checks.segments(tokens, segment_ids, True).valid
-        return self._scan(step, self._embed(tokens, valid), None)[1]
+        return self._run(step, self._embed(tokens, valid))[1]
 
     def layer(self, index: int) -> Block:
         """A single layer, with copies of its parameters.
@@ -403,26 +315,18 @@ class Transformer(nnx.Module):
           ValueError: the index is not that of a layer.
         """
         index = checks.size("index", index, 0, self.config.num_layers - 1)
-        graphdef, stacked = nnx.split(self.layers)
-        return nnx.merge(graphdef, jax.tree.map(lambda leaf: leaf[index], stacked))
+        kind = self.config.types[index]
+        graphdef, stacked = nnx.split(self._stacks[kind])
+        place = self.config.types[:index].count(kind)
+        return nnx.merge(graphdef, jax.tree.map(lambda leaf: leaf[place], stacked))
 
     def _embed(self, tokens: jax.Array, valid: jax.Array) -> jax.Array:
         # At padding this may be NaN, which the layers replace by 0.
         return self.embedding(checks.tokens("tokens", tokens, self.config.vocab_size, valid))
 
-    def _scan(self, step: Callable, x: jax.Array, keys: jax.Array | None) -> tuple[jax.Array, Any]:
-        """Runs `step(x, layer, key) -> (x, output)` over the layers and stacks the outputs."""
-        graphdef, stacked = nnx.split(self.layers)
-
-        def body(x, inputs):
-            state, key = inputs
-            return step(x, nnx.merge(graphdef, state), key)
-
-        if self.config.remat:
-            # Attention costs the most to recompute, and its residuals are small. XLA never merges
-            # the bodies of two scans, so recomputation needs no barrier against CSE.
-            body = jax.checkpoint(body, policy=_keeps_attention, prevent_cse=False)
-        return jax.lax.scan(body, x, (stacked, keys))
+    def _run(self, step: Callable, carry: Any, xs: Any = None, **options: Any) -> tuple[Any, Any]:
+        """Runs `step(carry, layer, x) -> (carry, output)` over the layers; see `run_layers`."""
+        return run_layers(self._stacks, self.config.types, step, carry, xs, **options)
 
 
 _named = jax.checkpoint_policies.save_only_these_names(*api.CHECKPOINT_NAMES)
@@ -431,8 +335,3 @@ _named = jax.checkpoint_policies.save_only_these_names(*api.CHECKPOINT_NAMES)
 def _keeps_attention(primitive, *avals, **params) -> Any:
     """Policy of ``jax.checkpoint`` that saves the residuals of attention; cuDNN's have no names."""
     return _named(primitive, *avals, **params) or primitive.name == CUDNN_FORWARD
-
-
-def _branch_init(config: TransformerConfig) -> Initializer:
-    """Initialiser of projections into the residual stream: the sum of 2L has a bounded variance."""
-    return initializers.variance_scaling(1 / (2 * config.num_layers), "fan_in", "truncated_normal")

@@ -49,6 +49,7 @@ SHAPES = {
     "selected": ("out", (1, 256, 4, 64)),
     "causal": ("out", (1, 1024, 8, 64)),
     "layer": ("y", (2, 1024, 512)),
+    "hybrid": ("hybrid_logits", (1, 128, 512)),
     "generation": ("texts", [8, 8]),
     "sequence": ("y", (1, 512, 32)),
     "inference": ("logits", (2, 8, 257)),

@@ -284,7 +284,7 @@ def test_bad_dictionary(values, message):
             "tokens must have an integer dtype .*, got float32",
         ),
         (lambda: make()(TOKENS, SEGMENT_IDS[0]), r"segment_ids must have shape .* \(24,\)"),
-        (lambda: make(FULL).selected_blocks(TOKENS), "attention=\"nsa\", got attention='full'"),
+        (lambda: make(FULL).selected_blocks(TOKENS), "layers of native .* got attention='full'"),
         (lambda: make().layer(2), r"index must be an integer from 0 to 1, got 2"),
         (lambda: make().layer(0.0), r"index must be an integer from 0 to 1, got 0.0"),  # pyright: ignore
         (lambda: make()([[1, 2.5]]), "tokens must have an integer dtype .*, got float64"),  # pyright: ignore

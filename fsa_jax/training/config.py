@@ -160,6 +160,10 @@ class TrainConfig:
                 f"vocab_size must be {VOCAB_SIZE} (256 bytes and the document start), got "
                 f"{self.model.vocab_size}"
             )
+        if self.model.padding_id != 0:
+            raise ValueError(
+                f"padding_id must be 0, as the trainer packs documents, got {self.model.padding_id}"
+            )
 
     @property
     def run_folder(self) -> Path:
@@ -177,7 +181,7 @@ class TrainConfig:
 
 def config_to_json(config: TrainConfig) -> dict[str, Any]:
     """The configuration as JSON values; the inverse of `config_from_json`."""
-    values = dataclasses.asdict(config)
+    values = dataclasses.asdict(config) | {"model": config.model.to_dict()}
     values["text"] = [str(path) for path in config.text]
     values["out"] = None if config.out is None else str(config.out)
     return values

@@ -291,7 +291,7 @@ class _Run:
         name = f"attention={self.config.model.attention}"
         if is_leader():
             plot_losses(written[-1], {name: rows}, unigram_loss=self.unigram_loss)
-        if self.config.model.attention == "nsa":
+        if "nsa" in self.config.model.types:
             written.append(self.folder / files.BLOCKS)
             self._plot_blocks(written[-1])
         return TrainResult(

@@ -173,7 +173,8 @@ class Placement:
         """The shardings of the parameters."""
         state = nnx.state(nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0))))
         rules = {"heads": "tensor", "kv_heads": "tensor", "mlp": "tensor"}
-        with sharding_rules(**rules, embed="data" if self.fsdp else None):
+        split = "data" if self.fsdp else None
+        with sharding_rules(**rules, embed=split, window=split):
             specs = nnx.to_pure_dict(nnx.get_partition_spec(state))
 
         def place(path, spec):
@@ -238,11 +239,18 @@ def check_placement(placement: Placement, model: TransformerConfig, *, batch_siz
             f"embed_dim must be a multiple of the devices of mesh axis data={sizes['data']} with "
             f"fsdp, got {model.embed_dim}"
         )
+    flat = model.nsa.kernel_size * model.head_dim
+    has_matrices = "nsa" in model.types and model.compression in ("linear", "mlp")
+    if placement.fsdp and has_matrices and flat % sizes["data"]:
+        raise ValueError(
+            "kernel_size * head_dim must be a multiple of the devices of mesh axis "
+            f"data={sizes['data']} with fsdp, got {model.nsa.kernel_size} * {model.head_dim}"
+        )
     if sizes["sequence"] == 1:
         return
     # Each device holds two parts of a sequence, an early and a late one.
     parts = 2 * sizes["sequence"]
-    if model.attention == "full":
+    if "nsa" not in model.types:
         if seq_len % parts:
             raise ValueError(f"seq_len must be a multiple of 2 * sequence = {parts}, got {seq_len}")
         return

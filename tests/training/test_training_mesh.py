@@ -12,6 +12,22 @@ from training.runs import MODEL, saved_state, tiny
 # Dropout depends on the position in a sequence, and zigzag order permutes the tokens.
 NSA = dataclasses.replace(MODEL, num_layers=1, dropout_rate=0.0)
 FULL = dataclasses.replace(MODEL, num_kv_heads=2, attention="full")
+#: Every option that adds parameters, and layers of all types.
+HYBRID = dataclasses.replace(
+    NSA,
+    num_layers=3,
+    num_kv_heads=2,
+    layer_types=("full", "window", "nsa"),
+    qk_norm=True,
+    qkv_bias=True,
+    out_bias=True,
+    mlp_bias=True,
+    gate_bias=True,
+    gate_bias_init=(-1.0, 1.0, 0.0),
+    compress_after_rope=True,
+    rope_interleaved=True,
+    tie_embeddings=False,
+)
 
 
 def losses(config):
@@ -22,8 +38,12 @@ def losses(config):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "meshes"),
-    [(FULL, ("data=4,tensor=2", "data=2")), (NSA, ("", "data=2,sequence=2"))],
-    ids=["full", "nsa"],
+    [
+        (FULL, ("data=4,tensor=2", "data=2")),
+        (NSA, ("", "data=2,sequence=2")),
+        (HYBRID, ("data=2,tensor=2,sequence=2", "data=2,tensor=2")),
+    ],
+    ids=["full", "nsa", "hybrid"],
 )
 def test_a_run_goes_on_over_another_mesh(model, meshes, texts, tmp_path):
     """Losses and the final state match one device, up to float32 rounding."""
