@@ -7,6 +7,7 @@ from typing import Any
 import jax
 from flax import nnx
 from flax.core import spmd
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from fsa_jax.arguments import scalars
 
@@ -83,3 +84,44 @@ def partitioned(*names: str | None, axis_names: AxisNames | None = None) -> dict
     # can be built anywhere: they are sharded at construction only if both a mesh and rules are set.
     ready = bool(spmd.get_logical_axis_rules()) and not jax.sharding.get_abstract_mesh().empty
     return {"out_sharding": replaced, "eager_sharding": ready and nnx.using_eager_sharding()}
+
+
+#: What the mesh axes of training split: "tensor" heads and hidden features, and "data" the rest of
+#: the parameters, with fsdp.
+_TENSOR = ("heads", "kv_heads", "mlp")
+_DATA = ("embed", "window")
+
+
+def training_shardings(state: Any, mesh: Mesh, *, fsdp: bool) -> Any:
+    """The shardings of the parameters of a model by the rules of training, as a nested dict.
+
+    Args:
+      state: the state of the model, of arrays or of shapes, with the names of their axes.
+      mesh: a mesh with the axes "data" and "tensor", or one of them.
+      fsdp: whether parameters are split over "data" too.
+    """
+    rules = dict.fromkeys(_TENSOR, "tensor") | (dict.fromkeys(_DATA, "data") if fsdp else {})
+    rules = {name: axis for name, axis in rules.items() if axis in mesh.axis_names}
+    with sharding_rules(**rules):
+        specs = nnx.to_pure_dict(nnx.get_partition_spec(state))
+
+    def place(path, spec):
+        # If an embedding table were split over its features, XLA would split all activations
+        # so, and compute every sequence on every device. The other exceptions are vectors.
+        whole = {str(key.key) for key in path} & {"embedding", "head", "scale", "bias"}
+        return NamedSharding(mesh, PartitionSpec() if whole else spec)
+
+    is_spec = lambda x: isinstance(x, PartitionSpec)  # noqa: E731
+    return jax.tree_util.tree_map_with_path(place, specs, is_leaf=is_spec)
+
+
+def current_shardings(state: Any, mesh: Mesh) -> Any | None:
+    """Like `training_shardings`, by the rules of ``sharding_rules``; None outside of it."""
+    if not spmd.get_logical_axis_rules():
+        return None
+    specs = nnx.to_pure_dict(nnx.get_partition_spec(state))
+    return jax.tree.map(
+        lambda spec: NamedSharding(mesh, spec),
+        specs,
+        is_leaf=lambda x: isinstance(x, PartitionSpec),
+    )

@@ -18,7 +18,7 @@ import optax
 from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from fsa_jax.partitioning import sharding_rules
+from fsa_jax.partitioning import training_shardings
 from fsa_jax.training.config import AXES, parse_mesh
 from fsa_jax.transformer import Transformer, TransformerConfig
 
@@ -172,19 +172,7 @@ class Placement:
     def params(self, config: TransformerConfig) -> Any:
         """The shardings of the parameters."""
         state = nnx.state(nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0))))
-        rules = {"heads": "tensor", "kv_heads": "tensor", "mlp": "tensor"}
-        split = "data" if self.fsdp else None
-        with sharding_rules(**rules, embed=split, window=split):
-            specs = nnx.to_pure_dict(nnx.get_partition_spec(state))
-
-        def place(path, spec):
-            # If an embedding table were split over its features, XLA would split all activations
-            # so, and compute every sequence on every device. The other exceptions are vectors.
-            whole = {str(key.key) for key in path} & {"embedding", "head", "scale", "bias"}
-            return NamedSharding(self.mesh, PartitionSpec() if whole else spec)
-
-        is_spec = lambda x: isinstance(x, PartitionSpec)  # noqa: E731
-        return jax.tree_util.tree_map_with_path(place, specs, is_leaf=is_spec)
+        return training_shardings(state, self.mesh, fsdp=self.fsdp)
 
     def opt_state(self, optimizer: optax.GradientTransformation, params: Any, template: Any) -> Any:
         """The shardings of the optimiser state: moments are split like their parameters."""
