@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from fsa_jax.inference.page_allocator import OutOfPages, PageAllocator
     from fsa_jax.ops.dispatch import explain
     from fsa_jax.positions import token_positions, window_positions
+    from fsa_jax.pretrained import load_pretrained, save_pretrained
     from fsa_jax.rope import (
         LinearScaling,
         Llama3Scaling,
@@ -60,7 +61,9 @@ __all__ = [
     "from_stripes",
     "from_zigzag",
     "generate",
+    "load_pretrained",
     "native_sparse_attention",
+    "save_pretrained",
     "select_blocks",
     "selected_attention",
     "sliding_window_attention",
@@ -91,6 +94,7 @@ __getattr__, __dir__ = lazy.exports(
         "arguments.types": ["CompressionMethod", "Implementation"],
         "inference.page_allocator": ["OutOfPages", "PageAllocator"],
         "positions": ["token_positions", "window_positions"],
+        "pretrained": ["load_pretrained", "save_pretrained"],
         "rope": ["LinearScaling", "Llama3Scaling", "RoPE", "RotaryEmbedding", "YarnScaling"],
         "sequence_parallel.zigzag": [
             "from_stripes",

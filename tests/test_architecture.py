@@ -31,7 +31,7 @@ ORDER = (
     {"transformer_config"},
     {"transformer_block"},
     {"transformer"},
-    {"generation"},
+    {"generation", "pretrained"},
     {"training"},
     {"bench"},
     {"cli"},
