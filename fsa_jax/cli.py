@@ -1,4 +1,4 @@
-"""The command line: `fsa-jax` with the commands `train`, `sample`, `bench`, `tune` and `info`."""
+"""The command line: `fsa-jax train`, `sample`, `convert`, `bench`, `tune` and `info`."""
 
 import argparse
 import codecs
@@ -83,6 +83,7 @@ def _run(arguments: Sequence[str] | None) -> int:
     commands: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
         "train": (_train, "train a byte-level language model with sparse or full attention"),
         "sample": (_sample, "continue a prompt with a trained model"),
+        "convert": (_convert, "convert a model from or to the files of Hugging Face"),
         "bench": (_bench, "time kernels, the operator and models, and write a report"),
         "tune": (_tune, "measure kernel tile sizes on this GPU and write a table of the fastest"),
         "info": (_info, "show devices, versions, and the implementation used for each function"),
@@ -359,6 +360,12 @@ class _TextPrinter:
         # The prompt is printed with the first byte, and so never before an error in the arguments.
         self._prompt = b""
         print(text, end="", flush=True)
+
+
+def _convert(arguments: Sequence[str]) -> None:
+    from fsa_jax.training.convert import ConvertConfig, convert
+
+    print(f"wrote {convert(_parse(ConvertConfig, 'convert', arguments))}")
 
 
 def _bench(arguments: Sequence[str]) -> None:
