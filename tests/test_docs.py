@@ -2,27 +2,27 @@
 
 import doctest
 import importlib
-import re
 from pathlib import Path
 
+import jax
 import pytest
+from util import python_of
 
 import fsa_jax
 
 ROOT = Path(__file__).parent.parent
-README, GPUS, INFERENCE = (
-    ROOT / path for path in ("README.md", "docs/multi-gpu.md", "docs/inference.md")
+README, GPUS, INFERENCE, PRETRAINED = (
+    ROOT / path
+    for path in ("README.md", "docs/multi-gpu.md", "docs/inference.md", "docs/pretrained.md")
 )
-
-
-def python_of(page: Path) -> list[str]:
-    return re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.S)
 
 
 BLOCKS = [block for page in (README, GPUS) for block in python_of(page)]
 PACKAGE = Path(fsa_jax.__file__).parent
-#: The code blocks of this page build on one another, so they form one example.
+#: The code blocks of these pages build on one another, so those of a page form one example. The
+#: one that needs transformers is run by tests/pretrained/test_transformers.py.
 BLOCKS.append("\n".join(python_of(INFERENCE)))
+BLOCKS.append("\n".join(x for x in python_of(PRETRAINED) if "import transformers" not in x))
 MODULES = [
     ".".join(["fsa_jax", *path.relative_to(PACKAGE).with_suffix("").parts])
     for path in sorted(PACKAGE.rglob("*.py"))
@@ -53,6 +53,7 @@ SHAPES = {
     "generation": ("texts", [8, 8]),
     "sequence": ("y", (1, 512, 32)),
     "inference": ("logits", (2, 8, 257)),
+    "pretrained": ("logits", (2, 150, 512)),
 }
 
 
@@ -61,9 +62,12 @@ SHAPES = {
 @pytest.mark.parametrize(
     ("block", "result"), list(zip(BLOCKS, SHAPES.values(), strict=True)), ids=SHAPES
 )
-def test_examples_of_the_readme(block, result):
+def test_examples_of_the_readme(block, result, monkeypatch):
+    monkeypatch.chdir(ROOT)
     names = {}
-    exec(compile(block, str(README), "exec"), names)
+    # optax relies on JAX's default, which users of the page have.
+    with jax.numpy_dtype_promotion("standard" if "import optax" in block else "strict"):
+        exec(compile(block, str(README), "exec"), names)
     name, shape = result
     got = names[name]
     assert (list(map(len, got)) if isinstance(got, list) else got.shape) == shape

@@ -1,5 +1,8 @@
 """Inputs, runners and the error bound that the tests share."""
 
+import re
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +11,11 @@ from hypothesis import strategies as st
 import fsa_jax
 
 IMPLEMENTATIONS = ("reference", "xla")
+
+
+def python_of(page: Path) -> list[str]:
+    """The Python blocks of a page in Markdown."""
+    return re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.S)
 
 
 def numbers(seed, *shape):
