@@ -51,7 +51,7 @@ def pytest_pycollect_makeitem(collector: pytest.Module) -> Iterator[None]:
             if case_of(item) not in marker.args:
                 item.add_marker(pytest.mark.slow)
         # A test that a GPU test file imports from another file is only in the GPU file's group.
-        if any(item.get_closest_marker(group) for group in ("gpu", "compile")):
+        if any(item.get_closest_marker(group) for group in ("gpu", "compile", "transformers")):
             item.own_markers[:] = [x for x in item.own_markers if x.name != "slow"]
         for marker in item.iter_markers("essential_cases"):
             if case_of(item) in marker.args:
