@@ -213,21 +213,17 @@ class NativeSparseAttention(AttentionLayer):
             (in_features,), gates, names, use_bias=own_bias, bias_init=flat_init, **options
         )
 
-        def compressor(positions_init: Initializer | None) -> Compressor:
-            return Compressor(
-                self.num_kv_heads,
-                self.head_dim,
-                config=config,
-                method=compression,
-                param_dtype=param_dtype,
-                weights_init=compression_init,
-                positions_init=positions_init,
-                axis_names=axis_names,
-                rngs=rngs,
-            )
-
-        self.compress_key = compressor(positions_init)
-        self.compress_value = compressor(None)
+        sizes = (self.num_kv_heads, self.head_dim)
+        shared: dict[str, Any] = dict(
+            config=config,
+            method=compression,
+            param_dtype=param_dtype,
+            weights_init=compression_init,
+            axis_names=axis_names,
+            rngs=rngs,
+        )
+        self.compress_key = Compressor(*sizes, positions_init=positions_init, **shared)
+        self.compress_value = Compressor(*sizes, positions_init=None, **shared)
 
     @property
     def stride(self) -> int:
