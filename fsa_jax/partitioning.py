@@ -78,7 +78,7 @@ def partitioned(*names: str | None, axis_names: AxisNames | None = None) -> dict
       *names: one of ``LOGICAL_AXES`` for each axis, or None.
       axis_names: other names that replace some of these.
     """
-    other = axis_names or {}
+    other = check_axis_names(axis_names)
     replaced = tuple(None if name is None else other.get(name, name) for name in names)
     # By default Flax shards at construction and raises if no mesh is set. Layers of this package
     # can be built anywhere: they are sharded at construction only if both a mesh and rules are set.
@@ -111,17 +111,11 @@ def training_shardings(state: Any, mesh: Mesh, *, fsdp: bool) -> Any:
         whole = {str(key.key) for key in path} & {"embedding", "head", "scale", "bias"}
         return NamedSharding(mesh, PartitionSpec() if whole else spec)
 
-    is_spec = lambda x: isinstance(x, PartitionSpec)  # noqa: E731
-    return jax.tree_util.tree_map_with_path(place, specs, is_leaf=is_spec)
+    return jax.tree_util.tree_map_with_path(place, specs)
 
 
 def current_shardings(state: Any, mesh: Mesh) -> Any | None:
     """Like `training_shardings`, by the rules of ``sharding_rules``; None outside of it."""
     if not spmd.get_logical_axis_rules():
         return None
-    specs = nnx.to_pure_dict(nnx.get_partition_spec(state))
-    return jax.tree.map(
-        lambda spec: NamedSharding(mesh, spec),
-        specs,
-        is_leaf=lambda x: isinstance(x, PartitionSpec),
-    )
+    return nnx.to_pure_dict(nnx.get_named_sharding(state, mesh))

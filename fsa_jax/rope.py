@@ -16,6 +16,7 @@ from fsa_jax.arguments.types import AnyArray, IntegerList
 from fsa_jax.rope_scaling import (
     LinearScaling,
     Llama3Scaling,
+    RoPEScaling,
     YarnScaling,
     check_positive,
     frequencies,
@@ -129,12 +130,12 @@ class RoPE:
     """
 
     theta: float = 10000.0
-    scaling: LinearScaling | Llama3Scaling | YarnScaling | None = None
+    scaling: RoPEScaling | None = None
     interleaved: bool = False
 
     def __post_init__(self):
         check_positive(self, "theta")
-        if not isinstance(self.scaling, LinearScaling | Llama3Scaling | YarnScaling | None):
+        if not isinstance(self.scaling, RoPEScaling | None):
             raise ValueError(
                 "scaling must be a LinearScaling, Llama3Scaling, YarnScaling or None, got "
                 f"{scalars.short(self.scaling)}"

@@ -42,10 +42,6 @@ class _Scaling:
         """The factor on the cosines and sines."""
         return 1.0
 
-    def stretch(self, frequencies: np.ndarray) -> np.ndarray:
-        """The scaled frequencies, from those of RoPE."""
-        raise NotImplementedError
-
     def frequencies(self, theta: float, head_dim: int) -> np.ndarray:
         """The scaled frequencies of RoPE.
 
@@ -56,7 +52,7 @@ class _Scaling:
         Returns:
           Frequencies in radians per token, float64 [head_dim / 2].
         """
-        return self.stretch(frequencies(theta, head_dim))
+        raise NotImplementedError
 
     def to_dict(self) -> dict[str, str | float | bool]:
         """The scaling as Hugging Face's configurations write it, for JSON.
@@ -123,16 +119,8 @@ class LinearScaling(_Scaling):
     def __post_init__(self):
         check_positive(self, "factor")
 
-    def stretch(self, frequencies: np.ndarray) -> np.ndarray:
-        """The scaled frequencies.
-
-        Args:
-          frequencies: frequencies in radians per token.
-
-        Returns:
-          Frequencies in radians per token, of the same shape.
-        """
-        return frequencies / self.factor
+    def frequencies(self, theta: float, head_dim: int) -> np.ndarray:
+        return frequencies(theta, head_dim) / self.factor
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -189,19 +177,12 @@ class Llama3Scaling(_Scaling):
                 f"low_freq_factor={self.low_freq_factor}"
             )
 
-    def stretch(self, frequencies: np.ndarray) -> np.ndarray:
-        """The scaled frequencies.
-
-        Args:
-          frequencies: frequencies in radians per token.
-
-        Returns:
-          Frequencies in radians per token, float64, of the same shape.
-        """
-        turns = self.original_max_position * frequencies / (2 * math.pi)  # L / w
+    def frequencies(self, theta: float, head_dim: int) -> np.ndarray:
+        plain = frequencies(theta, head_dim)
+        turns = self.original_max_position * plain / (2 * math.pi)  # L / w
         kept = (turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)
         kept = np.clip(kept, 0.0, 1.0)  # 0 and 1 are the first two cases of the formula
-        return (1 - kept) * frequencies / self.factor + kept * frequencies
+        return (1 - kept) * plain / self.factor + kept * plain
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -292,15 +273,6 @@ class YarnScaling(_Scaling):
         return 0.1 * weight * math.log(self.factor) + 1.0 if self.factor > 1 else 1.0
 
     def frequencies(self, theta: float, head_dim: int) -> np.ndarray:
-        """The scaled frequencies of RoPE.
-
-        Args:
-          theta: base of the wavelengths, above 1.
-          head_dim: width of a head.
-
-        Returns:
-          Frequencies in radians per token, float64 [head_dim / 2].
-        """
         low, high = (
             head_dim
             * math.log(self.original_max_position / (2 * math.pi * turns))
@@ -322,9 +294,7 @@ RoPEScaling = LinearScaling | Llama3Scaling | YarnScaling
 _SCALINGS = {kind.rope_type: kind for kind in (LinearScaling, Llama3Scaling, YarnScaling)}
 
 
-def scaling_from_dict(
-    values: Mapping[str, Any] | None,
-) -> LinearScaling | Llama3Scaling | YarnScaling | None:
+def scaling_from_dict(values: Mapping[str, Any] | None) -> RoPEScaling | None:
     """Reads what `to_dict` of a scaling or a Hugging Face configuration (``rope_scaling``) wrote.
 
     Args:

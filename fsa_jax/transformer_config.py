@@ -181,16 +181,13 @@ class TransformerConfig:
         self._set("padding_id", checks.padding(self.padding_id))
 
     def _check_rope(self) -> None:
-        rule = "a finite number above 0"
-        theta = checks.number("rope_theta", self.rope_theta, rule, lambda x: 0 < x < math.inf)
-        self._set("rope_theta", theta)
-        self._set("rope_interleaved", checks.flag("rope_interleaved", self.rope_interleaved))
-        if not isinstance(self.rope_scaling, RoPEScaling | None):
-            raise ValueError(
-                "rope_scaling must be a LinearScaling, a Llama3Scaling, a YarnScaling or None, got "
-                f"{checks.short(self.rope_scaling)}"
-            )
-        self.rope.check(self.head_dim)
+        try:
+            rope = self.rope
+        except ValueError as error:  # starts with the field of RoPE: theta, scaling, interleaved
+            raise ValueError(f"rope_{error}") from error
+        rope.check(self.head_dim)
+        self._set("rope_theta", float(rope.theta))
+        self._set("rope_interleaved", rope.interleaved)
 
     def _check_layer_types(self) -> None:
         """Checks the types of the layers, and stores layers of one type as `attention` alone."""

@@ -194,9 +194,10 @@ def test_pages_and_generation(types):
 
 def test_sizes_of_the_cache_belong_to_the_kind_of_model():
     with pytest.raises(ValueError, match="page_size must not be given with attention='hybrid'"):
-        make().init_cache(1, 8, page_size=8)
+        nnx.eval_shape(make).init_cache(1, 8, page_size=8)
+    model = nnx.eval_shape(lambda: make(layer_types=("window", "full") * 3))
     with pytest.raises(ValueError, match="rollback must not be given with attention='hybrid'"):
-        make(layer_types=("window", "full") * 3).init_cache(1, 8, rollback=8)
+        model.init_cache(1, 8, rollback=8)
 
 
 def test_configuration_goes_through_json():
@@ -227,7 +228,6 @@ def test_configurations_of_before_still_load():
     assert {name: config.to_dict()[name] for name in old if name != "nsa"} == {
         name: value for name, value in old.items() if name != "nsa"
     }
-    assert config == dataclasses.replace(config, layer_types=None)
 
 
 BAD = [

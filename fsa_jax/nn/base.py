@@ -22,7 +22,7 @@ from fsa_jax.inference.kv_cache import Chunk, KVCache
 from fsa_jax.nn.rms_norm import RMSNorm
 from fsa_jax.ops import partition
 from fsa_jax.ops.dispatch import check_name
-from fsa_jax.partitioning import AxisNames, check_axis_names, partitioned
+from fsa_jax.partitioning import AxisNames, partitioned
 from fsa_jax.rope import RoPE, RotaryEmbedding
 from fsa_jax.semantics.segments import SegmentInfo, cut, describe_segments
 from fsa_jax.sequence_parallel import zigzag
@@ -100,13 +100,12 @@ def linear(
     **options: Any,
 ) -> nnx.LinearGeneral:
     """A projection of the last axes; `names` are logical names of its input and output axes."""
-    others = check_axis_names(axis_names)
     return nnx.LinearGeneral(
         inputs,
         outputs,
         axis=tuple(range(-len(inputs), 0)),
-        kernel_metadata=partitioned(*names[0], *names[1], axis_names=others),
-        bias_metadata=partitioned(*names[1], axis_names=others),
+        kernel_metadata=partitioned(*names[0], *names[1], axis_names=axis_names),
+        bias_metadata=partitioned(*names[1], axis_names=axis_names),
         **options,
     )
 

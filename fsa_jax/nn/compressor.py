@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from flax.nnx.nn import initializers
 from flax.typing import Dtype, Initializer
@@ -12,7 +13,7 @@ from jaxtyping import Array, Float, Int
 from fsa_jax import api
 from fsa_jax.arguments.types import CompressionMethod
 from fsa_jax.config import NSAConfig
-from fsa_jax.partitioning import AxisNames, check_axis_names, partitioned
+from fsa_jax.partitioning import AxisNames, partitioned
 
 
 class Compressor(nnx.Module):
@@ -61,10 +62,8 @@ class Compressor(nnx.Module):
         default_init = _lecun_per_head if method == "mlp" else _mean_of_window
         init = default_init if weights_init is None else weights_init
 
-        others = check_axis_names(axis_names)
-
         def parameter(init: Initializer, shape: tuple[int, ...], *names: str | None) -> nnx.Param:
-            metadata = partitioned("kv_heads", *names, axis_names=others)
+            metadata = partitioned("kv_heads", *names, axis_names=axis_names)
             return nnx.Param(init(rngs.params(), shape, param_dtype), **metadata)
 
         self.weights: nnx.Param | None = nnx.data(None)
@@ -107,9 +106,13 @@ def _mean_of_window(key: jax.Array, shape: tuple[int, ...], dtype: Dtype) -> jax
     """Weights [K, l*D, D] or [K, l] with which phi is the mean of the window's tokens."""
     del key
     width = shape[2] if len(shape) == 3 else 1
-    window = shape[1] // width
-    mean = jnp.tile(jnp.eye(width, dtype=dtype), (window, 1)) / jnp.asarray(window, dtype)
-    return jnp.broadcast_to(mean[None], (shape[0], *mean.shape)).reshape(shape)
+    mean = jnp.asarray(mean_of_window(shape[1] // width, width), dtype)
+    return jnp.broadcast_to(mean, (shape[0], *mean.shape)).reshape(shape)
+
+
+def mean_of_window(window: int, width: int) -> np.ndarray:
+    """The matrix [window * width, width] that averages the tokens of a window."""
+    return np.tile(np.eye(width), (window, 1)) / window
 
 
 def _lecun_per_head(key: jax.Array, shape: tuple[int, ...], dtype: Dtype) -> jax.Array:

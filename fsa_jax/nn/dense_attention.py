@@ -48,10 +48,8 @@ class FullAttention(AttentionLayer):
 
     other_implementations: ClassVar[tuple[str, ...]] = CUDNN
 
-    @property
-    def window_size(self) -> int | None:
-        """The number of visible keys, the query's own included; None: all."""
-        return None
+    #: The number of visible keys, the query's own included; None: all.
+    window_size: int | None = None
 
     def attend_rows(self, x, segment_ids, positions) -> jax.Array:
         query, key = self._query(x, positions), self._turn(self._key(x), positions)
@@ -158,9 +156,4 @@ class SlidingWindowAttention(FullAttention):
 
     def __init__(self, num_heads: int, in_features: int, *, window_size: int, **options: Any):
         super().__init__(num_heads, in_features, **options)
-        self._window_size = checks.size("window_size", window_size)
-
-    @property
-    def window_size(self) -> int:
-        """The number of visible keys, the query's own included."""
-        return self._window_size
+        self.window_size = checks.size("window_size", window_size)

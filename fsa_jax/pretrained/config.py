@@ -1,7 +1,6 @@
 """config.json and `TransformerConfig`: each read from the other, by the tables of `keys.py`."""
 
 import contextlib
-import dataclasses
 import json
 import math
 from collections.abc import Mapping
@@ -117,9 +116,8 @@ class _Reader:
 
     def finish(self) -> None:
         """Raises ValueError if a key is left over that may change the function."""
-        harmless = {key for group in keys.HARMLESS.values() for key in group}
         for key, value in self.rest.items():
-            if key not in harmless:
+            if key not in keys.HARMLESS_KEYS:
                 raise self.error(key, "is unknown and may change what the model computes", value)
 
     def error(self, key: str, rule: str, value: Any) -> ValueError:
@@ -226,21 +224,10 @@ def _own_fields(reader: _Reader) -> dict[str, Any]:
     reader.only(keys.ONLY)
     fields |= _rope_fields(reader)
     reader.finish()
-    nsa = own.get("nsa", {})
     try:
-        fields |= own | {"nsa": NSAConfig(**nsa)}
-    except TypeError as error:
-        raise reader.error(
-            keys.OWN, f"must hold sizes that NSAConfig has ({error})", nsa
-        ) from error
-    if fields.get("layer_types") is not None:
-        fields["layer_types"] = tuple(fields["layer_types"])
-    names = {field.name for field in dataclasses.fields(TransformerConfig)}
-    if unknown := sorted(set(fields) - names):
-        raise reader.error(
-            keys.OWN, f"has the field {unknown[0]!r}, which this version does not know", own
-        )
-    return fields
+        return vars(TransformerConfig.from_dict(fields | own))
+    except ValueError as error:
+        raise ValueError(f"{keys.OWN} of {str(reader.path)!r} is not supported: {error}") from error
 
 
 def _fla_fields(reader: _Reader) -> dict[str, Any]:
@@ -329,9 +316,9 @@ def _length(scaling: Any) -> dict[str, int]:
 
 def _kept(like: Mapping[str, Any]) -> dict[str, Any]:
     """The harmless keys of another config.json, except those of the type and the dtype."""
-    written = ("model_type", "base_model_type", "architectures", "dtype", "torch_dtype")
-    harmless = {key for group in keys.HARMLESS.values() for key in group} - set(written)
-    return {key: value for key, value in like.items() if key in harmless}
+    written = {"model_type", "base_model_type", "architectures", "dtype", "torch_dtype"}
+    kept = keys.HARMLESS_KEYS - written
+    return {key: value for key, value in like.items() if key in kept}
 
 
 def _model_type(config: TransformerConfig, like: Mapping[str, Any], dense: bool) -> str:

@@ -126,6 +126,8 @@ HARMLESS = {
     "the tensors say the hidden width themselves": ("hidden_ratio",),
 }  # fmt: skip
 
+HARMLESS_KEYS = frozenset(key for group in HARMLESS.values() for key in group)
+
 #: Types of RoPE scaling whose own training length is that of the model where it is not given.
 ROPE_LENGTHS = ("llama3", "yarn")
 ROPE_THETA = 10000.0

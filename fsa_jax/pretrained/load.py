@@ -16,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding
 from fsa_jax.arguments import checks
 from fsa_jax.config import NSAConfig
 from fsa_jax.partitioning import current_shardings, training_shardings
-from fsa_jax.pretrained import names, read, warm_start
+from fsa_jax.pretrained import keys, names, read, warm_start
 from fsa_jax.pretrained.config import NAME, Source, attention_fields, read_config, read_json
 from fsa_jax.transformer import Transformer
 from fsa_jax.transformer_config import TransformerConfig
@@ -118,7 +118,11 @@ def load(
     fields = source.fields | attention_fields(source, attention, nsa, layer_types, has_gates)
     fields |= _fields_of_tensors(source, tensors, fields, has_gates)
     tensors = _without_tied_head(folder, tensors, fields["tie_embeddings"])
-    most = _dtype_of_most(tensors) if param_dtype is None else param_dtype
+    most = (
+        read.dtype_of_most((x.shape, read.DTYPES.get(x.dtype)) for x in tensors.values())
+        if param_dtype is None
+        else param_dtype
+    )
     fields["param_dtype"] = str(checks.float_dtype("param_dtype", most))
     fields["dtype"] = str(
         checks.float_dtype("dtype", fields["param_dtype"] if dtype is None else dtype)
@@ -161,10 +165,10 @@ def _fields_of_tensors(
 ) -> dict[str, Any]:
     """The fields that the tensors say, or a warm start."""
     found: dict[str, Any] = {}
-    if source.model_type == "nsa":
+    if source.model_type == keys.FLA:
         found |= {"head_dim": _size(tensors, "self_attn.q_proj.weight") // fields["num_heads"]}
         found |= {"mlp_dim": _size(tensors, "mlp.gate_proj.weight")}
-    if source.model_type != "fsa_jax" and "nsa" in _types(fields):
+    if source.model_type != keys.OWN and "nsa" in _types(fields):
         bias = names.GATE.replace("weight", "bias")
         started = not source.stored and not has_gates
         found["gate_bias"] = started or any(name.endswith(bias) for name in tensors)
@@ -187,7 +191,7 @@ def _types(fields: Mapping[str, Any]) -> tuple[str, ...]:
 
 def _is_made(path: tuple[str, ...], source: Source, has_gates: bool) -> bool:
     """Whether a warm start makes a parameter; the others are read from the folder."""
-    if source.model_type == "fsa_jax" or not names.is_made(path):
+    if source.model_type == keys.OWN or not names.is_made(path):
         return False
     return "gate" not in path or not (source.stored or has_gates)
 
@@ -210,16 +214,6 @@ def _without_tied_head(
             f"values in {str(head.file)!r}"
         )
     return {name: tensor for name, tensor in tensors.items() if name != names.HEAD}
-
-
-def _dtype_of_most(tensors: Mapping[str, read.Tensor]) -> str:
-    """The dtype of most weights."""
-    counts: dict[str, int] = {}
-    for tensor in tensors.values():
-        dtype = read.DTYPES.get(tensor.dtype)
-        if dtype is not None:
-            counts[dtype] = counts.get(dtype, 0) + int(np.prod(tensor.shape))
-    return max(counts, key=lambda dtype: counts[dtype], default="float32")
 
 
 def _shardings(

@@ -5,6 +5,8 @@ closed behind it, so that the pages that were read do not add up to a second cop
 """
 
 import json
+import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -203,3 +205,12 @@ def dtype_of(place: names.Place, tensors: Mapping[str, Tensor]) -> str:
                 f"param_dtype must be given, got {tensors[name].dtype}"
             )
     return DTYPES[first.dtype]
+
+
+def dtype_of_most(tensors: Iterable[tuple[tuple[int, ...], str | None]]) -> str:
+    """The dtype that most weights have, of tensors of these shapes and dtypes."""
+    counts: Counter[str] = Counter()
+    for shape, dtype in tensors:
+        if dtype is not None:
+            counts[dtype] += math.prod(shape)
+    return max(counts, key=counts.__getitem__, default="float32")

@@ -14,6 +14,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from fsa_jax.nn.compressor import mean_of_window
+
 
 class Gates(NamedTuple):
     """Biases of the gates (compressed, selected, window), as logits of the sigmoid."""
@@ -54,14 +56,13 @@ def made(
       dtype: dtype of the result.
     """
     *_, module, name = path
-    wide = np.float64 if dtype == np.float64 else np.float32
     if (module, name) == ("gate", "bias"):  # [L, N, 3]
-        value = np.asarray(STARTS[gates], wide)
+        value = np.asarray(STARTS[gates])
     elif name == "weights" and len(shape) == 4:  # of "linear", [L, K, window * D, D]
         window, width = shape[2] // shape[3], shape[3]
-        value = np.tile(np.eye(width, dtype=wide), (window, 1)) / wide(window)
+        value = mean_of_window(window, width)
     elif name in ("kernel", "positions"):
-        value = wide(0)
+        value = np.zeros(())
     else:
         raise AssertionError(f"a warm start has no parameter {'.'.join(path)}")
     whole = np.broadcast_to(value.astype(dtype), shape)

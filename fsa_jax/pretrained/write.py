@@ -111,7 +111,7 @@ def save(
     check_target(path, checks.flag("overwrite", overwrite))
     tensors = _tensors_of(model)
     other = {} if like is None else configs.read_json(Path(like) / configs.NAME)
-    dtype = _dtype_of_most(tensors)
+    dtype = read.dtype_of_most((x.place.shape, str(x.param.dtype)) for x in tensors)
     config = configs.write_config(model.config, dtype, other)
     path.parent.mkdir(parents=True, exist_ok=True)
     new = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
@@ -175,14 +175,6 @@ def _tensors_of(model: Transformer) -> list[_Tensor]:
             number = layer if place.stacked else None
             found.append(_Tensor(names.in_file(name), param, place, number))
     return sorted(found, key=lambda tensor: tensor.name)
-
-
-def _dtype_of_most(tensors: list[_Tensor]) -> str:
-    counts: dict[str, int] = {}
-    for tensor in tensors:
-        dtype = str(tensor.param.dtype)
-        counts[dtype] = counts.get(dtype, 0) + int(np.prod(tensor.place.shape))
-    return max(counts, key=lambda dtype: counts[dtype])
 
 
 def _write_weights(

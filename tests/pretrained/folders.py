@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from flax import nnx
 from safetensors.numpy import load_file, save_file
+from util import assert_same_bits
 
 #: Random weights in float32, written by transformers 5.24.0, each with `expected.npz`: input_ids
 #: int32 [2, 150]; positions, 8 of the 150; logits float32 [2, 8, V] at those; loss, the mean
@@ -64,6 +65,4 @@ def same(one, other) -> None:
     """Asserts that two models have the same parameters, to the bit."""
     one, other = params_of(one), params_of(other)
     assert one.keys() == other.keys()
-    for path in one:
-        assert one[path].dtype == other[path].dtype
-        np.testing.assert_array_equal(one[path], other[path], err_msg=str(path))
+    assert_same_bits(one, other)

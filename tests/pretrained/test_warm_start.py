@@ -8,8 +8,7 @@ from flax import nnx
 
 from fsa_jax import NSAConfig
 from fsa_jax.pretrained import load_pretrained, warm_start
-from pretrained.folders import LLAMA, changed
-from pretrained.test_files import params_of
+from pretrained.folders import LLAMA, changed, params_of
 
 #: Ten blocks of 16 tokens cover the 150 tokens of the test.
 COVERING = NSAConfig(kernel_size=16, kernel_stride=8, block_size=16, topk=10, window_size=32)
