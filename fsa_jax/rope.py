@@ -155,6 +155,11 @@ class RoPE:
         """
         if scalars.size("head_dim", head_dim) % 2:
             raise ValueError(f"head_dim must be positive and even for RoPE, got {head_dim}")
+        if not (self._frequencies(head_dim) <= np.finfo(np.float32).max).all():
+            raise ValueError(
+                "theta and scaling must give frequencies that float32 holds, got "
+                f"theta={self.theta} and scaling={self.scaling}"
+            )
 
     def inverse_frequencies(self, head_dim: int) -> Float[np.ndarray, " half"]:
         """The frequencies f_c.
@@ -169,9 +174,14 @@ class RoPE:
           ValueError: ``head_dim`` is not a positive even number.
         """
         self.check(head_dim)
-        if self.scaling is None:
-            return frequencies(self.theta, head_dim).astype(np.float32)
-        return self.scaling.frequencies(self.theta, head_dim).astype(np.float32)
+        return self._frequencies(head_dim).astype(np.float32)
+
+    def _frequencies(self, head_dim: int) -> np.ndarray:
+        """The frequencies in float64."""
+        with np.errstate(over="ignore"):  # an overflow is found by `check`
+            if self.scaling is None:
+                return frequencies(self.theta, head_dim)
+            return self.scaling.frequencies(self.theta, head_dim)
 
     def apply(
         self, x: Float[AnyArray, "*B T N D"], positions: Integer[AnyArray, "*B T"] | IntegerList

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import sys
 from collections.abc import Mapping
 from typing import Any, ClassVar, Self
 
@@ -16,11 +17,13 @@ def check_positive(owner: object, *names: str) -> None:
         _check_number(owner, name, "a finite number above 0", least=None)
 
 
-def _check_number(owner: object, name: str, rule: str, least: float | None) -> None:
-    """Checks for a finite number above 0 or, if `least` is given, of at least `least`."""
+def _check_number(
+    owner: object, name: str, rule: str, least: float | None, most: float = sys.float_info.max
+) -> None:
+    """Checks for a number above 0 or, if `least` is given, of at least `least`; at most `most`."""
     value = getattr(owner, name)
     above = (lambda x: x > 0) if least is None else (lambda x: x >= least)
-    scalars.number(name, value, rule, lambda x: above(x) and x < math.inf)
+    scalars.number(name, value, rule, lambda x: above(x) and x <= most)
     if isinstance(value, np.generic):
         object.__setattr__(owner, name, value.item())  # JSON holds no NumPy scalars
 
@@ -248,8 +251,8 @@ class YarnScaling(_Scaling):
     def __post_init__(self):
         check_positive(self, "factor", "original_max_position", "beta_fast", "beta_slow")
         if self.attention_factor is not None:
-            rule = "a finite number above 0, or None"
-            _check_number(self, "attention_factor", rule, least=None)
+            rule = "a number above 0 and at most 1000, or None"
+            _check_number(self, "attention_factor", rule, least=None, most=1000.0)
         for name in ("mscale", "mscale_all_dim"):
             if getattr(self, name) is not None:
                 _check_number(self, name, "a finite number of at least 0, or None", least=0.0)

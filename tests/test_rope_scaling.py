@@ -314,3 +314,13 @@ def yarn(**options):
 def test_bad_input(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_values_that_float32_cannot_hold_are_refused():
+    """They would give infinite angles, and NaN."""
+    with pytest.raises(ValueError, match=r"attention_factor must be .* at most 1000.* got 1e\+30"):
+        YarnScaling(factor=4.0, original_max_position=64, attention_factor=1e30)
+    with pytest.raises(ValueError, match="scaling must give frequencies that float32 holds, got"):
+        RoPE(scaling=LinearScaling(factor=1e-300)).check(8)
+    with pytest.raises(ValueError, match=r"theta and scaling .* got theta=1e-300"):
+        RoPE(theta=1e-300).check(8)

@@ -3,6 +3,9 @@
 Each message names the argument, its value and the rule.
 """
 
+import os
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -199,6 +202,13 @@ def absent(when: str, **arguments) -> None:
         if value is not None:
             got = getattr(value, "shape", value)
             raise ValueError(f"{name} must not be given {when}, got {got}")
+
+
+def path(name: str, value) -> Path:
+    """Checks for a path, as a string or an object such as `pathlib.Path`."""
+    if not isinstance(value, str | os.PathLike) or not str(value):
+        raise ValueError(f"{name} must be a path, got {short(value)}")
+    return Path(value)
 
 
 def float_dtype(name: str, value) -> jnp.dtype:

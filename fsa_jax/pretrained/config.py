@@ -3,7 +3,7 @@
 import contextlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -11,7 +11,7 @@ from fsa_jax.arguments import checks
 from fsa_jax.config import NSAConfig
 from fsa_jax.pretrained import keys
 from fsa_jax.rope import scaling_from_dict
-from fsa_jax.transformer_config import TransformerConfig
+from fsa_jax.transformer_config import LAYER_TYPES, TransformerConfig
 
 NAME = "config.json"
 
@@ -69,7 +69,7 @@ def read_config(folder: Path, *, has_gates: bool = False) -> Source:
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a config.json; raises ValueError if there is none."""
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError as error:
         raise ValueError(
             f"path must be a folder with a {NAME}, got {str(path.parent)!r} without one"
@@ -79,6 +79,25 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ValueError(f"{str(path)!r} must hold a JSON object, got {checks.short(values)}")
     return values
+
+
+def _is_size(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _is_positive(value: Any) -> bool:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return number and 0 < value < math.inf
+
+
+_SIZE = ("must be an integer of at least 1", _is_size)
+#: The rule of a field's value, by the type of its default; sizes have no default, or None.
+_RULES: dict[type, tuple[str, Callable[[Any], bool]]] = {
+    type(keys.REQUIRED): _SIZE,
+    type(None): _SIZE,
+    float: ("must be a finite number above 0", _is_positive),
+    bool: ("must be true or false", lambda value: isinstance(value, bool)),
+}
 
 
 class _Reader:
@@ -99,9 +118,12 @@ class _Reader:
             value = self.take(entry.key, entry.by_type.get(defaults_of, entry.default))
             if value is keys.REQUIRED:
                 raise self.error(entry.key, "must be given", "nothing")
-            size = isinstance(value, int) and not isinstance(value, bool) and value > 0
-            if entry.default is keys.REQUIRED and not size:
-                raise self.error(entry.key, "must be an integer of at least 1", value)
+            if value is None and entry.default is not keys.REQUIRED:
+                value = entry.default  # null stands for an absent key
+            rule, fits = _RULES[type(entry.default)]
+            follows = value is None and entry.default is None  # from other sizes
+            if not follows and not fits(value):
+                raise self.error(entry.key, rule, value)
             found[entry.field] = value
         if found.get("num_kv_heads", 0) is None:
             found["num_kv_heads"] = found["num_heads"]
@@ -138,13 +160,18 @@ def _dense_fields(reader: _Reader, model_type: str) -> dict[str, Any]:
     _check_no_window(reader, model_type, fields["num_layers"])
     fields |= _rope_fields(reader)
     fields |= _bias_fields(reader, model_type)
-    return fields | {"attention": "full", "qk_norm": model_type == "qwen3"}
+    own = reader.take(keys.OWN, {})
+    if not isinstance(own, dict) or own.keys() - {"padding_id"}:
+        raise reader.error(keys.OWN, "must be an object with no field but padding_id", own)
+    return fields | own | {"attention": "full", "qk_norm": model_type == "qwen3"}
 
 
 def _bias_fields(reader: _Reader, model_type: str) -> dict[str, bool]:
     """Which projections have a bias. Qwen2's are fixed; only Llama has the key of the MLP."""
-    attention_bias = reader.take("attention_bias", False)
-    mlp_bias = reader.take("mlp_bias", False)
+    attention_bias, mlp_bias = (  # null stands for false
+        False if (value := reader.take(key)) is None else value
+        for key in ("attention_bias", "mlp_bias")
+    )
     for key, value, types in (
         ("attention_bias", attention_bias, ("llama", "qwen2", "qwen3")),
         ("mlp_bias", mlp_bias, ("llama",)),
@@ -217,13 +244,17 @@ def _rope_fields(reader: _Reader) -> dict[str, Any]:
 def _own_fields(reader: _Reader) -> dict[str, Any]:
     """The fields that `save_pretrained` wrote where transformers has no key for some."""
     base = reader.take("base_model_type", "llama")
+    if base not in keys.DENSE:
+        raise reader.error("base_model_type", f"must be one of {keys.DENSE}", base)
     own = reader.take(keys.OWN)
-    if not isinstance(own, dict):
+    if not isinstance(own, dict) or "attention" not in own:
         raise reader.error(keys.OWN, "must be an object with the fields of the attention", own)
     fields = reader.fields(keys.FIELDS, base)
     reader.only(keys.ONLY)
     fields |= _rope_fields(reader)
     reader.finish()
+    if others := sorted(own.keys() & (fields.keys() | keys.OF_A_RUN)):
+        raise reader.error(keys.OWN, f"must not have the field {others[0]!r}", own)
     try:
         return vars(TransformerConfig.from_dict(fields | own))
     except ValueError as error:
@@ -300,6 +331,10 @@ def write_config(config: TransformerConfig, dtype: str, like: Mapping[str, Any])
         values["sliding_window"] = None
     if base.startswith("qwen"):
         values["use_sliding_window"] = False
+    if (
+        config.padding_id
+    ):  # transformers, which has no segment ids, keeps a key that it does not know
+        values[keys.OWN] = {"padding_id": config.padding_id}
     name = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}[base]
     return values | {"model_type": base, "architectures": [f"{name}ForCausalLM"]}
 
@@ -360,7 +395,7 @@ def attention_fields(
     source: Source,
     attention: Literal["nsa", "full", "window"] | None,
     nsa: NSAConfig | None,
-    layer_types: tuple[str, ...] | None,
+    layer_types: Sequence[str] | None,
     has_gates: bool,
 ) -> dict[str, Any]:
     """The fields of the attention that the caller asks for, on top of those of the folder.
@@ -375,8 +410,16 @@ def attention_fields(
     Raises:
       ValueError: what the caller asks for and what the folder holds do not fit together.
     """
+    checks.choice("attention", attention, (None, *LAYER_TYPES))
     if nsa is not None:
         checks.config(nsa, "nsa")
+    if layer_types is not None:
+        if not isinstance(layer_types, list | tuple):
+            raise ValueError(
+                "layer_types must be None or a type for each layer, such as ('full', 'nsa'), got "
+                f"{checks.short(layer_types)}"
+            )
+        layer_types = tuple(layer_types)
     if source.stored:
         _check_stored(source, attention, nsa, layer_types)
         return {}
@@ -384,7 +427,7 @@ def attention_fields(
     if layer_types is None:
         types = (attention or "full",)
     elif attention in (None, *layer_types):
-        types = tuple(layer_types)
+        types = layer_types
         attention = attention or ("nsa" if "nsa" in types else "full")
     else:
         raise ValueError(
@@ -408,17 +451,17 @@ def attention_fields(
 def _check_stored(source: Source, attention: Any, nsa: Any, layer_types: Any) -> None:
     """Raises ValueError if the caller asks for other attention than a folder of its own types."""
     where = str(source.path.parent)
-    types = source.fields.get("layer_types")
-    held = (source.fields["attention"],) if types is None else types
+    one = (source.fields["attention"],) * source.fields["num_layers"]
+    held = source.fields.get("layer_types") or one
     if attention is not None and attention not in {*held} - {"full"}:
         raise ValueError(
             "attention must be None or that of a folder whose layers have gates and phi of their "
             "own, since without them it computes another function: got "
-            f"attention={attention!r} and {where!r}, which holds {', '.join(held)}"
+            f"attention={attention!r} and {where!r}, which holds {', '.join(dict.fromkeys(held))}"
         )
     for name, value, stored in (
         ("nsa", nsa, source.fields.get("nsa")),
-        ("layer_types", layer_types, types),
+        ("layer_types", layer_types, held),
     ):
         if value is not None and value != stored:
             raise ValueError(

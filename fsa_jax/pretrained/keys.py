@@ -77,6 +77,7 @@ ONLY = {
     "per_layer_config": (None, {}),
     "quantization_config": (None,),
     "use_mrope": (False,),
+    "rope_interleaved": (False, None),
 }
 
 #: Keys that only flash-linear-attention has, likewise.
@@ -92,6 +93,7 @@ HARMLESS = {
     "they say who wrote the file, for what and from where": (
         "model_type", "base_model_type", "architectures", "transformers_version", "_name_or_path",
         "name_or_path", "_commit_hash", "tokenizer_class", "unsloth_version", "unsloth_fixed",
+        "is_llama_config", "transformers.js_config",
     ),
     "the tensors say their dtype themselves": ("dtype", "torch_dtype", "use_bfloat16"),
     "they number tokens, for generation and padding": (

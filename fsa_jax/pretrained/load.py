@@ -2,7 +2,7 @@
 
 import contextlib
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,7 +34,8 @@ def load_pretrained(
     dtype: Dtype | None = None,
     param_dtype: Dtype | None = None,
     mesh: Mesh | None = None,
-    layer_types: tuple[Layers, ...] | None = None,
+    layer_types: Sequence[Layers] | None = None,
+    progress: Callable[[int, int], object] | None = None,
 ) -> Transformer:
     """Loads a model from a folder with a config.json and safetensors, as Hugging Face writes it.
 
@@ -63,6 +64,10 @@ def load_pretrained(
         device.
       layer_types: the type of each layer of a hybrid, likewise on the projections of the dense
         model: ``("full", "nsa", ...)``. Layers of type ``"window"`` see `nsa.window_size` tokens.
+      progress: called after each parameter with the number of those that are loaded, and of all.
+
+    Returns:
+      The model, with the parameters of the folder.
 
     Raises:
       ValueError: the folder is not complete; its model type is unknown; a key of its config.json
@@ -76,35 +81,10 @@ def load_pretrained(
           dense = load_pretrained("folder")
           sparse = load_pretrained("folder", attention="nsa", gates="open")
     """
-    return load(
-        path,
-        attention=attention,
-        nsa=nsa,
-        gates=gates,
-        dtype=dtype,
-        param_dtype=param_dtype,
-        mesh=mesh,
-        layer_types=layer_types,
-    )
-
-
-def load(
-    path: Folder,
-    *,
-    attention: Layers | None,
-    nsa: NSAConfig | None,
-    gates: str,
-    dtype: Dtype | None,
-    param_dtype: Dtype | None,
-    mesh: Mesh | None,
-    layer_types: tuple[Layers, ...] | None,
-    progress: Callable[[int, int], object] = lambda done, total: None,
-) -> Transformer:
-    """`load_pretrained`, which reports the parameters that are loaded, and their number."""
     checks.choice("gates", gates, tuple(warm_start.STARTS))
     if mesh is not None and not isinstance(mesh, Mesh):
         raise ValueError(f"mesh must be a jax.sharding.Mesh or None, got {checks.short(mesh)}")
-    folder = Path(path)
+    folder = checks.path("path", path)
     if not folder.is_dir():
         raise ValueError(f"path must be a folder, got {str(folder)!r}")
     read_json(folder / NAME)  # where there is none, that is said before anything of tensors
@@ -127,7 +107,15 @@ def load(
     fields["dtype"] = str(
         checks.float_dtype("dtype", fields["param_dtype"] if dtype is None else dtype)
     )
-    config = TransformerConfig(**fields)
+    if fields["num_layers"] > len(tensors):  # found before the names of all layers are made
+        raise ValueError(
+            f"num_hidden_layers must be that of the tensors in {str(folder)!r}, of which there are "
+            f"{len(tensors)}, got {fields['num_layers']}"
+        )
+    try:
+        config = TransformerConfig(**fields)
+    except ValueError as error:
+        raise ValueError(f"{str(source.path)!r} is not supported: {error}") from error
 
     # Inside jax.set_mesh, Flax would take the names of parameter axes for those of the mesh.
     with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
@@ -138,8 +126,11 @@ def load(
     made = {param for param in places if _is_made(param, source, has_gates)}
     kept = {param: place for param, place in places.items() if param not in made}
     if gates != "closed" and not any(param[-2:] == ("gate", "bias") for param in made):
+        keeps = source.stored or has_gates
+        hint = "its own gates are kept" if keeps else "set attention='nsa' to start gates"
         raise ValueError(
-            f"gates must be 'closed' where no gates are started, got {gates!r} and {str(folder)!r}"
+            "gates must be 'closed' where no gates are started, got "
+            f"{gates!r} for {str(folder)!r}: {hint}"
         )
     read.check_tensors(folder, tensors, kept.values())
     shardings = _shardings(state, mesh, shapes)
@@ -156,7 +147,8 @@ def load(
                 args = kept[param], tensors, jnp.dtype(own)
                 part = stack.enter_context(read.reader(*args))
             loaded[param] = _placed(shape, shardings[param], part)
-        progress(len(loaded), len(places))
+        if progress is not None:
+            progress(len(loaded), len(places))
     return nnx.merge(graphdef, nnx.traversals.unflatten_mapping(loaded))
 
 
@@ -182,6 +174,8 @@ def _size(tensors: Mapping[str, read.Tensor], name: str) -> int:
         raise ValueError(
             f"path must hold the tensor {names.in_file(name)!r}, got none of that name"
         )
+    if not tensors[name].shape:
+        raise ValueError(f"{tensors[name].name!r} must have two axes, got a scalar")
     return tensors[name].shape[0]
 
 

@@ -82,6 +82,8 @@ def _files_of(index: Path) -> Iterator[tuple[Path, set[str]]]:
         listed = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         files: dict[str, set[str]] = {}
         for name, file in listed.items():
+            if not isinstance(file, str):
+                raise TypeError(f"{name!r} is said to be in {file!r}")
             files.setdefault(file, set()).add(name)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{str(index)!r} must hold a weight_map: {error!r}") from error

@@ -53,6 +53,9 @@ class _Tensor(NamedTuple):
         return np.ascontiguousarray(self.place.to_tensor(np.asarray(part)))
 
 
+type Progress = Callable[[int, int], object] | None
+
+
 @jax.jit
 def _layer_of(stack: jax.Array, layer: int) -> jax.Array:
     return jax.lax.dynamic_index_in_dim(stack, layer, keepdims=False)
@@ -65,6 +68,7 @@ def save_pretrained(
     like: str | os.PathLike[str] | None = None,
     overwrite: bool = False,
     max_shard_size: int | str = "5GB",
+    progress: Progress = None,
 ) -> None:
     """Writes a model to a folder with a config.json and safetensors, as Hugging Face does.
 
@@ -84,6 +88,7 @@ def save_pretrained(
         files stay.
       max_shard_size: the largest size of a file, in bytes or like "5GB"; a model that is larger is
         split over several files with an index.
+      progress: called after each tensor with the number of those that are written, and of all.
 
     Raises:
       ValueError: the path holds files and `overwrite` is not set, or it is not the folder of a
@@ -91,26 +96,16 @@ def save_pretrained(
       NotImplementedError: an array of the model is on devices of another process.
       OSError: the folder cannot be written.
     """
-    save(model, path, like=like, overwrite=overwrite, max_shard_size=max_shard_size)
-
-
-def save(
-    model: Transformer,
-    path: str | os.PathLike[str],
-    *,
-    like: str | os.PathLike[str] | None = None,
-    overwrite: bool = False,
-    max_shard_size: int | str = "5GB",
-    progress: Callable[[int, int], object] = lambda done, total: None,
-) -> None:
-    """`save_pretrained`, which reports the tensors that are written, and their number."""
     if not isinstance(model, Transformer):
         raise ValueError(f"model must be a Transformer, got {type(model).__name__}")
     limit = _bytes_of(max_shard_size)
-    path = Path(path).absolute()
+    path = Path(os.path.abspath(checks.path("path", path)))
     check_target(path, checks.flag("overwrite", overwrite))
-    tensors = _tensors_of(model)
-    other = {} if like is None else configs.read_json(Path(like) / configs.NAME)
+    tensors, other = _tensors_of(model), {}
+    if like is not None and not (checks.path("like", like) / configs.NAME).is_file():
+        raise ValueError(f"like must be a folder with a {configs.NAME}, got {str(like)!r}")
+    if like is not None:
+        other = configs.read_json(Path(like) / configs.NAME)
     dtype = read.dtype_of_most((x.place.shape, str(x.param.dtype)) for x in tensors)
     config = configs.write_config(model.config, dtype, other)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -177,9 +172,7 @@ def _tensors_of(model: Transformer) -> list[_Tensor]:
     return sorted(found, key=lambda tensor: tensor.name)
 
 
-def _write_weights(
-    folder: Path, tensors: list[_Tensor], limit: int, progress: Callable[[int, int], object]
-) -> None:
+def _write_weights(folder: Path, tensors: list[_Tensor], limit: int, progress: Progress) -> None:
     """Writes one file, or several and an index."""
     shards: list[list[_Tensor]] = [[]]
     filled = 0
@@ -194,7 +187,8 @@ def _write_weights(
     def advance() -> None:
         nonlocal done
         done += 1
-        progress(done, len(tensors))
+        if progress is not None:
+            progress(done, len(tensors))
 
     if len(shards) == 1:
         _write_file(folder / read.SINGLE, shards[0], advance)

@@ -14,8 +14,8 @@ from tqdm import tqdm
 from tyro import conf
 
 from fsa_jax.config import NSAConfig
-from fsa_jax.pretrained.load import load
-from fsa_jax.pretrained.write import check_target, save
+from fsa_jax.pretrained import load_pretrained, save_pretrained
+from fsa_jax.pretrained.write import check_target
 from fsa_jax.training import folder as files
 from fsa_jax.training.checkpoint import Checkpoints, RunPosition
 from fsa_jax.training.config import PRESETS, TrainConfig, config_to_json
@@ -91,20 +91,18 @@ def convert(config: ConvertConfig) -> Path:
         prefix=f".{config.target.name}.", dir=config.target.absolute().parent
     ) as temporary:
         between = Path(temporary) / "model"
-        save(load_model(config.source, implementation=None)[0], between)
+        save_pretrained(load_model(config.source, implementation=None)[0], between)
         return _convert(config, between)
 
 
 def _convert(config: ConvertConfig, source: Path) -> Path:
     with _bar("loading") as progress:
-        model = load(
+        model = load_pretrained(
             source,
             attention=config.attention,
             nsa=None if config.nsa == NSAConfig() else config.nsa,
             gates=config.gates,
-            dtype=None,
             param_dtype=config.param_dtype,
-            mesh=None,
             layer_types=config.layer_types or None,
             progress=progress,
         )
@@ -112,7 +110,7 @@ def _convert(config: ConvertConfig, source: Path) -> Path:
         write_run(model, config.target, text=config.text, overwrite=config.overwrite)
         return config.target
     with _bar("writing") as progress:
-        save(
+        save_pretrained(
             model,
             config.target,
             like=source,

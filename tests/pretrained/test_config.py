@@ -75,6 +75,10 @@ def test_fields_of_other_types(read):
         *(True, True, True),
         128,
     ]
+    fields = read("llama3", attention_bias=None, mlp_bias=None, tie_word_embeddings=None).fields
+    assert [fields[x] for x in ("qkv_bias", "mlp_bias", "tie_embeddings")] == [False] * 3
+    assert read("llama3", rope_interleaved=False, is_llama_config=True).fields["num_layers"] == 2
+    assert read("llama3", fsa_jax={"padding_id": -1}).fields["padding_id"] == -1
     fields = read("llama3", attention_bias=True, mlp_bias=True, num_key_value_heads=ABSENT).fields
     assert [fields[x] for x in ("qkv_bias", "out_bias", "mlp_bias", "num_kv_heads")] == [
         *(True, True, True),
@@ -117,6 +121,10 @@ REFUSED = [
     ("llama3", "num_local_experts", 8, "is unknown and may change what the model computes, got 8"),
     ("llama3", "logit_scale", 0.5, "is unknown and may change"),
     ("llama3", "mlp_bias", "yes", "must be true or false"),
+    ("llama3", "tie_word_embeddings", "true", "must be true or false, got 'true'"),
+    ("llama3", "rms_norm_eps", 0, "must be a finite number above 0, got 0"),
+    ("llama3", "rope_interleaved", True, "must be false or null, got True"),
+    ("llama3", "fsa_jax", {"gate": "head"}, "must be an object with no field but padding_id"),
     ("llama3", "hidden_size", ABSENT, "must be given, got nothing"),
     ("llama3", "num_attention_heads", None, "must be an integer of at least 1, got None"),
     ("llama3", "vocab_size", "512", "must be an integer of at least 1, got '512'"),

@@ -134,6 +134,8 @@ def test_damaged_index(tmp_path):
         load_with(**{"model.norm.weight": ABSENT})
     with pytest.raises(ValueError, match=r"got 'x' missing from 'model-00003"):
         load_with(x=third.name)
+    with pytest.raises(ValueError, match=r"must hold a weight_map: .*'x' is said to be in 3"):
+        load_with(x=3)
     with pytest.raises(ValueError, match=r"must name files of its own folder, got '../y'"):
         load_with(x="../y")
     third.unlink()
@@ -150,7 +152,12 @@ def test_damaged_index(tmp_path):
         ({"gates": "ajar"}, "gates must be one of"),
         ({"nsa": NSAConfig()}, "nsa must be None for a dense model"),
         ({"nsa": NSAConfig(), "attention": "full"}, "nsa must be None for a dense model"),
-        ({"gates": "open"}, "gates must be 'closed' where no gates are started"),
+        ({"gates": "open"}, "gates must be 'closed' where no gates .* set attention='nsa'"),
+        ({"layer_types": 5}, "layer_types must be None or a type for each layer.* got 5"),
+        ({"layer_types": np.array(["nsa", "full"])}, "layer_types must be None or a type .* array"),
+        ({"attention": ["nsa"]}, "attention must be one of"),
+        ({"path": 5}, "path must be a path, got 5"),
+        ({"path": ""}, "path must be a path, got ''"),
         ({"mesh": 2}, "mesh must be a jax.sharding.Mesh or None, got 2"),
         ({"attention": "linear"}, "attention must be one of"),
         ({"layer_types": ("nsa",)}, "layer_types must have one type for each"),
@@ -160,7 +167,26 @@ def test_damaged_index(tmp_path):
 )
 def test_wrong_arguments(arguments, message):
     with pytest.raises(ValueError, match=message):
-        load_pretrained(LLAMA, **arguments)
+        load_pretrained(**{"path": LLAMA} | arguments)
+
+
+def test_more_layers_than_tensors_are_found_at_once(tmp_path):
+    folder = changed(tmp_path / "x", num_hidden_layers=10**9)
+    with pytest.raises(ValueError, match=r"num_hidden_layers must be .* tensors .* got 1000000000"):
+        load_pretrained(folder)
+
+
+def test_values_that_a_model_refuses_are_those_of_the_file(tmp_path):
+    folder = changed(tmp_path / "x", num_key_value_heads=3)
+    with pytest.raises(ValueError, match=r"x/config.json' is not supported: num_heads must be"):
+        load_pretrained(folder)
+
+
+def test_json_may_start_with_a_byte_order_mark(tmp_path):
+    folder = changed(tmp_path / "x")
+    text = (folder / "config.json").read_text(encoding="utf-8")
+    (folder / "config.json").write_text(text, encoding="utf-8-sig")
+    assert load_pretrained(folder).config.num_layers == 2
 
 
 def test_parameters_can_be_donated():

@@ -93,6 +93,37 @@ def test_sparse_models_load_again(tmp_path, options):
         load_pretrained(tmp_path / "out", attention="full")
     with pytest.raises(ValueError, match="nsa must be None or that of the folder"):
         load_pretrained(tmp_path / "out", nsa=NSAConfig(topk=5))
+    same(load_pretrained(tmp_path / "out", layer_types=list(config.types)), model)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("fsa_jax", {}, "must be an object with the fields of the attention"),
+        ("fsa_jax", {"attention": "nsa", "rope_theta": 3}, "must not have the field 'rope_theta'"),
+        ("fsa_jax", {"attention": "nsa", "dtype": "bfloat16"}, "must not have the field 'dtype'"),
+        ("fsa_jax", {"attention": "nsa", "layer_types": 5}, "layer_types must have one type"),
+        ("base_model_type", ["x"], "base_model_type must be one of"),
+    ],
+)
+def test_damaged_configurations_of_sparse_models(tmp_path, key, value, message):
+    save_pretrained(Transformer(SMALL, rngs=nnx.Rngs(0)), tmp_path / "out")
+    values = config_of(tmp_path / "out") | {key: value}
+    (tmp_path / "out" / "config.json").write_text(json.dumps(values))
+    with pytest.raises(ValueError, match=message):
+        load_pretrained(tmp_path / "out")
+
+
+def test_dense_models_keep_the_id_of_padding(tmp_path):
+    config = dataclasses.replace(SMALL, attention="full", padding_id=-1)
+    save_pretrained(Transformer(config, rngs=nnx.Rngs(0)), tmp_path / "out")
+    assert load_pretrained(tmp_path / "out").config.padding_id == -1
+
+
+def test_paths_are_those_that_they_lead_to(tmp_path):
+    (tmp_path / "a").mkdir()
+    save_pretrained(Transformer(SMALL, rngs=nnx.Rngs(0)), tmp_path / "a" / ".." / "b")
+    assert sorted(x.name for x in tmp_path.iterdir()) == ["a", "b"]
 
 
 def test_nothing_is_replaced_by_accident(tmp_path):
@@ -180,7 +211,7 @@ def test_wrong_arguments(tmp_path, llama):
         save_pretrained(llama, tmp_path / "x", max_shard_size=0)
     with pytest.raises(ValueError, match="model must be a Transformer, got dict"):
         save_pretrained(params_of(llama), tmp_path / "x")  # pyright: ignore[reportArgumentType]
-    with pytest.raises(ValueError, match=r"path must be a folder with a config.json"):
+    with pytest.raises(ValueError, match=r"like must be a folder with a config.json"):
         save_pretrained(llama, tmp_path / "x", like=tmp_path)
     assert not list(tmp_path.iterdir())
     assert write._bytes_of("1.5 gb") == 1_500_000_000
