@@ -3,10 +3,10 @@
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from fsa_jax.arguments import checks
-from fsa_jax.arguments.types import CompressionMethod, DenseImplementation
+from fsa_jax.arguments.types import CompressionMethod, DenseImplementation, LayerType
 from fsa_jax.config import NSAConfig
 from fsa_jax.layers import GATES
 from fsa_jax.nn.base import check_heads
@@ -15,7 +15,7 @@ from fsa_jax.ops.dispatch import CUDNN, check_name
 from fsa_jax.rope import RoPE
 from fsa_jax.rope_scaling import RoPEScaling, scaling_from_dict
 
-LAYER_TYPES = ("nsa", "full", "window")
+LAYER_TYPES: tuple[LayerType, ...] = get_args(LayerType)
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
@@ -123,8 +123,8 @@ class TransformerConfig:
     num_kv_heads: int = _DERIVED
     head_dim: int = _DERIVED
     mlp_dim: int = _DERIVED
-    attention: Literal["nsa", "full", "window", "hybrid"] = "nsa"
-    layer_types: tuple[Literal["nsa", "full", "window"], ...] | None = None
+    attention: Literal[LayerType, "hybrid"] = "nsa"
+    layer_types: tuple[LayerType, ...] | None = None
     sliding_window: int | None = None
     nsa: NSAConfig = dataclasses.field(default_factory=NSAConfig)
     compression: CompressionMethod = "linear"
@@ -207,9 +207,10 @@ class TransformerConfig:
         self._set("attention", "hybrid" if several else types[0])
 
     @property
-    def types(self) -> tuple[str, ...]:
+    def types(self) -> tuple[LayerType, ...]:
         """The attention of each layer."""
-        return self.layer_types or (self.attention,) * self.num_layers
+        every: Any = self.attention
+        return self.layer_types or (every,) * self.num_layers
 
     @property
     def rope(self) -> RoPE:

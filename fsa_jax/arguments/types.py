@@ -12,6 +12,9 @@ Implementation = Literal["triton", "mosaic_gpu", "triton_interpret", "xla", "ref
 DenseImplementation = Literal[Implementation, "cudnn"]
 """The implementations of `fsa_jax.causal_attention`."""
 
+LayerType = Literal["nsa", "full", "window"]
+"""The attention of a layer of a model."""
+
 CompressionMethod = Literal["linear", "weighted", "mean", "mlp"]
 """How a window of tokens is mapped to one key or value; see `fsa_jax.compress`."""
 

@@ -5,9 +5,10 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from fsa_jax.arguments import checks
+from fsa_jax.arguments.types import LayerType
 from fsa_jax.config import NSAConfig
 from fsa_jax.pretrained import keys
 from fsa_jax.rope import scaling_from_dict
@@ -393,7 +394,7 @@ def _own_values(config: TransformerConfig) -> dict[str, Any]:
 
 def attention_fields(
     source: Source,
-    attention: Literal["nsa", "full", "window"] | None,
+    attention: LayerType | None,
     nsa: NSAConfig | None,
     layer_types: Sequence[str] | None,
     has_gates: bool,

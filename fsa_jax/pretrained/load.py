@@ -14,6 +14,7 @@ from flax.typing import Dtype
 from jax.sharding import Mesh, NamedSharding
 
 from fsa_jax.arguments import checks
+from fsa_jax.arguments.types import LayerType
 from fsa_jax.config import NSAConfig
 from fsa_jax.partitioning import current_shardings, training_shardings
 from fsa_jax.pretrained import keys, names, read, warm_start
@@ -22,19 +23,18 @@ from fsa_jax.transformer import Transformer
 from fsa_jax.transformer_config import TransformerConfig
 
 type Folder = str | os.PathLike[str]
-type Layers = Literal["nsa", "full", "window"]
 
 
 def load_pretrained(
     path: Folder,
     *,
-    attention: Layers | None = None,
+    attention: LayerType | None = None,
     nsa: NSAConfig | None = None,
     gates: Literal["closed", "open"] = "closed",
     dtype: Dtype | None = None,
     param_dtype: Dtype | None = None,
     mesh: Mesh | None = None,
-    layer_types: Sequence[Layers] | None = None,
+    layer_types: Sequence[LayerType] | None = None,
     progress: Callable[[int, int], object] | None = None,
 ) -> Transformer:
     """Loads a model from a folder with a config.json and safetensors, as Hugging Face writes it.
