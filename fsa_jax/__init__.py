@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from fsa_jax.inference.kv_cache import KVCache
     from fsa_jax.inference.nsa_cache import NSACache
     from fsa_jax.inference.page_allocator import OutOfPages, PageAllocator
+    from fsa_jax.losses import cross_entropy
     from fsa_jax.ops.dispatch import explain
     from fsa_jax.positions import token_positions, window_positions
     from fsa_jax.pretrained import load_pretrained, save_pretrained
@@ -57,6 +58,7 @@ __all__ = [
     "causal_attention",
     "compress",
     "compressed_attention",
+    "cross_entropy",
     "explain",
     "from_stripes",
     "from_zigzag",
@@ -90,6 +92,7 @@ __getattr__, __dir__ = lazy.exports(
         "inference.nsa_cache": ["NSACache"],
         "config": ["NSAConfig"],
         "generation": ["generate"],
+        "losses": ["cross_entropy"],
         "ops.dispatch": ["explain"],
         "arguments.types": ["CompressionMethod", "Implementation"],
         "inference.page_allocator": ["OutOfPages", "PageAllocator"],

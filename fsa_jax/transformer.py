@@ -166,14 +166,68 @@ class Transformer(nnx.Module):
             return self._extend(tokens, cache, num_tokens, fresh, only_last)
         options = {"fresh": fresh or None, "only_last": only_last or None}
         checks.absent("without a cache", num_tokens=num_tokens, **options)
+        return self._call("call_part", tokens, segment_ids, positions, dropout_key)
+
+    def hidden_states(
+        self,
+        tokens: Integer[AnyArray, "B T"] | IntegerList,
+        segment_ids: Integer[AnyArray, "B T"] | IntegerList | None = None,
+        positions: Integer[AnyArray, "B T"] | IntegerList | None = None,
+        *,
+        dropout_key: jax.Array | None = None,
+    ) -> Float[Array, "B T C"]:
+        """The states h, after the final norm, whose logits a call returns: h @ `head_weight`.T.
+
+        With ``fsa_jax.cross_entropy`` they give the loss without the logits of all tokens.
+
+        Args:
+          tokens: as in a call, like all other arguments.
+          segment_ids: as in a call.
+          positions: as in a call.
+          dropout_key: as in a call.
+
+        Returns:
+          [B, T, C] in the dtype of the computation, 0 at padding.
+
+        Raises:
+          ValueError: as in a call.
+
+        Example:
+          >>> from fsa_jax import cross_entropy
+          >>> config = TransformerConfig(num_layers=1, embed_dim=32, num_heads=2, num_kv_heads=1)
+          >>> model, tokens = Transformer(config, rngs=nnx.Rngs(0)), jnp.zeros((1, 64), jnp.int32)
+          >>> cross_entropy(model.hidden_states(tokens), model.head_weight, tokens).shape
+          (1, 64)
+        """
+        tokens = checks.integers("tokens", tokens, "B T")
+        return self._call("hidden_part", tokens, segment_ids, positions, dropout_key)
+
+    @property
+    def head_weight(self) -> Float[Array, "V C"]:
+        """The matrix of the output head; the embedding table if they are tied."""
+        return (self.embedding.embedding if self.head is None else self.head)[...]
+
+    def _call(self, method: str, tokens, segment_ids, positions, dropout_key) -> jax.Array:
+        """`method` of checked arguments."""
         segment_ids = checks.ids(segment_ids, tokens.shape, True, self.config.padding_id)
         if positions is not None:
             positions = checks.integers("positions", positions, "B T")
         rest = (segment_ids, positions, dropout_key)
-        return layer_call(self, self.config.sequence_axis, tokens, *rest, name="tokens")
+        axis = self.config.sequence_axis
+        return layer_call(self, axis, tokens, *rest, name="tokens", method=method)
 
     def call_part(self, tokens, segment_ids, positions, dropout_key) -> jax.Array:
         """The call without a cache, under mesh axes that are not Explicit."""
+        x, segments = self._states(tokens, segment_ids, positions, dropout_key)
+        return segments.without_padding(self._logits(x))
+
+    def hidden_part(self, tokens, segment_ids, positions, dropout_key) -> jax.Array:
+        """`hidden_states`, under mesh axes that are not Explicit."""
+        x, segments = self._states(tokens, segment_ids, positions, dropout_key)
+        return segments.without_padding(self.norm(x))
+
+    def _states(self, tokens, segment_ids, positions, dropout_key) -> tuple[jax.Array, Any]:
+        """The output of the last layer, and the documents."""
         keys = (
             None if dropout_key is None else jax.random.split(dropout_key, self.config.num_layers)
         )
@@ -184,7 +238,7 @@ class Transformer(nnx.Module):
         segments = checks.segments(tokens, segment_ids, True)
         remat = _keeps_attention if self.config.remat else None
         x, _ = self._run(step, self._embed(tokens, segments.valid), keys, remat=remat)
-        return segments.without_padding(self._logits(x))
+        return x, segments
 
     def init_cache(
         self,
@@ -264,9 +318,8 @@ class Transformer(nnx.Module):
 
     def _logits(self, x: jax.Array) -> jax.Array:
         x = self.norm(x)
-        head = self.embedding.embedding if self.head is None else self.head
         return jnp.einsum(
-            "btc,vc->btv", x, head[...].astype(x.dtype), preferred_element_type=jnp.float32
+            "btc,vc->btv", x, self.head_weight.astype(x.dtype), preferred_element_type=jnp.float32
         )
 
     def selected_blocks(

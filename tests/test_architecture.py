@@ -24,7 +24,7 @@ ORDER = (
     {"ops"},
     {"sequence_parallel"},
     {"positions"},
-    {"api"},
+    {"api", "losses"},
     {"inference"},
     {"nn"},
     {"layers"},

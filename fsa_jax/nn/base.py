@@ -46,21 +46,27 @@ def check_heads(num_heads: int, num_kv_heads: int) -> None:
 
 
 def layer_call(
-    layer: Any, sequence_axis: str | None, x: jax.Array, *others, name: str = "x"
+    layer: Any,
+    sequence_axis: str | None,
+    x: jax.Array,
+    *others,
+    name: str = "x",
+    method: str = "call_part",
 ) -> jax.Array:
     """Returns `layer.call_part(x, *others)`, even where x is sharded over Explicit mesh axes.
 
     Args:
-      layer: a layer or model, whose `call_part` returns [B, T, C].
+      layer: a layer or model, whose `method` returns [B, T, C].
       sequence_axis: mesh axis that may split the tokens.
       x: [B, T] or [B, T, C].
       *others: further arrays, or None.
       name: name of `x`, for messages.
+      method: name of a method to call instead of `call_part`.
     """
     graphdef, state = nnx.split(layer)
     mesh = partition.explicit_mesh((state, x, others))
     if mesh is None:
-        return layer.call_part(x, *others)
+        return getattr(layer, method)(x, *others)
     rows, tokens = (*partition.explicit_spec(x), None, None)[:2]
     partition.places(
         {name: "b t"}, {name: (rows, tokens)}, {name: x.shape[:2]}, dict(mesh.shape), sequence_axis
@@ -68,7 +74,7 @@ def layer_call(
 
     def call(given):
         state, arrays = given
-        return nnx.merge(graphdef, state).call_part(*arrays)
+        return getattr(nnx.merge(graphdef, state), method)(*arrays)
 
     return partition.on_auto_axes(
         call, mesh, PartitionSpec(rows, tokens, None), (state, (x, *others))

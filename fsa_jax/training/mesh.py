@@ -164,6 +164,17 @@ class Placement:
         """The sharding of arrays [B, T] in the token order of sequence parallelism."""
         return NamedSharding(self.mesh, PartitionSpec("data", "sequence"))
 
+    def loss_tokens(self, shape: tuple[int, int]) -> PartitionSpec:
+        """How the loss splits the tokens [B, T] of the model, in its token order.
+
+        The devices of axis `tensor` hold the same hidden states and the whole head, so each takes a
+        part of the tokens, if their number divides.
+        """
+        axes = ("sequence", "tensor")
+        if shape[1] % (self.mesh.shape["sequence"] * self.mesh.shape["tensor"]):
+            axes = ("sequence",)
+        return PartitionSpec("data", axes)
+
     def model(self, config: TransformerConfig) -> TransformerConfig:
         """The configuration of the model as it runs on this mesh."""
         axis = "sequence" if self.sequence_devices > 1 else None

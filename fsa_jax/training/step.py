@@ -11,6 +11,7 @@ from jax.stages import Wrapped
 from jaxtyping import Float32, Int32, UInt32
 
 from fsa_jax.arguments import checks
+from fsa_jax.losses import cross_entropy
 from fsa_jax.semantics.precision import narrow
 from fsa_jax.semantics.segments import cut
 from fsa_jax.sequence_parallel.zigzag import to_zigzag
@@ -173,6 +174,16 @@ def _summed_loss(logits, targets, counted):
     return cut(losses, counted).sum(), counted.sum(dtype=jnp.int32)
 
 
+def _model_loss(model: Transformer, inputs, ids, targets, counted, key, placement):
+    """Like `_summed_loss`, of a model's logits, which are never all held at once."""
+    x = model.hidden_states(inputs, ids, dropout_key=key)
+    place = {}
+    if placement is not None and placement.mesh.size > 1:
+        place = {"mesh": placement.mesh, "spec": placement.loss_tokens(inputs.shape)}
+    losses = cross_entropy(x, model.head_weight, targets, counted, **place)
+    return losses.sum(), counted.sum(dtype=jnp.int32)
+
+
 def _arrange(placement: Placement | None, *arrays):
     """Arrays [B, T] in the token order of the model, which sequence parallelism permutes."""
     if placement is None or placement.sequence_devices == 1:
@@ -221,8 +232,8 @@ def make_train_step(
         inputs, ids, *targets = _arrange(placement, *arrays)
 
         def mean_loss(params):
-            logits = nnx.merge(graphdef, params)(inputs, ids, dropout_key=key)
-            total, count = _summed_loss(logits, *targets)
+            model = nnx.merge(graphdef, params)
+            total, count = _model_loss(model, inputs, ids, *targets, key, placement)
             return total / jnp.maximum(count, 1).astype(jnp.float32)
 
         loss, grads = jax.value_and_grad(mean_loss)(state.params)
@@ -247,6 +258,6 @@ def make_eval_step(graphdef: Any, placement: Placement | None = None) -> Wrapped
     def eval_step(params, tokens: Array, segment_ids: Array):
         arrays = (tokens, segment_ids, *_targets(tokens, segment_ids))
         inputs, ids, *targets = _arrange(placement, *arrays)
-        return _summed_loss(nnx.merge(graphdef, params)(inputs, ids), *targets)
+        return _model_loss(nnx.merge(graphdef, params), inputs, ids, *targets, None, placement)
 
     return jax.jit(eval_step, out_shardings=None if placement is None else placement.replicated)

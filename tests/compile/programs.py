@@ -28,6 +28,21 @@ LLAMA_LAYER = dataclasses.replace(
         dtype="bfloat16",
     ),
 )
+#: Qwen3-8B with its vocabulary, and NSA as its attention.
+QWEN3_8B = TransformerConfig(
+    vocab_size=151_936,
+    num_layers=36,
+    embed_dim=4096,
+    num_heads=32,
+    num_kv_heads=8,
+    head_dim=128,
+    mlp_dim=12288,
+    qk_norm=True,
+    tie_embeddings=False,
+    rope_theta=1e6,
+    remat=True,
+    dtype="bfloat16",
+)
 
 
 def compile_branch(group):
