@@ -92,7 +92,7 @@ def cross_entropy(
         mesh, spec = place
         arrays = ((x, spec), (head, PartitionSpec()), (labels, spec), (counted, spec))
         x, head, labels, counted = (_placed(y, mesh, spec) for y, spec in arrays)
-    losses = _losses(chunk_size, mesh, spec, x, head, labels, counted)
+    losses: Any = _losses(chunk_size, mesh, spec, x, head, labels, counted)
     return losses * jax.lax.stop_gradient(weights).astype(losses.dtype)
 
 

@@ -1,6 +1,7 @@
 """The chunked cross-entropy: against float64, its gradients, meshes, memory, and errors."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,7 @@ from fsa_jax import cross_entropy
 B, T, C, V = 2, 12, 8, 37
 
 
-def arrays(dtype=jnp.float32, seed=0):
+def arrays(dtype: Any = jnp.float32, seed: int = 0):
     rng = np.random.default_rng(seed)
     x, head = (jnp.asarray(rng.normal(size=shape), dtype) for shape in ((B, T, C), (V, C)))
     labels = jnp.asarray(rng.integers(0, V, size=(B, T)), jnp.int32)
@@ -59,7 +60,7 @@ def test_16_bits(dtype):
     """As exact as a loss with all logits in float32, even for a mean over very many tokens."""
     x, head, labels, weights = arrays(dtype)
     scale = 2.0**-20
-    grads = jax.grad(lambda *xs: scale * total(*xs, labels, weights, chunk_size=5), (0, 1))
+    grads = jax.grad(lambda *xs: scale * total(xs[0], xs[1], labels, weights, chunk_size=5), (0, 1))
     got = grads(x, head.astype(jnp.float32))
     assert [y.dtype for y in got] == [dtype, jnp.float32]
     expected = dense(x, head, labels, weights)
@@ -126,8 +127,9 @@ def test_over_a_mesh(kind, axes):
     got, expected = compiled(*placed), jax.value_and_grad(total, (0, 1))(*given)
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-6)
-    assert f"f32[3,{V + 1}]" in compiled.as_text()
-    assert f"f32[6,{V + 1}]" not in compiled.as_text()
+    text = str(compiled.as_text())
+    assert f"f32[3,{V + 1}]" in text
+    assert f"f32[6,{V + 1}]" not in text
 
 
 def test_memory_is_that_of_a_chunk():
@@ -142,6 +144,7 @@ def test_memory_is_that_of_a_chunk():
     function = jax.value_and_grad(functools.partial(total, chunk_size=chunk), (0, 1))
     found = jax.jit(function).lower(*shapes).compile().memory_analysis()
     arrays_ = 4 * (3 * tokens * width + 3 * entries * width + 8 * tokens)
+    assert found is not None
     assert found.temp_size_in_bytes < 3 * 4 * chunk * entries + arrays_
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -20,8 +21,14 @@ VOCAB_SIZE = 257
 # its bytes instead.
 FREE_ON_RESUME = frozenset(
     {"text", "out", "preset", "steps", "resume", "overwrite", "eval_every", "checkpoint_every"}
-    | {"mesh", "fsdp", "distributed"}
+    | {"mesh", "fsdp", "distributed", "tensorboard", "config"}
 )
+
+#: The learning rate after its decay, as a fraction of the peak.
+FINAL_LEARNING_RATE = 0.1
+#: Dtypes of parameters that lose small updates.
+_NARROW = ("bfloat16", "float16")
+SCHEDULES = ("cosine", "constant", "wsd")
 
 #: Old names of fields, which callers may use for one more release; files may always have them.
 OLD_FIELDS = {"data": "text", "row_length": "seq_len", "eval_rows": "eval_sequences"}
@@ -83,8 +90,18 @@ class TrainConfig:
       seq_len: bytes per sequence.
       learning_rate: peak learning rate.
       weight_decay: decoupled weight decay, applied to matrices only.
+      clip_norm: gradients of a larger global norm are scaled down to this norm; 0 or None: never.
+      accumulate: number of parts that a batch is computed in, one after another, each of
+        batch_size / accumulate sequences. The gradient is that of the whole batch up to rounding,
+        summed in float32, and the memory of activations that of a part.
+      freeze: regular expressions of parameters that are not trained, for example
+        'layers/attention/(query|key)'. One matches a path, or its beginning up to a slash.
+      schedule: learning rate after the warmup. cosine: falls along a cosine to a tenth of the peak.
+        constant: stays at the peak. wsd: stays at the peak, and falls linearly to a tenth of it in
+        the last cooldown_steps before decay_steps.
       warmup_steps: steps of the linear warmup from 0 to the peak learning rate.
-      decay_steps: step at which the cosine decay reaches a tenth of the peak learning rate, where
+      cooldown_steps: with schedule=wsd, steps of the linear decay. Default: a fifth of decay_steps.
+      decay_steps: step at which the decay reaches a tenth of the peak learning rate, where
         it then stays. Default: steps, or the end of a longer warmup. A resumed run keeps the value
         of its checkpoint, even if the run is extended: set decay_steps at the start if the run will
         continue beyond steps.
@@ -93,6 +110,11 @@ class TrainConfig:
         one device. A resumed run may change it.
       fsdp: split parameters and optimiser state over the data axis too.
       distributed: this process is one of several of the run; all of them must see the folder out.
+      float32_masters: with a param_dtype of 16 bits, keep the parameters in float32 too, in the
+        state of the optimiser, and add the updates to these. The 16 bits are their rounding.
+      tensorboard: write the metrics for TensorBoard too, to the folder tensorboard in out.
+      config: the run.json of another run, whose settings are the defaults of all flags except out,
+        resume and overwrite; in its place no preset is given.
       model: sizes of the model.
 
     Raises:
@@ -113,11 +135,19 @@ class TrainConfig:
     seq_len: int
     learning_rate: float
     weight_decay: float
+    clip_norm: float | None = 1.0
+    accumulate: int = 1
+    freeze: tuple[str, ...] = ()
+    schedule: Literal["cosine", "constant", "wsd"] = "cosine"
     warmup_steps: int
+    cooldown_steps: int | None = None
     decay_steps: int | None = None
     mesh: str = ""
     fsdp: bool = False
     distributed: bool = False
+    float32_masters: bool = True
+    tensorboard: bool = False
+    config: Path | None = None
     model: TransformerConfig
 
     def __post_init__(self):
@@ -131,23 +161,28 @@ class TrainConfig:
             ("seq_len", 2),
             ("warmup_steps", 0),
             ("decay_steps", 1),
+            ("cooldown_steps", 1),
+            ("accumulate", 1),
         ):
             value = getattr(self, name)
-            if value is not None or name != "decay_steps":
+            if value is not None or name not in ("decay_steps", "cooldown_steps"):
                 object.__setattr__(self, name, scalars.size(name, value, least))
         if self.seed >= 2**31:
             raise ValueError(f"seed must be below 2**31, got {self.seed}")
         for name, rule, fits in (
             ("learning_rate", "positive and finite", lambda x: 0 < x < math.inf),
             ("weight_decay", "at least 0 and finite", lambda x: 0 <= x < math.inf),
+            ("clip_norm", "at least 0 and finite, or None", lambda x: 0 <= x < math.inf),
         ):
-            value = scalars.number(name, getattr(self, name), rule, fits)
-            object.__setattr__(self, name, value)
+            value = getattr(self, name)
+            value = 0.0 if name == "clip_norm" and value is None else value
+            object.__setattr__(self, name, scalars.number(name, value, rule, fits))
         if self.warmup_steps >= self.last_decay_step:
             raise ValueError(
                 "warmup_steps must be below decay_steps, got "
                 f"warmup_steps={self.warmup_steps} and decay_steps={self.decay_steps}"
             )
+        self._check_step()
         parse_mesh(self.mesh)
         if not isinstance(self.out, Path | None):
             raise ValueError(f"out must be a pathlib.Path or None, got {self.out!r}")
@@ -164,6 +199,55 @@ class TrainConfig:
             raise ValueError(
                 f"padding_id must be 0, as the trainer packs documents, got {self.model.padding_id}"
             )
+
+    def _check_step(self) -> None:
+        """Checks the fields of a training step that depend on others."""
+        scalars.choice("schedule", self.schedule, SCHEDULES)
+        if self.cooldown_steps is not None and self.schedule != "wsd":
+            raise ValueError(
+                f"cooldown_steps must come with schedule='wsd', got {self.cooldown_steps} and "
+                f"schedule={self.schedule!r}"
+            )
+        if self.schedule == "wsd" and (
+            self.warmup_steps + self.last_cooldown_steps > self.last_decay_step
+        ):
+            raise ValueError(
+                "warmup_steps + cooldown_steps must be at most decay_steps, got "
+                f"{self.warmup_steps} + {self.last_cooldown_steps} and {self.last_decay_step}"
+            )
+        if self.batch_size % self.accumulate:
+            raise ValueError(
+                f"batch_size must be a multiple of accumulate={self.accumulate}, got "
+                f"{self.batch_size}"
+            )
+        if isinstance(self.freeze, str) or not all(isinstance(x, str) and x for x in self.freeze):
+            raise ValueError(
+                f"freeze must be a tuple of regular expressions, got {scalars.short(self.freeze)}"
+            )
+        object.__setattr__(self, "freeze", tuple(self.freeze))
+        for pattern in self.freeze:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(
+                    f"freeze must hold regular expressions, got {pattern!r}: {error}"
+                ) from error
+        for name in ("float32_masters", "tensorboard"):
+            object.__setattr__(self, name, scalars.flag(name, getattr(self, name)))
+        if not isinstance(self.config, Path | None):
+            raise ValueError(f"config must be a pathlib.Path or None, got {self.config!r}")
+
+    @property
+    def has_masters(self) -> bool:
+        """Whether the state of the optimiser holds float32 copies of the parameters."""
+        return self.float32_masters and self.model.param_dtype in _NARROW
+
+    @property
+    def last_cooldown_steps(self) -> int:
+        """The steps of the linear decay of the schedule wsd."""
+        if self.cooldown_steps is not None:
+            return self.cooldown_steps
+        return -(-self.last_decay_step // 5)
 
     @property
     def run_folder(self) -> Path:
@@ -183,7 +267,10 @@ def config_to_json(config: TrainConfig) -> dict[str, Any]:
     """The configuration as JSON values; the inverse of `config_from_json`."""
     values = dataclasses.asdict(config) | {"model": config.model.to_dict()}
     values["text"] = [str(path) for path in config.text]
-    values["out"] = None if config.out is None else str(config.out)
+    for name in ("out", "config"):
+        path = getattr(config, name)
+        values[name] = None if path is None else str(path)
+    values["freeze"] = list(config.freeze)
     return values
 
 
@@ -191,8 +278,13 @@ def config_from_json(values: Mapping[str, Any]) -> TrainConfig:
     """Builds the configuration that `config_to_json` wrote, in this version or an earlier one."""
     fields = with_new_names(values, OLD_FIELDS)
     fields["text"] = tuple(Path(path) for path in fields["text"])
-    fields["out"] = None if fields["out"] is None else Path(fields["out"])
-    fields["model"] = TransformerConfig.from_dict(fields["model"])
+    for name in ("out", "config"):
+        path = fields.get(name)
+        fields[name] = None if path is None else Path(path)
+    fields["freeze"] = tuple(fields.get("freeze", ()))
+    fields["model"] = model = TransformerConfig.from_dict(fields["model"])
+    if model.param_dtype in _NARROW:  # versions without this field kept no such copies
+        fields.setdefault("float32_masters", False)
     return TrainConfig(**fields)
 
 

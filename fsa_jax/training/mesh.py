@@ -219,9 +219,16 @@ class Placement:
         return jax.make_array_from_callback(shape, self.batch, part)
 
 
-def check_placement(placement: Placement, model: TransformerConfig, *, batch_size, seq_len):
+def check_placement(
+    placement: Placement, model: TransformerConfig, *, batch_size, seq_len, accumulate=1
+):
     """Raises ValueError, naming the rule, unless the sizes of a run divide over the mesh."""
     sizes = placement.mesh.shape
+    if batch_size // accumulate % sizes["data"] and accumulate > 1:
+        raise ValueError(
+            f"batch_size must be a multiple of accumulate={accumulate} times the devices of mesh "
+            f"axis data={sizes['data']}, got {batch_size}"
+        )
     if batch_size % sizes["data"]:
         raise ValueError(
             f"batch_size must be a multiple of the devices of mesh axis data={sizes['data']}, got "

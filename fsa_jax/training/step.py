@@ -7,25 +7,27 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 from jax import Array
+from jax.sharding import NamedSharding, PartitionSpec
 from jax.stages import Wrapped
 from jaxtyping import Float32, Int32, UInt32
 
 from fsa_jax.arguments import checks
 from fsa_jax.losses import cross_entropy
-from fsa_jax.semantics.precision import narrow
+from fsa_jax.semantics.precision import accumulation_dtype, narrow
 from fsa_jax.semantics.segments import cut
 from fsa_jax.sequence_parallel.zigzag import to_zigzag
 from fsa_jax.training.config import TrainConfig
 from fsa_jax.training.mesh import Placement
+from fsa_jax.training.optimizer import (
+    Masters,
+    init_optimizer,
+    joined,
+    learning_rate,
+    make_optimizer,
+    split_frozen,
+    update,
+)
 from fsa_jax.transformer import Transformer, TransformerConfig
-
-_CLIP_NORM = 1.0
-_ADAM_B2 = 0.95  # the usual choice for language models: a shorter average than with 0.999
-_FINAL_LEARNING_RATE = 0.1  # as a fraction of the peak
-
-# These parameters are vectors. In a stack of layers they have a layer axis too, so their rank alone
-# does not tell them from matrices.
-_NOT_DECAYED = frozenset({"scale", "bias"})
 
 
 class TrainState(NamedTuple):
@@ -33,7 +35,8 @@ class TrainState(NamedTuple):
 
     Attributes:
       params: pure nested dict of parameters.
-      opt_state: state of the optax optimiser.
+      opt_state: state of the optax optimiser, of the parameters that are not frozen; with
+        `TrainConfig.has_masters` a `Masters`.
       step: number of completed steps.
       rng: data of the run's random key; a step folds its number into the key for dropout.
     """
@@ -83,42 +86,11 @@ def _split_model(config: TransformerConfig, seed: int) -> tuple[Any, Any]:
     return graphdef, nnx.to_pure_dict(state)
 
 
-def learning_rate_schedule(config: TrainConfig) -> optax.Schedule:
-    """Linear warmup to the peak, then cosine decay to a tenth of it, where the rate stays."""
-    return optax.warmup_cosine_decay_schedule(
-        init_value=0.0,
-        peak_value=config.learning_rate,
-        warmup_steps=config.warmup_steps,
-        decay_steps=config.last_decay_step,
-        end_value=config.learning_rate * _FINAL_LEARNING_RATE,
-    )
-
-
-def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
-    """AdamW after clipping by global norm, with weight decay on matrices only."""
-    return optax.chain(
-        optax.clip_by_global_norm(_CLIP_NORM),
-        optax.adamw(
-            learning_rate_schedule(config),
-            b2=_ADAM_B2,
-            weight_decay=config.weight_decay,
-            mask=decay_mask,
-        ),
-    )
-
-
-def decay_mask(params: Any) -> Any:
-    """True at the parameters that weight decay applies to: all but norm scales and biases."""
-    return jax.tree_util.tree_map_with_path(
-        lambda path, _: str(path[-1].key) not in _NOT_DECAYED, params
-    )
-
-
 def init_state(params: Any, config: TrainConfig) -> TrainState:
     """The state before the first step."""
     return TrainState(
         params=params,
-        opt_state=make_optimizer(config).init(params),
+        opt_state=init_optimizer(params, config),
         step=jnp.zeros((), jnp.int32),
         # A key of its own: dropout must be independent of the parameters' initialisation.
         rng=jax.random.key_data(jax.random.fold_in(jax.random.key(config.seed), 1)),
@@ -174,11 +146,14 @@ def _summed_loss(logits, targets, counted):
     return cut(losses, counted).sum(), counted.sum(dtype=jnp.int32)
 
 
-def _model_loss(model: Transformer, inputs, ids, targets, counted, key, placement):
+def _model_loss(model: Transformer, inputs, ids, targets, counted, *, key, placement):
     """Like `_summed_loss`, of a model's logits, which are never all held at once."""
     x = model.hidden_states(inputs, ids, dropout_key=key)
     place = {}
     if placement is not None and placement.mesh.size > 1:
+        # Otherwise XLA may split the tokens of the whole model as the loss does.
+        states = NamedSharding(placement.mesh, PartitionSpec(*placement.tokens.spec, None))
+        x = jax.lax.with_sharding_constraint(x, states)
         place = {"mesh": placement.mesh, "spec": placement.loss_tokens(inputs.shape)}
     losses = cross_entropy(x, model.head_weight, targets, counted, **place)
     return losses.sum(), counted.sum(dtype=jnp.int32)
@@ -198,7 +173,10 @@ def state_shardings(config: TrainConfig, placement: Placement) -> TrainState:
     """The shardings of the training state."""
     params = placement.params(config.model)
     template = abstract_model(config.model)[1]
-    opt_state = placement.opt_state(make_optimizer(config), params, template)
+    trained, template = (split_frozen(x, config.freeze)[0] for x in (params, template))
+    opt_state = placement.opt_state(make_optimizer(config), trained, template)
+    if config.has_masters:
+        opt_state = Masters(trained, opt_state)
     rest: Any = placement.replicated
     return TrainState(params, opt_state, step=rest, rng=rest)
 
@@ -212,16 +190,6 @@ def make_train_step(
     split by `state_shardings` and the batch by `Placement.batch`; without one, everything is on one
     device.
     """
-    optimizer = make_optimizer(config)
-    schedule = learning_rate_schedule(config)
-
-    @narrow
-    def update(grads, state: TrainState):
-        # optax raises float32 numbers to the power of int32 steps, which strict promotion forbids.
-        with jax.numpy_dtype_promotion("standard"):
-            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-            learning_rate = jnp.asarray(schedule(state.step))
-        return optax.apply_updates(state.params, updates), opt_state, learning_rate
 
     def train_step(state: TrainState, tokens: Array, segment_ids: Array):
         key = None
@@ -229,16 +197,24 @@ def make_train_step(
             key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
 
         arrays = (tokens, segment_ids, *_targets(tokens, segment_ids))
-        inputs, ids, *targets = _arrange(placement, *arrays)
+        arrays = _arrange(placement, *arrays)
+        count = jnp.maximum(arrays[-1].sum(dtype=jnp.int32), 1).astype(jnp.float32)
+        trained, frozen = split_frozen(state.params, config.freeze)
 
-        def mean_loss(params):
-            model = nnx.merge(graphdef, params)
-            total, count = _model_loss(model, inputs, ids, *targets, key, placement)
-            return total / jnp.maximum(count, 1).astype(jnp.float32)
+        def loss(trained, arrays, key):
+            """The part's share of the mean over the predicted tokens of the whole batch."""
+            model = nnx.merge(graphdef, joined(trained, frozen))
+            return _model_loss(model, *arrays, key=key, placement=placement)[0] / count
 
-        loss, grads = jax.value_and_grad(mean_loss)(state.params)
-        params, opt_state, learning_rate = update(grads, state)
-        metrics = StepMetrics(loss, optax.tree.norm(grads), learning_rate)
+        if config.accumulate == 1:
+            value, grads = jax.value_and_grad(loss)(trained, arrays, key)
+        else:
+            parts = tuple(_parts(x, config.accumulate, placement) for x in arrays)
+            value, grads = _summed_gradients(loss, trained, parts, key)
+        trained, opt_state = update(config, grads, state.opt_state, trained)
+        rate = learning_rate(config, state.step)
+        metrics = StepMetrics(value, optax.tree.norm(grads), rate)
+        params = joined(trained, frozen)
         return TrainState(params, opt_state, state.step + 1, state.rng), metrics
 
     if placement is None:
@@ -252,12 +228,47 @@ def make_train_step(
     )
 
 
+def _parts(x: Array, count: int, placement: Placement | None) -> Array:
+    """The array [B, T] as `count` parts [count, B / count, T], without moving rows of a device."""
+    devices = 1 if placement is None else placement.mesh.shape["data"]
+    x = x.reshape(devices, count, -1, x.shape[1]).swapaxes(0, 1)
+    x = x.reshape(count, -1, x.shape[-1])
+    if placement is None or placement.mesh.size == 1:
+        return x
+    split = NamedSharding(placement.mesh, PartitionSpec(None, *placement.tokens.spec))
+    return jax.lax.with_sharding_constraint(x, split)
+
+
+@narrow
+def _summed_gradients(loss, params, parts, key):
+    """The sums of a loss and of its gradients over parts of a batch, in float32.
+
+    Args:
+      loss: function of the parameters, the arrays of a part, and a random key or None.
+      params: the parameters.
+      parts: arrays whose first axis is that of the parts.
+      key: random key of dropout, or None; each part folds its number into it.
+    """
+
+    def step(sums, part):
+        number, arrays = part
+        own = None if key is None else jax.random.fold_in(key, number)
+        found = jax.value_and_grad(loss)(params, arrays, own)
+        return jax.tree.map(lambda total, x: total + x.astype(total.dtype), sums, found), None
+
+    wide = lambda x: jnp.zeros(x.shape, accumulation_dtype(x))  # noqa: E731
+    start = (jnp.zeros((), jnp.float32), jax.tree.map(wide, params))
+    numbers = jnp.arange(parts[0].shape[0], dtype=jnp.int32)
+    return jax.lax.scan(step, start, (numbers, parts))[0]
+
+
 def make_eval_step(graphdef: Any, placement: Placement | None = None) -> Wrapped:
     """Builds the step (params, tokens [B, T], segment_ids [B, T]) -> `next_byte_loss`'s results."""
 
     def eval_step(params, tokens: Array, segment_ids: Array):
         arrays = (tokens, segment_ids, *_targets(tokens, segment_ids))
-        inputs, ids, *targets = _arrange(placement, *arrays)
-        return _model_loss(nnx.merge(graphdef, params), inputs, ids, *targets, None, placement)
+        arrays = _arrange(placement, *arrays)
+        model = nnx.merge(graphdef, params)
+        return _model_loss(model, *arrays, key=None, placement=placement)
 
     return jax.jit(eval_step, out_shardings=None if placement is None else placement.replicated)

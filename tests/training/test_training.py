@@ -25,13 +25,12 @@ from fsa_jax.training import (
 )
 from fsa_jax.training.config import config_from_json, config_to_json
 from fsa_jax.training.metrics import MetricsLog, curve
+from fsa_jax.training.optimizer import decay_mask, learning_rate_schedule
 from fsa_jax.training.plots import selection_image
 from fsa_jax.training.step import (
     abstract_model,
-    decay_mask,
     init_model,
     init_state,
-    learning_rate_schedule,
     make_train_step,
 )
 from training.runs import DENSE, MODEL, NSA, saved_state, tiny, without_times
