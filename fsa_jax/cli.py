@@ -255,18 +255,26 @@ def _train(arguments: Sequence[str]) -> None:
 
 def _train_until_stopped(arguments: Sequence[str]) -> None:
     from fsa_jax.training import PRESETS, TrainConfig
+    from fsa_jax.training.config import read_config
     from fsa_jax.transformer_config import SIZES, with_sizes
 
-    # The preset determines the defaults of all other flags, and some model sizes determine those of
-    # others, so these flags are read first. Errors in them are left to the full parser.
+    # The preset, or the file of another run, determines the defaults of all other flags, and some
+    # model sizes determine those of others, so these flags are read first. Errors in them are left
+    # to the full parser.
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    first.add_argument("--preset", nargs="?", default="tiny")
+    first.add_argument("--preset", nargs="?")
+    first.add_argument("--config", nargs="?")
     for name in SIZES:
         first.add_argument(f"--{name.replace('_', '-')}", type=int)
     default = PRESETS["tiny"]
     with contextlib.suppress(argparse.ArgumentError):
         found = vars(first.parse_known_args(arguments)[0])
-        default = PRESETS.get(found.pop("preset"), default)
+        preset, file = found.pop("preset"), found.pop("config")
+        if preset and file:
+            raise ValueError(
+                f"preset and config must not both be given, got {preset!r} and {file!r}"
+            )
+        default = read_config(Path(file)) if file else PRESETS.get(preset, default)
         sizes = {name: size for name, size in found.items() if size is not None}
         default = dataclasses.replace(default, model=with_sizes(default.model, sizes))
     config = _parse(TrainConfig, "train", arguments, default, (_scaling_rule,))

@@ -21,6 +21,7 @@ import fsa_jax.training
 from fsa_jax import cli
 from fsa_jax.cli import main
 from fsa_jax.training import PRESETS, RunStopped, read_metrics
+from fsa_jax.training.config import config_to_json
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
 
@@ -62,6 +63,29 @@ def test_train_shows_progress_as_lines_without_a_terminal(data, trained, tmp_pat
 def test_presets(configs, words, preset):
     assert main(["train", *words]) == 0
     assert configs == [PRESETS[preset]]
+
+
+def test_the_file_of_another_run_gives_the_defaults(configs, tmp_path, capfd):
+    """Also those of sizes and of options of the model; flags win."""
+    first = "train --steps 7 --freeze embedding --attention full --num-heads 2 --qk-norm --out a"
+    assert main(first.split()) == 0
+    file = tmp_path / "run.json"
+    file.write_text(json.dumps({"config": config_to_json(configs[0])}))
+    assert main(["train", "--config", str(file), "--seed", "3", "--num-heads", "4"]) == 0
+    before, now = configs
+    assert now.model.num_heads == 4
+    assert now.model.qk_norm
+    expected = dataclasses.replace(before, seed=3, config=file, out=None, model=now.model)
+    assert now == expected
+    capfd.readouterr()
+    assert main(["train", "--config", str(file), "--preset", "tiny"]) == 2
+    assert "preset and config must not both be given" in one_line(capfd)
+    for wrong in (tmp_path / "none.json", tmp_path):
+        assert main(["train", "--config", str(wrong)]) == 2
+        assert "config must be the run.json of a run, got " in one_line(capfd)
+    file.write_text('{"config": {"steps": 3}}')
+    assert main(["train", "--config", str(file)]) == 2
+    assert "config must be the run.json of a run, got " in one_line(capfd)
 
 
 def test_flags_override_the_preset(configs, capfd):

@@ -1,6 +1,7 @@
 """The configuration of a training run: one dataclass, and the presets, which are values of it."""
 
 import dataclasses
+import json
 import math
 import re
 from collections.abc import Mapping
@@ -286,6 +287,28 @@ def config_from_json(values: Mapping[str, Any]) -> TrainConfig:
     if model.param_dtype in _NARROW:  # versions without this field kept no such copies
         fields.setdefault("float32_masters", False)
     return TrainConfig(**fields)
+
+
+def read_config(path: Path) -> TrainConfig:
+    """The configuration of another run, from its `run.json`, for a new run.
+
+    Args:
+      path: the file. The result names it as `config`, and has the defaults of `out`, `resume` and
+        `overwrite`.
+
+    Raises:
+      ValueError: the file cannot be read, or is not that of a run.
+    """
+    try:
+        config = config_from_json(json.loads(path.read_text(encoding="utf-8"))["config"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        reason = (
+            error.strerror if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
+        )
+        raise ValueError(
+            f"config must be the run.json of a run, got {str(path)!r}: {reason}"
+        ) from error
+    return dataclasses.replace(config, out=None, resume=False, overwrite=False, config=path)
 
 
 def check_resumable(saved: TrainConfig, wanted: TrainConfig) -> None:

@@ -19,6 +19,8 @@ from fsa_jax.messages import naming, say
 
 METRICS, DESCRIPTION, CHECKPOINTS = "metrics.jsonl", "run.json", "checkpoints"
 LOSSES, BLOCKS = "loss.png", "blocks.png"
+#: Files for TensorBoard, and the beginning of their names.
+TENSORBOARD, _EVENTS = "tensorboard", "events.out.tfevents."
 WHAT = "fsa-jax train"
 
 #: Names, followed by a number, of the copies that a resumed run keeps of damaged files.
@@ -66,11 +68,11 @@ def check_startable(folder: Path, *, resume: bool, overwrite: bool) -> None:
 
 def _worth_keeping(folder: Path) -> str | None:
     """The name of a file or folder that a new run would replace; None if there is none."""
-    for name in (CHECKPOINTS, METRICS, DESCRIPTION, LOSSES, BLOCKS):
+    for name in (CHECKPOINTS, METRICS, DESCRIPTION, LOSSES, BLOCKS, TENSORBOARD):
         path = folder / name
         if not os.path.lexists(path):
             continue
-        if name == CHECKPOINTS and path.is_dir():
+        if name in (CHECKPOINTS, TENSORBOARD) and path.is_dir():
             empty = not any(path.iterdir())
         elif name == METRICS and path.is_file():
             empty = not path.stat().st_size
@@ -88,6 +90,12 @@ def _not_ours(folder: Path) -> str | None:
     for name in (METRICS, DESCRIPTION, LOSSES, BLOCKS):
         if (folder / name).is_dir():
             return f"{name} is a folder"
+    events = folder / TENSORBOARD
+    if events.is_symlink() or (os.path.lexists(events) and not events.is_dir()):
+        return f"{TENSORBOARD} is not a folder"
+    for child in events.iterdir() if events.is_dir() else ():
+        if not _is_events(child):
+            return f"{TENSORBOARD}/{child.name} is not a file for TensorBoard"
     checkpoints = folder / CHECKPOINTS
     if not os.path.lexists(checkpoints):
         return None
@@ -105,6 +113,10 @@ def _is_checkpoint(path: Path) -> bool:
     step, unfinished, _ = path.name.partition(_UNFINISHED)
     finished = not unfinished and (path / _MARK_OF_CHECKPOINT).is_file()
     return _is_step(step) and (bool(unfinished) or finished)
+
+
+def _is_events(path: Path) -> bool:
+    return path.name.startswith(_EVENTS) and path.is_file() and not path.is_symlink()
 
 
 def _is_step(name: str) -> bool:
@@ -136,6 +148,9 @@ def clear(folder: Path) -> None:
     checkpoints = folder / CHECKPOINTS
     for child in checkpoints.iterdir() if checkpoints.is_dir() else ():
         shutil.rmtree(child)
+    events = folder / TENSORBOARD
+    if events.is_dir():
+        shutil.rmtree(events)
     # The description is deleted last: until then it marks the folder as that of a run.
     for name in (METRICS, LOSSES, BLOCKS, DESCRIPTION):
         (folder / name).unlink(missing_ok=True)

@@ -25,6 +25,7 @@ from fsa_jax.training.data import (
     unigram_loss,
     validation_batches,
 )
+from fsa_jax.training.flops import flops_per_token, peak_flops
 from fsa_jax.training.mesh import (
     Placement,
     agreed,
@@ -43,6 +44,7 @@ from fsa_jax.training.metrics import (
     read_metrics,
     validation_row,
 )
+from fsa_jax.training.optimizer import split_frozen
 from fsa_jax.training.plots import plot_blocks, plot_losses
 from fsa_jax.training.progress import Progress
 from fsa_jax.training.renamed import renamed_fields
@@ -56,6 +58,7 @@ from fsa_jax.training.step import (
     state_shardings,
 )
 from fsa_jax.training.stopping import Stop, catching_signals
+from fsa_jax.training.tensorboard import TensorBoard, check_tensorboard
 from fsa_jax.transformer import Transformer
 from fsa_jax.versions import versions
 
@@ -119,7 +122,11 @@ def train(config: TrainConfig) -> TrainResult:
         on_leader(check)
         placement = Placement.build(config.mesh, fsdp=config.fsdp)
         sizes = {"batch_size": config.batch_size, "seq_len": config.seq_len}
-        check_placement(placement, config.model, **sizes)
+        check_placement(placement, config.model, **sizes, accumulate=config.accumulate)
+        if config.tensorboard:
+            check_tensorboard()
+        if config.freeze:
+            split_frozen(abstract_model(config.model)[1], config.freeze)
         corpus = load_corpus(config.text)
         on_leader(functools.partial(_make, folder))
         on_leader(lambda: stack.enter_context(files.locked(folder)))
@@ -168,6 +175,17 @@ def load_model(run_folder: Path, **changes: Any) -> tuple[Transformer, TrainConf
         return checkpoints.newest(read)[1]
 
 
+class _Logs:
+    """Writes rows of metrics to several logs."""
+
+    def __init__(self, logs: Sequence[MetricsLog | TensorBoard]):
+        self._logs = logs
+
+    def write(self, rows: Sequence[Row]) -> None:
+        for log in self._logs:
+            log.write(rows)
+
+
 class _Run:
     """One call of `train`, from the first batch or a checkpoint to the last step."""
 
@@ -204,6 +222,11 @@ class _Run:
         model = placement.model(config.model)
         self.graphdef, params = init_model(model, config.seed, shardings.params)
         self.num_params = sum(leaf.size for leaf in jax.tree.leaves(params))
+        peak = peak_flops(placement.mesh.devices.flat[0], config.model.dtype)
+        #: The tokens a second at which the run would reach the peak of its devices.
+        self.peak_tokens = peak and (
+            peak * placement.mesh.size / flops_per_token(params, config.model)
+        )
         start = functools.partial(init_state, config=config)
         self.state = jax.jit(start, out_shardings=shardings)(params)
         self.first_step = 0
@@ -274,10 +297,16 @@ class _Run:
         self._write_description({})
         with (
             Checkpoints(self.folder, create=True) as checkpoints,
-            MetricsLog(metrics_file, last_step=self.first_step, write=is_leader()) as log,
+            MetricsLog(metrics_file, last_step=self.first_step, write=is_leader()) as metrics,
+            TensorBoard(
+                self.folder,
+                last_step=self.first_step,
+                write=self.config.tensorboard and is_leader(),
+            ) as board,
             Progress(self.first_step, self.config.steps, show=is_leader()) as progress,
         ):
-            evaluated = self.config.steps in curve(log.kept, "val_loss")[0]
+            evaluated = self.config.steps in curve(metrics.kept, "val_loss")[0]
+            log = _Logs((metrics, board))
             evaluated = agreed(evaluated and self.first_step == self.config.steps)
             self._train(checkpoints, log, progress)
             if not evaluated and self.first_step == self.config.steps:
@@ -294,6 +323,8 @@ class _Run:
         if "nsa" in self.config.model.types:
             written.append(self.folder / files.BLOCKS)
             self._plot_blocks(written[-1])
+        if self.config.tensorboard:
+            written.append(self.folder / files.TENSORBOARD)
         return TrainResult(
             step=self.config.steps,
             val_loss=last["val_loss"],
@@ -301,7 +332,7 @@ class _Run:
             files=(*written, self.folder / files.CHECKPOINTS),
         )
 
-    def _train(self, checkpoints: Checkpoints, log: MetricsLog, progress: Progress) -> None:
+    def _train(self, checkpoints: Checkpoints, log: _Logs, progress: Progress) -> None:
         config, stop = self.config, self.stop
         pending: list[tuple[int, StepMetrics]] = []
         fetch_every = 1
@@ -355,6 +386,8 @@ class _Run:
             for (step, _), metrics in zip(pending, fetched, strict=True)
         ]
         for row in rows:
+            if self.peak_tokens is not None:
+                row["mfu"] = round(row["tokens_per_s"] / self.peak_tokens, 4)
             if not np.isfinite([row["loss"], row["grad_norm"]]).all():
                 raise FloatingPointError(
                     f"loss and gradient must be finite, got {row['loss']} and {row['grad_norm']} "
@@ -362,7 +395,7 @@ class _Run:
                 )
         return rows
 
-    def _evaluate(self, step: int, log: MetricsLog, progress: Progress) -> None:
+    def _evaluate(self, step: int, log: _Logs, progress: Progress) -> None:
         sums = [
             self.eval_step(
                 self.state.params, *map(self.placement.place, (batch.tokens, batch.segment_ids))

@@ -1,6 +1,7 @@
 """The progress display of a run: a bar on a terminal, lines of text elsewhere."""
 
 import contextlib
+import datetime
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -27,7 +28,7 @@ class Progress:
     """
 
     def __init__(self, first_step: int, steps: int, *, show: bool):
-        self._steps = steps
+        self._first_step, self._steps = first_step, steps
         self._show = show
         self._bar = tqdm(
             initial=first_step,
@@ -37,7 +38,7 @@ class Progress:
             dynamic_ncols=True,
         )
         self._shown: dict[str, Any] = {}
-        self._last_line = time.monotonic()
+        self._last_line = self._start = time.monotonic()
 
     def __enter__(self) -> Self:
         return self
@@ -50,6 +51,8 @@ class Progress:
         """Shows finished steps."""
         row = rows[-1]
         self._shown |= {"loss": f"{row['loss']:.3f}", "tokens/s": f"{row['tokens_per_s']:.0f}"}
+        if "mfu" in row:
+            self._shown["MFU"] = f"{row['mfu']:.1%}"
         # A closed terminal must not end the run.
         with contextlib.suppress(OSError):
             self._bar.set_postfix(self._shown, refresh=False)
@@ -57,7 +60,14 @@ class Progress:
         waited = time.monotonic() - self._last_line
         due = any(row["step"] % _LINE_EVERY == 0 for row in rows)
         if waited >= (_MIN_SECONDS if due else _MAX_SECONDS):
-            self._print_line(row["step"], self._shown)
+            # The bar shows the time that is left by itself.
+            self._print_line(row["step"], self._shown | {"ETA": self._left(row["step"])})
+
+    def _left(self, step: int) -> str:
+        """The time until the last step, if the steps to come take as long as those until now."""
+        done = max(step - self._first_step, 1)
+        seconds = (time.monotonic() - self._start) / done * (self._steps - step)
+        return str(datetime.timedelta(seconds=round(seconds)))
 
     def evaluation(self, row: Row) -> None:
         """Shows a validation loss."""

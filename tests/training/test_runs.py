@@ -23,7 +23,7 @@ from fsa_jax.training import (
     train,
 )
 from fsa_jax.training import folder as files
-from fsa_jax.training.step import learning_rate_schedule
+from fsa_jax.training.optimizer import learning_rate_schedule
 from fsa_jax.training.stopping import catching_signals
 from training.processes import finish, saved_steps, start
 from training.runs import DENSE, saved_state, signals_at, tiny, without_times
