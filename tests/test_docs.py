@@ -11,13 +11,18 @@ from util import python_of
 import fsa_jax
 
 ROOT = Path(__file__).parent.parent
-README, GPUS, INFERENCE, PRETRAINED = (
+README, GPUS, INFERENCE, PRETRAINED, TRAINING = (
     ROOT / path
-    for path in ("README.md", "docs/multi-gpu.md", "docs/inference.md", "docs/pretrained.md")
+    for path in (
+        "README.md",
+        "docs/multi-gpu.md",
+        "docs/inference.md",
+        "docs/pretrained.md",
+        "docs/training.md",
+    )
 )
 
-
-BLOCKS = [block for page in (README, GPUS) for block in python_of(page)]
+BLOCKS = [block for page in (README, GPUS, TRAINING) for block in python_of(page)]
 PACKAGE = Path(fsa_jax.__file__).parent
 #: The code blocks of these pages build on one another, so those of a page form one example. The
 #: one that needs transformers is run by tests/pretrained/test_transformers.py.
@@ -52,6 +57,7 @@ SHAPES = {
     "hybrid": ("hybrid_logits", (1, 128, 512)),
     "generation": ("texts", [8, 8]),
     "sequence": ("y", (1, 512, 32)),
+    "training": ("value", ()),
     "inference": ("logits", (2, 8, 257)),
     "pretrained": ("logits", (2, 150, 512)),
 }

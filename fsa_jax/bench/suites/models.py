@@ -165,7 +165,8 @@ def _training_step(forward):
     Without segment ids the sequence is one document.
     """
     from fsa_jax.training.config import PRESETS
-    from fsa_jax.training.step import make_optimizer, next_byte_loss
+    from fsa_jax.training.optimizer import make_optimizer
+    from fsa_jax.training.step import next_byte_loss
 
     optimizer = make_optimizer(PRESETS["tiny"])
 
