@@ -8,12 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from util import assert_same_bits
 
 import fsa_jax
 from fsa_jax import cross_entropy
+from fsa_jax.transformer import Transformer, TransformerConfig
 
 B, T, C, V = 2, 12, 8, 37
 
@@ -146,6 +148,21 @@ def test_memory_is_that_of_a_chunk():
     arrays_ = 4 * (3 * tokens * width + 3 * entries * width + 8 * tokens)
     assert found is not None
     assert found.temp_size_in_bytes < 3 * 4 * chunk * entries + arrays_
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_states_and_head_of_a_model(tied):
+    """They give the logits of a call, and 0 at padding."""
+    config = TransformerConfig(
+        vocab_size=V, num_layers=1, embed_dim=16, num_heads=2, attention="full", tie_embeddings=tied
+    )
+    model = Transformer(config, rngs=nnx.Rngs(0))
+    tokens = arrays()[2]
+    ids = jnp.ones_like(tokens).at[0, 7:].set(0)
+    x = model.hidden_states(tokens, ids)
+    assert not x[0, 7:].any()
+    logits = jnp.einsum("btc,vc->btv", x, model.head_weight)
+    np.testing.assert_allclose(logits, model(tokens, ids), rtol=1e-5, atol=1e-6)
 
 
 def test_under_vmap():
