@@ -18,9 +18,10 @@ from typing import TYPE_CHECKING, NoReturn
 from fsa_jax.messages import PROGRAM, say, say_now
 
 if TYPE_CHECKING:
+    from fsa_jax.training import TrainConfig
     from fsa_jax.training.stopping import RunStopped
 
-_TRAIN_EXTRA = frozenset({"grain", "matplotlib", "orbax", "tqdm", "tyro"})
+_TRAIN_EXTRA = frozenset({"grain", "matplotlib", "orbax", "pyarrow", "tokenizers", "tqdm", "tyro"})
 #: Old names of flags of `train`, which work for one more release.
 _OLD_FLAGS = {"data": "text", "row-length": "seq-len", "eval-rows": "eval-sequences"}
 _INSTALL_EXTRA = "in a clone of fsa-jax, pip install '.[train]' installs it"
@@ -34,19 +35,21 @@ class SampleConfig:
       checkpoint: folder of a run of `fsa-jax train`, whose last checkpoint is used.
       prompt: text to continue; if it is empty, the model starts a document. Prompt and continuation
         may be longer than the training sequences, but the model was not trained on such positions.
-      max_bytes: maximum number of bytes to generate.
-      temperature: 0 takes the most likely byte at each step; 1 samples from the model's
-        distribution.
-      top_p: sample only from the smallest set of most likely bytes whose total probability is at
+      max_bytes: generation ends with the token that makes the continuation this many bytes long.
+      max_tokens: maximum number of tokens to generate. Default: max_bytes.
+      temperature: 0 takes the most likely token at each step; 1 samples from the model's
+        distribution. The tokens are bytes, unless the run had another tokenizer.
+      top_p: sample only from the smallest set of most likely tokens whose total probability is at
         least this.
       seed: the same seed gives the same text.
       stop: generation ends once the model has generated this text; if it is empty, it ends after
-        max_bytes.
+        max_bytes. It always ends at an end token of the tokenizer.
     """
 
     checkpoint: Path
     prompt: str = ""
     max_bytes: int = 256
+    max_tokens: int | None = None
     temperature: float = 0.8
     top_p: float = 1.0
     seed: int = 0
@@ -81,7 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(arguments: Sequence[str] | None) -> int:
     """Like `main`, but raises OSError."""
     commands: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
-        "train": (_train, "train a byte-level language model with sparse or full attention"),
+        "train": (_train, "train a language model with sparse or full attention"),
         "sample": (_sample, "continue a prompt with a trained model"),
         "convert": (_convert, "convert a model from or to the files of Hugging Face"),
         "bench": (_bench, "time kernels, the operator and models, and write a report"),
@@ -264,6 +267,7 @@ def _train_until_stopped(arguments: Sequence[str]) -> None:
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     first.add_argument("--preset", nargs="?")
     first.add_argument("--config", nargs="?")
+    first.add_argument("--tokenizer")
     for name in SIZES:
         first.add_argument(f"--{name.replace('_', '-')}", type=int)
     default = PRESETS["tiny"]
@@ -275,8 +279,10 @@ def _train_until_stopped(arguments: Sequence[str]) -> None:
                 f"preset and config must not both be given, got {preset!r} and {file!r}"
             )
         default = read_config(Path(file)) if file else PRESETS.get(preset, default)
+        tokenizer = found.pop("tokenizer") or default.tokenizer
         sizes = {name: size for name, size in found.items() if size is not None}
         default = dataclasses.replace(default, model=with_sizes(default.model, sizes))
+        default = _with_tokenizer(default, tokenizer)
     config = _parse(TrainConfig, "train", arguments, default, (_scaling_rule,))
     # These imports are slow; --help and errors in the flags do not need them.
     from fsa_jax.training import ProcessLost, train
@@ -297,9 +303,19 @@ def _train_until_stopped(arguments: Sequence[str]) -> None:
     for path in result.files:
         print(f"  {path}")
     print(
-        f"step {result.step}: validation loss {result.val_loss:.4f} nats/byte "
+        f"step {result.step}: validation loss {result.val_loss:.4f} nats/{result.unit} "
         f"({result.val_bits_per_byte:.4f} bits/byte); unigram model {result.unigram_loss:.4f}"
     )
+
+
+def _with_tokenizer(default: "TrainConfig", name: str) -> "TrainConfig":
+    """The default configuration with the vocabulary of a tokenizer."""
+    from fsa_jax.training.tokenizer import load_tokenizer
+
+    if name in ("", default.tokenizer):  # an empty name is left to the full parser
+        return default
+    model = dataclasses.replace(default.model, vocab_size=load_tokenizer(name).vocab_size)
+    return dataclasses.replace(default, tokenizer=name, model=model)
 
 
 def _how_to_continue(stop: "RunStopped", arguments: Sequence[str]) -> str:
@@ -319,29 +335,43 @@ def _sample(arguments: Sequence[str]) -> None:
     import fsa_jax
     from fsa_jax.arguments import checks
     from fsa_jax.training import load_model
-    from fsa_jax.training.config import DOCUMENT_START
+    from fsa_jax.training.printing import TextEnded, TokenPrinter, prompt_tokens
+    from fsa_jax.training.tokenizer import tokenizer_of_run
 
     checks.size("max_bytes", flags.max_bytes, most=math.inf)
+    max_tokens = flags.max_bytes
+    if flags.max_tokens is not None:
+        max_tokens = checks.size("max_tokens", flags.max_tokens, most=math.inf)
     # Arguments that are not valid UTF-8 reach Python as surrogate escapes.
     prompt, stop = (x.encode("utf-8", "surrogateescape") for x in (flags.prompt, flags.stop))
     # The implementation that the run was trained with may not be available here.
-    model, _ = load_model(flags.checkpoint, implementation=None)
+    model, config = load_model(flags.checkpoint, implementation=None)
+    tokenizer = tokenizer_of_run(flags.checkpoint, config.tokenizer)
+    tokens = prompt_tokens(tokenizer, prompt)
     if isinstance(sys.stdout, io.TextIOWrapper):
         # A terminal whose encoding is not UTF-8 gets question marks rather than an error.
         sys.stdout.reconfigure(errors="replace")
-    printer = _TextPrinter(prompt)
+    if tokenizer.unit == "byte":
+        printer = _TextPrinter(prompt)
+        max_tokens = min(max_tokens, flags.max_bytes)
+    else:
+        limits = {"stop": flags.stop, "max_bytes": flags.max_bytes}
+        printer = TokenPrinter(tokenizer, flags.prompt, tokens, **limits)
+        stop = b""  # a text may be spelled in several ways, so the printer looks for it
     try:
         fsa_jax.generate(
             model,
-            [[DOCUMENT_START, *prompt]],
-            max_tokens=flags.max_bytes,
+            [tokens],
+            max_tokens=max_tokens,
             temperature=flags.temperature,
             top_p=flags.top_p,
             seed=flags.seed,
             stop=stop,
-            vocab_size=DOCUMENT_START,  # only bytes: the document start is never a training target
+            vocab_size=tokenizer.drawn,
             stream=printer.add,
         )
+    except TextEnded:
+        pass
     except KeyboardInterrupt:
         printer.finish()  # so that the message starts on a new line
         _print_error("interrupted")

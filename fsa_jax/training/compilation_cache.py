@@ -1,9 +1,8 @@
 """The persistent cache of compiled programs, which saves later runs the compilation."""
 
-import os
-from pathlib import Path
-
 import jax
+
+from fsa_jax.training.user_cache import user_cache
 
 
 def keep_compiled_programs() -> None:
@@ -18,11 +17,6 @@ def keep_compiled_programs() -> None:
     enabled = getattr(config, "jax_enable_compilation_cache")  # noqa: B009
     if not enabled or folder is not None:
         return
-    caches = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
-    try:
-        caches = caches.expanduser()
-    except RuntimeError:  # the user has no home folder
-        return
-    # the XDG standard says that a relative path is ignored
-    if caches.is_absolute():
-        jax.config.update("jax_compilation_cache_dir", str(caches / "fsa-jax" / "compiled"))
+    folder = user_cache("compiled")
+    if folder is not None:
+        jax.config.update("jax_compilation_cache_dir", str(folder))

@@ -16,13 +16,15 @@ from fsa_jax.transformer import TransformerConfig
 # The vocabulary: the token ids 0..255 are bytes, and one more id starts every document.
 DOCUMENT_START = 256
 VOCAB_SIZE = 257
+#: The name of the tokenizer of these ids.
+BYTES = "bytes"
 
 # A resumed run may change these fields: they say where, for how long and how often a run works, and
-# change no number of a training step. All other fields must stay the same. `text` is compared by
-# its bytes instead.
+# change no number of a training step. All other fields must stay the same. `text` and `tokenizer`
+# are compared by their bytes instead.
 FREE_ON_RESUME = frozenset(
-    {"text", "out", "preset", "steps", "resume", "overwrite", "eval_every", "checkpoint_every"}
-    | {"mesh", "fsdp", "distributed", "tensorboard", "config"}
+    {"text", "tokenizer", "out", "preset", "steps", "resume", "overwrite"}
+    | {"eval_every", "checkpoint_every", "mesh", "fsdp", "distributed", "tensorboard", "config"}
 )
 
 #: The learning rate after its decay, as a fraction of the peak.
@@ -68,7 +70,7 @@ def parse_mesh(text: str) -> dict[str, int]:
 @renamed_fields(**OLD_FIELDS)
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """A training run of a byte-level language model.
+    """A training run of a language model, of bytes or of the tokens of a tokenizer.
 
     Compiled programs are cached for later runs in fsa-jax/compiled of the user's cache folder. The
     environment variable JAX_COMPILATION_CACHE_DIR names another folder; if it is empty, nothing is
@@ -77,8 +79,14 @@ class TrainConfig:
     Attributes:
       preset: defaults for all other flags. tiny: trains within minutes on two CPU cores. small:
         about 90 million parameters and sequences of 8192 bytes, for a GPU.
-      text: text files, or folders that are searched for text files. Default: the source of this
-        Python's standard library.
+      text: text files; files of records (.jsonl, .jsonl.gz, .parquet); folders that are searched
+        for both; or pre-tokenised data, a folder with tokens.npy and offsets.npy or a .npy file.
+        Default: the source of this Python's standard library.
+      text_column: the column of the text in files of records.
+      text_weights: one number for each text: each packed sequence has documents of one of them, in
+        proportion to these weights. Default: all documents count alike.
+      tokenizer: bytes; or a tokenizer.json, or a folder with one, as Hugging Face writes it, whose
+        begin and end tokens start and end each document. The run keeps a copy.
       out: folder that the run writes to. Default: runs/PRESET-ATTENTION-seedSEED.
       steps: step after which training stops.
       seed: seed of the parameters, the data order and dropout.
@@ -88,7 +96,7 @@ class TrainConfig:
       eval_sequences: number of sequences in the fixed validation set.
       checkpoint_every: steps between two checkpoints; the last two are kept.
       batch_size: sequences per step.
-      seq_len: bytes per sequence.
+      seq_len: tokens per sequence; bytes, without another tokenizer.
       learning_rate: peak learning rate.
       weight_decay: decoupled weight decay, applied to matrices only.
       clip_norm: gradients of a larger global norm are scaled down to this norm; 0 or None: never.
@@ -124,6 +132,9 @@ class TrainConfig:
 
     preset: Literal["tiny", "small"] = "tiny"
     text: tuple[Path, ...] = ()
+    text_column: str = "text"
+    text_weights: tuple[float, ...] = ()
+    tokenizer: str = BYTES
     out: Path | None = None
     steps: int
     seed: int = 0
@@ -191,7 +202,9 @@ class TrainConfig:
             raise ValueError(
                 "resume and overwrite must not both be set, got resume=True and overwrite=True"
             )
-        if self.model.vocab_size != VOCAB_SIZE:
+        self._check_text()
+        # The size of another vocabulary is known where the tokenizer is read.
+        if self.tokenizer == BYTES and self.model.vocab_size != VOCAB_SIZE:
             raise ValueError(
                 f"vocab_size must be {VOCAB_SIZE} (256 bytes and the document start), got "
                 f"{self.model.vocab_size}"
@@ -250,6 +263,21 @@ class TrainConfig:
             return self.cooldown_steps
         return -(-self.last_decay_step // 5)
 
+    def _check_text(self) -> None:
+        for name in ("text_column", "tokenizer"):
+            value = getattr(self, name)
+            if not isinstance(value, str) or not value:
+                raise ValueError(f"{name} must be a text that is not empty, got {value!r}")
+        weights = tuple(
+            scalars.number("text_weights", x, "positive and finite", lambda x: 0 < x < math.inf)
+            for x in self.text_weights
+        )
+        object.__setattr__(self, "text_weights", weights)
+        if weights and len(weights) != len(self.text):
+            raise ValueError(
+                f"text_weights must be one for each text, got {len(weights)} for {len(self.text)}"
+            )
+
     @property
     def run_folder(self) -> Path:
         """The folder that the run writes to: `out`, or the default, which names its settings."""
@@ -272,6 +300,7 @@ def config_to_json(config: TrainConfig) -> dict[str, Any]:
         path = getattr(config, name)
         values[name] = None if path is None else str(path)
     values["freeze"] = list(config.freeze)
+    values["text_weights"] = list(config.text_weights)
     return values
 
 
@@ -283,6 +312,7 @@ def config_from_json(values: Mapping[str, Any]) -> TrainConfig:
         path = fields.get(name)
         fields[name] = None if path is None else Path(path)
     fields["freeze"] = tuple(fields.get("freeze", ()))
+    fields["text_weights"] = tuple(fields.get("text_weights", ()))
     fields["model"] = model = TransformerConfig.from_dict(fields["model"])
     if model.param_dtype in _NARROW:  # versions without this field kept no such copies
         fields.setdefault("float32_masters", False)

@@ -22,6 +22,8 @@ LOSSES, BLOCKS = "loss.png", "blocks.png"
 #: Files for TensorBoard, and the beginning of their names.
 TENSORBOARD, _EVENTS = "tensorboard", "events.out.tfevents."
 WHAT = "fsa-jax train"
+#: The copy of the tokenizer and of its begin and end tokens.
+TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
 
 #: Names, followed by a number, of the copies that a resumed run keeps of damaged files.
 DAMAGED_METRICS, DAMAGED_CHECKPOINT = "damaged-metrics-", "damaged-checkpoint-"
@@ -68,7 +70,8 @@ def check_startable(folder: Path, *, resume: bool, overwrite: bool) -> None:
 
 def _worth_keeping(folder: Path) -> str | None:
     """The name of a file or folder that a new run would replace; None if there is none."""
-    for name in (CHECKPOINTS, METRICS, DESCRIPTION, LOSSES, BLOCKS, TENSORBOARD):
+    tokenizer = (TOKENIZER, TOKENIZER_CONFIG)
+    for name in (CHECKPOINTS, METRICS, DESCRIPTION, LOSSES, BLOCKS, TENSORBOARD, *tokenizer):
         path = folder / name
         if not os.path.lexists(path):
             continue
@@ -76,8 +79,9 @@ def _worth_keeping(folder: Path) -> str | None:
             empty = not any(path.iterdir())
         elif name == METRICS and path.is_file():
             empty = not path.stat().st_size
-        else:  # a run that ended before its first step leaves only its description
-            empty = name == DESCRIPTION and _is_description(path)
+        else:  # a run that ended before its first step leaves its description and its tokenizer
+            left = name in (DESCRIPTION, *tokenizer) and path.is_file()
+            empty = left and _is_description(folder / DESCRIPTION)
         if not empty:
             return name
     return None
@@ -87,7 +91,7 @@ def _not_ours(folder: Path) -> str | None:
     """Why a new run must not replace the contents of the folder; None if it may."""
     if _worth_keeping(folder) and not _is_description(folder / DESCRIPTION):
         return f"there is no {DESCRIPTION} of a run"
-    for name in (METRICS, DESCRIPTION, LOSSES, BLOCKS):
+    for name in (METRICS, DESCRIPTION, LOSSES, BLOCKS, TOKENIZER, TOKENIZER_CONFIG):
         if (folder / name).is_dir():
             return f"{name} is a folder"
     events = folder / TENSORBOARD
@@ -152,7 +156,7 @@ def clear(folder: Path) -> None:
     if events.is_dir():
         shutil.rmtree(events)
     # The description is deleted last: until then it marks the folder as that of a run.
-    for name in (METRICS, LOSSES, BLOCKS, DESCRIPTION):
+    for name in (METRICS, LOSSES, BLOCKS, TOKENIZER, TOKENIZER_CONFIG, DESCRIPTION):
         (folder / name).unlink(missing_ok=True)
 
 

@@ -19,9 +19,11 @@ from fsa_jax.training.checkpoint import Checkpoints, RunPosition
 from fsa_jax.training.config import TrainConfig, check_resumable, config_to_json
 from fsa_jax.training.data import (
     Corpus,
+    TokenCorpus,
     TrainingBatches,
     example_sequence,
-    load_corpus,
+    open_corpus,
+    target_bytes,
     unigram_loss,
     validation_batches,
 )
@@ -59,6 +61,12 @@ from fsa_jax.training.step import (
 )
 from fsa_jax.training.stopping import Stop, catching_signals
 from fsa_jax.training.tensorboard import TensorBoard, check_tensorboard
+from fsa_jax.training.tokenizer import (
+    Tokenizer,
+    keep_tokenizer,
+    load_tokenizer,
+    tokenizer_of_run,
+)
 from fsa_jax.transformer import Transformer
 from fsa_jax.versions import versions
 
@@ -76,25 +84,29 @@ class TrainResult:
 
     Attributes:
       step: the last step.
-      val_loss: the last validation loss, in nats per byte.
-      unigram_loss: validation loss of a unigram byte model fitted on the training documents, in
-        nats per byte.
+      val_loss: the last validation loss, in nats per token.
+      unigram_loss: validation loss of a unigram model fitted on the training documents, in nats per
+        token.
       files: paths of the files that were written, and of the folder of the checkpoints.
+      bytes_per_token: bytes of text per predicted token of the validation set.
+      unit: what a token is: "byte" or "token".
     """
 
     step: int
     val_loss: float
     unigram_loss: float
     files: tuple[Path, ...]
+    bytes_per_token: float = 1.0
+    unit: str = "byte"
 
     @property
     def val_bits_per_byte(self) -> float:
-        """The last validation loss in bits per byte, `val_loss` / log(2)."""
-        return bits_per_byte(self.val_loss)
+        """The last validation loss in bits per byte of text."""
+        return bits_per_byte(self.val_loss / self.bytes_per_token)
 
 
 def train(config: TrainConfig) -> TrainResult:
-    """Trains a byte-level language model and writes all results to `config.run_folder`.
+    """Trains a language model and writes all results to `config.run_folder`.
 
     Args:
       config: the run; start from one of `PRESETS` with `dataclasses.replace`.
@@ -127,7 +139,12 @@ def train(config: TrainConfig) -> TrainResult:
             check_tensorboard()
         if config.freeze:
             split_frozen(abstract_model(config.model)[1], config.freeze)
-        corpus = load_corpus(config.text)
+        corpus = open_corpus(
+            config.text,
+            tokenizer=_checked_tokenizer(config),
+            column=config.text_column,
+            weights=config.text_weights,
+        )
         on_leader(functools.partial(_make, folder))
         on_leader(lambda: stack.enter_context(files.locked(folder)))
         on_leader(check)  # once more, now that no other run can interfere
@@ -135,6 +152,16 @@ def train(config: TrainConfig) -> TrainResult:
         if config.overwrite:
             on_leader(functools.partial(files.clear, folder))
         return run.finish()
+
+
+def _checked_tokenizer(config: TrainConfig) -> Tokenizer:
+    tokenizer = load_tokenizer(config.tokenizer)
+    if config.model.vocab_size < tokenizer.vocab_size:
+        raise ValueError(
+            f"vocab_size must be at least the {tokenizer.vocab_size} of tokenizer "
+            f"{config.tokenizer!r}, got {config.model.vocab_size}"
+        )
+    return tokenizer
 
 
 def _make(folder: Path) -> None:
@@ -189,7 +216,9 @@ class _Logs:
 class _Run:
     """One call of `train`, from the first batch or a checkpoint to the last step."""
 
-    def __init__(self, config: TrainConfig, corpus: Corpus, placement: Placement, stop: Stop):
+    def __init__(
+        self, config: TrainConfig, corpus: Corpus | TokenCorpus, placement: Placement, stop: Stop
+    ):
         self.placement = placement
         self.corpus = corpus
         self.folder = config.run_folder
@@ -217,7 +246,8 @@ class _Run:
             batch_size=config.batch_size,
             num_sequences=config.eval_sequences,
         )
-        self.unigram_loss = unigram_loss(corpus.train, self.validation)
+        self.val_bytes = target_bytes(self.validation, corpus.tokenizer.num_bytes)
+        self.unigram_loss = unigram_loss(corpus.train, self.validation, corpus.unigram_counts())
         shardings = state_shardings(config, placement)
         model = placement.model(config.model)
         self.graphdef, params = init_model(model, config.seed, shardings.params)
@@ -260,12 +290,19 @@ class _Run:
                 f"the learning rate falls until step {last} and then stays constant: a resumed run "
                 "keeps the decay_steps of its checkpoint"
             )
-        size = sum(map(len, self.corpus.train))
-        yield f"{self.num_params} parameters, {size} bytes to train on; compiling"
+        sizes, unit = self.corpus.sizes(), self.corpus.tokenizer.unit
+        size = sizes[f"train_{unit}s"]
+        yield f"{self.num_params} parameters, {size} {unit}s to train on; compiling"
 
     def _check_resumable(self, config: TrainConfig, step: int, position: RunPosition) -> None:
         """Raises ValueError unless the run can resume from a checkpoint."""
         check_resumable(position.config, config)
+        saved = tokenizer_of_run(self.folder, position.config.tokenizer)
+        if saved.fingerprint != self.corpus.tokenizer.fingerprint:
+            raise ValueError(
+                "tokenizer must be that of the checkpoint, got another one in "
+                f"{config.tokenizer!r} (checkpoint: {position.config.tokenizer!r})"
+            )
         if position.fingerprint != self.corpus.fingerprint:
             raise ValueError(
                 "text must be the text of the checkpoint, got other bytes in "
@@ -295,6 +332,8 @@ class _Run:
         metrics_file = self.folder / files.METRICS
         # The description is written first: it marks the folder as that of a run.
         self._write_description({})
+        tokenizer = self.corpus.tokenizer
+        on_leader(functools.partial(keep_tokenizer, self.folder, tokenizer))
         with (
             Checkpoints(self.folder, create=True) as checkpoints,
             MetricsLog(metrics_file, last_step=self.first_step, write=is_leader()) as metrics,
@@ -317,9 +356,12 @@ class _Run:
         result = {name: last[name] for name in ("val_loss", "val_bits_per_byte", "held_out_loss")}
         self._write_description({"step": self.config.steps} | result)
         written = [metrics_file, self.folder / files.DESCRIPTION, self.folder / files.LOSSES]
+        if tokenizer.unit != "byte":
+            written[2:2] = [self.folder / files.TOKENIZER, self.folder / files.TOKENIZER_CONFIG]
         name = f"attention={self.config.model.attention}"
         if is_leader():
-            plot_losses(written[-1], {name: rows}, unigram_loss=self.unigram_loss)
+            losses = {"unigram_loss": self.unigram_loss, "unit": tokenizer.unit}
+            plot_losses(written[-1], {name: rows}, **losses)
         if "nsa" in self.config.model.types:
             written.append(self.folder / files.BLOCKS)
             self._plot_blocks(written[-1])
@@ -329,6 +371,8 @@ class _Run:
             step=self.config.steps,
             val_loss=last["val_loss"],
             unigram_loss=self.unigram_loss,
+            bytes_per_token=last["val_bytes"] / last.get("val_tokens", last["val_bytes"]),
+            unit=tokenizer.unit,
             files=(*written, self.folder / files.CHECKPOINTS),
         )
 
@@ -403,7 +447,8 @@ class _Run:
             for batch in self.validation
         ]
         total, count = np.asarray(jax.device_get(sums), np.float64).sum(axis=0)
-        row = validation_row(step, total / count, int(count))
+        num_bytes = None if self.corpus.tokenizer.unit == "byte" else self.val_bytes
+        row = validation_row(step, total / count, int(count), num_bytes)
         log.write([row])
         progress.evaluation(row)
 
@@ -417,6 +462,7 @@ class _Run:
         self.stop.saved = step
 
     def _write_description(self, result: Row) -> None:
+        sizes = self.corpus.sizes()
         description = {
             "config": config_to_json(self.config),
             "versions": versions(),
@@ -425,13 +471,10 @@ class _Run:
             "data": {
                 "source": self.corpus.source,
                 "fingerprint": self.corpus.fingerprint,
-                "train_documents": len(self.corpus.train),
-                "train_bytes": sum(map(len, self.corpus.train)),
-                "val_documents": len(self.corpus.validation),
-                "val_bytes": sum(map(len, self.corpus.validation)),
+                **sizes,
                 # the old names of the two, for one more release
-                "held_out_documents": len(self.corpus.validation),
-                "held_out_bytes": sum(map(len, self.corpus.validation)),
+                "held_out_documents": sizes["val_documents"],
+                "held_out_bytes": sizes["val_bytes"],
                 "read": dict(self.corpus.read),
                 "skipped": dict(self.corpus.skipped),
             },
@@ -452,7 +495,8 @@ class _Run:
         blocks = selected(self.state.params, batch.tokens, batch.segment_ids)
         if not is_leader():
             return
-        plot_blocks(path, np.asarray(blocks)[:, 0], batch.segment_ids[0], self.config.model.nsa)
+        shown = np.asarray(blocks)[:, 0], batch.segment_ids[0], self.config.model.nsa
+        plot_blocks(path, *shown, unit=self.corpus.tokenizer.unit)
 
 
 def _source(data: Sequence[Path]) -> str:

@@ -25,18 +25,24 @@ def bits_per_byte(nats: float) -> float:
     return nats / math.log(2)
 
 
-def validation_row(step: int, loss: float, count: int) -> Row:
+def validation_row(step: int, loss: float, count: int, num_bytes: int | None = None) -> Row:
     """The row of one evaluation.
 
     Args:
       step: the training step after which the model was evaluated.
-      loss: mean validation loss in nats per byte.
-      count: number of bytes that were predicted.
+      loss: mean validation loss in nats per token.
+      count: number of tokens that were predicted.
+      num_bytes: number of bytes of text that they stand for; None: the tokens are bytes.
 
     Returns:
-      `val_loss` in nats per byte, `val_bits_per_byte` and `val_bytes`, also under their old names.
+      `val_loss` in nats per token, `val_bits_per_byte` and `val_bytes`, also under their old names,
+      and, where tokens are not bytes, `val_tokens`.
     """
-    return _with_both_names({"step": step, "val_loss": float(loss), "val_bytes": count})
+    row: Row = {"step": step, "val_loss": float(loss), "val_bytes": count}
+    if num_bytes is not None:
+        bits = bits_per_byte(row["val_loss"] * count / num_bytes)
+        row |= {"val_bytes": num_bytes, "val_tokens": count, "val_bits_per_byte": bits}
+    return _with_both_names(row)
 
 
 def _with_both_names(row: Mapping[str, Any]) -> Row:
@@ -61,9 +67,10 @@ def read_metrics(path: Path) -> list[Row]:
 
     Returns:
       The rows in the order of the file, as dicts. Those of a training step have `step`, `loss` (in
-      nats per byte), `tokens_per_s`, `learning_rate`, `grad_norm` and, where the peak of the device
+      nats per token), `tokens_per_s`, `learning_rate`, `grad_norm` and, where the peak of the device
       is known, `mfu` (model flops utilisation, see `fsa_jax.training.flops`); those of an
-      evaluation have `step`, `val_loss`, `val_bits_per_byte` and `val_bytes`.
+      evaluation have `step`, `val_loss`, `val_bits_per_byte`, `val_bytes` and, where tokens are not
+      bytes, `val_tokens`.
 
     Raises:
       ValueError: a line is not a row; the message names the file and the line.

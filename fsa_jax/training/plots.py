@@ -29,13 +29,16 @@ _CHOICES = ("selected by score", "forced: first blocks", "forced: last blocks")
 _COLOURS = ("white", "tab:blue", "tab:orange", "silver")
 
 
-def plot_losses(path: Path, runs: Mapping[str, Iterable[Row]], *, unigram_loss: float) -> None:
+def plot_losses(
+    path: Path, runs: Mapping[str, Iterable[Row]], *, unigram_loss: float, unit: str = "byte"
+) -> None:
     """Plots the training and validation losses of one or more runs.
 
     Args:
       path: PNG file to write.
       runs: the rows of each run, as `read_metrics` returns them, by the name of the run.
-      unigram_loss: validation loss of the unigram byte model, in nats per byte.
+      unigram_loss: validation loss of the unigram model, in nats per token.
+      unit: what a token is: "byte" or "token".
 
     Raises:
       OSError: the file cannot be written.
@@ -51,11 +54,11 @@ def plot_losses(path: Path, runs: Mapping[str, Iterable[Row]], *, unigram_loss: 
         steps, losses = curve(rows, "val_loss")
         label = f"{name}, validation" + (f" ({losses[-1]:.3f} at the end)" if losses else "")
         axes.plot(steps, losses, "o--", color=colour, markersize=4, label=label)
-    label = f"unigram byte model, validation ({unigram_loss:.3f})"
+    label = f"unigram {unit} model, validation ({unigram_loss:.3f})"
     axes.axhline(unigram_loss, color="black", linestyle=":", label=label)
     axes.set_xlabel("training step")
-    axes.set_ylabel("loss (nats per byte)")
-    axes.set_title("Byte-level language model: next-byte loss")
+    axes.set_ylabel(f"loss (nats per {unit})")
+    axes.set_title(f"{unit.capitalize()}-level language model: next-{unit} loss")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
     axes.legend()
@@ -73,7 +76,11 @@ def _running_mean(values: list[float]) -> np.ndarray:
 
 
 def plot_blocks(
-    path: Path, block_indices: np.ndarray, segment_ids: np.ndarray, config: NSAConfig
+    path: Path,
+    block_indices: np.ndarray,
+    segment_ids: np.ndarray,
+    config: NSAConfig,
+    unit: str = "byte",
 ) -> None:
     """Plots which blocks the queries of one sequence selected, in a panel per layer and KV head.
 
@@ -86,6 +93,7 @@ def plot_blocks(
         unused slots.
       segment_ids: int32 [T] of that sequence.
       config: the configuration of the selection.
+      unit: what a token is: "byte" or "token".
 
     Raises:
       OSError: the file cannot be written.
@@ -100,9 +108,9 @@ def plot_blocks(
             _draw_selection(axes, block_indices[layer, :, head], segment_ids, config)
             axes.set_title(f"layer {layer}, KV head {head}", fontsize=10)
             if row == len(layers) - 1:
-                axes.set_xlabel("position of the key in the sequence (bytes)")
-    figure.supylabel("position of the query in the sequence (bytes)")
-    blocks = f"blocks of {config.block_size} bytes, at most {config.topk} per query"
+                axes.set_xlabel(f"position of the key in the sequence ({unit}s)")
+    figure.supylabel(f"position of the query in the sequence ({unit}s)")
+    blocks = f"blocks of {config.block_size} {unit}s, at most {config.topk} per query"
     figure.suptitle(f"Blocks that each query selected ({blocks})\nlines: document boundaries")
     patches = [
         Patch(facecolor=colour, label=name)

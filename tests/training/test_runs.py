@@ -61,6 +61,7 @@ def contents(folder: Path) -> dict[str, bytes]:
         {"metrics.jsonl": ""},
         {"run.json": OURS, "metrics.jsonl": ""},
         {"run.json": OLDER},
+        {"run.json": OURS, "tokenizer.json": "{}", "tokenizer_config.json": "{}"},
     ],
 )
 @pytest.mark.parametrize("overwrite", [False, True])
@@ -77,6 +78,7 @@ def test_a_run_may_begin_where_nothing_is_lost(texts, overwrite, tmp_path):
         ({"run.json": "{}"}, False),
         ({"run.json": '{"what": "fsa-jax bench"}', "metrics.jsonl": ROW}, False),
         ({"loss.png": "a picture"}, False),
+        ({"tokenizer.json": "mine"}, False),
         ({"blocks.png": "a picture", "notes.txt": "mine"}, False),
         ({"checkpoints/weights.bin": "mine"}, False),
         ({"checkpoints": "a file"}, False),
@@ -87,6 +89,7 @@ def test_a_run_may_begin_where_nothing_is_lost(texts, overwrite, tmp_path):
         ({"run.json": OURS, "metrics.jsonl": ROW}, True),
         ({"run.json": OLDER, "metrics.jsonl": ROW, "notes.txt": "mine"}, True),
         ({"run.json": OURS, "loss.png": "a picture", **CHECKPOINT}, True),
+        ({"run.json": OURS, "metrics.jsonl": ROW, "tokenizer.json": "{}"}, True),
     ],
 )
 def test_what_is_replaced_only_where_asked_and_what_never(texts, ours, tmp_path):
