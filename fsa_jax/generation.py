@@ -30,6 +30,8 @@ from fsa_jax.transformer import Transformer
 _LENGTH_MULTIPLE = 64
 #: Stop sequences are padded to multiples of this many tokens.
 _STOP_MULTIPLE = 8
+#: The tokens that end a sequence are padded to multiples of this many.
+_END_MULTIPLE = 8
 #: The most tokens that one call of the decoding loop generates for a sequence.
 _MAX_STEPS = 128
 #: The duration of a call in seconds, unless a single step takes longer: after Ctrl-C the device is
@@ -48,6 +50,7 @@ def generate(
     top_p: float = 1.0,
     seed: int = 0,
     stop: Sequence[int] = (),
+    end_tokens: Sequence[int] = (),
     vocab_size: int | None = None,
     capacity: int | None = None,
     stream: Callable[[Int[np.ndarray, " B"]], Any] | None = None,
@@ -63,8 +66,9 @@ def generate(
     Programs are compiled for sizes that are rounded up, and serve all calls within them. The number
     of prompts is rounded up to a power of two with empty prompts, which cost as much memory and
     time as others. The length of the longest prompt, and the capacity of the cache, are rounded up
-    to 64 times 1, 2, 3, 4, 6, 8, 12, ... Of the other arguments only `vocab_size`, and whether
-    `temperature` is 0 and `top_p` is 1, make a new program necessary.
+    to 64 times 1, 2, 3, 4, 6, 8, 12, ... Of the other arguments only `vocab_size`, whether
+    `temperature` is 0 and `top_p` is 1, and the number of `end_tokens`, rounded up to a multiple of
+    8, make a new program necessary.
 
     Args:
       model: a ``Transformer`` whose layers support a cache.
@@ -77,6 +81,8 @@ def generate(
       seed: in 0 .. 2**31 - 1. The same seed gives the same tokens on the same device; the random
         numbers of prompt b depend only on the seed and on b.
       stop: a sequence ends when its last generated tokens are these; they are part of the result.
+      end_tokens: a sequence ends when its last generated token is one of these, for example those
+        in `stops` of a tokenizer; it is part of the result.
       vocab_size: only tokens below it are drawn; None: the whole vocabulary.
       capacity: the maximum length of a sequence in tokens, prompt included. The cache has this
         capacity at most, rounded up to a multiple of 64. None: as large as necessary.
@@ -108,7 +114,9 @@ def generate(
         raise ValueError(f"model must be a Transformer, got {type(model).__name__}")
     checked = _checked_prompts(prompts, model.config.vocab_size)
     max_tokens = checks.size("max_tokens", max_tokens)
-    sampler = _sampler(model.config.vocab_size, temperature, top_p, seed, stop, vocab_size)
+    sampler = _sampler(
+        model.config.vocab_size, temperature, top_p, seed, stop, end_tokens, vocab_size
+    )
     if stream is not None and not callable(stream):
         raise ValueError(f"stream must be a function or None, got {stream!r}")
     longest = max(map(len, checked))
@@ -152,6 +160,7 @@ class _Sampler:
       top_p: float32.
       stop: int32 [s], the stop sequence, padded on the left with -1, which matches any token. If
         there is no stop sequence, all entries are -2, which matches no token.
+      ends: int32 [e], tokens that end a sequence, padded with -2.
       vocab_size: only tokens below it are drawn.
       greedy: whether the temperature is 0.
       truncated: whether top_p is below 1.
@@ -161,17 +170,19 @@ class _Sampler:
     temperature: Any
     top_p: Any
     stop: Any
+    ends: Any
     vocab_size: int = dataclasses.field(metadata={"static": True})
     greedy: bool = dataclasses.field(metadata={"static": True})
     truncated: bool = dataclasses.field(metadata={"static": True})
 
 
-def _sampler(model_vocab: int, temperature, top_p, seed, stop, vocab_size) -> _Sampler:
+def _sampler(model_vocab: int, temperature, top_p, seed, stop, end_tokens, vocab_size) -> _Sampler:
     """The sampler of a model with `model_vocab` tokens, from the arguments of `generate`."""
     checks.number("temperature", temperature, "at least 0 and finite", lambda x: 0 <= x < math.inf)
     checks.number("top_p", top_p, "above 0 and at most 1", lambda x: 0 < x <= 1)
     checks.size("seed", seed, least=0)
     ending = _tokens("stop", stop, model_vocab)
+    ends = _tokens("end_tokens", end_tokens, model_vocab)
     allowed = model_vocab if vocab_size is None else checks.size("vocab_size", vocab_size)
     if allowed > model_vocab:
         raise ValueError(f"vocab_size must be at most the model's {model_vocab}, got {vocab_size}")
@@ -185,6 +196,7 @@ def _sampler(model_vocab: int, temperature, top_p, seed, stop, vocab_size) -> _S
         temperature=rounded,
         top_p=np.float32(top_p),
         stop=padded,
+        ends=np.pad(ends, (0, -len(ends) % _END_MULTIPLE), constant_values=-2),
         vocab_size=allowed,
         greedy=bool(rounded == 0),
         truncated=top_p < 1,
@@ -343,6 +355,8 @@ def _advance(
     recent = jnp.concatenate([progress.recent[:, 1:], token[:, None]], axis=1)
     stop = sampler.stop[None]
     ended = jnp.all((recent == stop) | (stop == -1), axis=1)
+    if sampler.ends.shape[0]:
+        ended |= jnp.any(token[:, None] == sampler.ends[None], axis=1)
     return (
         _Progress(progress.step + 1, token, progress.active & ~ended, recent),
         jnp.where(progress.active, token, -1),

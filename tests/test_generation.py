@@ -85,6 +85,17 @@ def test_greedy_text_is_the_argmax_chain_of_the_training_forward(name):
         assert text[-2:] == stop or len(text) == 16
 
 
+def test_end_tokens_end_each_sequence():
+    model = make("full")
+    texts = generate(model, PROMPTS, max_tokens=16, temperature=0)
+    ends = [texts[0][3], texts[1][5]]
+    ended = generate(model, PROMPTS, max_tokens=16, temperature=0, end_tokens=ends)
+    for text, whole in zip(ended, texts, strict=True):
+        first = next((i for i, token in enumerate(whole) if token in ends), 15)
+        assert text == whole[: first + 1]
+    assert len(ended[0]) <= 4
+
+
 @pytest.mark.slow
 def test_the_seed_decides_and_texts_do_not_depend_on_one_another():
     model = make()
@@ -317,6 +328,7 @@ BAD = [
     ({"seed": -1}, "seed must be an integer of at least 0, got -1"),
     ({"seed": 2**31}, "seed must be an integer from 0 to 2147483647, got 2147483648"),
     ({"stop": [11]}, r"stop must hold tokens in 0 \.\. 10, got 11"),
+    ({"end_tokens": [-1]}, r"end_tokens must hold tokens in 0 \.\. 10, got -1"),
     ({"vocab_size": 12}, "vocab_size must be at most the model's 11, got 12"),
     ({"vocab_size": 0}, "vocab_size must be an integer of at least 1, got 0"),
     (

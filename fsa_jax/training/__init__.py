@@ -1,4 +1,4 @@
-"""Training of byte-level language models: the job behind `fsa-jax train`, as a library."""
+"""Training of language models: the job behind `fsa-jax train`, as a library."""
 
 from typing import TYPE_CHECKING
 
@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from fsa_jax.training.data import Corpus as Corpus
     from fsa_jax.training.data import TrainingBatches as TrainingBatches
     from fsa_jax.training.data import load_corpus as load_corpus
+    from fsa_jax.training.data import open_corpus as open_corpus
     from fsa_jax.training.loop import TrainResult as TrainResult
     from fsa_jax.training.loop import load_model as load_model
     from fsa_jax.training.loop import train as train
@@ -20,18 +21,23 @@ if TYPE_CHECKING:
     from fsa_jax.training.plots import plot_losses as plot_losses
     from fsa_jax.training.step import next_byte_loss as next_byte_loss
     from fsa_jax.training.stopping import RunStopped as RunStopped
+    from fsa_jax.training.token_files import write_tokens as write_tokens
+    from fsa_jax.training.tokenizer import load_tokenizer as load_tokenizer
+    from fsa_jax.training.tokenizer import tokenizer_of_run as tokenizer_of_run
 
 __getattr__, __dir__ = lazy.exports(
     __name__,
     {
         "checkpoint": ["Checkpoints"],
         "config": ["PRESETS", "TrainConfig"],
-        "data": ["Corpus", "TrainingBatches", "load_corpus"],
+        "data": ["Corpus", "TrainingBatches", "load_corpus", "open_corpus"],
         "loop": ["TrainResult", "load_model", "train"],
         "mesh": ["ProcessLost"],
         "metrics": ["read_metrics"],
         "plots": ["plot_blocks", "plot_losses"],
         "step": ["next_byte_loss"],
         "stopping": ["RunStopped"],
+        "token_files": ["write_tokens"],
+        "tokenizer": ["load_tokenizer", "tokenizer_of_run"],
     },
 )

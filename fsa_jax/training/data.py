@@ -17,10 +17,10 @@ import numpy as np
 
 from fsa_jax.training.corpus import Corpus as Corpus
 from fsa_jax.training.corpus import TokenCorpus as TokenCorpus
-from fsa_jax.training.corpus import load_corpus as load_corpus
-from fsa_jax.training.corpus import open_corpus as open_corpus
 from fsa_jax.training.documents import Documents, Mixture, TokenDocuments, Turns, sources_of
 from fsa_jax.training.renamed import renamed_arguments
+from fsa_jax.training.text import load_corpus as load_corpus
+from fsa_jax.training.text import open_corpus as open_corpus
 
 #: Documents in any form: the bytes of each, memory-mapped tokens, or those of several sources.
 AnyDocuments = Sequence[bytes] | TokenDocuments | Mixture

@@ -1,4 +1,4 @@
-"""Tokens in files: the format of pre-tokenised data, and the cache of what is read.
+"""Tokens in files: the formats of pre-tokenised data.
 
 A folder of pre-tokenised data has the files
 
@@ -6,37 +6,31 @@ A folder of pre-tokenised data has the files
     offsets.npy   int64 [documents + 1]: document i is tokens[offsets[i] : offsets[i + 1]]
     tokens.json   "what", "version", "vocab_size", and "tokenizer", a fingerprint or null
 
-`write_tokens` writes it. The cache of a source is a folder of the same format if the source is
-text, and has, besides, an index: the documents in the order of their digests, each once.
+`write_tokens` writes it. A .npy file has only the first, and a file .array_record has in each
+record the tokens of a document, as little-endian unsigned integers of 32 bits.
 """
 
 import array
 import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from fsa_jax.messages import naming, say
-from fsa_jax.training.documents import TokenDocuments
-from fsa_jax.training.user_cache import user_cache
+from fsa_jax.messages import naming
 
 TOKENS, OFFSETS, DESCRIPTION = "tokens.npy", "offsets.npy", "tokens.json"
+ARRAY_RECORD = ".array_record"
 _WHAT, _VERSION = "fsa-jax tokens", 1
-_STARTS, _ENDS, _DIGESTS, _COUNTS = "starts.npy", "ends.npy", "digests.npy", "counts.npy"
-_INDEX = "index.json"
 #: How many tokens are read at a time.
 _CHUNK = 2**20
-#: One document in 20, but at least one, is held out for validation.
-VALIDATION_EVERY = 20
 
 
 class TokenWriter:
@@ -122,7 +116,7 @@ def write_tokens(
     if folder.exists():
         raise ValueError(f"folder must not exist yet, got {str(folder)!r}")
     folder.absolute().parent.mkdir(parents=True, exist_ok=True)
-    with _made_at_once(folder) as new:
+    with made_at_once(folder) as new:
         with TokenWriter(new, vocab_size) as writer:
             for number, document in enumerate(documents):
                 tokens = np.asarray(document)
@@ -134,7 +128,7 @@ def write_tokens(
                 _check_range(tokens, vocab_size, f"documents[{number}]")
                 writer.add(tokens)
         description = {"what": _WHAT, "version": _VERSION, "vocab_size": vocab_size}
-        _write_json(new / DESCRIPTION, description | {"tokenizer": tokenizer})
+        write_json(new / DESCRIPTION, description | {"tokenizer": tokenizer})
     return folder
 
 
@@ -144,13 +138,14 @@ def _check_range(tokens: np.ndarray, vocab_size: int, name: str) -> None:
         raise ValueError(f"{name} must hold tokens in 0 .. {vocab_size - 1}, got {wrong}")
 
 
-def _write_json(path: Path, values: Mapping[str, Any]) -> None:
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    """Writes a JSON object to a file."""
     with naming(path):
         path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
 @contextlib.contextmanager
-def _made_at_once(folder: Path) -> Iterator[Path]:
+def made_at_once(folder: Path) -> Iterator[Path]:
     """A new folder, which gets its name only when it is complete, and is deleted after an error."""
     new = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.absolute().parent))
     try:
@@ -184,10 +179,10 @@ class TokenData:
 
 
 def is_token_data(path: Path) -> bool:
-    """Whether a path holds pre-tokenised data: a folder of the format above, or a .npy file."""
+    """Whether a path holds pre-tokenised data: a folder of the format above, or a file."""
     if path.is_dir():
         return (path / TOKENS).is_file()
-    return path.suffix == ".npy" and path.is_file()
+    return path.suffix in (".npy", ARRAY_RECORD) and path.is_file()
 
 
 def read_tokens(
@@ -211,7 +206,7 @@ def read_tokens(
     """
     folder = path.is_dir()
     file = path / TOKENS if folder else path
-    tokens = _map(file)
+    tokens = map_array(file)
     if tokens.ndim != 1 or tokens.dtype.kind not in "iu":
         raise ValueError(
             f"{file} must hold integers of shape [tokens], got {tokens.dtype} of shape "
@@ -219,7 +214,7 @@ def read_tokens(
         )
     if not folder:
         return TokenData(tokens, _cut(tokens, begin, end), (file,))
-    offsets = _map(path / OFFSETS)
+    offsets = map_array(path / OFFSETS)
     if (
         offsets.ndim != 1
         or offsets.dtype.kind not in "iu"
@@ -238,7 +233,12 @@ def read_tokens(
     return TokenData(tokens, offsets, (file, path / OFFSETS))
 
 
-def _map(file: Path) -> np.ndarray:
+def map_array(file: Path) -> np.ndarray:
+    """Maps the array in a .npy file into memory.
+
+    Raises:
+      ValueError: the file cannot be read.
+    """
     try:
         return np.load(file, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
@@ -284,173 +284,27 @@ def digest_of(tokens: np.ndarray, vocab_size: int, name: str) -> bytes:
     return digest.digest()
 
 
-# The index and the cache
-
-
-@dataclasses.dataclass(frozen=True)
-class IndexedTokens:
-    """The documents of a source, split.
-
-    Attributes:
-      train: documents to train on.
-      validation: documents held out.
-      counts: int64 [vocab_size], how often each token occurs in `train`.
-      digests: big-endian uint64 [documents, 4], SHA-256 of each distinct document, in order; those
-        of `validation` are first. A single document, which is cut, has one digest.
-      fingerprint: hexadecimal SHA-256 over the digests.
-      skipped: number of documents that were left out, by reason.
-    """
-
-    train: TokenDocuments
-    validation: TokenDocuments
-    counts: np.ndarray
-    digests: np.ndarray
-    fingerprint: str
-    skipped: Mapping[str, int]
-
-
-def distinct(digests: bytes | bytearray) -> tuple[np.ndarray, np.ndarray]:
-    """The order of documents: indices and digests, uint64 [documents, 4], each digest once."""
-    keys = np.frombuffer(digests, ">u8").reshape(-1, 4)
-    order = np.lexsort(keys.T[::-1])
-    ordered = keys[order]
-    first = np.ones(len(order), bool)
-    first[1:] = (ordered[1:] != ordered[:-1]).any(axis=1)
-    return order[first], ordered[first]
-
-
-def cut_point(length: int) -> int:
-    """Where a single document of `length` tokens is cut; the rest is for validation."""
-    return length - max(1, length // VALIDATION_EVERY)
-
-
-def write_index(
-    folder: Path,
-    tokens: np.ndarray,
-    spans: np.ndarray,
-    keys: np.ndarray,
-    *,
-    vocab_size: int,
-    skipped: Mapping[str, int],
-) -> None:
-    """Writes the index of a source.
-
-    Args:
-      folder: where the files are written.
-      tokens: the tokens.
-      spans: int64 [documents, 2], start and length of the documents, in order. One digest: of the
-        two parts of the document, the one for validation first.
-      keys: their digests, as `distinct` returns them.
-      vocab_size: all tokens are below it.
-      skipped: number of documents that were left out, by reason.
-    """
-    count = max(1, len(keys) // VALIDATION_EVERY)
-    starts, ends = spans[:, 0], np.cumsum(spans[:, 1])
-    ends[count:] -= ends[count - 1]
-    train = TokenDocuments(tokens, starts[count:], ends[count:], vocab_size)
-    for name, values in (
-        (_STARTS, starts),
-        (_ENDS, ends),
-        (_DIGESTS, keys),
-        (_COUNTS, train.counts()),
-    ):
-        save_array(folder / name, np.ascontiguousarray(values))
-    files = sorted(file for file in folder.iterdir() if file.suffix == ".npy")
-    _write_json(
-        folder / _INDEX,
-        {
-            "what": _WHAT,
-            "version": _VERSION,
-            "validation": count,
-            "vocab_size": vocab_size,
-            "fingerprint": hashlib.sha256(keys.astype(">u8").tobytes()).hexdigest(),
-            "skipped": dict(skipped),
-            "files": {file.name: file_digest(file) for file in files},
-        },
-    )
-
-
-def file_digest(file: Path) -> str:
-    """Hexadecimal SHA-256 of a file, which is read in parts.
+def copy_records(file: Path, folder: Path, vocab_size: int) -> TokenData:
+    """Copies the documents of a file .array_record, which cannot be mapped, to a folder.
 
     Raises:
-      ValueError: the file cannot be read.
+      ValueError: the file cannot be read, or a record does not hold tokens below `vocab_size`.
     """
+    import grain
+
     try:
-        with file.open("rb") as opened:
-            return hashlib.file_digest(opened, "sha256").hexdigest()
-    except OSError as error:
-        raise ValueError(f"text must be readable, got {str(file)!r}: {error.strerror}") from error
-
-
-def _read_index(folder: Path, tokens: np.ndarray | None) -> IndexedTokens:
-    """Opens an index.
-
-    Raises:
-      ValueError: a file is missing or damaged.
-    """
-    try:
-        values = json.loads((folder / _INDEX).read_bytes())
-        for name, digest in values["files"].items():
-            if file_digest(folder / name) != digest:
-                raise ValueError(f"{name} has other bytes")
-        starts, ends, digests, counts = (
-            _map(folder / name) for name in (_STARTS, _ENDS, _DIGESTS, _COUNTS)
-        )
-        tokens = _map(folder / TOKENS) if tokens is None else tokens
-        count, vocab_size = values["validation"], values["vocab_size"]
-        return IndexedTokens(
-            train=TokenDocuments(tokens, starts[count:], ends[count:], vocab_size),
-            validation=TokenDocuments(tokens, starts[:count], ends[:count], vocab_size),
-            counts=counts,
-            digests=digests,
-            fingerprint=values["fingerprint"],
-            skipped=values["skipped"],
-        )
-    except OSError as error:
-        raise ValueError(f"{error.filename}: {error.strerror}") from error
-    except (KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{_INDEX}: {type(error).__name__}") from error
-
-
-def cached(
-    key: str, write: Callable[[Path], None], tokens: np.ndarray | None = None
-) -> IndexedTokens:
-    """What the cache has under a key; it is written first if necessary.
-
-    Processes that need the same key wait for the first of them.
-
-    Args:
-      key: a name that is different for different contents.
-      write: writes the files into a folder.
-      tokens: the tokens, if the cache holds only their index.
-
-    Raises:
-      OSError: the cache cannot be written.
-    """
-    temporary = Path(tempfile.gettempdir()) / f"fsa-jax-{os.getuid()}" / "tokens"
-    root = user_cache("tokens") or temporary
-    root.mkdir(parents=True, exist_ok=True)
-    folder = root / key
-    with _locked(root / f".{key}.lock"):
-        if folder.exists():
-            try:
-                return _read_index(folder, tokens)
-            except ValueError as error:
-                say(f"the cache of tokens {folder} is damaged and is written again: {error}")
-                shutil.rmtree(folder)
-        with _made_at_once(folder) as new:
-            write(new)
-        return _read_index(folder, tokens)
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Holds a lock. File systems without locks do without: each process then writes for itself."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-    try:
-        with contextlib.suppress(OSError):
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
+        source: Any = grain.sources.ArrayRecordDataSource(str(file))
+        count = len(source)
+    except Exception as error:  # the library raises any type
+        raise ValueError(f"text must be readable, got {str(file)!r}: {error}") from error
+    with TokenWriter(folder, vocab_size) as writer:
+        for i in range(count):
+            record = source[i]
+            if len(record) % 4:
+                raise ValueError(
+                    f"{file}, record {i}, must hold integers of 32 bits, got {len(record)} bytes"
+                )
+            tokens = np.frombuffer(record, "<u4")
+            _check_range(tokens, vocab_size, f"{file}, record {i},")
+            writer.add(tokens)
+    return read_tokens(folder)

@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 import pyarrow
 import pytest
+from array_record.python.array_record_module import ArrayRecordWriter
 from pyarrow import parquet
 
-from fsa_jax.training import corpus as corpus_module
+from fsa_jax.training import text as text_module
 from fsa_jax.training.corpus import Corpus, TokenCorpus
 from fsa_jax.training.data import (
     TrainingBatches,
@@ -109,7 +110,7 @@ def test_a_single_document_is_cut(tmp_path):
 def test_bytes_in_files_give_the_batches_of_bytes_in_memory(count, tmp_path, monkeypatch):
     folder = text_folder(tmp_path / "texts", [*TEXTS[:count], TEXTS[0]])
     in_memory = open_corpus([folder], tokenizer=BYTES)
-    monkeypatch.setattr(corpus_module, "_IN_MEMORY", 0)
+    monkeypatch.setattr(text_module, "_IN_MEMORY", 0)
     in_files = open_corpus([folder], tokenizer=BYTES)
     assert isinstance(in_memory, Corpus)
     assert isinstance(in_files, TokenCorpus)
@@ -202,6 +203,14 @@ def test_pre_tokenised_data(tmp_path):
     assert isinstance(corpus.train.tokens, np.memmap)
     with pytest.raises(ValueError, match=r"tokenizer must be the one that wrote '.*tokens'"):
         open_corpus([written], tokenizer=BYTES)
+    # Records of another format are copied.
+    record = ArrayRecordWriter(str(tmp_path / "a.array_record"), "group_size:1")
+    for document in [[], *documents, documents[0]]:
+        record.write(np.asarray(document, "<u4").tobytes())
+    record.close()
+    of_records = open_corpus([tmp_path / "a.array_record"], tokenizer=LLAMA)
+    assert_same_corpus(of_records, corpus)
+    assert of_records.skipped == corpus.skipped
     # Without offsets, documents are cut at their begin tokens.
     flat = np.concatenate(documents).astype(np.int32)
     np.save(tmp_path / "flat.npy", flat)
@@ -251,6 +260,14 @@ def test_bad_tokens(tmp_path):
     (tmp_path / "a.npy").write_bytes(b"text")
     with pytest.raises(ValueError, match=r"text must be readable, got '.*a\.npy'"):
         open_corpus([tmp_path / "a.npy"], tokenizer=LLAMA)
+    (tmp_path / "a.array_record").write_bytes(b"text")
+    with pytest.raises(ValueError, match=r"text must be readable, got '.*a\.array_record'"):
+        open_corpus([tmp_path / "a.array_record"], tokenizer=LLAMA)
+    record = ArrayRecordWriter(str(tmp_path / "b.array_record"), "group_size:1")
+    record.write(b"short")
+    record.close()
+    with pytest.raises(ValueError, match=r"record 0, must hold integers of 32 bits, got 5 bytes"):
+        open_corpus([tmp_path / "b.array_record"], tokenizer=LLAMA)
     with pytest.raises(ValueError, match="text must be pre-tokenised data alone, or with text_w"):
         open_corpus([tmp_path / "a.npy", tmp_path / "new"], tokenizer=LLAMA)
 
