@@ -371,7 +371,9 @@ def test_validation_of_a_mixture(tmp_path):
 
 def test_a_mixture_trains_on_nothing_that_another_source_holds_out(tmp_path):
     one = json_lines(tmp_path / "one.jsonl", TEXTS)
-    two = json_lines(tmp_path / "two.jsonl", [*TEXTS[:40], "something else"])
+    # The second source holds out what the first one trains on.
+    trained = [text.decode() for text in load_corpus([one]).train]
+    two = json_lines(tmp_path / "two.jsonl", [*trained, "something else"])
     corpus = open_corpus([one, two], tokenizer=LLAMA, weights=(1, 1))
     assert isinstance(corpus, TokenCorpus)
     assert isinstance(corpus.train, Mixture)
@@ -380,7 +382,9 @@ def test_a_mixture_trains_on_nothing_that_another_source_holds_out(tmp_path):
         [set(map(tuple, documents_of(source))) for source in part.sources]
         for part in (corpus.train, corpus.validation)
     )
+    assert not held_out[0] & held_out[1]
     assert not (train[0] | train[1]) & (held_out[0] | held_out[1])
+    assert corpus.sizes()["train_documents"] == sum(map(len, train)) == 48 - 2 + 49 - 2
     for counts, source in zip(corpus.counts, corpus.train.sources, strict=True):
         assert counts.tolist() == source.counts().tolist()
     (single := tmp_path / "a.txt").write_text(TEXTS[0])
