@@ -67,10 +67,10 @@ def read_metrics(path: Path) -> list[Row]:
 
     Returns:
       The rows in the order of the file, as dicts. Those of a training step have `step`, `loss` (in
-      nats per token), `tokens_per_s`, `learning_rate`, `grad_norm` and, where the peak of the device
-      is known, `mfu` (model flops utilisation, see `fsa_jax.training.flops`); those of an
-      evaluation have `step`, `val_loss`, `val_bits_per_byte`, `val_bytes` and, where tokens are not
-      bytes, `val_tokens`.
+      nats per token), `tokens_per_s`, `learning_rate`, `grad_norm` and, where the peak of the
+      device is known, `mfu` (model flops utilisation, see `fsa_jax.training.flops`); those of an
+      evaluation have `step`, `val_loss`, `val_bits_per_byte`, `val_bytes` and, where tokens are
+      not bytes, `val_tokens`.
 
     Raises:
       ValueError: a line is not a row; the message names the file and the line.
