@@ -6,7 +6,6 @@ import itertools
 import math
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -16,7 +15,7 @@ from typing import Any
 
 import jax
 
-from fsa_jax.versions import versions
+from fsa_jax.versions import commit, output, versions
 
 #: The number of calls before the first measured one.
 WARM_UP = 2
@@ -234,30 +233,18 @@ def describe_error(error: Exception) -> str:
 
 def describe_machine() -> dict:
     """The date, commit, device, driver and versions, without which no measurement has meaning."""
-    folder = Path(__file__).resolve().parent
-    # only the hash, with -dirty appended if tracked files differ from it
-    commit = ("git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
     query = ("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
-    driver = _output(*query).splitlines()
+    driver = output(*query).splitlines()
     clocks = "clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem,power.limit"
-    clocks = _output("nvidia-smi", f"--query-gpu={clocks}", "--format=csv").splitlines()
+    clocks = output("nvidia-smi", f"--query-gpu={clocks}", "--format=csv").splitlines()
     device = jax.devices()[0]
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         # a copy of the tree on another machine may have no commit, or an older one
-        "commit": os.environ.get("BENCHMARK_COMMIT") or _output(*commit, cwd=folder) or "unknown",
+        "commit": os.environ.get("BENCHMARK_COMMIT") or commit(),
         "device": device.device_kind,
         "platform": device.client.platform_version,
         "driver": driver[0] if driver else "unknown",
         "clocks": "; ".join(clocks) or "unknown",
         "versions": versions(),
     }
-
-
-def _output(*command: str, cwd: Path | None = None) -> str:
-    """The output of a command; empty if it is missing or fails."""
-    try:
-        run = subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return ""
-    return run.stdout.strip()
