@@ -1,4 +1,4 @@
-"""The command line: `fsa-jax train`, `sample`, `convert`, `bench`, `tune` and `info`."""
+"""The command line: `fsa-jax` and its commands, which `_run` lists."""
 
 import argparse
 import codecs
@@ -13,7 +13,7 @@ import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from fsa_jax.messages import PROGRAM, say, say_now
 
@@ -86,6 +86,7 @@ def _run(arguments: Sequence[str] | None) -> int:
     commands: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
         "train": (_train, "train a language model with sparse or full attention"),
         "sample": (_sample, "continue a prompt with a trained model"),
+        "eval": (_eval, "evaluate models: loss by position, retrieval from long contexts"),
         "convert": (_convert, "convert a model from or to the files of Hugging Face"),
         "bench": (_bench, "time kernels, the operator and models, and write a report"),
         "tune": (_tune, "measure kernel tile sizes on this GPU and write a table of the fastest"),
@@ -159,6 +160,7 @@ def _parse[Flags](
     arguments: Sequence[str],
     default: Flags | None = None,
     more_rules: Sequence[Callable] = (),
+    more_options: Sequence[Any] = (),
 ) -> Flags:
     import tyro
 
@@ -174,7 +176,7 @@ def _parse[Flags](
                 args=arguments,
                 default=tyro.MISSING_NONPROP if default is None else default,
                 # The flags are --topk rather than --model.nsa.topk.
-                config=(tyro.conf.OmitArgPrefixes,),
+                config=(tyro.conf.OmitArgPrefixes, *more_options),
             )
     except SystemExit as stop:
         if stop.code:
@@ -398,6 +400,29 @@ class _TextPrinter:
         # The prompt is printed with the first byte, and so never before an error in the arguments.
         self._prompt = b""
         print(text, end="", flush=True)
+
+
+def _eval(arguments: Sequence[str]) -> None:
+    import tyro
+
+    from fsa_jax.evaluation.config import EvalConfig
+
+    # The checkpoints are the only argument without a default.
+    positional = (tyro.conf.PositionalRequiredArgs,)
+    config = _parse(EvalConfig, "eval", arguments, more_options=positional)
+    from fsa_jax.evaluation import evaluate
+    from fsa_jax.evaluation.report import sections
+    from fsa_jax.training.compilation_cache import keep_compiled_programs
+
+    keep_compiled_programs()
+    result = evaluate(config)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
+    for section in sections(result.values):
+        print(f"{section.title}\n\n{section.table}\n{section.legend}\n")
+    print("wrote:")
+    for path in result.files:
+        print(f"  {path}")
 
 
 def _convert(arguments: Sequence[str]) -> None:

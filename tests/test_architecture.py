@@ -33,6 +33,7 @@ ORDER = (
     {"transformer"},
     {"generation", "pretrained"},
     {"training"},
+    {"evaluation"},
     {"bench"},
     {"cli"},
 )

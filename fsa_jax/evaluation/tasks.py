@@ -1,0 +1,124 @@
+"""The samples of the retrieval tasks: a context, a question at its end, and the answer.
+
+Both tasks ask for a value that the context has shown once. In *recall* the context is a list of
+random keys with their values, and in *needle* it is real text with one key and its value hidden in
+it. Keys are random letters and values random digits, so that a model cannot know them.
+"""
+
+import dataclasses
+import string
+
+import numpy as np
+
+from fsa_jax.evaluation.models import Tokenizer
+from fsa_jax.evaluation.text import Text
+
+_KEY_LETTERS = 5
+#: With fewer pairs there is nothing to choose from.
+_FEWEST_PAIRS = 2
+#: The task is part of the seed of a sample.
+_NUMBERS = {"recall": 1, "needle": 2}
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """One question.
+
+    Attributes:
+      prompt: int32 tokens, the context and the question.
+      answer: int32 tokens of the answer.
+    """
+
+    prompt: np.ndarray
+    answer: np.ndarray
+
+
+class Samples:
+    """Makes the samples of the tasks; each follows from the seed and its own place alone.
+
+    Args:
+      tokenizer: the tokenizer of all models.
+      text: the real text of the needle.
+      seed: the seed.
+      digits: number of digits of a value.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, text: Text, *, seed: int, digits: int):
+        self._tokenizer = tokenizer
+        self._text = text.stretch()
+        self._seed = seed
+        self._digits = digits
+        start = tokenizer.start
+        self._start = np.asarray([] if start is None else [start], np.int32)
+
+    def make(self, task: str, length: int, depth: float, number: int) -> Sample:
+        """A sample whose prompt and answer together have at most `length` tokens.
+
+        Args:
+          task: "recall" or "needle".
+          length: tokens of prompt and answer.
+          depth: where in the context the answer stands, from 0 to 1.
+          number: number of the sample among those of this task, length and depth.
+
+        Raises:
+          ValueError: the length holds no sample, or the text is too short for it.
+        """
+        # Seeds are integers: the depth counts in millionths.
+        place = (_NUMBERS[task], length, round(depth * 1_000_000), number)
+        rng = np.random.default_rng([self._seed, *place])
+        return (self._recall if task == "recall" else self._needle)(rng, length, depth)
+
+    def _recall(self, rng: np.random.Generator, length: int, depth: float) -> Sample:
+        """As many pairs as fit, and the question for the one at the depth."""
+        pairs: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+        used, question, answer = len(self._start), 0, 0
+        while True:
+            key = self._key(rng)
+            if key in pairs:
+                continue
+            asked, value = self._encode(f"{key}="), self._value(rng)
+            used += len(asked) + len(value) + len(self._encode("\n"))
+            # Any of the keys may be the one that is asked for.
+            question, answer = max(question, len(asked)), max(answer, len(value))
+            if used + question + answer > length:
+                break
+            pairs[key] = asked, value
+        if len(pairs) < _FEWEST_PAIRS:
+            raise ValueError(
+                f"lengths must hold {_FEWEST_PAIRS} keys with their values, a question and its "
+                f"answer, {used + question + answer} tokens or more, got {length}"
+            )
+        lines = [part for pair in pairs.values() for part in (*pair, self._encode("\n"))]
+        asked, value = list(pairs.values())[round(depth * (len(pairs) - 1))]
+        return Sample(np.concatenate([self._start, *lines, asked]), value)
+
+    def _needle(self, rng: np.random.Generator, length: int, depth: float) -> Sample:
+        """A stretch of the text with a needle at the depth, and the question for it."""
+        asked, value = self._encode(f"\nThe pass key is {self._key(rng)}="), self._value(rng)
+        needle = np.concatenate([asked, value, self._encode("\n")])
+        room = length - sum(map(len, (self._start, needle, asked, value)))
+        if room < 0:
+            raise ValueError(
+                "lengths must hold the needle, the question and its answer, "
+                f"{length - room} tokens or more, got {length}"
+            )
+        if room > len(self._text):
+            raise ValueError(
+                f"lengths must be at most {length - room + len(self._text)}, the tokens of the "
+                f"text and of the needle, got {length}: give a longer text"
+            )
+        first = int(rng.integers(len(self._text) - room + 1))
+        hay = self._text[first : first + room]
+        cut = round(depth * room)
+        parts = [self._start, hay[:cut], needle, hay[cut:], asked]
+        return Sample(np.concatenate(parts), value)
+
+    def _key(self, rng: np.random.Generator) -> str:
+        return "".join(rng.choice(list(string.ascii_lowercase), _KEY_LETTERS))
+
+    def _value(self, rng: np.random.Generator) -> np.ndarray:
+        # A value is encoded apart, so that it has the same tokens in the context and as an answer.
+        return self._encode("".join(rng.choice(list(string.digits), self._digits)))
+
+    def _encode(self, text: str) -> np.ndarray:
+        return np.asarray(self._tokenizer.encode(text), np.int32)
