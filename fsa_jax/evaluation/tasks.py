@@ -70,31 +70,37 @@ class Samples:
 
     def _recall(self, rng: np.random.Generator, length: int, depth: float) -> Sample:
         """As many pairs as fit, and the question for the one at the depth."""
+        line_break = self._encode("\n")
         pairs: dict[str, tuple[np.ndarray, np.ndarray]] = {}
-        used, question, answer = len(self._start), 0, 0
-        while True:
-            key = self._key(rng)
+        used, pair, question, answer = len(self._start), 0, 0, 0
+        # Key, value and line break are at least a token each, so that these are enough.
+        keys = _draw(rng, string.ascii_lowercase, _KEY_LETTERS, length // 3 + 1)
+        for key, digits in zip(keys, self._values(rng, len(keys)), strict=True):
             if key in pairs:
                 continue
-            asked, value = self._encode(f"{key}="), self._value(rng)
-            used += len(asked) + len(value) + len(self._encode("\n"))
+            asked, value = self._encode(f"{key}="), self._encode(digits)
+            pair = len(asked) + len(value) + len(line_break)
             # Any of the keys may be the one that is asked for.
             question, answer = max(question, len(asked)), max(answer, len(value))
-            if used + question + answer > length:
+            if used + pair + question + answer > length:
                 break
+            used += pair
             pairs[key] = asked, value
         if len(pairs) < _FEWEST_PAIRS:
+            least = len(self._start) + _FEWEST_PAIRS * pair + question + answer
             raise ValueError(
                 f"lengths must hold {_FEWEST_PAIRS} keys with their values, a question and its "
-                f"answer, {used + question + answer} tokens or more, got {length}"
+                f"answer, {least} tokens or more, got {length}"
             )
-        lines = [part for pair in pairs.values() for part in (*pair, self._encode("\n"))]
+        lines = [part for pair in pairs.values() for part in (*pair, line_break)]
         asked, value = list(pairs.values())[round(depth * (len(pairs) - 1))]
         return Sample(np.concatenate([self._start, *lines, asked]), value)
 
     def _needle(self, rng: np.random.Generator, length: int, depth: float) -> Sample:
         """A stretch of the text with a needle at the depth, and the question for it."""
-        asked, value = self._encode(f"\nThe pass key is {self._key(rng)}="), self._value(rng)
+        (key,), (digits,) = _draw(rng, string.ascii_lowercase, _KEY_LETTERS), self._values(rng)
+        # A value is encoded apart, so that it has the same tokens in the context and as an answer.
+        asked, value = self._encode(f"\nThe pass key is {key}="), self._encode(digits)
         needle = np.concatenate([asked, value, self._encode("\n")])
         room = length - sum(map(len, (self._start, needle, asked, value)))
         if room < 0:
@@ -113,12 +119,15 @@ class Samples:
         parts = [self._start, hay[:cut], needle, hay[cut:], asked]
         return Sample(np.concatenate(parts), value)
 
-    def _key(self, rng: np.random.Generator) -> str:
-        return "".join(rng.choice(list(string.ascii_lowercase), _KEY_LETTERS))
-
-    def _value(self, rng: np.random.Generator) -> np.ndarray:
-        # A value is encoded apart, so that it has the same tokens in the context and as an answer.
-        return self._encode("".join(rng.choice(list(string.digits), self._digits)))
+    def _values(self, rng: np.random.Generator, count: int = 1) -> list[str]:
+        return _draw(rng, string.digits, self._digits, count)
 
     def _encode(self, text: str) -> np.ndarray:
         return np.asarray(self._tokenizer.encode(text), np.int32)
+
+
+def _draw(rng: np.random.Generator, letters: str, size: int, count: int = 1) -> list[str]:
+    """Random words of `size` letters."""
+    drawn = rng.integers(len(letters), size=count * size)
+    text = np.frombuffer(letters.encode(), np.uint8)[drawn].tobytes().decode()
+    return [text[i : i + size] for i in range(0, len(text), size)]
