@@ -240,6 +240,18 @@ def test_a_run_shorter_than_its_warmup_warms_up_as_a_longer_one():
     ]
 
 
+@pytest.fixture
+def heeded():
+    """Python's own handlers: a shell makes commands in the background ignore some signals."""
+    own = {signal.SIGINT: signal.default_int_handler}
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.signal(number, own.get(number, signal.SIG_DFL)) for number in numbers}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("heeded")
 def test_a_signal_before_the_first_step_ends_a_run_at_once(texts, tmp_path, monkeypatch):
     monkeypatch.setattr(loop._Run, "_compile", lambda run: os.kill(os.getpid(), signal.SIGINT))
     config = tiny(texts, tmp_path / "run", model=DENSE)
@@ -250,6 +262,7 @@ def test_a_signal_before_the_first_step_ends_a_run_at_once(texts, tmp_path, monk
     files.check_startable(config.run_folder, resume=False, overwrite=False)
 
 
+@pytest.mark.usefixtures("heeded")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_the_first_signal_waits_for_a_step_and_the_second_does_not(number):
     before = signal.getsignal(number)
