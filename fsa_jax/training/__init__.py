@@ -6,6 +6,7 @@ from fsa_jax import lazy
 
 if TYPE_CHECKING:
     from fsa_jax.training.checkpoint import Checkpoints as Checkpoints
+    from fsa_jax.training.checkpoint import load_model as load_model
     from fsa_jax.training.config import PRESETS as PRESETS
     from fsa_jax.training.config import TrainConfig as TrainConfig
     from fsa_jax.training.data import Corpus as Corpus
@@ -13,7 +14,6 @@ if TYPE_CHECKING:
     from fsa_jax.training.data import load_corpus as load_corpus
     from fsa_jax.training.data import open_corpus as open_corpus
     from fsa_jax.training.loop import TrainResult as TrainResult
-    from fsa_jax.training.loop import load_model as load_model
     from fsa_jax.training.loop import train as train
     from fsa_jax.training.mesh import ProcessLost as ProcessLost
     from fsa_jax.training.metrics import read_metrics as read_metrics
@@ -28,10 +28,10 @@ if TYPE_CHECKING:
 __getattr__, __dir__ = lazy.exports(
     __name__,
     {
-        "checkpoint": ["Checkpoints"],
+        "checkpoint": ["Checkpoints", "load_model"],
         "config": ["PRESETS", "TrainConfig"],
         "data": ["Corpus", "TrainingBatches", "load_corpus", "open_corpus"],
-        "loop": ["TrainResult", "load_model", "train"],
+        "loop": ["TrainResult", "train"],
         "mesh": ["ProcessLost"],
         "metrics": ["read_metrics"],
         "plots": ["plot_blocks", "plot_losses"],

@@ -1,5 +1,6 @@
 """Checkpoints of a run: its training state, its position in the data, and its configuration."""
 
+import dataclasses
 import errno
 import functools
 from collections.abc import Callable
@@ -8,12 +9,14 @@ from typing import Any, NamedTuple, Self
 
 import jax
 import orbax.checkpoint as ocp
+from flax import nnx
 
 from fsa_jax.messages import say
 from fsa_jax.training.config import TrainConfig, config_from_json, config_to_json
-from fsa_jax.training.folder import CHECKPOINTS, DAMAGED_CHECKPOINT, kept_aside
+from fsa_jax.training.folder import CHECKPOINTS, DAMAGED_CHECKPOINT, has_checkpoint, kept_aside
 from fsa_jax.training.mesh import all_agree, is_leader, on_leader
-from fsa_jax.training.step import TrainState
+from fsa_jax.training.step import TrainState, abstract_model
+from fsa_jax.transformer import Transformer
 
 _KEEP = 2
 
@@ -177,6 +180,35 @@ class Checkpoints:
             f"checkpoint must be readable by this version and complete, got "
             f"{str(self.folder / str(step))!r}: {type(error).__name__}: {_first_line(error)}"
         )
+
+
+def load_model(run_folder: Path, **changes: Any) -> tuple[Transformer, TrainConfig]:
+    """Loads the model and the configuration of a run from its last checkpoint.
+
+    Args:
+      run_folder: the folder that `train` wrote to.
+      **changes: fields of the model's configuration to change, except those that determine the
+        parameters.
+
+    Returns:
+      The model with the trained parameters, and the configuration of the run.
+
+    Raises:
+      ValueError: there is no checkpoint, or none that can be read.
+    """
+    if not has_checkpoint(run_folder):
+        raise ValueError(
+            "checkpoint must be the folder of a run with a checkpoint in it, got "
+            f"{str(run_folder)!r}"
+        )
+    with Checkpoints(run_folder) as checkpoints:
+
+        def read(step):
+            config = checkpoints.read_position(step).config
+            graphdef, template = abstract_model(dataclasses.replace(config.model, **changes))
+            return nnx.merge(graphdef, checkpoints.read_params(step, template)), config
+
+        return checkpoints.newest(read)[1]
 
 
 def _first_line(error: Exception) -> str:

@@ -6,7 +6,6 @@ import functools
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,13 +15,13 @@ from flax import nnx
 from fsa_jax.messages import say
 from fsa_jax.training import folder as files
 from fsa_jax.training.checkpoint import Checkpoints, RunPosition
+from fsa_jax.training.checkpoint import load_model as load_model
 from fsa_jax.training.config import TrainConfig, check_resumable, config_to_json
 from fsa_jax.training.data import (
     Corpus,
     TokenCorpus,
     TrainingBatches,
     example_sequence,
-    open_corpus,
     target_bytes,
     unigram_loss,
     validation_batches,
@@ -31,7 +30,6 @@ from fsa_jax.training.flops import flops_per_token, peak_flops
 from fsa_jax.training.mesh import (
     Placement,
     agreed,
-    check_placement,
     is_leader,
     join_processes,
     noticing_lost_processes,
@@ -46,10 +44,10 @@ from fsa_jax.training.metrics import (
     read_metrics,
     validation_row,
 )
-from fsa_jax.training.optimizer import split_frozen
 from fsa_jax.training.plots import plot_blocks, plot_losses
 from fsa_jax.training.progress import Progress
 from fsa_jax.training.renamed import renamed_fields
+from fsa_jax.training.start import check_start, open_text
 from fsa_jax.training.step import (
     StepMetrics,
     abstract_model,
@@ -60,14 +58,8 @@ from fsa_jax.training.step import (
     state_shardings,
 )
 from fsa_jax.training.stopping import Stop, catching_signals
-from fsa_jax.training.tensorboard import TensorBoard, check_tensorboard
-from fsa_jax.training.tokenizer import (
-    Tokenizer,
-    keep_tokenizer,
-    load_tokenizer,
-    tokenizer_of_run,
-)
-from fsa_jax.transformer import Transformer
+from fsa_jax.training.tensorboard import TensorBoard
+from fsa_jax.training.tokenizer import keep_tokenizer, tokenizer_of_run
 from fsa_jax.versions import versions
 
 # Metrics are fetched from the device only once in _FETCH_EVERY steps, so that the device does not
@@ -133,18 +125,8 @@ def train(config: TrainConfig) -> TrainResult:
         )
         on_leader(check)
         placement = Placement.build(config.mesh, fsdp=config.fsdp)
-        sizes = {"batch_size": config.batch_size, "seq_len": config.seq_len}
-        check_placement(placement, config.model, **sizes, accumulate=config.accumulate)
-        if config.tensorboard:
-            check_tensorboard()
-        if config.freeze:
-            split_frozen(abstract_model(config.model)[1], config.freeze)
-        corpus = open_corpus(
-            config.text,
-            tokenizer=_checked_tokenizer(config),
-            column=config.text_column,
-            weights=config.text_weights,
-        )
+        check_start(config, placement)
+        corpus = open_text(config)
         on_leader(functools.partial(_make, folder))
         on_leader(lambda: stack.enter_context(files.locked(folder)))
         on_leader(check)  # once more, now that no other run can interfere
@@ -154,16 +136,6 @@ def train(config: TrainConfig) -> TrainResult:
         return run.finish()
 
 
-def _checked_tokenizer(config: TrainConfig) -> Tokenizer:
-    tokenizer = load_tokenizer(config.tokenizer)
-    if config.model.vocab_size < tokenizer.vocab_size:
-        raise ValueError(
-            f"vocab_size must be at least the {tokenizer.vocab_size} of tokenizer "
-            f"{config.tokenizer!r}, got {config.model.vocab_size}"
-        )
-    return tokenizer
-
-
 def _make(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -171,35 +143,6 @@ def _make(folder: Path) -> None:
         raise ValueError(
             f"out must be a folder that can be made, got {str(folder)!r}: {error.strerror}"
         ) from error
-
-
-def load_model(run_folder: Path, **changes: Any) -> tuple[Transformer, TrainConfig]:
-    """Loads the model and the configuration of a run from its last checkpoint.
-
-    Args:
-      run_folder: the folder that `train` wrote to.
-      **changes: fields of the model's configuration to change, except those that determine the
-        parameters.
-
-    Returns:
-      The model with the trained parameters, and the configuration of the run.
-
-    Raises:
-      ValueError: there is no checkpoint, or none that can be read.
-    """
-    if not files.has_checkpoint(run_folder):
-        raise ValueError(
-            "checkpoint must be the folder of a run with a checkpoint in it, got "
-            f"{str(run_folder)!r}"
-        )
-    with Checkpoints(run_folder) as checkpoints:
-
-        def read(step):
-            config = checkpoints.read_position(step).config
-            graphdef, template = abstract_model(dataclasses.replace(config.model, **changes))
-            return nnx.merge(graphdef, checkpoints.read_params(step, template)), config
-
-        return checkpoints.newest(read)[1]
 
 
 class _Logs:
