@@ -1,17 +1,20 @@
-"""`load_pretrained`: a `Transformer` with the weights of a folder."""
+"""`load_pretrained`: a `Transformer` with the weights of a folder.
+
+`plan_load` finds the model, `load_params` its parameters, for callers with shardings of their own.
+"""
 
 import contextlib
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from flax.typing import Dtype
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, Sharding
 
 from fsa_jax.arguments import checks
 from fsa_jax.arguments.types import LayerType
@@ -23,6 +26,8 @@ from fsa_jax.transformer import Transformer
 from fsa_jax.transformer_config import TransformerConfig
 
 type Folder = str | os.PathLike[str]
+#: The path of a parameter.
+type Param = tuple[str, ...]
 
 
 def load_pretrained(
@@ -84,6 +89,53 @@ def load_pretrained(
     checks.choice("gates", gates, tuple(warm_start.STARTS))
     if mesh is not None and not isinstance(mesh, Mesh):
         raise ValueError(f"mesh must be a jax.sharding.Mesh or None, got {checks.short(mesh)}")
+    plan = plan_load(
+        path,
+        attention=attention,
+        nsa=nsa,
+        dtype=dtype,
+        param_dtype=param_dtype,
+        layer_types=layer_types,
+    )
+    graphdef, state = _abstract(plan.config)
+
+    def shardings(shapes: Mapping[Param, tuple[int, ...]]) -> Mapping[Param, Sharding | None]:
+        return _shardings(state, mesh, shapes)
+
+    params = load_params(plan, gates=gates, shardings=shardings, progress=progress)
+    return nnx.merge(graphdef, params)
+
+
+class Plan(NamedTuple):
+    """What is loaded from a folder, from its config.json and the headers of its files.
+
+    Attributes:
+      folder: the folder.
+      source: what its config.json says.
+      tensors: the tensors to read, by canonical name.
+      has_gates: whether these have the gates of sparse attention.
+      config: configuration of the model.
+      keeps_dtypes: whether each parameter has the dtype of its tensors.
+    """
+
+    folder: Path
+    source: Source
+    tensors: dict[str, read.Tensor]
+    has_gates: bool
+    config: TransformerConfig
+    keeps_dtypes: bool
+
+
+def plan_load(
+    path: Folder,
+    *,
+    attention: LayerType | None = None,
+    nsa: NSAConfig | None = None,
+    dtype: Dtype | None = None,
+    param_dtype: Dtype | None = None,
+    layer_types: Sequence[LayerType] | None = None,
+) -> Plan:
+    """The model that `load_pretrained` loads with these arguments, without reading any weights."""
     folder = checks.path("path", path)
     if not folder.is_dir():
         raise ValueError(f"path must be a folder, got {str(folder)!r}")
@@ -116,12 +168,34 @@ def load_pretrained(
         config = TransformerConfig(**fields)
     except ValueError as error:
         raise ValueError(f"{str(source.path)!r} is not supported: {error}") from error
+    return Plan(folder, source, tensors, has_gates, config, keeps_dtypes=param_dtype is None)
 
+
+def _abstract(config: TransformerConfig) -> tuple[Any, Any]:
+    """The graph definition of a model, and its state of shapes."""
     # Inside jax.set_mesh, Flax would take the names of parameter axes for those of the mesh.
     with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
-        graphdef, state = nnx.split(nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0))))
-    params = nnx.traversals.flatten_mapping(nnx.to_pure_dict(state))
-    shapes = {param: leaf.shape for param, leaf in params.items()}
+        return nnx.split(nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0))))
+
+
+def load_params(
+    plan: Plan,
+    *,
+    gates: Literal["closed", "open"],
+    shardings: Callable[[Mapping[Param, tuple[int, ...]]], Mapping[Param, Sharding | None]],
+    progress: Callable[[int, int], object] | None = None,
+) -> dict[str, Any]:
+    """The parameters of a plan, as a nested dict.
+
+    Args:
+      plan: from `plan_load`.
+      gates: as of `load_pretrained`.
+      shardings: from the shapes of all parameters to their shardings; None: the default device.
+      progress: as of `load_pretrained`.
+    """
+    folder, source, tensors, has_gates, config, _ = plan
+    state = nnx.to_pure_dict(_abstract(config)[1])
+    shapes = {param: leaf.shape for param, leaf in nnx.traversals.flatten_mapping(state).items()}
     places = names.places(config, shapes)
     made = {param for param in places if _is_made(param, source, has_gates)}
     kept = {param: place for param, place in places.items() if param not in made}
@@ -133,12 +207,12 @@ def load_pretrained(
             f"{gates!r} for {str(folder)!r}: {hint}"
         )
     read.check_tensors(folder, tensors, kept.values())
-    shardings = _shardings(state, mesh, shapes)
+    split = shardings(shapes)
 
-    loaded: dict[tuple[str, ...], jax.Array] = {}
+    loaded: dict[Param, jax.Array] = {}
     for param, shape in shapes.items():
         own = config.param_dtype
-        if param in kept and param_dtype is None:
+        if param in kept and plan.keeps_dtypes:
             own = str(checks.float_dtype("param_dtype", read.dtype_of(kept[param], tensors)))
         with contextlib.ExitStack() as stack:
             if param in made:
@@ -146,10 +220,10 @@ def load_pretrained(
             else:
                 args = kept[param], tensors, jnp.dtype(own)
                 part = stack.enter_context(read.reader(*args))
-            loaded[param] = _placed(shape, shardings[param], part)
+            loaded[param] = _placed(shape, split[param], part)
         if progress is not None:
             progress(len(loaded), len(places))
-    return nnx.merge(graphdef, nnx.traversals.unflatten_mapping(loaded))
+    return nnx.traversals.unflatten_mapping(loaded)
 
 
 def _fields_of_tensors(
@@ -238,7 +312,7 @@ def _shardings(
 
 def _placed(
     shape: tuple[int, ...],
-    sharding: NamedSharding | None,
+    sharding: Sharding | None,
     part: Callable[[tuple[slice, ...]], np.ndarray],
 ) -> jax.Array:
     """The array whose parts `part` returns, one part on the host at a time."""
