@@ -269,7 +269,9 @@ def _train_until_stopped(arguments: Sequence[str]) -> None:
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     first.add_argument("--preset", nargs="?")
     first.add_argument("--config", nargs="?")
-    first.add_argument("--tokenizer")
+    for name in ("tokenizer", "init", "out"):
+        first.add_argument(f"--{name}")
+    first.add_argument("--resume", action="store_true")
     for name in SIZES:
         first.add_argument(f"--{name.replace('_', '-')}", type=int)
     default = PRESETS["tiny"]
@@ -281,10 +283,18 @@ def _train_until_stopped(arguments: Sequence[str]) -> None:
                 f"preset and config must not both be given, got {preset!r} and {file!r}"
             )
         default = read_config(Path(file)) if file else PRESETS.get(preset, default)
-        tokenizer = found.pop("tokenizer") or default.tokenizer
-        sizes = {name: size for name, size in found.items() if size is not None}
-        default = dataclasses.replace(default, model=with_sizes(default.model, sizes))
-        default = _with_tokenizer(default, tokenizer)
+        tokenizer, init, out = (found.pop(name) for name in ("tokenizer", "init", "out"))
+        resume = found.pop("resume")
+        if init:
+            from fsa_jax.training.start import with_init
+
+            kept = {"tokenizer": tokenizer, "keep_attention": bool(file)}
+            resumed = Path(out) if out and resume else None
+            default = with_init(default, Path(init), **kept, resumed=resumed)
+        else:
+            sizes = {name: size for name, size in found.items() if size is not None}
+            default = dataclasses.replace(default, model=with_sizes(default.model, sizes))
+            default = _with_tokenizer(default, tokenizer or default.tokenizer)
     config = _parse(TrainConfig, "train", arguments, default, (_scaling_rule,))
     # These imports are slow; --help and errors in the flags do not need them.
     from fsa_jax.training import ProcessLost, train

@@ -31,6 +31,8 @@ FREE_ON_RESUME = frozenset(
 FINAL_LEARNING_RATE = 0.1
 #: Dtypes of parameters that lose small updates.
 _NARROW = ("bfloat16", "float16")
+#: Fields that are a path or None.
+_PATHS = ("init", "out", "config")
 SCHEDULES = ("cosine", "constant", "wsd")
 
 #: Old names of fields, which callers may use for one more release; files may always have them.
@@ -87,6 +89,10 @@ class TrainConfig:
         proportion to these weights. Default: all documents count alike.
       tokenizer: bytes; or a tokenizer.json, or a folder with one, as Hugging Face writes it, whose
         begin and end tokens start and end each document. The run keeps a copy.
+      init: the model that a new run starts from: a folder of Hugging Face with config.json and
+        safetensors, or that of another run, whose last checkpoint is used. Its sizes are the
+        defaults of the flags, and its tokenizer too; attention=nsa or layer_types start sparse
+        attention from a dense one. Default: random parameters.
       out: folder that the run writes to. Default: runs/PRESET-ATTENTION-seedSEED.
       steps: step after which training stops.
       seed: seed of the parameters, the data order and dropout.
@@ -135,6 +141,7 @@ class TrainConfig:
     text_column: str = "text"
     text_weights: tuple[float, ...] = ()
     tokenizer: str = BYTES
+    init: Path | None = None
     out: Path | None = None
     steps: int
     seed: int = 0
@@ -196,8 +203,10 @@ class TrainConfig:
             )
         self._check_step()
         parse_mesh(self.mesh)
-        if not isinstance(self.out, Path | None):
-            raise ValueError(f"out must be a pathlib.Path or None, got {self.out!r}")
+        for name in _PATHS:
+            path = getattr(self, name)
+            if not isinstance(path, Path | None):
+                raise ValueError(f"{name} must be a pathlib.Path or None, got {path!r}")
         if self.resume and self.overwrite:
             raise ValueError(
                 "resume and overwrite must not both be set, got resume=True and overwrite=True"
@@ -248,8 +257,6 @@ class TrainConfig:
                 ) from error
         for name in ("float32_masters", "tensorboard"):
             object.__setattr__(self, name, scalars.flag(name, getattr(self, name)))
-        if not isinstance(self.config, Path | None):
-            raise ValueError(f"config must be a pathlib.Path or None, got {self.config!r}")
 
     @property
     def has_masters(self) -> bool:
@@ -296,7 +303,7 @@ def config_to_json(config: TrainConfig) -> dict[str, Any]:
     """The configuration as JSON values; the inverse of `config_from_json`."""
     values = dataclasses.asdict(config) | {"model": config.model.to_dict()}
     values["text"] = [str(path) for path in config.text]
-    for name in ("out", "config"):
+    for name in _PATHS:
         path = getattr(config, name)
         values[name] = None if path is None else str(path)
     values["freeze"] = list(config.freeze)
@@ -308,7 +315,7 @@ def config_from_json(values: Mapping[str, Any]) -> TrainConfig:
     """Builds the configuration that `config_to_json` wrote, in this version or an earlier one."""
     fields = with_new_names(values, OLD_FIELDS)
     fields["text"] = tuple(Path(path) for path in fields["text"])
-    for name in ("out", "config"):
+    for name in _PATHS:
         path = fields.get(name)
         fields[name] = None if path is None else Path(path)
     fields["freeze"] = tuple(fields.get("freeze", ()))

@@ -47,11 +47,10 @@ from fsa_jax.training.metrics import (
 from fsa_jax.training.plots import plot_blocks, plot_losses
 from fsa_jax.training.progress import Progress
 from fsa_jax.training.renamed import renamed_fields
-from fsa_jax.training.start import check_start, open_text
+from fsa_jax.training.start import check_start, initial_params, open_text
 from fsa_jax.training.step import (
     StepMetrics,
     abstract_model,
-    init_model,
     init_state,
     make_eval_step,
     make_train_step,
@@ -193,7 +192,8 @@ class _Run:
         self.unigram_loss = unigram_loss(corpus.train, self.validation, corpus.unigram_counts())
         shardings = state_shardings(config, placement)
         model = placement.model(config.model)
-        self.graphdef, params = init_model(model, config.seed, shardings.params)
+        self.graphdef = abstract_model(model)[0]
+        params = initial_params(config, model, shardings.params)
         self.num_params = sum(leaf.size for leaf in jax.tree.leaves(params))
         peak = peak_flops(placement.mesh.devices.flat[0], config.model.dtype)
         #: The tokens a second at which the run would reach the peak of its devices.
@@ -228,6 +228,8 @@ class _Run:
         """The messages that a run prints before it compiles."""
         yield f"data: {self.corpus.summary}"
         config, last = self.config, self.config.last_decay_step
+        if config.init is not None and not config.resume:
+            yield f"the parameters start from those in {config.init}"
         if config.resume and config.steps > last:
             yield (
                 f"the learning rate falls until step {last} and then stays constant: a resumed run "
