@@ -17,13 +17,13 @@ import numpy as np
 
 from fsa_jax.training.corpus import Corpus as Corpus
 from fsa_jax.training.corpus import TokenCorpus as TokenCorpus
-from fsa_jax.training.documents import Documents, Mixture, TokenDocuments, Turns, sources_of
+from fsa_jax.training.documents import Documents, Mixture, Turns, sources_of
 from fsa_jax.training.renamed import renamed_arguments
 from fsa_jax.training.text import load_corpus as load_corpus
 from fsa_jax.training.text import open_corpus as open_corpus
 
 #: Documents in any form: the bytes of each, memory-mapped tokens, or those of several sources.
-AnyDocuments = Sequence[bytes] | TokenDocuments | Mixture
+AnyDocuments = Sequence[bytes] | Documents | Mixture
 
 # The validation set does not depend on the seed of the run, so that runs stay comparable.
 _VALIDATION_SEED = 0

@@ -13,7 +13,7 @@ import numpy as np
 
 from fsa_jax.messages import say
 from fsa_jax.training.corpus import Corpus, TokenCorpus, listed
-from fsa_jax.training.documents import Mixture, TokenDocuments
+from fsa_jax.training.documents import ByteDocuments, Documents, Mixture, TokenDocuments
 from fsa_jax.training.text_files import (
     find_files,
     has_records,
@@ -124,6 +124,43 @@ def open_corpus(
         counts=(indexed.counts,),
         tokenizer=tokenizer,
     )
+
+
+def open_documents(
+    paths: Sequence[Path], *, tokenizer: Tokenizer, column: str = "text"
+) -> tuple[Documents, str]:
+    """Opens all documents that `open_corpus` would split, those for training first.
+
+    Args:
+      paths: as for `open_corpus`.
+      tokenizer: the tokenizer.
+      column: the column of the text in files of records.
+
+    Returns:
+      The documents, a single one in one piece, and the paths, described for a human reader.
+
+    Raises:
+      ValueError: a path is missing or unreadable, or the files hold no text.
+      OSError: the cache cannot be written.
+    """
+    source = _Source(paths, column)
+    if tokenizer.unit == "byte" and source.is_small_text():
+        corpus = source.in_memory()
+        texts = (*corpus.train, *corpus.validation)
+        whole = b"".join(texts)
+        single = hashlib.sha256(hashlib.sha256(whole).digest()).hexdigest() == corpus.fingerprint
+        return ByteDocuments((whole,) if single else texts), source.name
+    indexed = source.indexed(tokenizer)
+    train, validation = indexed.train, indexed.validation
+    starts = np.concatenate([train.starts, validation.starts])
+    lengths = np.concatenate([np.diff(part.ends, prepend=0) for part in (train, validation)])
+    if len(indexed.digests) == 1:
+        # The document itself starts where its training part does. Unless its validation part is
+        # what follows there, that part is a copy with a begin token of its own.
+        copied = starts[1] != starts[0] + lengths[0] and tokenizer.begin is not None
+        starts, lengths = starts[:1], np.asarray([lengths.sum() - copied])
+    whole = TokenDocuments(train.tokens, starts, np.cumsum(lengths), train.vocab_size)
+    return whole, source.name
 
 
 def _mixture(
