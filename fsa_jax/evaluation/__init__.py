@@ -12,9 +12,7 @@ from fsa_jax import lazy
 
 if TYPE_CHECKING:
     from fsa_jax.evaluation.config import EvalConfig as EvalConfig
-    from fsa_jax.evaluation.models import ByteTokenizer as ByteTokenizer
     from fsa_jax.evaluation.models import OpenedModel as OpenedModel
-    from fsa_jax.evaluation.models import Tokenizer as Tokenizer
     from fsa_jax.evaluation.models import open_model as open_model
     from fsa_jax.evaluation.run import evaluate as evaluate
 
@@ -22,7 +20,7 @@ __getattr__, __dir__ = lazy.exports(
     __name__,
     {
         "config": ["EvalConfig"],
-        "models": ["ByteTokenizer", "OpenedModel", "Tokenizer", "open_model"],
+        "models": ["OpenedModel", "open_model"],
         "run": ["evaluate"],
     },
 )

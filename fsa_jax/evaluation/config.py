@@ -21,8 +21,10 @@ class EvalConfig:
         used, or a folder with the files of Hugging Face, as `fsa-jax convert` writes it.
       tasks: what to evaluate. loss: the loss on a text by position in the document. recall: the
         value of one of many keys. needle: a value hidden in the text.
-      text: text files, or folders that are searched for text files, all of which is used. Default:
-        the validation part of the text of the runs.
+      text: text files; files of records (.jsonl, .jsonl.gz, .parquet); folders that are searched
+        for both; or pre-tokenised data: all of it is used. Default: the validation part of the text
+        of the runs.
+      text_column: the column of the text in files of records that text names.
       out: folder that the results are written to. Default: evaluations/NAME, or
         evaluations/NAME-vs-NAME, of the names of the checkpoints.
       overwrite: replace the evaluation that is in out.
@@ -44,6 +46,7 @@ class EvalConfig:
     checkpoints: tuple[Path, ...]
     tasks: tuple[Literal["loss", "recall", "needle"], ...] = TASKS
     text: tuple[Path, ...] = ()
+    text_column: str = "text"
     out: Path | None = None
     overwrite: bool = False
     seq_len: int | None = None
@@ -65,6 +68,10 @@ class EvalConfig:
             raise ValueError(f"tasks must name at least one of {TASKS}, got none")
         for task in self.tasks:
             scalars.choice("tasks", task, TASKS)
+        if not isinstance(self.text_column, str) or not self.text_column:
+            raise ValueError(
+                f"text_column must be a text that is not empty, got {self.text_column!r}"
+            )
         for name, least in (
             ("sequences", 1),
             ("samples", 1),

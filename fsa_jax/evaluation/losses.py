@@ -125,37 +125,46 @@ def ratio_of_sums(sums: np.ndarray, counts: np.ndarray) -> Mean:
     return Mean(mean, float(math.sqrt(squares) / total))
 
 
-def losses_by_bucket(losses: list[np.ndarray], sequences: Sequences) -> list[dict[str, Any]]:
+def losses_by_bucket(
+    losses: list[np.ndarray], sequences: Sequences, num_bytes: np.ndarray
+) -> list[dict[str, Any]]:
     """The mean loss of each model in each bucket, and its difference from the first model.
 
     Args:
       losses: for each model, the result of `token_losses`.
       sequences: the sequences.
+      num_bytes: [V], the bytes of text that each token stands for.
 
     Returns:
       A JSON value for each bucket that has predictions, and a last one for all positions together:
-      "from" and "to", the positions; "tokens", their number; "models", for each model "loss" and
-      "standard_error" and, from the second model on, "difference" and its standard error.
+      "from" and "to", the positions; "tokens", the number of predicted tokens, and "bytes", that of
+      the text they stand for; "models", for each model "loss", "standard_error", "bits_per_byte"
+      (None without text) and, from the second model on, "difference" and its standard error.
     """
     counted = sequences.counted
     buckets = np.where(counted, bucket_of(sequences.positions), -1)
     found = [(*bucket_range(int(b)), buckets == b) for b in np.unique(buckets[counted])]
     found.append((0, int(sequences.positions[counted].max()) + 1, counted))
-    return [
-        {
-            "from": begin,
-            "to": end,
-            "tokens": int(chosen.sum()),
-            "models": [_of_model(mine, losses[0], chosen) for mine in losses],
-        }
-        for begin, end, chosen in found
-    ]
+    rows = []
+    for begin, end, chosen in found:
+        size = int(num_bytes[sequences.targets[chosen]].sum())
+        models = [_of_model(mine, losses[0], chosen, size) for mine in losses]
+        row = {"from": begin, "to": end, "tokens": int(chosen.sum()), "bytes": size}
+        rows.append(row | {"models": models})
+    return rows
 
 
-def _of_model(losses: np.ndarray, first: np.ndarray, chosen: np.ndarray) -> dict[str, Any]:
+def _of_model(
+    losses: np.ndarray, first: np.ndarray, chosen: np.ndarray, num_bytes: int
+) -> dict[str, Any]:
     counts = chosen.sum(axis=1)
     loss = ratio_of_sums((losses * chosen).sum(axis=1), counts)
-    values: dict[str, Any] = {"loss": loss.mean, "standard_error": loss.standard_error}
+    bits = loss.mean * int(counts.sum()) / math.log(2)
+    values: dict[str, Any] = {
+        "loss": loss.mean,
+        "standard_error": loss.standard_error,
+        "bits_per_byte": bits / num_bytes if num_bytes else None,
+    }
     if losses is not first:
         # The errors of both models on a text go together: that of the difference is smaller.
         difference = ratio_of_sums(((losses - first) * chosen).sum(axis=1), counts)

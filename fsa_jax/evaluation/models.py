@@ -2,61 +2,19 @@
 
 import dataclasses
 import json
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 from flax import nnx
 
 from fsa_jax.pretrained import load_pretrained
 from fsa_jax.training.checkpoint import Checkpoints
-from fsa_jax.training.config import DOCUMENT_START, VOCAB_SIZE, TrainConfig
-from fsa_jax.training.folder import has_checkpoint
+from fsa_jax.training.config import BYTES, VOCAB_SIZE, TrainConfig
+from fsa_jax.training.folder import TOKENIZER, has_checkpoint
 from fsa_jax.training.step import abstract_model
+from fsa_jax.training.tokenizer import Tokenizer, load_tokenizer, tokenizer_of_run
 from fsa_jax.transformer import Transformer
-
-
-class Tokenizer(Protocol):
-    """What an evaluation needs of a tokenizer; equal tokenizers give equal tokens.
-
-    Texts are `str`; bytes that are not valid UTF-8 are surrogate escapes in them.
-    """
-
-    @property
-    def start(self) -> int | None:
-        """The token at the start of every document; None: there is none."""
-        ...
-
-    def encode(self, text: str) -> list[int]:
-        """The tokens of a text, without a start token."""
-        ...
-
-    def decode(self, tokens: Sequence[int]) -> str:
-        """The text of tokens."""
-        ...
-
-
-@dataclasses.dataclass(frozen=True)
-class ByteTokenizer:
-    """The tokens of byte-level models: the bytes of the text, and 256 at the start of documents.
-
-    Example:
-      >>> ByteTokenizer().encode("aé")
-      [97, 195, 169]
-      >>> ByteTokenizer().decode([97, 195, 169])
-      'aé'
-    """
-
-    start: int | None = DOCUMENT_START
-
-    def encode(self, text: str) -> list[int]:
-        """The bytes of a text."""
-        return list(text.encode("utf-8", "surrogateescape"))
-
-    def decode(self, tokens: Sequence[int]) -> str:
-        """The text of bytes."""
-        return bytes(tokens).decode("utf-8", "surrogateescape")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,8 +25,10 @@ class OpenedModel:
       path: the path that was given.
       model: the model.
       tokenizer: its tokenizer.
-      text: the text files or folders that it was trained on; () is Python's standard library, and
-        None means that it is not known.
+      text: the files or folders that it was trained on; () is Python's standard library, and
+        None means that they are not known.
+      text_column: the column of the text in files of records.
+      text_weights: the weight of each of them; (): all documents counted alike.
       fingerprint: the fingerprint of that text at the time of training; None: not known.
       seq_len: tokens of its training sequences; None: not known.
       step: the training step of its parameters; None: not known.
@@ -78,6 +38,8 @@ class OpenedModel:
     model: Transformer
     tokenizer: Tokenizer
     text: tuple[Path, ...] | None = None
+    text_column: str = "text"
+    text_weights: tuple[float, ...] = ()
     fingerprint: str | None = None
     seq_len: int | None = None
     step: int | None = None
@@ -91,6 +53,7 @@ class OpenedModel:
             "step": self.step,
             "attention": config.attention,
             "parameters": sum(leaf.size for leaf in params),
+            "tokenizer": self.tokenizer.fingerprint,
             "config": json.loads(json.dumps(config.to_dict())),
         }
 
@@ -104,7 +67,7 @@ def open_model(path: Path) -> OpenedModel:
 
     Raises:
       ValueError: the path is no such folder; it has no checkpoint, or one that cannot be read; or
-        the tokenizer of the model is not known.
+        the model has no tokenizer, or one that it does not fit.
     """
     if has_checkpoint(path):
         return _open_run(path)
@@ -114,7 +77,7 @@ def open_model(path: Path) -> OpenedModel:
             f"with a config.json, got {str(path)!r}"
         )
     model = load_pretrained(path)
-    return OpenedModel(path=path, model=model, tokenizer=_tokenizer(path, model))
+    return OpenedModel(path=path, model=model, tokenizer=_tokenizer_of_files(path, model))
 
 
 def _open_run(path: Path) -> OpenedModel:
@@ -132,19 +95,30 @@ def _open_run(path: Path) -> OpenedModel:
     return OpenedModel(
         path=path,
         model=model,
-        tokenizer=_tokenizer(path, model),
+        tokenizer=tokenizer_of_run(path, config.tokenizer),
         text=config.text,
+        text_column=config.text_column,
+        text_weights=config.text_weights,
         fingerprint=fingerprint,
         seq_len=config.seq_len,
         step=step,
     )
 
 
-def _tokenizer(path: Path, model: Transformer) -> Tokenizer:
-    """The tokenizer of a checkpoint."""
-    if model.config.vocab_size != VOCAB_SIZE:
+def _tokenizer_of_files(path: Path, model: Transformer) -> Tokenizer:
+    """The tokenizer of a folder of Hugging Face."""
+    vocab_size = model.config.vocab_size
+    if not (path / TOKENIZER).exists():
+        if vocab_size == VOCAB_SIZE:
+            return load_tokenizer(BYTES)
         raise ValueError(
-            f"checkpoints must be byte-level models, whose vocabulary has {VOCAB_SIZE} tokens, got "
-            f"{str(path)!r} with {model.config.vocab_size}"
+            f"checkpoints must have a {TOKENIZER} in their folder, unless they are models of bytes "
+            f"with a vocabulary of {VOCAB_SIZE} tokens, got none in {str(path)!r} with {vocab_size}"
         )
-    return ByteTokenizer()
+    tokenizer = load_tokenizer(str(path))
+    if vocab_size < tokenizer.vocab_size:
+        raise ValueError(
+            f"checkpoints must have at least the {tokenizer.vocab_size} tokens of their "
+            f"{TOKENIZER}, got {str(path)!r} with {vocab_size}"
+        )
+    return tokenizer

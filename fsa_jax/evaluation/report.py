@@ -92,7 +92,7 @@ def _loss_table(loss: dict[str, Any], labels: Sequence[str]) -> str:
         for mine in row["models"]:
             cells += [
                 _with_error(mine["loss"], mine["standard_error"], ".4f"),
-                f"{mine['bits_per_byte']:.4f}",
+                "-" if mine["bits_per_byte"] is None else f"{mine['bits_per_byte']:.4f}",
             ]
         cells += [
             _with_error(mine["difference"], mine["difference_standard_error"], "+.4f")

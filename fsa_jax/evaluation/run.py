@@ -54,13 +54,12 @@ def evaluate(config: EvalConfig) -> EvalResult:
     models = [open_model(path) for path in config.checkpoints]
     _check_comparable(models)
     config = _with_lengths(config, models[0])
-    tokenizer = models[0].tokenizer
-    text = read_text(models, config.text, tokenizer)
+    text = read_text(models, config.text, models[0].tokenizer, column=config.text_column)
     sequences = None
     if "loss" in config.tasks:
         assert config.seq_len is not None
         sequences = pack(text, seq_len=config.seq_len, limit=config.sequences)
-    maker = Samples(tokenizer, text, seed=config.seed, digits=config.answer_digits)
+    maker = Samples(text, seed=config.seed, digits=config.answer_digits)
     samples = {task: _samples(config, maker, task) for task in RETRIEVAL if task in config.tasks}
     config.folder.mkdir(parents=True, exist_ok=True)
     with locked(config.folder):
@@ -104,12 +103,11 @@ def _evaluate(
 def _check_comparable(models: Sequence[OpenedModel]) -> None:
     first = models[0]
     for other in models[1:]:
-        sizes = [model.model.config.vocab_size for model in (first, other)]
-        if sizes[0] != sizes[1] or first.tokenizer != other.tokenizer:
+        if first.tokenizer.fingerprint != other.tokenizer.fingerprint:
+            kinds = [f"{str(x.path)!r} with {x.tokenizer.vocab_size}" for x in (first, other)]
             raise ValueError(
-                "checkpoints must have the same vocabulary to be compared, got "
-                f"{str(first.path)!r} with {sizes[0]} tokens and {str(other.path)!r} with "
-                f"{sizes[1]}" + ", which differ" * (sizes[0] == sizes[1])
+                "checkpoints must have the same tokenizer, with the same begin and end tokens, to "
+                f"be compared, got {kinds[0]} tokens and {kinds[1]} of another one"
             )
 
 
@@ -145,10 +143,7 @@ def _loss(
         say(f"{label}: loss of {len(sequences.tokens)} sequences of {config.seq_len} tokens")
         sizes = {"batch_size": config.batch_size, "chunk_size": config.chunk_size}
         losses.append(token_losses(model.model, sequences, **sizes))
-    *buckets, whole = losses_by_bucket(losses, sequences)
-    for row in (*buckets, whole):
-        for mine in row["models"]:
-            mine["bits_per_byte"] = mine["loss"] / math.log(2) / text.bytes_per_token
+    *buckets, whole = losses_by_bucket(losses, sequences, text.tokenizer.num_bytes)
     return {"sequences": len(sequences.tokens), "buckets": buckets, "all": whole}
 
 

@@ -10,7 +10,6 @@ import string
 
 import numpy as np
 
-from fsa_jax.evaluation.models import Tokenizer
 from fsa_jax.evaluation.text import Text
 
 _KEY_LETTERS = 5
@@ -37,19 +36,17 @@ class Samples:
     """Makes the samples of the tasks; each follows from the seed and its own place alone.
 
     Args:
-      tokenizer: the tokenizer of all models.
-      text: the real text of the needle.
+      text: the real text of the needle, and the tokenizer.
       seed: the seed.
       digits: number of digits of a value.
     """
 
-    def __init__(self, tokenizer: Tokenizer, text: Text, *, seed: int, digits: int):
-        self._tokenizer = tokenizer
-        self._text = text.stretch()
+    def __init__(self, text: Text, *, seed: int, digits: int):
+        self._text = text
         self._seed = seed
         self._digits = digits
-        start = tokenizer.start
-        self._start = np.asarray([] if start is None else [start], np.int32)
+        begin = text.tokenizer.begin
+        self._begin = np.asarray([] if begin is None else [begin], np.int32)
 
     def make(self, task: str, length: int, depth: float, number: int) -> Sample:
         """A sample whose prompt and answer together have at most `length` tokens.
@@ -70,15 +67,16 @@ class Samples:
 
     def _recall(self, rng: np.random.Generator, length: int, depth: float) -> Sample:
         """As many pairs as fit, and the question for the one at the depth."""
-        line_break = self._encode("\n")
+        (line_break,) = self._encode("\n")
         pairs: dict[str, tuple[np.ndarray, np.ndarray]] = {}
-        used, pair, question, answer = len(self._start), 0, 0, 0
+        used, pair, question, answer = len(self._begin), 0, 0, 0
         # Key, value and line break are at least a token each, so that these are enough.
         keys = _draw(rng, string.ascii_lowercase, _KEY_LETTERS, length // 3 + 1)
-        for key, digits in zip(keys, self._values(rng, len(keys)), strict=True):
+        questions = self._encode(*(f"{key}=" for key in keys))
+        values = self._encode(*self._values(rng, len(keys)))
+        for key, asked, value in zip(keys, questions, values, strict=True):
             if key in pairs:
                 continue
-            asked, value = self._encode(f"{key}="), self._encode(digits)
             pair = len(asked) + len(value) + len(line_break)
             # Any of the keys may be the one that is asked for.
             question, answer = max(question, len(asked)), max(answer, len(value))
@@ -87,43 +85,45 @@ class Samples:
             used += pair
             pairs[key] = asked, value
         if len(pairs) < _FEWEST_PAIRS:
-            least = len(self._start) + _FEWEST_PAIRS * pair + question + answer
+            least = used + (_FEWEST_PAIRS - len(pairs)) * pair + question + answer
             raise ValueError(
                 f"lengths must hold {_FEWEST_PAIRS} keys with their values, a question and its "
                 f"answer, {least} tokens or more, got {length}"
             )
         lines = [part for pair in pairs.values() for part in (*pair, line_break)]
         asked, value = list(pairs.values())[round(depth * (len(pairs) - 1))]
-        return Sample(np.concatenate([self._start, *lines, asked]), value)
+        return Sample(np.concatenate([self._begin, *lines, asked]), value)
 
     def _needle(self, rng: np.random.Generator, length: int, depth: float) -> Sample:
         """A stretch of the text with a needle at the depth, and the question for it."""
         (key,), (digits,) = _draw(rng, string.ascii_lowercase, _KEY_LETTERS), self._values(rng)
         # A value is encoded apart, so that it has the same tokens in the context and as an answer.
-        asked, value = self._encode(f"\nThe pass key is {key}="), self._encode(digits)
-        needle = np.concatenate([asked, value, self._encode("\n")])
-        room = length - sum(map(len, (self._start, needle, asked, value)))
+        asked, value, line_break = self._encode(f"\nThe pass key is {key}=", digits, "\n")
+        needle = np.concatenate([asked, value, line_break])
+        room = length - sum(map(len, (self._begin, needle, asked, value)))
         if room < 0:
             raise ValueError(
                 "lengths must hold the needle, the question and its answer, "
                 f"{length - room} tokens or more, got {length}"
             )
-        if room > len(self._text):
+        text = self._text.stretch
+        if room > len(text):
             raise ValueError(
-                f"lengths must be at most {length - room + len(self._text)}, the tokens of the "
+                f"lengths must be at most {length - room + len(text)}, the tokens of the "
                 f"text and of the needle, got {length}: give a longer text"
             )
-        first = int(rng.integers(len(self._text) - room + 1))
-        hay = self._text[first : first + room]
+        first = int(rng.integers(len(text) - room + 1))
+        hay = text[first : first + room]
         cut = round(depth * room)
-        parts = [self._start, hay[:cut], needle, hay[cut:], asked]
+        parts = [self._begin, hay[:cut], needle, hay[cut:], asked]
         return Sample(np.concatenate(parts), value)
 
     def _values(self, rng: np.random.Generator, count: int = 1) -> list[str]:
         return _draw(rng, string.digits, self._digits, count)
 
-    def _encode(self, text: str) -> np.ndarray:
-        return np.asarray(self._tokenizer.encode(text), np.int32)
+    def _encode(self, *texts: str) -> list[np.ndarray]:
+        found = self._text.tokenizer.encode([text.encode() for text in texts])
+        return [tokens.astype(np.int32) for tokens in found]
 
 
 def _draw(rng: np.random.Generator, letters: str, size: int, count: int = 1) -> list[str]:

@@ -1,18 +1,19 @@
 """The text of an evaluation, as tokens: packed sequences for the loss, and stretches of it."""
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import grain
 import numpy as np
 
-from fsa_jax.evaluation.models import OpenedModel, Tokenizer
-from fsa_jax.training.data import Corpus, load_corpus
-
-# The choice of sequences is that of the trainer's validation set.
-_SEED = 0
+from fsa_jax.evaluation.models import OpenedModel
+from fsa_jax.training.corpus import Corpus, TokenCorpus
+from fsa_jax.training.data import open_corpus, validation_batches
+from fsa_jax.training.documents import ByteDocuments, Documents, Mixture, sources_of
+from fsa_jax.training.text import open_documents
+from fsa_jax.training.tokenizer import Tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,80 +21,84 @@ class Text:
     """The documents of a text.
 
     Attributes:
-      documents: int32 tokens of each document, without a start token.
-      num_bytes: number of bytes of all documents.
-      start: the token at the start of every document, or None.
+      documents: the documents, with begin and end tokens as in training.
+      tokenizer: their tokenizer.
       source: what was read, for a human reader.
-      separator: tokens of a line break, which stand between documents in a stretch of text.
     """
 
-    documents: list[np.ndarray]
-    num_bytes: int
-    start: int | None
+    documents: Documents | Mixture
+    tokenizer: Tokenizer
     source: str
-    separator: np.ndarray
 
-    @property
-    def num_tokens(self) -> int:
-        """Number of tokens, without start tokens."""
-        return sum(map(len, self.documents))
-
-    @property
-    def bytes_per_token(self) -> float:
-        """Bytes that a token stands for on average."""
-        return self.num_bytes / self.num_tokens
+    @functools.cached_property
+    def counts(self) -> np.ndarray:
+        """How often each token occurs, int64 [V], without begin and end tokens."""
+        counts = np.zeros(self.tokenizer.vocab_size, np.int64)
+        for source in sources_of(self.documents)[0]:
+            found = source.counts()
+            counts[: len(found)] += found
+        for token in (self.tokenizer.begin, self.tokenizer.end):
+            if token is not None:
+                counts[token] = 0
+        return counts
 
     def describe(self) -> dict[str, Any]:
         """The text in JSON values."""
+        tokens = int(self.counts.sum())
+        num_bytes = int(self.counts @ self.tokenizer.num_bytes)
         return {
             "source": self.source,
-            "documents": len(self.documents),
-            "bytes": self.num_bytes,
-            "tokens": self.num_tokens,
-            "bytes_per_token": self.bytes_per_token,
+            "documents": sum(map(len, sources_of(self.documents)[0])),
+            "bytes": num_bytes,
+            "tokens": tokens,
+            "bytes_per_token": num_bytes / max(tokens, 1),
         }
 
+    @functools.cached_property
     def stretch(self) -> np.ndarray:
-        """All documents in one array, with line breaks between them and no start tokens."""
-        parts = [part for document in self.documents for part in (document, self.separator)]
-        return np.concatenate(parts[:-1])
+        """All documents in one array, with line breaks for begin and end tokens between them."""
+        (separator,) = self.tokenizer.encode([b"\n"])
+        parts = []
+        for source in sources_of(self.documents)[0]:
+            for which, length in enumerate(np.diff(source.ends, prepend=0).tolist()):
+                document = source.part(which, 0, length)
+                # Pre-tokenised documents may have neither.
+                begins = int(document[0] == self.tokenizer.begin)
+                ends = int(length > begins and document[-1] == self.tokenizer.end)
+                parts += [document[begins : length - ends], separator]
+        return np.concatenate(parts[:-1]).astype(np.int32)
 
 
-def read_text(models: Sequence[OpenedModel], paths: Sequence[Path], tokenizer: Tokenizer) -> Text:
+def read_text(
+    models: Sequence[OpenedModel],
+    paths: Sequence[Path],
+    tokenizer: Tokenizer,
+    *,
+    column: str = "text",
+) -> Text:
     """Reads the text of an evaluation.
 
     Args:
       models: the models; without `paths` it is the validation part of the text of their runs.
-      paths: text files and folders, all of whose documents are used.
+      paths: what `fsa-jax train` reads as a text; all documents are used.
       tokenizer: the tokenizer of all models.
+      column: the column of the text in files of records among the paths.
 
     Raises:
       ValueError: a path cannot be read; without paths, the text of a run is unknown, has changed
         since its training, or is not that of the other runs.
+      OSError: the cache of tokens cannot be written.
     """
     if paths:
-        corpus = load_corpus(paths)
-        # The training part of a single document comes before its validation part.
-        documents, source = (*corpus.train, *corpus.validation), corpus.source
-        if len(documents) == 2 and sum(corpus.read.values()) == 1:
-            documents = (b"".join(documents),)
-    else:
-        corpus = _own_text(models)
-        documents, source = corpus.validation, f"the validation part of {corpus.source}"
-    tokens = [
-        np.asarray(tokenizer.encode(document.decode("utf-8", "surrogateescape")), np.int32)
-        for document in documents
-    ]
-    return Text(
-        documents=tokens,
-        num_bytes=sum(map(len, documents)),
-        start=tokenizer.start,
-        source=source,
-        separator=np.asarray(tokenizer.encode("\n"), np.int32),
-    )
+        documents, source = open_documents(paths, tokenizer=tokenizer, column=column)
+        return Text(documents, tokenizer, source)
+    corpus = _own_text(models, tokenizer)
+    held_out = corpus.validation
+    documents = ByteDocuments(held_out) if isinstance(held_out, tuple) else held_out
+    return Text(documents, tokenizer, f"the validation part of {corpus.source}")
 
 
-def _own_text(models: Sequence[OpenedModel]) -> Corpus:
+def _own_text(models: Sequence[OpenedModel], tokenizer: Tokenizer) -> Corpus | TokenCorpus:
     """The text that all models were trained on."""
     first = models[0]
     for model in models:
@@ -107,7 +112,9 @@ def _own_text(models: Sequence[OpenedModel]) -> Corpus:
                 f"none for {str(first.path)!r} and {str(model.path)!r}"
             )
     assert first.text is not None
-    corpus = load_corpus(first.text)
+    corpus = open_corpus(
+        first.text, tokenizer=tokenizer, column=first.text_column, weights=first.text_weights
+    )
     if corpus.fingerprint != first.fingerprint:
         raise ValueError(
             f"text must be given for {str(first.path)!r}, since {corpus.source} is no longer the "
@@ -150,27 +157,20 @@ class Sequences:
 def pack(text: Text, *, seq_len: int, limit: int) -> Sequences:
     """Packs the documents into sequences like the trainer, and chooses at most `limit` of them.
 
-    The documents are concatenated, each after its start token, and cut into sequences of equal
-    length. The choice is the trainer's: as many sequences as those of its validation set are the
-    same ones.
+    The choice is the trainer's: as many sequences as those of its validation set are the same ones.
 
     Raises:
       ValueError: the text does not fill one sequence.
     """
-    start = np.asarray([] if text.start is None else [text.start], np.int32)
-    parts = [np.concatenate([start, document]) for document in text.documents]
-    stream = np.concatenate(parts)
-    if len(stream) < seq_len:
+    size = sum(int(source.ends[-1]) for source in sources_of(text.documents)[0])
+    if size < seq_len:
         raise ValueError(
-            f"seq_len must be at most the {len(stream)} tokens of the text, got seq_len={seq_len} "
+            f"seq_len must be at most the {size} tokens of the text, got seq_len={seq_len} "
             f"for {text.source}"
         )
-    owner = np.repeat(np.arange(1, len(parts) + 1, dtype=np.int32), [len(part) for part in parts])
-    count = -(-len(stream) // seq_len)
-    padding = (0, count * seq_len - len(stream))
-    tokens = np.pad(stream, padding).reshape(count, seq_len)
-    owner = np.pad(owner, padding).reshape(count, seq_len)
-    shuffled = grain.MapDataset.range(count).seed(_SEED).shuffle()
-    chosen = np.asarray([shuffled[i] for i in range(min(limit, count))])
-    owner = owner[chosen]
-    return Sequences(tokens[chosen], np.where(owner > 0, owner - owner[:, :1] + 1, 0))
+    batches = validation_batches(text.documents, seq_len=seq_len, batch_size=1, num_sequences=limit)
+    tokens, segment_ids = (
+        np.concatenate([getattr(batch, name) for batch in batches])
+        for name in ("tokens", "segment_ids")
+    )
+    return Sequences(tokens, segment_ids)

@@ -11,18 +11,27 @@ import numpy as np
 from flax import nnx
 
 from fsa_jax.evaluation.text import Text
+from fsa_jax.training.documents import ByteDocuments, TokenDocuments
+from fsa_jax.training.tokenizer import ByteTokenizer
 
 VOCAB = 257
 
 
-def text_of(*documents: bytes, start: int | None = 256) -> Text:
-    return Text(
-        documents=[np.frombuffer(document, np.uint8).astype(np.int32) for document in documents],
-        num_bytes=sum(map(len, documents)),
-        start=start,
-        source="a test",
-        separator=np.asarray([10], np.int32),
-    )
+def text_of(*documents: bytes) -> Text:
+    return Text(ByteDocuments(documents), ByteTokenizer(), "a test")
+
+
+class BareBytes(ByteTokenizer):
+    """Bytes, without a token at the start of a document."""
+
+    begin: int | None = None
+
+
+def text_without_start(*documents: bytes) -> Text:
+    tokens = np.frombuffer(b"".join(documents), np.uint8).astype(np.int32)
+    ends = np.cumsum([len(document) for document in documents])
+    starts = np.concatenate([[0], ends[:-1]])
+    return Text(TokenDocuments(tokens, starts, ends, 257), BareBytes(), "a test")
 
 
 class Buffer(NamedTuple):

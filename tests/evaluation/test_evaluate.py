@@ -15,9 +15,11 @@ from fsa_jax.cli import main
 from fsa_jax.evaluation import EvalConfig, evaluate, open_model
 from fsa_jax.evaluation.text import read_text
 from fsa_jax.pretrained import save_pretrained
-from fsa_jax.training import load_corpus
+from fsa_jax.training import load_corpus, load_tokenizer
 from fsa_jax.transformer import Transformer, TransformerConfig
 
+LLAMA = Path(__file__).parents[1] / "data" / "hf" / "llama3"
+WORDS = b"A document of one file. " * 9
 LOSS = ["--tasks", "loss", "--sequences", "2"]
 #: Retrieval that takes one program for each model.
 SMALL = ["--lengths", "64", "--depths", "0", "1", "--samples", "3", "--answer-digits", "1"]
@@ -203,7 +205,10 @@ def test_bad_checkpoints(trained, tmp_path, capfd):
     for given, message in (
         ([], "checkpoints must name at least one model, got none"),
         (["nothing"], "checkpoints must be folders of runs with a checkpoint in them, or of"),
-        ([str(trained), str(wide)], "whose vocabulary has 257 tokens, got"),
+        (
+            [str(trained), str(wide)],
+            "checkpoints must have a tokenizer.json in their folder, unless they",
+        ),
         ([str(bytes_)], "seq_len must be given for"),
         ([str(bytes_), "--seq-len", "16"], "text must be given for"),
         ([str(trained), str(bytes_)], "text must be given for"),
@@ -213,13 +218,11 @@ def test_bad_checkpoints(trained, tmp_path, capfd):
     assert not Path("evaluations").exists()
 
 
-def test_models_of_different_vocabularies(trained, monkeypatch, tmp_path):
+def test_models_of_different_tokenizers(trained, monkeypatch, tmp_path):
     one = open_model(trained)
-    config = TransformerConfig(vocab_size=300, num_layers=1, embed_dim=8, num_heads=1)
-    wide = dataclasses.replace(one, model=Transformer(config, rngs=nnx.Rngs(0)))
-    opened = iter([one, wide])
+    opened = iter([one, dataclasses.replace(one, tokenizer=load_tokenizer(str(LLAMA)))])
     monkeypatch.setattr("fsa_jax.evaluation.run.open_model", lambda path: next(opened))
-    rule = "checkpoints must have the same vocabulary .* 257 .* 300"
+    rule = "checkpoints must have the same tokenizer, .* 257 tokens and .* 510 of another"
     with pytest.raises(ValueError, match=rule):
         evaluate(EvalConfig(checkpoints=(trained, trained), out=tmp_path / "out"))
 
@@ -234,7 +237,7 @@ def test_the_validation_part_must_be_that_of_the_training(trained):
 
 
 def test_a_text_that_is_given_is_used_whole(trained, tmp_path):
-    (tmp_path / "one.txt").write_text("A document of one file. " * 9)
+    (tmp_path / "one.txt").write_bytes(WORDS)
     one = open_model(trained)
-    (document,) = read_text([one], [tmp_path / "one.txt"], one.tokenizer).documents
-    assert one.tokenizer.decode(document.tolist()) == "A document of one file. " * 9
+    text = read_text([one], [tmp_path / "one.txt"], one.tokenizer)
+    assert text.stretch.tobytes() == np.frombuffer(WORDS, np.uint8).astype(np.int32).tobytes()

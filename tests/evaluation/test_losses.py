@@ -9,15 +9,15 @@ import pytest
 from flax import nnx
 from small_transformers import CONFIG, FULL
 
-from evaluation.fakes import text_of
+from evaluation.fakes import text_of, text_without_start
 from fsa_jax.evaluation.losses import bucket_of, bucket_range, losses_by_bucket, token_losses
-from fsa_jax.evaluation.models import ByteTokenizer
 from fsa_jax.evaluation.text import Sequences, pack
 from fsa_jax.training.data import validation_batches
 from fsa_jax.transformer import Transformer
 
 RNG = np.random.default_rng(0)
 IDS = np.repeat([[1, 2, 3, 3], [1, 1, 2, 0], [4, 4, 4, 4]], 6, axis=1).astype(np.int32)
+ONE = np.ones(11, np.int64)
 SEQUENCES = Sequences(RNG.integers(0, 11, IDS.shape).astype(np.int32), IDS)
 
 
@@ -50,12 +50,14 @@ def test_losses_of_tokens_are_those_of_each_document_alone(config, padding_id):
 def test_means_and_errors_of_buckets():
     counted = SEQUENCES.counted
     losses = [np.where(counted, RNG.random(IDS.shape), 0.0) for _ in range(2)]
-    rows = losses_by_bucket(losses, SEQUENCES)
+    num_bytes = RNG.integers(0, 5, 11)
+    rows = losses_by_bucket(losses, SEQUENCES, num_bytes)
     assert [(row["from"], row["to"]) for row in rows] == [
         *((0, 1), (1, 2), (2, 4), (4, 8), (8, 16), (16, 32)),
         (0, 23),
     ]
     for row in rows:
+        text = 0
         units = []  # of each sequence: number of tokens, loss of the first model, of the second
         for b, ids in enumerate(IDS):
             start, total = 0, np.zeros(3)
@@ -64,10 +66,13 @@ def test_means_and_errors_of_buckets():
                     start = t
                 if ids[t] and ids[t] == ids[t + 1] and row["from"] <= t - start < row["to"]:
                     total += [1, losses[0][b, t], losses[1][b, t]]
+                    text += num_bytes[SEQUENCES.tokens[b, t + 1]]
             units.append(total)
         counts, first, second = np.transpose(units)
-        assert row["tokens"] == counts.sum()
+        assert (row["tokens"], row["bytes"]) == (counts.sum(), text)
         mine, other = row["models"]
+        bits = first.sum() / math.log(2)
+        assert mine["bits_per_byte"] == (pytest.approx(bits / text) if text else None)
         for sums, mean, error in (
             (first, mine["loss"], mine["standard_error"]),
             (second, other["loss"], other["standard_error"]),
@@ -94,7 +99,7 @@ def test_standard_errors_say_how_far_means_of_new_texts_spread():
 
     shape = (40, 16)
     sequences = Sequences(np.zeros(shape, np.int32), np.ones(shape, np.int32))
-    rows = [losses_by_bucket([draw()], sequences)[-1]["models"][0] for _ in range(300)]
+    rows = [losses_by_bucket([draw()], sequences, ONE)[-1]["models"][0] for _ in range(300)]
     spread = np.std([row["loss"] for row in rows])
     assert np.mean([row["standard_error"] for row in rows]) == pytest.approx(spread, rel=0.15)
 
@@ -120,7 +125,7 @@ def test_the_sequences_are_those_of_the_validation_of_the_trainer(limit):
 
 
 def test_a_text_without_start_tokens():
-    found = pack(text_of(b"abc", b"d", start=None), seq_len=4, limit=1)
+    found = pack(text_without_start(b"abc", b"d"), seq_len=4, limit=1)
     assert (found.tokens.tolist(), found.segment_ids.tolist()) == (
         [list(b"abcd")],
         [[1, 1, 1, 2]],
@@ -134,9 +139,7 @@ def test_a_text_shorter_than_a_sequence():
         pack(text_of(b"abc", b"d"), seq_len=7, limit=1)
 
 
-def test_bytes_are_tokens_also_where_they_are_no_text():
-    every = bytes(range(256))
-    text = every.decode("utf-8", "surrogateescape")
-    tokenizer = ByteTokenizer()
-    assert tokenizer.encode(text) == list(every)
-    assert tokenizer.decode(list(every)) == text
+def test_rows_without_text_have_no_bits_per_byte():
+    losses = [np.where(SEQUENCES.counted, 1.0, 0.0)]
+    rows = losses_by_bucket(losses, SEQUENCES, 0 * ONE)
+    assert {row["models"][0]["bits_per_byte"] for row in rows} == {None}

@@ -11,24 +11,25 @@ from flax import nnx
 from small_transformers import CONFIG, FULL
 
 import fsa_jax
-from evaluation.fakes import Copier, Guesser, text_of
+from evaluation.fakes import Copier, Guesser, text_of, text_without_start
 from fsa_jax.evaluation.answers import answer
-from fsa_jax.evaluation.models import ByteTokenizer
 from fsa_jax.evaluation.tasks import Sample, Samples
 from fsa_jax.transformer import Transformer
 
 HAY = ("It was a bright cold day, and the clocks were striking. " * 8).encode()
-TOKENIZER = ByteTokenizer()
 
 
-def samples(digits: int = 5, seed: int = 0, start: int | None = 256) -> Samples:
-    tokenizer = ByteTokenizer(start)
-    return Samples(tokenizer, text_of(HAY, start=start), seed=seed, digits=digits)
+def samples(digits: int = 5, seed: int = 0) -> Samples:
+    return Samples(text_of(HAY), seed=seed, digits=digits)
+
+
+def decode(tokens: np.ndarray) -> str:
+    return bytes(tokens.tolist()).decode()
 
 
 def text_in(sample: Sample) -> tuple[str, str]:
     assert sample.prompt[0] == 256
-    return TOKENIZER.decode(sample.prompt[1:].tolist()), TOKENIZER.decode(sample.answer.tolist())
+    return decode(sample.prompt[1:]), decode(sample.answer)
 
 
 @pytest.mark.parametrize(("depth", "place"), [(0.0, 0), (0.5, 8), (1.0, 15)])
@@ -71,8 +72,9 @@ def test_samples_follow_from_the_seed_and_their_place():
 
 
 def test_no_start_token():
-    sample = samples(start=None).make("recall", 60, 0.0, 0)
-    assert re.match("[a-z]{5}=", TOKENIZER.decode(sample.prompt.tolist()))
+    maker = Samples(text_without_start(HAY, HAY), seed=0, digits=5)
+    assert re.match("[a-z]{5}=", decode(maker.make("recall", 60, 0.0, 0).prompt))
+    assert len(maker.make("needle", 60, 0.0, 0).prompt) == 55
 
 
 @pytest.mark.parametrize(
