@@ -65,7 +65,7 @@ class TransformerConfig:
     ``dataclasses.replace`` keeps them, unless it sets them to None.
 
     Attributes:
-      vocab_size: vocabulary size V.
+      vocab_size: vocabulary size V. `fsa-jax train` only has 257.
       num_layers: number of layers L.
       embed_dim: width C of the residual stream.
       num_heads: query heads per layer.
@@ -73,8 +73,8 @@ class TransformerConfig:
         that is at most ``max(2, num_heads // 4)``.
       head_dim: width of a head, even; None: ``embed_dim // num_heads``.
       mlp_dim: hidden width of the SwiGLU; None: ``3 * embed_dim``.
-      attention: attention of all layers, ``"nsa"``, ``"full"`` or ``"window"``, if `layer_types` is
-        None; ``"hybrid"`` otherwise, which the constructor sets.
+      attention: attention of all layers, ``"nsa"``, ``"full"`` or ``"window"``. With `layer_types`
+        of several types, leave it out: the field then reads ``"hybrid"``.
       layer_types: attention of each layer, for layers of several types; None: `attention`.
       sliding_window: visible keys of layers of type ``"window"``; None: the `window_size` of `nsa`.
       nsa: sizes of the sparse attention; only layers of type ``"nsa"`` have it, and `compression`,
@@ -93,17 +93,19 @@ class TransformerConfig:
       mlp_bias: whether the projections of the feed-forward have a bias.
       rope_theta: base of the RoPE wavelengths.
       rope_scaling: scaling of the RoPE frequencies for longer contexts, ``LinearScaling``,
-        ``Llama3Scaling`` or ``YarnScaling``; None: none.
+        ``Llama3Scaling`` or ``YarnScaling``; None: none. On the command line it is JSON, for
+        example '{"rope_type": "linear", "factor": 2}'.
       rope_interleaved: whether RoPE pairs neighbouring channels; see ``RoPE``.
       tie_embeddings: whether the output head is the transposed embedding.
       remat: whether the backward pass recomputes the layers, except their attention.
       dropout_rate: dropout rate of each residual branch's output in training, in [0, 1).
       norm_eps: epsilon that RMSNorm adds to the mean square.
-      padding_id: the segment id that marks padding.
+      padding_id: the segment id that marks padding. `fsa-jax train` only has 0.
       dtype: dtype of the computation.
       param_dtype: dtype in which the parameters are stored.
       implementation: see the attention layers; None: the best available one.
-      sequence_axis: mesh axis that splits the tokens, see ``NativeSparseAttention``.
+      sequence_axis: mesh axis that splits the tokens, see ``NativeSparseAttention``. In `fsa-jax
+        train` the mesh says so, and this must be None.
 
     Raises:
       ValueError: a value breaks its rule; the message names the field and its value.

@@ -18,10 +18,11 @@ from training.runs import signals_at
 
 import fsa_jax
 import fsa_jax.training
-from fsa_jax import cli
+from fsa_jax import LinearScaling, NSAConfig, cli
 from fsa_jax.cli import main
-from fsa_jax.training import PRESETS, RunStopped, read_metrics
+from fsa_jax.training import PRESETS, RunStopped, TrainConfig, read_metrics
 from fsa_jax.training.config import config_to_json
+from fsa_jax.training.folder import write_description
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
 
@@ -45,7 +46,7 @@ def test_train_prints_losses_and_paths(data, tmp_path, capfd):
 @pytest.mark.slow
 def test_train_shows_progress_as_lines_without_a_terminal(data, trained, tmp_path, capfd):
     run = shutil.copytree(trained, tmp_path / "run")
-    assert main(train_words(data, run, "--resume", "--steps", "3")) == 0
+    assert main(["train", "--resume", "--out", str(run), "--steps", "3"]) == 0
     captured = capfd.readouterr()
     assert "step 3/3: validation loss " in captured.err
     assert "\r" not in captured.err
@@ -198,6 +199,7 @@ def test_console_script_without_traceback(tmp_path):
             "topk must be at least init_blocks + local_blocks, got topk=2, init_blocks=1",
         ),
         ("train --num-kv-heads 3", "num_heads=4 and num_kv_heads=3"),
+        ("train --sequence-axis foo", "sequence_axis must be None in a run, whose mesh says"),
         ("train --learning-rate -1", "learning_rate must be positive and finite, got -1.0"),
         ("train --resume --out /no/such/run", "resume must find a checkpoint in out, got"),
         ("sample", "--checkpoint"),
@@ -225,6 +227,92 @@ def test_resume_with_other_flags(data, trained, tmp_path, capfd):
     run = shutil.copytree(trained, tmp_path / "run")
     assert main(train_words(data, run, "--resume", "--mlp-dim", "8")) == 2
     assert "got mlp_dim=8 (checkpoint: 16)" in one_line(capfd)
+
+
+@pytest.fixture
+def described(tmp_path, monkeypatch):
+    """Returns what puts the run.json of a run, and the sign of a checkpoint, into a folder."""
+    monkeypatch.chdir(tmp_path)
+
+    def describe(folder: str, config: TrainConfig) -> Path:
+        (tmp_path / folder / "checkpoints" / "3").mkdir(parents=True)
+        write_description(tmp_path / folder, {"config": config_to_json(config)})
+        return tmp_path / folder
+
+    return describe
+
+
+HYBRID = dataclasses.replace(
+    PRESETS["tiny"],
+    text=(Path("a"),),
+    steps=7,
+    decay_steps=90,
+    seed=5,
+    learning_rate=0.25,
+    mesh="data=1",
+    model=dataclasses.replace(
+        PRESETS["tiny"].model,
+        num_layers=2,
+        layer_types=("nsa", "window"),
+        nsa=NSAConfig(local_blocks=0, topk=2),
+        rope_scaling=LinearScaling(factor=2.0),
+        gate_bias=True,
+        gate_bias_init=(0.5, 0.0, -0.5),
+    ),
+)
+
+
+@pytest.mark.parametrize("words", ["--out run", "--out=run --preset tiny"])
+def test_a_resumed_run_keeps_its_settings(configs, described, words):
+    described("run", dataclasses.replace(HYBRID, overwrite=True, distributed=True))
+    assert main(["train", "--resume", *words.split()]) == 0
+    assert configs == [dataclasses.replace(HYBRID, resume=True, out=Path("run"))]
+
+
+def test_flags_change_a_resumed_run(configs, described):
+    described("run", HYBRID)
+    words = "--steps 8 --topk 1 --num-heads 2 --mesh data=2"
+    assert main(["train", "--resume", "--out", "run", *words.split()]) == 0
+    config = configs[0]
+    assert (config.steps, config.decay_steps, config.mesh) == (8, 90, "data=2")
+    assert config.model.nsa == dataclasses.replace(HYBRID.model.nsa, topk=1)
+    assert (config.model.num_heads, config.model.head_dim) == (2, 64)
+    assert config.model.layer_types == HYBRID.model.layer_types
+
+
+@pytest.mark.parametrize(
+    ("folder", "words"),
+    [
+        ("tiny-nsa-seed0", ""),
+        ("small-full-seed3", "--preset small --attention full --seed 3"),
+        ("tiny-hybrid-seed0", "--num-layers 2 --layer-types nsa full"),
+        ("tiny-full-seed0", "--num-layers 2 --layer_types full full"),
+    ],
+)
+def test_the_run_that_is_resumed_without_out(configs, described, folder, words):
+    preset = PRESETS[folder.partition("-")[0]]
+    described(f"runs/{folder}", dataclasses.replace(preset, steps=7))
+    assert main(["train", "--resume", *words.split()]) == 0
+    assert configs[0].steps == 7
+    assert configs[0].run_folder == Path("runs") / folder
+    assert main(["train", *words.split()]) == 0
+    assert configs[1].steps == preset.steps
+
+
+def test_another_preset_is_not_that_of_the_run(configs, described):
+    described("run", HYBRID)
+    assert main(["train", "--resume", "--out", "run", "--preset", "small"]) == 0
+    small = dataclasses.replace(PRESETS["small"], resume=True, out=Path("run"))
+    assert configs == [small]
+
+
+@pytest.mark.parametrize("text", [None, "{", '{"config": 3}', '{"what": "fsa-jax train"}'])
+def test_a_run_without_settings(configs, described, capfd, text):
+    run = described("run", HYBRID)
+    (run / "run.json").unlink() if text is None else (run / "run.json").write_text(text)
+    assert main(["train", "--resume", "--out", str(run)]) == 0
+    assert configs == [dataclasses.replace(PRESETS["tiny"], resume=True, out=run)]
+    assert f"{run / 'run.json'} cannot be read: flags that" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("missing", ["grain", "matplotlib.figure", "orbax.checkpoint", "tyro"])

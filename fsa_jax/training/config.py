@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from fsa_jax.arguments import scalars
 from fsa_jax.config import NSAConfig
+from fsa_jax.training.folder import read_description
 from fsa_jax.training.renamed import renamed_fields, with_new_names
 from fsa_jax.transformer import TransformerConfig
 
@@ -97,6 +98,7 @@ class TrainConfig:
       steps: step after which training stops.
       seed: seed of the parameters, the data order and dropout.
       resume: continue from the last checkpoint in out, bitwise as if the run had never stopped.
+        What is not given is then as in the run, except distributed.
       overwrite: replace the run that is in out.
       eval_every: steps between two evaluations on the validation set.
       eval_sequences: number of sequences in the fixed validation set.
@@ -288,8 +290,7 @@ class TrainConfig:
     @property
     def run_folder(self) -> Path:
         """The folder that the run writes to: `out`, or the default, which names its settings."""
-        default = Path("runs") / f"{self.preset}-{self.model.attention}-seed{self.seed}"
-        return default if self.out is None else self.out
+        return self.out or default_folder(self.preset, self.model.attention, self.seed)
 
     @property
     def last_decay_step(self) -> int:
@@ -297,6 +298,11 @@ class TrainConfig:
         if self.decay_steps is not None:
             return self.decay_steps
         return max(self.steps, self.warmup_steps + 1)
+
+
+def default_folder(preset: str, attention: str, seed: int) -> Path:
+    """The folder of a run that has no other: its name says these settings."""
+    return Path("runs") / f"{preset}-{attention}-seed{seed}"
 
 
 def config_to_json(config: TrainConfig) -> dict[str, Any]:
@@ -346,6 +352,14 @@ def read_config(path: Path) -> TrainConfig:
             f"config must be the run.json of a run, got {str(path)!r}: {reason}"
         ) from error
     return dataclasses.replace(config, out=None, resume=False, overwrite=False, config=path)
+
+
+def config_of_run(folder: Path) -> TrainConfig | None:
+    """The configuration in the `run.json` of a run; None where none can be read."""
+    try:
+        return config_from_json((read_description(folder) or {})["config"])
+    except (KeyError, TypeError, ValueError):
+        return None
 
 
 def check_resumable(saved: TrainConfig, wanted: TrainConfig) -> None:

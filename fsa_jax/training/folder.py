@@ -138,6 +138,12 @@ def _is_description(path: Path) -> bool:
     return found.get("what") == WHAT or ("what" not in found and set(found) >= _KEYS_OF_DESCRIPTION)
 
 
+def read_description(folder: Path) -> dict[str, Any] | None:
+    """The contents of `run.json`; None where there is none, or another file of that name."""
+    path = folder / DESCRIPTION
+    return json.loads(path.read_text(encoding="utf-8")) if _is_description(path) else None
+
+
 def write_description(folder: Path, description: dict[str, Any]) -> None:
     """Writes `run.json` atomically."""
     new = folder / f".fsa-jax.{DESCRIPTION}.new"

@@ -224,6 +224,11 @@ def check_placement(
 ):
     """Raises ValueError, naming the rule, unless the sizes of a run divide over the mesh."""
     sizes = placement.mesh.shape
+    if model.sequence_axis is not None:
+        raise ValueError(
+            "sequence_axis must be None in a run, whose mesh says whether tokens are split, got "
+            f"{model.sequence_axis!r}: set mesh to sequence=2, for example"
+        )
     if batch_size // accumulate % sizes["data"] and accumulate > 1:
         raise ValueError(
             f"batch_size must be a multiple of accumulate={accumulate} times the devices of mesh "

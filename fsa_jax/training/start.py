@@ -20,9 +20,9 @@ from fsa_jax.pretrained import save_pretrained
 from fsa_jax.pretrained.keys import OF_A_RUN
 from fsa_jax.pretrained.load import load_params, plan_load
 from fsa_jax.training.checkpoint import Checkpoints, load_model
-from fsa_jax.training.config import BYTES, VOCAB_SIZE, TrainConfig, read_config
+from fsa_jax.training.config import BYTES, VOCAB_SIZE, TrainConfig
 from fsa_jax.training.data import Corpus, TokenCorpus, open_corpus
-from fsa_jax.training.folder import DESCRIPTION, TOKENIZER, has_checkpoint
+from fsa_jax.training.folder import TOKENIZER, has_checkpoint
 from fsa_jax.training.mesh import Placement, check_placement
 from fsa_jax.training.optimizer import split_frozen
 from fsa_jax.training.step import abstract_model, init_model
@@ -84,7 +84,6 @@ def with_init(
     *,
     tokenizer: str | None = None,
     keep_attention: bool = False,
-    resumed: Path | None = None,
 ) -> TrainConfig:
     """The configuration of a run that starts from a folder, with its model and its tokenizer.
 
@@ -94,23 +93,17 @@ def with_init(
       init: the folder, as of `TrainConfig`.
       tokenizer: tokenizer of the run; None: that of the folder, or bytes.
       keep_attention: whether a dense model becomes one with the attention of `config`.
-      resumed: folder of a run that is resumed, from which model and tokenizer are taken if it has
-        them: it does without `init`.
 
     Raises:
       ValueError: the folder holds no model that can be loaded, or no tokenizer for it.
     """
-    folder = init
-    if resumed is not None and (resumed / DESCRIPTION).is_file():
-        folder, model = resumed, read_config(resumed / DESCRIPTION).model
-    else:
-        source = _source(init)
-        own = {name: getattr(config.model, name) for name in OF_A_RUN}
-        if _is_dense(source):
-            kept = _SIZES | ({"attention", "layer_types"} if keep_attention else set())
-            own |= {name: getattr(config.model, name) for name in kept} | _STARTED
-        model = dataclasses.replace(source, **own)
-    name = tokenizer or (str(folder) if (folder / TOKENIZER).is_file() else BYTES)
+    source = _source(init)
+    own = {name: getattr(config.model, name) for name in OF_A_RUN}
+    if _is_dense(source):
+        kept = _SIZES | ({"attention", "layer_types"} if keep_attention else set())
+        own |= {name: getattr(config.model, name) for name in kept} | _STARTED
+    model = dataclasses.replace(source, **own)
+    name = tokenizer or (str(init) if (init / TOKENIZER).is_file() else BYTES)
     if name == BYTES and model.vocab_size != VOCAB_SIZE:
         raise ValueError(
             f"tokenizer must be given where init has no {TOKENIZER} and its vocabulary is not the "
