@@ -475,9 +475,22 @@ def _eval(arguments: Sequence[str]) -> None:
 
 
 def _convert(arguments: Sequence[str]) -> None:
-    from fsa_jax.training.convert import ConvertConfig, convert
+    import tyro
 
-    print(f"wrote {convert(_parse(ConvertConfig, 'convert', arguments))}")
+    from fsa_jax.config import NSAConfig
+    from fsa_jax.training.convert import ConvertConfig, convert
+    from fsa_jax.training.renamed import given_flags
+
+    default = ConvertConfig(source=tyro.MISSING, target=tyro.MISSING, nsa=NSAConfig())
+    config = _parse(ConvertConfig, "convert", arguments, default)
+    sizes = {field.name.replace("_", "-") for field in dataclasses.fields(NSAConfig)}
+    # Sizes that are given mean something even where they are the default ones.
+    if not sizes & given_flags(arguments):
+        config = dataclasses.replace(config, nsa=None)
+    print(f"wrote {convert(config)}")
+    if config.to == "run":
+        command = shlex.join([PROGRAM, "train", "--resume", "--out", str(config.target)])
+        print(f"train it with: {command}")
 
 
 def _bench(arguments: Sequence[str]) -> None:

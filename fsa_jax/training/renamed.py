@@ -132,7 +132,7 @@ def rename_flags(arguments: Sequence[str], new_names: Mapping[str, str]) -> list
     Raises:
       ValueError: both spellings of a flag are given.
     """
-    given = {name for word in arguments if (name := _flag_name(word))}
+    given = given_flags(arguments)
     for old, new in new_names.items():
         if {old, new} <= given:
             raise ValueError(f"--{new} and --{old}, its old name, must not both be given")
@@ -140,6 +140,11 @@ def rename_flags(arguments: Sequence[str], new_names: Mapping[str, str]) -> list
             say(f"--{old} is now called --{new}; the old name will be removed in the next release")
             _warn(f"--{old}", f"--{new}")
     return [_with_new_flag(word, new_names) for word in arguments]
+
+
+def given_flags(arguments: Sequence[str]) -> set[str]:
+    """The flags of a command line, without the leading dashes, and with hyphens."""
+    return {name for word in arguments if (name := _flag_name(word))}
 
 
 def _flag_name(word: str) -> str:
