@@ -138,7 +138,10 @@ class SlidingWindowAttention(FullAttention):
     Args:
       num_heads, in_features: as in ``FullAttention``.
       window_size: the exact number of visible keys, the query's own included.
-      **options: the other arguments of ``FullAttention``.
+      **options: num_kv_heads, head_dim, out_features, rope, scale, qk_norm, norm_eps, use_bias,
+        qkv_bias, out_bias, dtype, param_dtype, precision, dot_general, kernel_init,
+        out_kernel_init, bias_init, axis_names, padding_id, checkpoint_name, implementation,
+        sequence_axis and rngs, as in ``FullAttention``.
 
     Raises:
       ValueError: a size is not a positive integer; see ``FullAttention``.
