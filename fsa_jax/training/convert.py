@@ -27,7 +27,7 @@ from fsa_jax.versions import versions
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunSettings:
-    """Settings that a run keeps when it is resumed, all of them also flags of `fsa-jax train`.
+    """Settings of a run that it keeps when it is resumed; `fsa-jax train --init` has all of them.
 
     Attributes:
       text: text files or folders that the run will train on. Default: as in the source if it is a

@@ -15,7 +15,6 @@ from flax import nnx
 from fsa_jax.messages import say
 from fsa_jax.training import folder as files
 from fsa_jax.training.checkpoint import Checkpoints, RunPosition
-from fsa_jax.training.checkpoint import load_model as load_model
 from fsa_jax.training.config import TrainConfig, check_resumable, config_to_json
 from fsa_jax.training.data import (
     Corpus,

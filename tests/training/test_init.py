@@ -239,6 +239,8 @@ def test_the_command_resumes_after_the_folder_is_gone(configs, texts, tmp_path):
     config = start(texts, out, LLAMA)
     (out / "run.json").write_text(json.dumps({"config": config_to_json(config)}))
     shutil.copy(LLAMA / "tokenizer.json", out)
+    (out / "checkpoints" / "3").mkdir(parents=True)
+    (out / "checkpoints" / "3" / "_CHECKPOINT_METADATA").write_text("{}")
     assert main(words) == 0
     assert configs[-1].model == config.model
     assert (configs[-1].tokenizer, configs[-1].init) == (str(out), tmp_path / "gone")
