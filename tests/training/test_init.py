@@ -17,6 +17,7 @@ from fsa_jax.pretrained import load_pretrained, save_pretrained
 from fsa_jax.training import TrainConfig, load_model, read_metrics, train
 from fsa_jax.training.config import config_from_json, config_to_json
 from fsa_jax.training.data import TrainingBatches
+from fsa_jax.training.folder import write_description
 from fsa_jax.training.mesh import Placement
 from fsa_jax.training.start import check_start, initial_params, open_text, with_init
 from fsa_jax.training.step import make_eval_step, state_shardings
@@ -237,7 +238,7 @@ def test_the_command_resumes_after_the_folder_is_gone(configs, texts, tmp_path):
     assert main(words) == 2
     out.mkdir()
     config = start(texts, out, LLAMA)
-    (out / "run.json").write_text(json.dumps({"config": config_to_json(config)}))
+    write_description(out, {"config": config_to_json(config)})
     shutil.copy(LLAMA / "tokenizer.json", out)
     (out / "checkpoints" / "3").mkdir(parents=True)
     (out / "checkpoints" / "3" / "_CHECKPOINT_METADATA").write_text("{}")
