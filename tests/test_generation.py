@@ -213,6 +213,7 @@ def test_the_device_is_asked_for_a_tenth_of_a_second_at_a_time(seconds, most, mo
     assert most - 1 <= max(asked[3:]) <= most
 
 
+@pytest.mark.slow
 def test_calls_of_similar_sizes_share_their_programs(caplog):
     model = Fixed([0.5] * 11)  # a model that no other test has compiled
 

@@ -135,7 +135,7 @@ def extend(model, tokens, cache, num_tokens):
     return model(tokens, cache=cache, num_tokens=num_tokens)
 
 
-@pytest.mark.fast_cases("hybrid")
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("types", "changes"),
     [

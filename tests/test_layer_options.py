@@ -94,6 +94,7 @@ def test_sparse_layer_that_selects_everything_is_dense():
     np.testing.assert_allclose(call(layer, X)[0], by_hand(layer, X), atol=2e-5)
 
 
+@pytest.mark.fast_cases("True-True")
 @pytest.mark.parametrize("after", [False, True])
 @pytest.mark.parametrize("own", [False, True])
 def test_sparse_layer_is_the_functions_in_order(after, own):

@@ -17,7 +17,7 @@ def mesh():
     return jax.make_mesh((4, 2), ("data", "model"), axis_types=auto)
 
 
-@pytest.mark.fast_cases("options1-specs1")
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "specs"),
     [

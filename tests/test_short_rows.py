@@ -72,7 +72,7 @@ def branches(indices, ids, implementation, query, key, value):
     return out, lse, selected, window, blocks.astype(out.dtype)
 
 
-@pytest.mark.fast_cases("1", "4")
+@pytest.mark.fast_cases("4")
 @pytest.mark.parametrize("length", LENGTHS)
 def test_branches(length):
     ids, (*args, _) = documents(length, packed=True), arrays(length)

@@ -300,6 +300,7 @@ def test_texts_are_the_same():
     assert texts[0] == texts[1]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_gates_and_lse_of_64_bits_beside_arrays_of_32():
     """They count up to the precision of the sums; the gradient of the gates keeps their dtype."""

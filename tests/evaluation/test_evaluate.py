@@ -68,6 +68,7 @@ def test_the_loss_of_a_run_is_its_validation_loss(trained, capfd):
     assert said == f"fsa-jax: {trained.name}: loss of 2 sequences of 32 tokens\n"
 
 
+@pytest.mark.slow
 def test_models_side_by_side_see_the_same_samples(trained, data, tmp_path):
     other = other_model(tmp_path / "other", attention="full")
     out = tmp_path / "out"

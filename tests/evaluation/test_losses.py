@@ -30,7 +30,7 @@ def test_buckets_are_powers_of_two():
     assert [bucket_range(b) for b in range(4)] == [(0, 1), (1, 2), (2, 4), (4, 8)]
 
 
-@pytest.mark.fast_cases("nsa-0", "full-2")
+@pytest.mark.fast_cases("full-2")
 @pytest.mark.parametrize("padding_id", [0, -1, 2])
 @pytest.mark.parametrize("config", [CONFIG, FULL], ids=["nsa", "full"])
 def test_losses_of_tokens_are_those_of_each_document_alone(config, padding_id):

@@ -75,6 +75,7 @@ def test_the_loss_of_a_run_on_tokens_is_its_validation_loss(run):
     assert values["models"][0]["tokenizer"] == TOKENIZER.fingerprint
 
 
+@pytest.mark.slow
 def test_a_folder_of_hugging_face_beside_a_run(run, tmp_path):
     out = tmp_path / "out"
     words = ["eval", str(LLAMA), str(run), "--text", str(ROOT / "README.md"), "--seq-len", "64"]

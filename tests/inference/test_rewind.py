@@ -72,6 +72,7 @@ def test_all_rewinds_together_take_back_what_the_cache_keeps():
     assert fresh._removable.tolist() == [3, 4]
 
 
+@pytest.mark.fast_cases("NativeSparseAttention-counts1", "FullAttention-counts3")
 @pytest.mark.parametrize(
     ("cls", "counts"),
     [

@@ -134,7 +134,7 @@ def test_any_segmentation(branch, segment_ids, seed):
     assert_close(ours(segment_ids, *args), reference(segment_ids, *args), 1e-5)
 
 
-@pytest.mark.fast_cases("window-7")
+@pytest.mark.slow
 @pytest.mark.parametrize("splits", [1, 2, 7])
 @pytest.mark.parametrize("branch", ["compressed", "window"])
 def test_splits_change_no_result(branch, splits, monkeypatch):

@@ -124,6 +124,7 @@ def test_a_run_starts_from_another(types, texts, dense, tmp_path):
     assert not list(tmp_path.glob(".run.*"))
 
 
+@pytest.mark.slow
 def test_sparse_attention_goes_on(texts, straight, tmp_path):
     """Sizes that no parameter depends on may be others."""
     nsa = dataclasses.replace(NSA, topk=4, window_size=9)
@@ -135,7 +136,7 @@ def test_sparse_attention_goes_on(texts, straight, tmp_path):
         params_of(start(texts, tmp_path / "run", straight, {"nsa": nsa}))
 
 
-@pytest.mark.fast_cases("run")
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "mesh", "fsdp"),
     [("run", "data=2", True), ("folder", "data=2,tensor=2", False), ("started", "data=2", True)],

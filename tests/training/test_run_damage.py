@@ -69,6 +69,7 @@ def test_the_last_whole_checkpoint_is_taken(kind, texts, run, capfd):
             load_model(run)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_from_the_last_whole_checkpoint(texts, run, dense, capfd):
     damage(run / "checkpoints" / "6" / "rest")
     config = tiny(texts, run, resume=True, model=DENSE)
