@@ -36,7 +36,7 @@ MODULES = [
 
 
 #: Modules whose examples take seconds.
-SLOW = {"fsa_jax.generation", "fsa_jax.transformer"}
+SLOW = {"fsa_jax.generation", "fsa_jax.layers", "fsa_jax.transformer"}
 assert {*MODULES} >= SLOW
 
 

@@ -112,6 +112,7 @@ def test_the_seed_decides_and_texts_do_not_depend_on_one_another():
     assert len({tuple(text) for text in same}) == 3
 
 
+@pytest.mark.slow
 def test_stream_shows_each_token_as_it_comes():
     model, shown = make(), []
     stop = generate(model, PROMPTS, max_tokens=8, temperature=0)[1][2:3]

@@ -37,6 +37,7 @@ def counted(row, kernel_size, kernel_stride):
     return tokens, windows + [0] * (slots - len(windows))
 
 
+@pytest.mark.slow
 @hypothesis.settings(deadline=None, max_examples=20)
 @hypothesis.given(st.data())
 def test_positions_are_those_that_counting_finds(data):

@@ -238,9 +238,7 @@ def test_finite_differences(branch, implementation):
     check_grads(finite, (query, key, value), order=1, modes=["rev"], atol=1e-6, rtol=1e-6)
 
 
-@pytest.mark.fast_cases(
-    "compressed-xla-bfloat16", "window-triton_interpret-bfloat16", "selected-xla-float32"
-)
+@pytest.mark.fast_cases("window-triton_interpret-bfloat16", "selected-xla-float32")
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32])
 @pytest.mark.parametrize("implementation", ["xla", "triton_interpret"])
 @pytest.mark.parametrize("branch", ["compressed", "window", "selected"])

@@ -132,7 +132,7 @@ def test_without_a_batch_and_under_vmap():
     assert_close(jax.vmap(attend("xla"))(*args), wanted)
 
 
-@pytest.mark.fast_cases("False-None")
+@pytest.mark.slow
 @pytest.mark.parametrize(("packed", "window"), [(True, None), (False, None), (True, 24)])
 def test_tokens_over_four_devices(packed, window):
     """Results match one device; the only collectives gather keys and scatter their gradients."""

@@ -158,6 +158,7 @@ def test_one_token_at_a_time_in_pages_of_others():
     np.testing.assert_allclose(np.concatenate(out, axis=1), want, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_out_of_pages_harms_no_other_sequence():
     layer, cache = LAYERS["nsa"], init_cache("nsa")
     allocator = PageAllocator(cache)

@@ -138,7 +138,7 @@ TUNINGS = {
 }
 
 
-@pytest.mark.fast_cases("query_outer", "query_tile", "kv_outer")
+@pytest.mark.fast_cases("query_tile", "kv_outer")
 @pytest.mark.parametrize("name", TUNINGS)
 def test_tuning_changes_no_result(name):
     shape = dataclasses.replace(SMALL, block_size=32)
@@ -149,7 +149,7 @@ def test_tuning_changes_no_result(name):
     assert_close(got, exact_small(indices, ids, *args, block_size=32), TOLERANCE["bfloat16"])
 
 
-@pytest.mark.fast_cases("4-False")
+@pytest.mark.slow
 @pytest.mark.parametrize("alike", [True, False])
 @pytest.mark.parametrize("group", [4, 8, 16])
 def test_the_lists_decide_which_kernels_run(group, alike):
@@ -173,7 +173,7 @@ def test_the_lists_decide_which_kernels_run(group, alike):
     assert_close(got, exact(make, 7, *args), TOLERANCE["bfloat16"])
 
 
-@pytest.mark.fast_cases("1-34-1-True")
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("heads", "tokens", "sort_pairs", "packed"),
     [(2, 90, 2**20, True), (2, 34, 2**20, False), (1, 34, 1, True), (4, 7, 1, False)],

@@ -125,6 +125,7 @@ def compiled(branch, implementation):
     return jax.jit(run), sizes
 
 
+@pytest.mark.fast_cases("compressed")
 @pytest.mark.parametrize("branch", ["compressed", "window"])
 @settings(deadline=None, max_examples=25)
 @given(segmentations(2, 150), st.integers(0, 2**31))
