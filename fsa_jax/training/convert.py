@@ -1,6 +1,7 @@
 """`fsa-jax convert`: models between the folders of Hugging Face and those of `fsa-jax train`."""
 
 import dataclasses
+import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -133,6 +134,9 @@ def convert(config: ConvertConfig) -> Path:
         model, saved = load_model(config.source, implementation=None)
         settings = _settings_like(saved, config.run)
         save_pretrained(model, between)
+        for name in (files.TOKENIZER, files.TOKENIZER_CONFIG):
+            if (config.source / name).is_file():
+                shutil.copyfile(config.source / name, between / name)
         # What the files do not hold.
         kept = {name: getattr(saved.model, name) for name in ("dtype", "remat", "dropout_rate")}
         return _convert(config, between, settings, kept)

@@ -145,6 +145,19 @@ def test_the_settings_of_a_run():
 
 
 @pytest.mark.slow
+def test_runs_keep_their_tokenizer(tmp_path):
+    """A run on the tokens of a folder becomes a folder with the same tokenizer."""
+    (tmp_path / "text.txt").write_text("some words, and some more words. " * 200)
+    words = f"--init {LLAMA} --text {tmp_path} --steps 1 --warmup-steps 0 --seq-len 32"
+    words += f" --batch-size 1 --eval-sequences 1 --out {tmp_path / 'run'}"
+    assert main(["train", *words.split()]) == 0
+    assert main(["convert", str(tmp_path / "run"), str(tmp_path / "files")]) == 0
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        kept = (tmp_path / "run" / name).read_bytes()
+        assert (tmp_path / "files" / name).read_bytes() == kept
+
+
+@pytest.mark.slow
 def test_runs_go_on(tmp_path, capsys):
     """A run that was written continues with the command that is printed, and so does its copy."""
     (tmp_path / "a.txt").write_text("the quick brown fox. " * 40)
