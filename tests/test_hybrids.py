@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_transformer import CONFIG, SEGMENT_IDS, TOKENS, call
+from small_transformers import CONFIG, SEGMENT_IDS, TOKENS, call
 
 import fsa_jax
 from fsa_jax import YarnScaling, generate

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from small_transformers import CONFIG, FULL, LENGTHS, SEGMENT_IDS, TOKENS
+from small_transformers import CONFIG, FULL, LENGTHS, SEGMENT_IDS, TOKENS, call
 
 from fsa_jax.partitioning import sharding_rules
 from fsa_jax.transformer import Transformer, TransformerConfig
@@ -16,11 +16,6 @@ from fsa_jax.transformer import Transformer, TransformerConfig
 
 def make(config=CONFIG, **changes):
     return Transformer(dataclasses.replace(config, **changes), rngs=nnx.Rngs(0))
-
-
-@nnx.jit
-def call(model, tokens, segment_ids=None, dropout_key=None):
-    return model(tokens, segment_ids, dropout_key=dropout_key)
 
 
 def rms_norm(x, scale):
