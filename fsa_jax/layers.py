@@ -28,7 +28,7 @@ from fsa_jax.arguments import checks
 from fsa_jax.arguments.types import AnyArray, CompressionMethod, Implementation, IntegerList
 from fsa_jax.config import NSAConfig
 from fsa_jax.inference import cached_attention
-from fsa_jax.inference.kv_cache import Chunk
+from fsa_jax.inference.kv_cache import Chunk, KVCache
 from fsa_jax.inference.nsa_cache import NSACache
 from fsa_jax.nn.base import BIAS_INIT, KERNEL_INIT, ROPE, AttentionLayer, linear
 from fsa_jax.nn.compressor import Compressor
@@ -41,6 +41,9 @@ from fsa_jax.rope import RotaryEmbedding
 
 GATES = ("head", "token")
 """Three gates per query head, as in the NSA paper, or three per token, as in FSA."""
+
+SPARSE_PARTS = ("gate", "compress_key", "compress_value")
+"""The parts of a layer that its sparse attention reads and full attention does not."""
 
 _CONFIG = NSAConfig()
 _POSITIONS_INIT = initializers.normal(0.02)
@@ -112,6 +115,11 @@ class NativeSparseAttention(AttentionLayer):
       implementation: passed on to the functions of fsa_jax; None: the best available one.
       sequence_axis: mesh axis that splits the tokens of each sequence, see
         ``fsa_jax.native_sparse_attention``: all arrays of a call are then in zigzag order.
+      full_attention: whether a call without a cache computes full causal attention in place of o,
+        as ``FullAttention`` with the same q, k, v and W_o does, for a warm-up. `SPARSE_PARTS` of
+        the layer are then not read, and their gradient is 0. The attribute of this name may change
+        at any time: ``model.set_attributes(full_attention=False)`` of ``nnx`` ends the warm-up of
+        all layers of a model. Not with `kv_per_branch`.
       rngs: random keys of the initialisation.
 
     Raises:
@@ -163,6 +171,7 @@ class NativeSparseAttention(AttentionLayer):
         checkpoint_name: str | None = None,
         implementation: Implementation | None = None,
         sequence_axis: str | None = None,
+        full_attention: bool = False,
         rngs: nnx.Rngs,
     ):
         checks.choice("compression", compression, METHODS)
@@ -170,6 +179,7 @@ class NativeSparseAttention(AttentionLayer):
         self.config = checks.config(config)
         self.kv_per_branch = checks.flag("kv_per_branch", kv_per_branch)
         self.compress_after_rope = checks.flag("compress_after_rope", compress_after_rope)
+        self.full_attention = checks.flag("full_attention", full_attention)
         options: dict[str, Any] = dict(
             dtype=dtype,
             param_dtype=param_dtype,
@@ -230,6 +240,13 @@ class NativeSparseAttention(AttentionLayer):
         return self.config.kernel_stride
 
     def attend_rows(self, x, segment_ids, positions) -> jax.Array:
+        if self.full_attention:
+            if self.kv_per_branch:
+                raise ValueError(
+                    "full_attention=True needs keys and values that all branches share, got "
+                    "kv_per_branch=True"
+                )
+            return self._causal_rows(x, segment_ids, positions)
         return self._attend(x, self._inputs(x, segment_ids, positions), segment_ids)
 
     def _attend(self, x: jax.Array, inputs: _Inputs, segment_ids: jax.Array | None) -> jax.Array:
@@ -285,6 +302,14 @@ class NativeSparseAttention(AttentionLayer):
             rollback=rollback,
             layers=layers,
         )
+
+    def check_cache(self, cache: KVCache, batch: int, layers: int = 1) -> None:
+        if self.full_attention:
+            raise NotImplementedError(
+                "full_attention=True cannot serve a cache: it is for training; a layer without it "
+                "takes the same parameters"
+            )
+        super().check_cache(cache, batch, layers)
 
     def extend(self, x, cache: NSACache, chunk: Chunk, layer, fresh) -> tuple[jax.Array, NSACache]:
         query, key, value = self._query(x, chunk.position), self._key(x), self._value(x)

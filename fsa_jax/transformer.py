@@ -38,6 +38,9 @@ CUDNN_FORWARD = "dot_product_attention_fwd_wrapper"
 class Transformer(nnx.Module):
     """Decoder-only transformer: embedding, pre-norm blocks with SwiGLU, final RMSNorm, head.
 
+    ``model.set_attributes(full_attention=True)`` makes its layers of sparse attention compute full
+    attention with the same parameters, as a warm-up; see ``NativeSparseAttention``.
+
     Args:
       config: the configuration.
       rngs: random keys of the initialisation.

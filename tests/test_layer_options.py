@@ -2,6 +2,7 @@
 
 import functools
 from collections import Counter
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,12 @@ from flax import nnx
 
 import fsa_jax
 from fsa_jax import NSAConfig, RoPE
-from fsa_jax.layers import FullAttention, NativeSparseAttention, SlidingWindowAttention
+from fsa_jax.layers import (
+    SPARSE_PARTS,
+    FullAttention,
+    NativeSparseAttention,
+    SlidingWindowAttention,
+)
 from fsa_jax.nn.base import PROJECTION_NAMES
 from fsa_jax.partitioning import sharding_rules
 
@@ -265,3 +271,42 @@ def test_bad_options_of_single_layers_are_named():
         make(gate_bias="x")
     with pytest.raises(ValueError, match="compress_after_rope must be True or False, got None"):
         make(compress_after_rope=None)
+
+
+def test_full_attention_of_the_projections_of_nsa():
+    """The bits of a layer of full attention; gates and phi get no gradient; and back again."""
+    options: dict[str, Any] = OPTIONS | {"gate_bias": True}
+    layer, dense = make(full_attention=True, **options), make("full", **OPTIONS)
+    own = nnx.state(layer, nnx.Param)
+    nnx.update(dense, {name: x for name, x in own.items() if name not in SPARSE_PARTS})
+    positions = jnp.arange(LENGTH, dtype=jnp.int32)[None] + 7
+    arrays = (X, SEGMENT_IDS, positions)
+
+    @nnx.jit
+    def both(layer):
+        return nnx.value_and_grad(lambda layer: (layer(*arrays) ** 2).sum())(layer)
+
+    np.testing.assert_array_equal(call(layer, *arrays), call(dense, *arrays))
+    (loss, grads), (wanted, wanted_grads) = both(layer), both(dense)
+    assert loss == wanted
+    for name in grads:
+        for got in jax.tree.leaves(grads[name]):
+            assert bool(got.any()) == (name not in SPARSE_PARTS)
+    rest = {name: x for name, x in grads.items() if name not in SPARSE_PARTS}
+    for a, b in zip(jax.tree.leaves(rest), jax.tree.leaves(dict(wanted_grads)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+    model = nnx.List([layer])
+    model.set_attributes(full_attention=False)
+    np.testing.assert_array_equal(call(layer, *arrays), call(make(**options), *arrays))
+
+
+def test_what_full_attention_of_nsa_refuses():
+    with pytest.raises(ValueError, match=r"full_attention must be .* got 2"):
+        make(full_attention=2)
+    layer = make(full_attention=True)
+    with pytest.raises(NotImplementedError, match="full_attention=True cannot serve a cache"):
+        layer(X, cache=layer.init_cache(1, LENGTH))
+    layer = make(full_attention=True, kv_per_branch=True)
+    with pytest.raises(ValueError, match=r"full_attention=True needs .* got kv_per_branch=True"):
+        layer(X)

@@ -16,6 +16,7 @@ from jax.ad_checkpoint import checkpoint_name as named
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Integer
 
+from fsa_jax import api
 from fsa_jax.arguments import checks
 from fsa_jax.arguments.types import AnyArray, DenseImplementation, IntegerList
 from fsa_jax.inference.kv_cache import Chunk, KVCache
@@ -302,6 +303,27 @@ class AttentionLayer(nnx.Module):
     def attend_rows(self, x, segment_ids, positions) -> jax.Array:
         """The attention output [B, T, N, D] of a call without a cache; `x` is 0 at padding."""
         raise NotImplementedError
+
+    def _causal_rows(self, x, segment_ids, positions, window_size: int | None = None) -> jax.Array:
+        """Dense causal attention [B, T, N, D] of a call without a cache; `x` is 0 at padding."""
+        query, key = self._query(x, positions), self._turn(self._key(x), positions)
+        return self._causal(query, key, self._value(x), segment_ids, window_size)
+
+    def _causal(
+        self, query, key, value, segment_ids: jax.Array | None, window_size: int | None
+    ) -> jax.Array:
+        """``fsa_jax.causal_attention`` with the options of the layer."""
+        return api.causal_attention(
+            query,
+            key,
+            value,
+            window_size=window_size,
+            segment_ids=segment_ids,
+            scale=self.scale,
+            implementation=self.implementation,
+            sequence_axis=self.sequence_axis,
+            checkpoint_name=self.checkpoint_name,
+        )
 
     def init_cache(
         self,

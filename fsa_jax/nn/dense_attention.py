@@ -8,7 +8,6 @@ from typing import Any, ClassVar
 import jax
 from flax.typing import Dtype
 
-from fsa_jax import api
 from fsa_jax.arguments import checks
 from fsa_jax.inference import cached_attention
 from fsa_jax.inference.kv_cache import Chunk, KVCache
@@ -52,21 +51,7 @@ class FullAttention(AttentionLayer):
     window_size: int | None = None
 
     def attend_rows(self, x, segment_ids, positions) -> jax.Array:
-        query, key = self._query(x, positions), self._turn(self._key(x), positions)
-        return self._attend(query, key, self._value(x), segment_ids)
-
-    def _attend(self, query, key, value, segment_ids: jax.Array | None) -> jax.Array:
-        return api.causal_attention(
-            query,
-            key,
-            value,
-            window_size=self.window_size,
-            segment_ids=segment_ids,
-            scale=self.scale,
-            implementation=self.implementation,
-            sequence_axis=self.sequence_axis,
-            checkpoint_name=self.checkpoint_name,
-        )
+        return self._causal_rows(x, segment_ids, positions, self.window_size)
 
     def init_cache(
         self,
@@ -116,7 +101,7 @@ class FullAttention(AttentionLayer):
         cache = cache.append(key, value, layer, chunk)
         if fresh:
             # padding comes last, where causal attention hides it from the tokens before it
-            heads = self._attend(query, key, value, None)
+            heads = self._causal(query, key, value, None, size)
         else:
             heads = cached_attention.attend_dense(
                 query,
