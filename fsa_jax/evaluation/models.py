@@ -9,7 +9,7 @@ import jax
 from flax import nnx
 
 from fsa_jax.pretrained import load_pretrained
-from fsa_jax.training.checkpoint import Checkpoints
+from fsa_jax.training.checkpoint import Checkpoints, say_if_warming
 from fsa_jax.training.config import BYTES, VOCAB_SIZE, TrainConfig
 from fsa_jax.training.folder import TOKENIZER, has_checkpoint
 from fsa_jax.training.step import abstract_model
@@ -92,6 +92,7 @@ def _open_run(path: Path) -> OpenedModel:
             return model, position.config, position.fingerprint
 
         step, (model, config, fingerprint) = checkpoints.newest(read)
+    say_if_warming(path, step, config)
     return OpenedModel(
         path=path,
         model=model,

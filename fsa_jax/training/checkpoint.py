@@ -208,7 +208,19 @@ def load_model(run_folder: Path, **changes: Any) -> tuple[Transformer, TrainConf
             graphdef, template = abstract_model(dataclasses.replace(config.model, **changes))
             return nnx.merge(graphdef, checkpoints.read_params(step, template)), config
 
-        return checkpoints.newest(read)[1]
+        step, (model, config) = checkpoints.newest(read)
+    say_if_warming(run_folder, step, config)
+    return model, config
+
+
+def say_if_warming(run_folder: Path, step: int, config: TrainConfig) -> None:
+    """Says so if a model that is loaded is still in its attention warm-up."""
+    if config.warms_attention(step):
+        say(
+            f"{run_folder} is at step {step} of attention_warmup={config.attention_warmup!r}: its "
+            "weights are trained with full attention only, and its sparse attention, which is "
+            "what is loaded, is not trained yet"
+        )
 
 
 def _first_line(error: Exception) -> str:

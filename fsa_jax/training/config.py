@@ -34,6 +34,7 @@ FINAL_LEARNING_RATE = 0.1
 _NARROW = ("bfloat16", "float16")
 #: Fields that are a path or None.
 _PATHS = ("init", "out", "config")
+_ATTENTION_WARMUP = re.compile("full:([1-9][0-9]*)")
 SCHEDULES = ("cosine", "constant", "wsd")
 
 #: Old names of fields, which callers may use for one more release; files may always have them.
@@ -116,6 +117,9 @@ class TrainConfig:
       schedule: learning rate after the warmup. cosine: falls along a cosine to a tenth of the peak.
         constant: stays at the peak. wsd: stays at the peak, and falls linearly to a tenth of it in
         the last cooldown_steps before decay_steps.
+      attention_warmup: full:STEPS, to train the first STEPS steps with full attention in the layers
+        of sparse attention, and to go on as NSA with the same weights. What full attention does not
+        read, gates and compression, keeps its first values until then. Default: none.
       warmup_steps: steps of the linear warmup from 0 to the peak learning rate.
       cooldown_steps: with schedule=wsd, steps of the linear decay. Default: a fifth of decay_steps.
       decay_steps: step at which the decay reaches a tenth of the peak learning rate, where
@@ -159,6 +163,7 @@ class TrainConfig:
     clip_norm: float | None = 1.0
     accumulate: int = 1
     freeze: tuple[str, ...] = ()
+    attention_warmup: str | None = None
     schedule: Literal["cosine", "constant", "wsd"] = "cosine"
     warmup_steps: int
     cooldown_steps: int | None = None
@@ -204,6 +209,7 @@ class TrainConfig:
                 f"warmup_steps={self.warmup_steps} and decay_steps={self.decay_steps}"
             )
         self._check_step()
+        self._check_attention_warmup()
         parse_mesh(self.mesh)
         for name in _PATHS:
             path = getattr(self, name)
@@ -259,6 +265,42 @@ class TrainConfig:
                 ) from error
         for name in ("float32_masters", "tensorboard"):
             object.__setattr__(self, name, scalars.flag(name, getattr(self, name)))
+
+    def _check_attention_warmup(self) -> None:
+        got = f"got {self.attention_warmup!r}"
+        last, model = self.last_full_step, self.model
+        if last > self.steps:
+            raise ValueError(
+                f"attention_warmup must end within the run, {got} and steps={self.steps}"
+            )
+        if last and "nsa" not in model.types:
+            raise ValueError(
+                "attention_warmup must be None for a model without layers of sparse attention, "
+                f"{got} and attention={model.attention!r}"
+            )
+        if last and model.kv_per_branch:
+            raise ValueError(
+                "attention_warmup needs keys and values that all branches share, "
+                f"{got} and kv_per_branch=True"
+            )
+
+    @property
+    def last_full_step(self) -> int:
+        """The last step of the attention warm-up; 0 without one."""
+        text = self.attention_warmup
+        if text is None:
+            return 0
+        found = _ATTENTION_WARMUP.fullmatch(text) if isinstance(text, str) else None
+        if found is None:
+            raise ValueError(
+                "attention_warmup must be None or full:STEPS, with STEPS a positive number, got "
+                f"{scalars.short(text)}"
+            )
+        return int(found[1])
+
+    def warms_attention(self, step: int) -> bool:
+        """Whether a step is one of the attention warm-up, counted from 1; also before all steps."""
+        return step <= self.last_full_step and self.last_full_step > 0
 
     @property
     def has_masters(self) -> bool:

@@ -6,6 +6,7 @@ import functools
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -154,6 +155,13 @@ class _Logs:
             log.write(rows)
 
 
+class _Steps(NamedTuple):
+    """The compiled steps of the training and of the evaluation of one kind of attention."""
+
+    train: jax.stages.Compiled
+    evaluate: jax.stages.Compiled
+
+
 class _Run:
     """One call of `train`, from the first batch or a checkpoint to the last step."""
 
@@ -208,20 +216,27 @@ class _Run:
         self._compile()
 
     def _compile(self) -> None:
-        """Compiles both steps ahead of time, so that tokens per second measure training alone."""
+        """Compiles all steps ahead of time, so that tokens per second measure training alone."""
         config = self.config
         shape = (config.batch_size, config.seq_len)
         ids = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=self.placement.batch)
-        step = make_train_step(self.graphdef, config, self.placement)
-        lowered = step.lower(self.state, ids, ids)
+        # The first and the last step to come; at the last there may only be an evaluation to do.
+        ends = (min(self.first_step + 1, config.steps), config.steps)
+        lowered = {}
+        for full in dict.fromkeys(map(config.warms_attention, ends)):
+            step = make_train_step(self.graphdef, config, self.placement, full_attention=full)
+            lowered[full] = step.lower(self.state, ids, ids)
         # The caller's arguments are all known to be right by now, so messages may be printed before
         # the long wait.
         if is_leader():
             for message in self._messages():
                 say(message)
-        self.train_step = lowered.compile()
-        evaluate = make_eval_step(self.graphdef, self.placement)
-        self.eval_step = evaluate.lower(self.state.params, ids, ids).compile()
+        #: The steps with full attention (True), and those with the model's own (False).
+        self.steps: dict[bool, _Steps] = {}
+        for full, step in lowered.items():
+            evaluate = make_eval_step(self.graphdef, self.placement, full_attention=full)
+            evaluate = evaluate.lower(self.state.params, ids, ids)
+            self.steps[full] = _Steps(step.compile(), evaluate.compile())
 
     def _messages(self) -> Iterator[str]:
         """The messages that a run prints before it compiles."""
@@ -229,6 +244,11 @@ class _Run:
         config, last = self.config, self.config.last_decay_step
         if config.init is not None and not config.resume:
             yield f"the parameters start from those in {config.init}"
+        if config.warms_attention(self.first_step + 1):
+            yield (
+                f"full attention up to step {config.last_full_step}, and then "
+                f"{config.model.attention} with the same weights"
+            )
         if config.resume and config.steps > last:
             yield (
                 f"the learning rate falls until step {last} and then stays constant: a resumed run "
@@ -297,7 +317,8 @@ class _Run:
         wait_for_all("trained")
         rows = read_metrics(metrics_file)
         last = next(row for row in reversed(rows) if "val_loss" in row)
-        result = {name: last[name] for name in ("val_loss", "val_bits_per_byte", "held_out_loss")}
+        names = ("val_loss", "val_bits_per_byte", "held_out_loss", "attention")
+        result = {name: last[name] for name in names if name in last}
         self._write_description({"step": self.config.steps} | result)
         written = [metrics_file, self.folder / files.DESCRIPTION, self.folder / files.LOSSES]
         if tokenizer.unit != "byte":
@@ -333,14 +354,17 @@ class _Run:
                 self.placement.place(x, first, config.batch_size)
                 for x in (batch.tokens, batch.segment_ids)
             )
-            self.state, metrics = self.train_step(self.state, *arrays)
+            steps = self.steps[config.warms_attention(step)]
+            self.state, metrics = steps.train(self.state, *arrays)
             pending.append((step, metrics))
             stop.trained = True
             stopping = stop.due(step)
             last = step == config.steps
             evaluate = last or step % config.eval_every == 0
             save = last or stopping or step % config.checkpoint_every == 0
-            if evaluate or save or len(pending) >= fetch_every:
+            # Steps with different attention are not timed together.
+            switch = step == config.last_full_step
+            if evaluate or save or switch or len(pending) >= fetch_every:
                 rows = self._fetch(pending, since)
                 log.write(rows)
                 progress.steps(rows)
@@ -370,6 +394,7 @@ class _Run:
                 "tokens_per_s": round(tokens / seconds, 1),
                 "learning_rate": float(metrics.learning_rate),
                 "grad_norm": float(metrics.grad_norm),
+                **self._attention(step),
             }
             for (step, _), metrics in zip(pending, fetched, strict=True)
         ]
@@ -383,16 +408,24 @@ class _Run:
                 )
         return rows
 
+    def _attention(self, step: int) -> Row:
+        """What a row of metrics says about the attention of its step, if a run has two kinds."""
+        if self.config.attention_warmup is None:
+            return {}
+        full = self.config.warms_attention(step)
+        return {"attention": "full" if full else self.config.model.attention}
+
     def _evaluate(self, step: int, log: _Logs, progress: Progress) -> None:
+        evaluate = self.steps[self.config.warms_attention(step)].evaluate
         sums = [
-            self.eval_step(
+            evaluate(
                 self.state.params, *map(self.placement.place, (batch.tokens, batch.segment_ids))
             )
             for batch in self.validation
         ]
         total, count = np.asarray(jax.device_get(sums), np.float64).sum(axis=0)
         num_bytes = None if self.corpus.tokenizer.unit == "byte" else self.val_bytes
-        row = validation_row(step, total / count, int(count), num_bytes)
+        row = validation_row(step, total / count, int(count), num_bytes) | self._attention(step)
         log.write([row])
         progress.evaluation(row)
 

@@ -70,7 +70,8 @@ def read_metrics(path: Path) -> list[Row]:
       nats per token), `tokens_per_s`, `learning_rate`, `grad_norm` and, where the peak of the
       device is known, `mfu` (model flops utilisation, see `fsa_jax.training.flops`); those of an
       evaluation have `step`, `val_loss`, `val_bits_per_byte`, `val_bytes` and, where tokens are
-      not bytes, `val_tokens`.
+      not bytes, `val_tokens`. Both have `attention` in a run with an attention warm-up: "full"
+      during the warm-up, and then that of the model.
 
     Raises:
       ValueError: a line is not a row; the message names the file and the line.

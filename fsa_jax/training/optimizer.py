@@ -1,5 +1,7 @@
 """The optimiser: its schedules, parameters that stay frozen, and float32 copies of the others."""
 
+import functools
+import itertools
 import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -9,6 +11,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
+from fsa_jax.layers import SPARSE_PARTS
 from fsa_jax.semantics.precision import narrow
 from fsa_jax.training.config import FINAL_LEARNING_RATE, TrainConfig
 
@@ -54,8 +57,17 @@ def learning_rate_schedule(config: TrainConfig) -> optax.Schedule:
     return optax.join_schedules(parts, ends)
 
 
-def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
-    """AdamW after clipping by global norm, with weight decay on matrices only."""
+def make_optimizer(
+    config: TrainConfig, *, full_attention: bool = False
+) -> optax.GradientTransformation:
+    """AdamW after clipping by global norm, with weight decay on matrices only.
+
+    Args:
+      config: the run.
+      full_attention: whether the step is one of the attention warm-up. Parameters that full
+        attention does not read then keep their bits and their moments of zero: their gradient is 0,
+        and they have no weight decay. The state has the same tree either way.
+    """
     clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
     return optax.chain(
         clip,
@@ -63,16 +75,41 @@ def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
             learning_rate_schedule(config),
             b2=_ADAM_B2,
             weight_decay=config.weight_decay,
-            mask=decay_mask,
+            mask=functools.partial(decay_mask, full_attention=full_attention),
         ),
     )
 
 
-def decay_mask(params: Any) -> Any:
-    """True at the parameters that weight decay applies to: all but norm scales and biases."""
+def decay_mask(params: Any, *, full_attention: bool = False) -> Any:
+    """True at the parameters that weight decay applies to: all but norm scales and biases.
+
+    With `full_attention`, also all but those that only sparse attention reads.
+    """
     return jax.tree_util.tree_map_with_path(
-        lambda path, _: str(path[-1].key) not in _NOT_DECAYED, params
+        lambda path, _: (
+            str(path[-1].key) not in _NOT_DECAYED and not (full_attention and _only_sparse(path))
+        ),
+        params,
     )
+
+
+def _only_sparse(path: Any) -> bool:
+    """Whether a parameter is one that sparse attention reads and full attention does not."""
+    return any(
+        layer.key == "attention" and part.key in SPARSE_PARTS
+        for layer, part in itertools.pairwise(path)
+    )
+
+
+def check_full_attention_trains(trained: Any) -> None:
+    """Raises ValueError unless some of the trained parameters are read by full attention."""
+    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(trained)]
+    if all(_only_sparse(path) for path in paths):
+        raise ValueError(
+            "attention_warmup must have parameters to train, but full attention reads none of "
+            "those that freeze leaves: "
+            + ", ".join("/".join(key.key for key in path) for path in paths)
+        )
 
 
 def init_optimizer(params: Any, config: TrainConfig) -> Any:
@@ -86,7 +123,14 @@ def init_optimizer(params: Any, config: TrainConfig) -> Any:
 
 
 @narrow
-def update(config: TrainConfig, grads: Any, opt_state: Any, trained: Any) -> tuple[Any, Any]:
+def update(
+    config: TrainConfig,
+    grads: Any,
+    opt_state: Any,
+    trained: Any,
+    *,
+    full_attention: bool = False,
+) -> tuple[Any, Any]:
     """The trained parameters and the optimiser's state after a step.
 
     Args:
@@ -94,8 +138,9 @@ def update(config: TrainConfig, grads: Any, opt_state: Any, trained: Any) -> tup
       grads: gradients of the trained parameters, in their dtype or in float32.
       opt_state: the state before.
       trained: the trained parameters.
+      full_attention: as in `make_optimizer`.
     """
-    optimizer = make_optimizer(config)
+    optimizer = make_optimizer(config, full_attention=full_attention)
     masters, state = opt_state if isinstance(opt_state, Masters) else (trained, opt_state)
     grads = jax.tree.map(lambda g, x: g.astype(x.dtype), grads, masters)
     # optax raises float32 numbers to the power of int32 steps, which strict promotion forbids.

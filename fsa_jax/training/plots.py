@@ -51,6 +51,9 @@ def plot_losses(
         steps, losses = curve(rows, "loss")
         axes.plot(steps, losses, color=colour, alpha=0.25, linewidth=0.8)
         axes.plot(steps, _running_mean(losses), color=colour, label=f"{name}, training")
+        if warm := [row["step"] for row in rows if row.get("attention") == "full"]:
+            label = f"{name}, end of full attention"
+            axes.axvline(max(warm), color=colour, linestyle="-.", linewidth=0.8, label=label)
         steps, losses = curve(rows, "val_loss")
         label = f"{name}, validation" + (f" ({losses[-1]:.3f} at the end)" if losses else "")
         axes.plot(steps, losses, "o--", color=colour, markersize=4, label=label)

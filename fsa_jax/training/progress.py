@@ -50,6 +50,9 @@ class Progress:
     def steps(self, rows: Sequence[Row]) -> None:
         """Shows finished steps."""
         row = rows[-1]
+        switched = "attention" in self._shown and row["attention"] != self._shown["attention"]
+        if "attention" in row:
+            self._shown["attention"] = row["attention"]
         self._shown |= {"loss": f"{row['loss']:.3f}", "tokens/s": f"{row['tokens_per_s']:.0f}"}
         if "mfu" in row:
             self._shown["MFU"] = f"{row['mfu']:.1%}"
@@ -59,7 +62,7 @@ class Progress:
             self._bar.update(len(rows))
         waited = time.monotonic() - self._last_line
         due = any(row["step"] % _LINE_EVERY == 0 for row in rows)
-        if waited >= (_MIN_SECONDS if due else _MAX_SECONDS):
+        if switched or waited >= (_MIN_SECONDS if due else _MAX_SECONDS):
             # The bar shows the time that is left by itself.
             self._print_line(row["step"], self._shown | {"ETA": self._left(row["step"])})
 

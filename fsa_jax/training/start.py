@@ -19,12 +19,12 @@ from fsa_jax.arguments.types import LayerType
 from fsa_jax.pretrained import save_pretrained
 from fsa_jax.pretrained.keys import OF_A_RUN
 from fsa_jax.pretrained.load import load_params, plan_load
-from fsa_jax.training.checkpoint import Checkpoints, load_model
+from fsa_jax.training.checkpoint import Checkpoints, load_model, say_if_warming
 from fsa_jax.training.config import BYTES, VOCAB_SIZE, TrainConfig
 from fsa_jax.training.data import Corpus, TokenCorpus, open_corpus
 from fsa_jax.training.folder import TOKENIZER, has_checkpoint
-from fsa_jax.training.mesh import Placement, check_placement
-from fsa_jax.training.optimizer import split_frozen
+from fsa_jax.training.mesh import Placement, check_placement, is_leader
+from fsa_jax.training.optimizer import check_full_attention_trains, split_frozen
 from fsa_jax.training.step import abstract_model, init_model
 from fsa_jax.training.tensorboard import check_tensorboard
 from fsa_jax.training.tokenizer import load_tokenizer
@@ -49,7 +49,9 @@ def check_start(config: TrainConfig, placement: Placement) -> None:
     if config.tensorboard:
         check_tensorboard()
     if config.freeze:
-        split_frozen(abstract_model(config.model)[1], config.freeze)
+        trained, _ = split_frozen(abstract_model(config.model)[1], config.freeze)
+        if config.attention_warmup is not None:
+            check_full_attention_trains(trained)
     if config.init is None:
         return
     if config.init.resolve() == config.run_folder.resolve():
@@ -189,10 +191,13 @@ def _from_run(run: Path, model: TransformerConfig, shardings: Any) -> Any:
     with Checkpoints(run) as checkpoints:
 
         def read(step):
-            template = abstract_model(checkpoints.read_position(step).config.model)[1]
-            return checkpoints.read_params(step, _split(template, shardings))
+            saved = checkpoints.read_position(step).config
+            template = abstract_model(saved.model)[1]
+            return saved, checkpoints.read_params(step, _split(template, shardings))
 
-        params = checkpoints.newest(read)[1]
+        step, (saved, params) = checkpoints.newest(read)
+    if is_leader():
+        say_if_warming(run, step, saved)
     dtype = checks.float_dtype("param_dtype", model.param_dtype)
     convert = jax.jit(
         lambda params: jax.tree.map(lambda leaf: leaf.astype(dtype), params),

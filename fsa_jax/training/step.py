@@ -181,14 +181,26 @@ def state_shardings(config: TrainConfig, placement: Placement) -> TrainState:
     return TrainState(params, opt_state, step=rest, rng=rest)
 
 
+def _merged(graphdef: Any, params: Any, full_attention: bool) -> Transformer:
+    """The model, whose layers of sparse attention compute full attention if that is asked for."""
+    model = nnx.merge(graphdef, params)
+    if full_attention:
+        model.set_attributes(full_attention=True)
+    return model
+
+
 def make_train_step(
-    graphdef: Any, config: TrainConfig, placement: Placement | None = None
+    graphdef: Any,
+    config: TrainConfig,
+    placement: Placement | None = None,
+    *,
+    full_attention: bool = False,
 ) -> Wrapped:
     """Builds the step (state, tokens [B, T], segment_ids [B, T]) -> (state, metrics).
 
     The state is donated: the old one must not be used afterwards. With a `placement`, the state is
     split by `state_shardings` and the batch by `Placement.batch`; without one, everything is on one
-    device.
+    device. With `full_attention` it is a step of the attention warm-up, of the same state.
     """
 
     def train_step(state: TrainState, tokens: Array, segment_ids: Array):
@@ -203,7 +215,7 @@ def make_train_step(
 
         def loss(trained, arrays, key):
             """The part's share of the mean over the predicted tokens of the whole batch."""
-            model = nnx.merge(graphdef, joined(trained, frozen))
+            model = _merged(graphdef, joined(trained, frozen), full_attention)
             return _model_loss(model, *arrays, key=key, placement=placement)[0] / count
 
         if config.accumulate == 1:
@@ -211,7 +223,9 @@ def make_train_step(
         else:
             parts = tuple(_parts(x, config.accumulate, placement) for x in arrays)
             value, grads = _summed_gradients(loss, trained, parts, key)
-        trained, opt_state = update(config, grads, state.opt_state, trained)
+        trained, opt_state = update(
+            config, grads, state.opt_state, trained, full_attention=full_attention
+        )
         rate = learning_rate(config, state.step)
         metrics = StepMetrics(value, optax.tree.norm(grads), rate)
         params = joined(trained, frozen)
@@ -262,13 +276,18 @@ def _summed_gradients(loss, params, parts, key):
     return jax.lax.scan(step, start, (numbers, parts))[0]
 
 
-def make_eval_step(graphdef: Any, placement: Placement | None = None) -> Wrapped:
-    """Builds the step (params, tokens [B, T], segment_ids [B, T]) -> `next_byte_loss`'s results."""
+def make_eval_step(
+    graphdef: Any, placement: Placement | None = None, *, full_attention: bool = False
+) -> Wrapped:
+    """Builds the step (params, tokens [B, T], segment_ids [B, T]) -> `next_byte_loss`'s results.
+
+    With `full_attention`, the loss is that of the model in the attention warm-up.
+    """
 
     def eval_step(params, tokens: Array, segment_ids: Array):
         arrays = (tokens, segment_ids, *_targets(tokens, segment_ids))
         arrays = _arrange(placement, *arrays)
-        model = nnx.merge(graphdef, params)
+        model = _merged(graphdef, params, full_attention)
         return _model_loss(model, *arrays, key=None, placement=placement)
 
     return jax.jit(eval_step, out_shardings=None if placement is None else placement.replicated)

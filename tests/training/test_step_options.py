@@ -252,7 +252,7 @@ def test_a_pattern_that_matches_nothing(texts, tmp_path):
 def test_files_of_earlier_versions():
     """They have none of these fields; parameters of 16 bits had no masters."""
     new = {"accumulate", "clip_norm", "schedule", "cooldown_steps", "freeze", "float32_masters"}
-    new |= {"tensorboard", "config"}
+    new |= {"tensorboard", "config", "attention_warmup"}
     for dtype, masters in (("float32", True), ("bfloat16", False)):
         model = dataclasses.replace(MODEL, param_dtype=dtype)
         config = settings(model=model, float32_masters=masters)

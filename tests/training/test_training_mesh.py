@@ -37,17 +37,19 @@ def losses(config):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("model", "meshes"),
+    ("model", "meshes", "warmup"),
     [
-        (FULL, ("data=4,tensor=2", "data=2")),
-        (NSA, ("", "data=2,sequence=2")),
-        (HYBRID, ("data=2,tensor=2,sequence=2", "data=2,tensor=2")),
+        (FULL, ("data=4,tensor=2", "data=2"), None),
+        (NSA, ("", "data=2,sequence=2"), None),
+        (HYBRID, ("data=2,tensor=2,sequence=2", "data=2,tensor=2"), None),
+        (HYBRID, ("data=2,tensor=2,sequence=2", "data=2,tensor=2"), "full:2"),
     ],
-    ids=["full", "nsa", "hybrid"],
+    ids=["full", "nsa", "hybrid", "warm-up"],
 )
-def test_a_run_goes_on_over_another_mesh(model, meshes, texts, tmp_path):
+def test_a_run_goes_on_over_another_mesh(model, meshes, warmup, texts, tmp_path):
     """Losses and the final state match one device, up to float32 rounding."""
     common = {"model": model, "batch_size": 4, "steps": 4, "eval_every": 4, "checkpoint_every": 2}
+    common["attention_warmup"] = warmup
     alone, moved = (tiny(texts, tmp_path / name, **common) for name in ("alone", "moved"))
     train(alone)
     first, second = meshes
