@@ -58,6 +58,7 @@ SHAPES = {
     "generation": ("texts", [8, 8]),
     "sequence": ("y", (1, 512, 32)),
     "training": ("value", ()),
+    "warm-up": ("sparse", (1, 128, 64)),
     "inference": ("logits", (2, 8, 257)),
     "pretrained": ("logits", (2, 150, 512)),
 }
