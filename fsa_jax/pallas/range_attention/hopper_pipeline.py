@@ -116,18 +116,22 @@ def call(kernel, *arrays, grid, out_shape, interpret):
     """Calls a Mosaic GPU kernel with compute warpgroups and one memory warpgroup.
 
     `grid` maps the names of the grid axes to their sizes. Kernels use 32-bit integers regardless of
-    `jax_enable_x64`.
+    `jax_enable_x64`. Where one of the arrays is a `jax.Ref`, the kernel writes to it in place.
     """
+    mesh = plgpu.Mesh(
+        grid=tuple(grid.values()),
+        grid_names=tuple(grid),
+        num_threads=WARPGROUPS + 1,
+        thread_name="warpgroup",
+    )
     with jax.enable_x64(False):
-        return plgpu.kernel(
+        return pl.kernel(
             kernel,
             out_type=out_shape,
-            grid=tuple(grid.values()),
-            grid_names=tuple(grid),
-            num_threads=WARPGROUPS + 1,
-            thread_name="warpgroup",
+            mesh=mesh,
             compiler_params=plgpu.CompilerParams(approx_math=True),
             interpret=interpret,
+            name=kernel.__name__,
         )(*arrays)
 
 
@@ -178,7 +182,7 @@ def call_on_rows(
         row_refs, (key_ref, value_ref, bounds_ref, *refs) = refs[: len(rows)], refs[len(rows) :]
         arrays = row_refs, key_ref, value_ref
         make = functools.partial(compute, refs, ring=ring, scale=scale, exact=interpret is not None)
-        _run_program(make, arrays, bounds_ref, kv_heads, group, ring)
+        run_program(make, arrays, bounds_ref, kv_heads, group, ring)
 
     kernel.__name__ = f"{name}_kernel"
     arrays = (*rows, key, value, bounds_of_items(low, high, ring.keys), *tables)
@@ -189,7 +193,7 @@ def call_on_rows(
     ]
 
 
-def _run_program(make_compute, arrays, bounds_ref, kv_heads, group, ring):
+def run_program(make_compute, arrays, bounds_ref, kv_heads, group, ring, span=None):
     """A program of `call_on_rows`: a memory warpgroup and two compute warpgroups walk its items.
 
     Args:
@@ -199,18 +203,20 @@ def _run_program(make_compute, arrays, bounds_ref, kv_heads, group, ring):
       kv_heads: K.
       group: G.
       ring: `Ring`.
+      span: the first of the items to walk, and one past the last; all of them by default.
     """
     row_refs, *_ = arrays
     batch, numbers, _ = bounds_ref.shape
-    items, copies = numbers * batch * kv_heads, num_strips(group) * len(row_refs)
+    copies = num_strips(group) * len(row_refs)
 
     def walk(visit):
         """Calls visit(item, number of steps before it) for the items of this program."""
-        program = lax.axis_index("program")
-        count = lax.div(items - program + PROGRAMS - 1, jnp.int32(PROGRAMS))
+        begin, end = span or (0, numbers * batch * kv_heads)
+        first = begin + lax.axis_index("program")
+        count = lax.div(end - first + PROGRAMS - 1, jnp.int32(PROGRAMS))
 
         def one(i, before):
-            item = WorkItem(program + i * PROGRAMS, bounds_ref, kv_heads, group, ring.keys)
+            item = WorkItem(first + i * PROGRAMS, bounds_ref, kv_heads, group, ring.keys)
             visit(item, before)
             return before + item.tiles.count
 
@@ -258,6 +264,7 @@ class WorkItem:
     """128 rows of one key head and the key tiles of their ranges; the longest ranges come first.
 
     Attributes:
+      index: number of the item among those of the call.
       number: index of these rows among the work items of the sequence.
       row, kv_head: batch index and key head.
       tiles: `Steps`.
@@ -265,6 +272,7 @@ class WorkItem:
 
     def __init__(self, item, bounds_ref, kv_heads, group, keys):
         batch, numbers, _ = bounds_ref.shape
+        self.index = item
         number, rest = lax.div(item, jnp.int32(batch * kv_heads)), lax.rem(item, batch * kv_heads)
         self.number, self.group, self.keys = numbers - 1 - number, group, keys
         self.row, self.kv_head = lax.div(rest, jnp.int32(kv_heads)), lax.rem(rest, kv_heads)
@@ -405,11 +413,14 @@ class Compute:
 
     def seen(self, item, step, ranges, shape):
         """Mask of the keys of a step's tile that are in each row's range."""
-        column = item.first_key(step) + plgpu.broadcasted_iota(
-            jnp.int32, shape, 1, layout=plgpu.Layout.WGMMA
-        )
+        column = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=plgpu.Layout.WGMMA)
+        column = item.first_key(step) + self.place(column)
         low, high = (lax.broadcast_in_dim(x, shape, [0]) for x in ranges)
         return (column >= low) & (column < high)
+
+    def place(self, column):
+        """The place among the keys of a tile of the key that is in a column."""
+        return column
 
     def at(self, ref, item):
         """The part of a table of numbers that belongs to this warpgroup's rows."""

@@ -54,7 +54,7 @@ def attention(query, key, value, visible, query_range, *, scale, interpret=None)
     """
     return tuple(
         call_on_rows(
-            "hopper_forward", _Forward, [query], key, value, visible, query_range,
+            "hopper_forward", Forward, [query], key, value, visible, query_range,
             tables=[], results=[query.dtype, None], ring=FORWARD, scale=scale, interpret=interpret,
         )
     )  # fmt: skip
@@ -75,13 +75,14 @@ def query_gradient(
     )[0]  # fmt: skip
 
 
-class _Forward(Compute):
+class Forward(Compute):
     """Forward pass: overlaps the logits of a tile with the weighted sum of the previous tile."""
 
     def visit(self, item, before):
-        out_ref, lse_ref = self.refs
-        ranges = self.ranges(item)
+        out_ref, lse_ref, *_ = self.refs
+        ranges, dtype = self.ranges(item), self.rows[0].dtype
         low, high = ranges
+        self.begin(item)
 
         def slots(step):
             return self.ring.slots(before + step)
@@ -93,17 +94,19 @@ class _Forward(Compute):
             row_max, row_sum, p, out = state
 
             def fold(logits):
-                return self.softmax(
-                    row_max, row_sum, mask(logits, number) if masked else logits, masked
-                )
+                logits = mask(logits, number) if masked else logits
+                return self.softmax(row_max, row_sum, logits, masked, (item, number))
 
             folded, new = self.multiply(p, out, slots(number)[0], slots(number - 1)[1], fold)
             row_max, row_sum, new_p, decay = folded
             # products read p up to here, so the new p must not be written to its registers before
             _, new_p, new = lax.optimization_barrier((p, new_p, new))
-            return row_max, row_sum, new_p, new * over_columns(decay, new)
+            return row_max, row_sum, new_p.astype(dtype), new * over_columns(decay, new)
 
-        state = self.first(lambda x: self.softmax(None, None, mask(x, 0), True), slots(0)[0])
+        def first(logits):
+            return self.softmax(None, None, mask(logits, 0), True, (item, 0))
+
+        state = self.first(first, slots(0)[0])
         row_max, row_sum, p, out = self.fold(item, step, state)
         self.free_rows()
         out = self.last(p, out, slots(item.tiles.count - 1)[1])
@@ -113,20 +116,31 @@ class _Forward(Compute):
         lse = jnp.where(has_keys, (row_max + jnp.log2(row_sum)) * (1 / LOG2_E), -jnp.inf)
         self.at(lse_ref, item)[...] = lse
         self.store(item, out_ref, out)
+        self.finished(item, row_max, row_sum)
 
-    def softmax(self, row_max, row_sum, logits, masked):
+    def softmax(self, row_max, row_sum, logits, masked, step):
         """A step of an online softmax in base 2; see `online_softmax.Softmax.fold`."""
         factor = (abs(self.scale) or 1.0) * LOG2_E
         new_max = jnp.max(logits, axis=1) * factor
         new_max = new_max if row_max is None else jnp.maximum(row_max, new_max)
         safe = jnp.where(new_max == -jnp.inf, 0.0, new_max) if masked else new_max
         p = jnp.exp2(logits * factor - over_columns(safe, logits))
-        added = jnp.sum(p, axis=1)
-        p = p.astype(self.rows[0].dtype)
+        added = self.sums(*step, p, new_max)
         if row_max is None:
             return new_max, added, p, None
         decay = jnp.exp2(row_max - safe)
         return new_max, row_sum * decay + added, p, decay
+
+    def begin(self, item):
+        """For subclasses: called before the first step of an item."""
+
+    def sums(self, item, number, p, row_max):
+        """The sum of each row of the weights [64, keys] of a step, relative to 2**row_max."""
+        del item, number, row_max
+        return jnp.sum(p, axis=1)
+
+    def finished(self, item, row_max, row_sum):
+        """For subclasses: the sums of the weights of all steps, relative to 2**row_max."""
 
     def signed(self, logits):
         """The logits, negated if the scale is negative: larger logits then get larger weights."""
@@ -154,7 +168,7 @@ class _Forward(Compute):
             logits = pl.run_scoped(multiply, ACC((ROWS, self.ring.keys)))
         plgpu.barrier_arrive(self.shared.free[1].at[slot])
         row_max, row_sum, p, _ = fold(self.signed(logits))
-        return row_max, row_sum, p, zeros(WIDTH)
+        return row_max, row_sum, p.astype(self.rows[0].dtype), zeros(WIDTH)
 
     def multiply(self, p, out, slot, last, fold):
         """(fold(logits of the keys in `slot`), out + p V of the values in `last`), overlapped."""

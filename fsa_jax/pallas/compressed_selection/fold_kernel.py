@@ -1,0 +1,97 @@
+"""Attention to the compressed keys that also leaves behind what the selection needs.
+
+The forward kernel of `hopper_query_kernels`, with keys ordered as `fold` needs them.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from fsa_jax.pallas.compressed_selection import fold
+from fsa_jax.pallas.range_attention.hopper_layout import ROWS, WARPGROUPS
+from fsa_jax.pallas.range_attention.hopper_pipeline import PROGRAMS, call, run_program
+from fsa_jax.pallas.range_attention.hopper_query_kernels import FORWARD, Forward
+
+
+class Folding(Forward):
+    """The forward pass, which also writes the fold of each tile to scratch memory."""
+
+    def __init__(self, refs, *, per_block, per_window, **shared):
+        super().__init__(refs, **shared)
+        self.sizes = per_block, per_window
+
+    def place(self, column):
+        return fold.window_of_column(column)
+
+    def begin(self, item):
+        _, _, base_ref, *_ = self.refs
+        self.base = base_ref[item.index] - item.tiles.begin
+
+    def sums(self, item, number, p, row_max):
+        _, _, _, fold_ref, edge_ref, _ = self.refs
+        at = (self.base + item.tiles.tile(number), self.warpgroup)
+        into = fold_ref.at[*at], edge_ref.at[*at]
+        if not self.exact:
+            return fold.fold_in_registers(p, row_max, *into, *self.sizes)
+        folded, carry = fold.fold_by_columns(p, *self.sizes)
+        into[0][...] = folded
+        into[1][...] = jnp.stack((row_max, carry), axis=1)
+        return (jnp.sum(folded, axis=1) + carry) / self.sizes[1]
+
+    def finished(self, item, row_max, row_sum):
+        *_, sum_ref = self.refs
+        for i, x in enumerate((row_max, row_sum)):
+            self.at(sum_ref, item).at[i][...] = x
+
+
+def attend(chunk, arrays, tables, base, results, *, steps, sizes, scale, interpret):
+    """Attention of the queries of some work items.
+
+    Args:
+      chunk: int32 [2], the first item and one past the last.
+      arrays: query [B, T', N, D], key and value [B, M', K, D], padded to whole items and tiles;
+        keys and values in the order of `fold`.
+      tables: bounds int32 [B, I, 4] of the items and (low, high), int32 [B, I, 2, 64]: see
+        `hopper_layout`.
+      base: int32 [I*B*K], the first step of an item in the scratch memory; negative: none.
+      results: refs of out [B, T', N, D] and lse float32 [B, K, I, 2, 64], written for these items.
+      steps: tiles in the scratch memory.
+      sizes: (r, q): strides of a block and of a window.
+      scale: factor of the logits.
+      interpret: `InterpretGPUParams` of Pallas Mosaic GPU, to run on a CPU.
+
+    Returns:
+      fold float32 [steps, 2, 64, KEYS / r], edges float32 [steps, 2, 64, 2] and sums float32
+      [B, K, I, 2, 2, 64], each written for the items' tiles and rows only: see `choose_kernel`.
+    """
+    query, key, _ = arrays
+    batch, _, heads, _ = query.shape
+    kv_heads = key.shape[2]
+    group, per_block = heads // kv_heads, sizes[0]
+    numbers = tables[0].shape[1]
+    rows = (WARPGROUPS, ROWS)
+    shapes = [
+        jax.ShapeDtypeStruct((steps, *rows, fold.KEYS // per_block), jnp.float32),
+        jax.ShapeDtypeStruct((steps, *rows, 2), jnp.float32),
+        jax.ShapeDtypeStruct((batch, kv_heads, numbers, WARPGROUPS, 2, ROWS), jnp.float32),
+    ]
+
+    def compressed_fold_kernel(*refs):
+        chunk_ref, query_ref, key_ref, value_ref, bounds_ref, low_ref, high_ref, *refs = refs
+        base_ref, out_ref, lse_ref, fold_ref, edge_ref, sum_ref = refs
+        refs = low_ref, high_ref, out_ref, lse_ref, base_ref, fold_ref, edge_ref, sum_ref
+        make: Any = functools.partial(
+            Folding, refs, per_block=per_block, per_window=sizes[1], ring=FORWARD, scale=scale,
+            exact=interpret is not None,
+        )  # fmt: skip
+        span = chunk_ref[0], chunk_ref[1]
+        arrays = [query_ref], key_ref, value_ref
+        run_program(make, arrays, bounds_ref, kv_heads, group, FORWARD, span)
+
+    arrays = (chunk, *arrays, *tables, base, *results)
+    return call(
+        compressed_fold_kernel, *arrays,
+        grid={"program": PROGRAMS}, out_shape=shapes, interpret=interpret,
+    )  # fmt: skip

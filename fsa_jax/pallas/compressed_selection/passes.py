@@ -1,0 +1,93 @@
+"""Compressed attention and the selection of blocks, chunk by chunk.
+
+The logits of the compressed keys serve both: `fold_kernel` leaves the weights of each row, summed
+over the windows of each block, and `choose_kernel` rescales them by the logsumexp, sums them over
+the heads and takes the best. Bytes: 4 * T*N * J/2 are written once and read once, with J blocks of
+a sequence, in chunks that take at most `FoldPlan.scratch_bytes`.
+
+Shapes: B sequences, T tokens, N query heads, K key/value heads, M window slots.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from fsa_jax.config import NSAConfig
+from fsa_jax.pallas.compressed_selection import fold_kernel
+from fsa_jax.pallas.compressed_selection.choose_kernel import ChoosePlan, choose_blocks
+from fsa_jax.pallas.compressed_selection.fold import KEYS
+from fsa_jax.pallas.compressed_selection.placement import Chunks, most_places, place_windows
+from fsa_jax.pallas.range_attention.hopper_layout import (
+    ROWS,
+    WARPGROUPS,
+    bounds_of_items,
+    heads_of_rows,
+    pad,
+    rows_of_tokens,
+)
+from fsa_jax.semantics.segments import SegmentInfo, Windows
+
+
+def attend_and_choose(
+    query, key, value, seen, segments: SegmentInfo, windows: Windows, *,
+    config: NSAConfig, scale: float, plan, interpret=None,
+):  # fmt: skip
+    """Out [B, T, N, D], lse float32 [B, T, N] and the lists of blocks int32 [B, T, K, topk].
+
+    Args:
+      query: [B, T, N, D], float16 or bfloat16.
+      key: the compressed keys [B, M, K, D]; those that no query sees may hold any value.
+      value: the compressed values, likewise.
+      seen: bool [B, M], whether any query sees a window.
+      segments: the documents of the sequences.
+      windows: the compressed windows of the documents.
+      config: the sizes.
+      scale: factor of the logits.
+      plan: `FoldPlan`.
+      interpret: `InterpretGPUParams` of Pallas Mosaic GPU, to run on a CPU.
+    """
+    batch, length, heads, _ = query.shape
+    kv_heads, tokens = key.shape[2], WARPGROUPS * ROWS * key.shape[2] // heads
+    group = heads // kv_heads
+    per_block, per_window = (
+        x // config.kernel_stride for x in (config.block_size, config.kernel_size)
+    )
+    places = place_windows(segments, windows, key.shape[1], config)
+    query = pad(query, tokens)
+    low, high = places.first, places.first + windows.visible
+    low, high = (pad(x, tokens).reshape(batch, -1, tokens) for x in (low, high))
+    own = pad(places.own, tokens, -1).reshape(batch, -1, tokens)
+    bounds = bounds_of_items(low, high, KEYS)
+    chunks = Chunks.of(bounds, jnp.any(own >= config.topk, axis=2), kv_heads, plan.chunk_steps)
+    # keys that nobody sees may hold any value: they are zeroed, since 0 times NaN is NaN
+    seen = seen[:, :, None, None]
+    read = jax.vmap(lambda x, at: x.at[at].get(mode="fill", fill_value=0))
+    key, value = (read(jnp.where(seen, x, 0), places.slot) for x in (key, value))
+    tables = bounds, *(rows_of_tokens(x, group) for x in (low, high))
+
+    numbers = bounds.shape[1]
+    lse = jax.ShapeDtypeStruct((batch, kv_heads, numbers, WARPGROUPS, ROWS), jnp.float32)
+    out, lse = map(jax.empty_ref, (jax.ShapeDtypeStruct(query.shape, query.dtype), lse))
+
+    def step(chunk, block_indices):
+        items = chunks.items(chunk)
+        base = chunks.steps(chunk, other=plan.chunk_steps + plan.most_tiles)
+        folded = fold_kernel.attend(
+            items, (query, key, value), tables, base, (out, lse),
+            steps=plan.steps, sizes=(per_block, per_window),
+            scale=scale, interpret=interpret,
+        )  # fmt: skip
+        return choose_blocks(
+            items, chunks.steps(chunk, other=-1), bounds[:, :, 0], bounds[:, :, 3] - bounds[:, :, 0],
+            places.own, places.first // per_block, *folded, block_indices,
+            config=config, plan=plan.choose, interpret=interpret is not None,
+        )  # fmt: skip
+
+    block_indices = jnp.full((batch, length, kv_heads, config.topk), -1, jnp.int32)
+    if plan.chunks == 1:
+        block_indices = step(jnp.int32(0), block_indices)
+    else:  # a number of chunks that only the device knows would be copied to the host for each
+        block_indices = jax.lax.fori_loop(0, plan.chunks, step, block_indices)
+    out, lse = jax.freeze(out), heads_of_rows(jax.freeze(lse), group)
+    return out[:, :length], lse[:, :length], block_indices

@@ -1,0 +1,157 @@
+"""The forward pass over the compressed keys that leaves folded weights behind, in interpret mode."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
+from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
+from util import assert_close, normal
+
+from fsa_jax import NSAConfig, reference
+from fsa_jax.ops.range_attention import Ranges
+from fsa_jax.pallas.compressed_selection import fold_kernel, passes, plan
+from fsa_jax.pallas.compressed_selection.fold import column_of_block
+from fsa_jax.pallas.range_attention import hopper_pipeline
+from fsa_jax.pallas.support import supported
+from fsa_jax.semantics import segments
+from fsa_jax.semantics.selection_rule import _fold
+
+SCALE = 0.2
+SIZES = {"topk": 3, "init_blocks": 1, "local_blocks": 1, "window_size": 16}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Case:
+    """Queries of T tokens over compressed keys, and the sizes of windows and blocks."""
+
+    sizes: tuple[int, int, int] = (8, 4, 16)  # of a window, its stride, a block
+    length: int = 150
+    group: int = 4
+    kv_heads: int = 1
+    documents: tuple[int, ...] = ()  # lengths; negative: padding
+    scale: float = SCALE
+
+    @property
+    def config(self) -> NSAConfig:
+        names = ("kernel_size", "kernel_stride", "block_size")
+        return NSAConfig(**dict(zip(names, self.sizes, strict=True)), **SIZES)
+
+    def segment_ids(self):
+        if not self.documents:
+            return None
+        numbers = [i + 1 if n > 0 else 0 for i, n in enumerate(self.documents)]
+        ids = np.repeat(numbers, np.abs(self.documents)).astype(np.int32)
+        assert ids.size == self.length
+        return jnp.asarray(ids)[None]
+
+    def arrays(self, dtype=jnp.bfloat16):
+        slots = self.length // self.sizes[1]
+        query = normal(0, 1, self.length, self.group * self.kv_heads, 128, dtype=dtype)
+        key, value = (normal(i, 1, slots, self.kv_heads, 128, dtype=dtype) for i in (1, 2))
+        return query, key, value
+
+
+CASES = {
+    "plain": Case(),
+    "two_tiles": Case(length=1100, sizes=(8, 4, 16), group=1),
+    "packed": Case(documents=(23, 90, -7, 30)),
+    "two_long": Case(documents=(5, 61, 70, 14), group=16, sizes=(8, 4, 8)),
+    "no_overlap": Case(sizes=(4, 4, 8), group=2, kv_heads=2),
+    "three_strides": Case(sizes=(12, 4, 16), documents=(70, 80)),
+    "whole_block": Case(sizes=(8, 8, 8), group=8),
+    "five_strides": Case(sizes=(20, 4, 16), length=160),
+    "negative": Case(scale=-0.3, group=32, length=100),
+}
+
+
+def scratch(case, monkeypatch, arrays, races=False):
+    """What the kernel leaves behind for the selection, and the attention's results."""
+    monkeypatch.setattr(hopper_pipeline, "PROGRAMS", 2)
+    monkeypatch.setattr(fold_kernel, "PROGRAMS", 2)
+    monkeypatch.setattr(passes, "choose_blocks", lambda *found, **_: found[:-1])
+    config, query = case.config, arrays[0]
+    info = segments.describe_segments(case.segment_ids(), 1, case.length)
+
+    def run(*arrays):
+        windows = segments.describe_windows(info, config.kernel_size, config.kernel_stride)
+        low, high = Ranges.of_windows(info, windows, config.kernel_size).queries
+        sizes = supported(plan.make_plan(*arrays, config, packed=info.packed))
+        return passes.attend_and_choose(
+            *arrays, low < high, info, windows, config=config, scale=case.scale, plan=sizes,
+            interpret=InterpretGPUParams(detect_races=races),
+        )  # fmt: skip
+
+    del query
+    return info, jax.tree.map(np.asarray, jax.jit(run)(*arrays))
+
+
+def scores_of(case, info, found):
+    """The scores [T, K, blocks] of the tokens that need them, from what was left behind."""
+    _, base, begin, count, own, first, fold, edges, sums = found
+    config = case.config
+    blocks = config.num_blocks(case.length)
+    scores = np.full((case.length, case.kv_heads, blocks), np.nan)
+    tokens = 64 // case.group  # of a warpgroup
+    numbers = begin.shape[1]
+    of_block = column_of_block(np.arange(fold.shape[3]), config.block_size // config.kernel_stride)
+    for token in np.flatnonzero(own[0] >= config.topk):
+        number, part, place = token // (2 * tokens), token // tokens % 2, token % tokens
+        for head in range(case.kv_heads):
+            start = base[(numbers - 1 - number) * case.kv_heads + head]
+            assert start >= 0
+            total = np.zeros(fold.shape[3] * (count[0, number] + 1))
+            for g in range(case.group):
+                row = g * tokens + place if case.group <= 8 else place * case.group + g
+                row_max, row_sum = sums[0, head, number, part, :, row]
+                for tile in range(count[0, number]):
+                    top, carry = edges[start + tile, part, row].astype(np.float64)
+                    factor = np.exp2(top - row_max) / row_sum
+                    at = tile * fold.shape[3]
+                    total[at : at + fold.shape[3]] += factor * fold[start + tile, part, row][of_block]
+                    total[at + fold.shape[3]] += factor * carry
+            from_first = total[first[0, token] - begin[0, number] * fold.shape[3] :][:blocks]
+            scores[token, head, : from_first.size] = from_first
+    return scores
+
+
+def wanted_scores(case, info, query, key):
+    """The scores [T, K, blocks] by the definition, in float64."""
+    config = case.config
+    windows = segments.describe_windows(info, config.kernel_size, config.kernel_stride)
+    first, visible = (np.asarray(x)[0] for x in (windows.first, windows.visible))
+    heads = (case.length, case.kv_heads, case.group, 128)
+    query = np.asarray(query, np.float64).reshape(heads)
+    key = np.asarray(key, np.float64)[0]
+    logits = np.einsum("tkgd,mkd->tkgm", query, key) * case.scale
+    slot = np.arange(key.shape[0])
+    sees = (slot >= first[:, None]) & (slot < (first + visible)[:, None])
+    logits = np.where(sees[:, None, None], logits, -np.inf)
+    p = np.exp(logits - np.maximum(logits.max(axis=3, keepdims=True), -1e300))
+    p = (p / np.maximum(p.sum(axis=3, keepdims=True), 1e-300)).sum(axis=2)
+    blocks = config.num_blocks(case.length)
+    with jax.enable_x64(True):
+        shifted = np.stack([np.pad(x[:, f:], ((0, 0), (0, f))) for x, f in zip(p, first, strict=True)])
+        return np.asarray(_fold(jnp.asarray(shifted)[None].swapaxes(1, 2), blocks, config))[0].swapaxes(0, 1)
+
+
+@pytest.mark.fast_cases("packed")
+@pytest.mark.parametrize("name", CASES)
+def test_scores_and_attention_are_those_of_the_definition(name, monkeypatch):
+    """Scores to float32's precision; attention like the kernel without the fold."""
+    case = CASES[name]
+    query, key, value = case.arrays()
+    info, (out, lse, found) = scratch(case, monkeypatch, (query, key, value), races=True)
+    assert not gpu_callbacks.get_races().races_found
+    wide = [x.astype(jnp.float32) for x in (query, key, value)]
+    config = case.config
+    windows = {"kernel_size": config.kernel_size, "kernel_stride": config.kernel_stride}
+    wanted = reference.compressed_attention(*wide, segments=info, scale=case.scale, **windows)
+    assert_close((out, lse), jax.tree.map(np.asarray, wanted), 3e-2)
+    got, wanted = scores_of(case, info, found), wanted_scores(case, info, query, key)
+    scored = ~np.isnan(got)
+    assert scored.any()
+    error = np.abs(got - wanted)[scored]
+    assert error.max() <= 3e-6 * case.group, error.max()
