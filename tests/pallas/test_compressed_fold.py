@@ -71,7 +71,7 @@ def scratch(case, monkeypatch, arrays, races=False):
     """What the kernel leaves behind for the selection, and the attention's results."""
     monkeypatch.setattr(hopper_pipeline, "PROGRAMS", 2)
     monkeypatch.setattr(fold_kernel, "PROGRAMS", 2)
-    monkeypatch.setattr(passes, "choose_blocks", lambda *found, **_: found[:-1])
+    monkeypatch.setattr(passes, "choose_blocks", lambda *found, **_: (found[:-1], None)[0])
     config, query = case.config, arrays[0]
     info = segments.describe_segments(case.segment_ids(), 1, case.length)
 

@@ -42,7 +42,7 @@ def shares(per_block: int, per_window: int) -> dict[int, int]:
     }
 
 
-def fold_in_registers(p, row_max, fold_ref, edge_ref, per_block: int, per_window: int):
+def fold_in_registers(p, row_max, stored, fold_ref, edge_ref, per_block: int, per_window: int):
     """Writes the fold of a tile, and what it hands over to the next one; returns the rows' sums.
 
     Each window counts q times in the sum of a fold and of what is handed over, so that sum takes
@@ -51,6 +51,7 @@ def fold_in_registers(p, row_max, fold_ref, edge_ref, per_block: int, per_window
     Args:
       p: float32 [64, KEYS], accumulators of the matrix unit.
       row_max: float32 [64].
+      stored: int32, whether anything is written: 0 or 1.
       fold_ref: ref of float32 [64, KEYS / r] in device memory, for sums over the windows of the
         tile.
       edge_ref: ref of float32 [64, 2] in device memory, for `row_max` and for the share that the
@@ -64,13 +65,14 @@ def fold_in_registers(p, row_max, fold_ref, edge_ref, per_block: int, per_window
         arg_types=(
             plgpu.Layout.WGMMA,
             plgpu.Layout.WGMMA.reduce(1),
+            plgpu.Layout.WG_SPLAT,
             plgpu.RefType(),
             plgpu.RefType(),
         ),
         return_type=plgpu.ShapeDtypeStruct((ROWS,), jnp.float32, plgpu.Layout.WGMMA.reduce(1)),
     )
-    def write(_, p, row_max, fold_ref, edge_ref):
-        thread, sums = _Thread(), row_max.registers.copy()
+    def write(_, p, row_max, stored, fold_ref, edge_ref):
+        thread, sums = _Thread(stored.registers.item()), row_max.registers.copy()
         for half in range(2):
             windows = _windows_of_row(p, half)
             carry = thread.weighted(windows, {OF_THREAD + o: w for o, w in weights.items() if o < 0})
@@ -87,7 +89,7 @@ def fold_in_registers(p, row_max, fold_ref, edge_ref, per_block: int, per_window
             thread.store_edge(edge_ref, half, [_of_row(row_max, half), carry])
         return FragmentedArray(_registers=sums, _layout=row_max.layout, _is_signed=None)
 
-    return write(p, row_max, fold_ref, edge_ref)
+    return write(p, row_max, stored, fold_ref, edge_ref)
 
 
 def fold_by_columns(p, per_block: int, per_window: int):
@@ -124,10 +126,11 @@ def _of_row(x, half):
 
 
 class _Thread:
-    """A thread's place in a tile, and operations of a thread."""
+    """A thread's place in a tile, and operations of a thread, which may store nothing."""
 
-    def __init__(self):
+    def __init__(self, stored):
         i32 = ir.IntegerType.get_signless(32)
+        self.stored = arith.cmpi(arith.CmpIPredicate.ne, stored, utils.c(0, i32))
         thread = arith.andi(utils.thread_idx(), utils.c(127, i32))
         self.quarter = arith.andi(thread, utils.c(3, i32))
         warp, lane = (
@@ -185,26 +188,27 @@ class _Thread:
             self._offset(half, columns), arith.muli(self.quarter, utils.c(step, i32))
         )
         for i in range(0, len(blocks), step):
-            self._store(ref, arith.addi(place, utils.c(4 * i, i32)), blocks[i : i + step])
+            part = arith.addi(place, utils.c(4 * i, i32))
+            self._store(ref, part, blocks[i : i + step], self.stored)
 
     def store_edge(self, ref, half, values):
         """Stores a row's pair of numbers, by the thread with the last windows."""
         i32, f32 = ir.IntegerType.get_signless(32), ir.F32Type.get()
         values = [utils.c(0.0, f32) if x is None else x for x in values]
         last = arith.cmpi(arith.CmpIPredicate.eq, self.quarter, utils.c(3, i32))
-        with utils.when(last):
-            self._store(ref, self._offset(half, len(values)), values)
+        self._store(ref, self._offset(half, 2), values, arith.andi(last, self.stored))
 
     def _offset(self, half, columns):
         i32 = ir.IntegerType.get_signless(32)
         row = arith.addi(self.row, utils.c(8 * half, i32))
         return arith.muli(row, utils.c(columns, i32))
 
-    def _store(self, ref, place, values):
+    def _store(self, ref, place, values, predicate):
         f32 = ir.F32Type.get()
         pointer = llvm.addrspacecast(llvm.PointerType.get(1), utils.memref_ptr(ref))
         pointer = utils.getelementptr(pointer, [place], f32)
         packed = llvm.mlir_undef(ir.VectorType.get((len(values),), f32))
         for i, x in enumerate(values):
             packed = vector.insert(x, packed, dynamic_position=[], static_position=[i])
-        llvm.store(packed, pointer, alignment=4 * len(values))
+        with utils.when(predicate):
+            llvm.store(packed, pointer, alignment=4 * len(values))

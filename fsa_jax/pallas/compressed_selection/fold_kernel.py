@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import pallas as pl
 
 from fsa_jax.pallas.compressed_selection import fold
 from fsa_jax.pallas.range_attention.hopper_layout import ROWS, WARPGROUPS
@@ -18,26 +19,33 @@ from fsa_jax.pallas.range_attention.hopper_query_kernels import FORWARD, Forward
 class Folding(Forward):
     """The forward pass, which also writes the fold of each tile to scratch memory."""
 
-    def __init__(self, refs, *, per_block, per_window, **shared):
+    def __init__(self, refs, *, sizes, first_step, **shared):
         super().__init__(refs, **shared)
-        self.sizes = per_block, per_window
+        self.sizes, self.first_step = sizes, first_step
 
     def place(self, column):
         return fold.window_of_column(column)
 
     def begin(self, item):
         _, _, base_ref, *_ = self.refs
-        self.base = base_ref[item.index] - item.tiles.begin
+        base = base_ref[item.index]
+        self.stored = base >= 0
+        self.base = jnp.where(self.stored, base - self.first_step, 0) - item.tiles.begin
 
     def sums(self, item, number, p, row_max):
         _, _, _, fold_ref, edge_ref, _ = self.refs
         at = (self.base + item.tiles.tile(number), self.warpgroup)
         into = fold_ref.at[*at], edge_ref.at[*at]
         if not self.exact:
-            return fold.fold_in_registers(p, row_max, *into, *self.sizes)
+            stored = self.stored.astype(jnp.int32)
+            return fold.fold_in_registers(p, row_max, stored, *into, *self.sizes)
         folded, carry = fold.fold_by_columns(p, *self.sizes)
-        into[0][...] = folded
-        into[1][...] = jnp.stack((row_max, carry), axis=1)
+
+        @pl.when(self.stored)
+        def _():
+            into[0][...] = folded
+            into[1][...] = jnp.stack((row_max, carry), axis=1)
+
         return (jnp.sum(folded, axis=1) + carry) / self.sizes[1]
 
     def finished(self, item, row_max, row_sum):
@@ -50,12 +58,12 @@ def attend(chunk, arrays, tables, base, results, *, steps, sizes, scale, interpr
     """Attention of the queries of some work items.
 
     Args:
-      chunk: int32 [2], the first item and one past the last.
+      chunk: int32 [3], the first item, one past the last, and the number of the first step.
       arrays: query [B, T', N, D], key and value [B, M', K, D], padded to whole items and tiles;
         keys and values in the order of `fold`.
       tables: bounds int32 [B, I, 4] of the items and (low, high), int32 [B, I, 2, 64]: see
         `hopper_layout`.
-      base: int32 [I*B*K], the first step of an item in the scratch memory; negative: none.
+      base: int32 [I*B*K], the number of an item's first step; negative: it leaves nothing behind.
       results: refs of out [B, T', N, D] and lse float32 [B, K, I, 2, 64], written for these items.
       steps: tiles in the scratch memory.
       sizes: (r, q): strides of a block and of a window.
@@ -69,11 +77,11 @@ def attend(chunk, arrays, tables, base, results, *, steps, sizes, scale, interpr
     query, key, _ = arrays
     batch, _, heads, _ = query.shape
     kv_heads = key.shape[2]
-    group, per_block = heads // kv_heads, sizes[0]
+    group = heads // kv_heads
     numbers = tables[0].shape[1]
     rows = (WARPGROUPS, ROWS)
     shapes = [
-        jax.ShapeDtypeStruct((steps, *rows, fold.KEYS // per_block), jnp.float32),
+        jax.ShapeDtypeStruct((steps, *rows, fold.KEYS // sizes[0]), jnp.float32),
         jax.ShapeDtypeStruct((steps, *rows, 2), jnp.float32),
         jax.ShapeDtypeStruct((batch, kv_heads, numbers, WARPGROUPS, 2, ROWS), jnp.float32),
     ]
@@ -83,7 +91,7 @@ def attend(chunk, arrays, tables, base, results, *, steps, sizes, scale, interpr
         base_ref, out_ref, lse_ref, fold_ref, edge_ref, sum_ref = refs
         refs = low_ref, high_ref, out_ref, lse_ref, base_ref, fold_ref, edge_ref, sum_ref
         make: Any = functools.partial(
-            Folding, refs, per_block=per_block, per_window=sizes[1], ring=FORWARD, scale=scale,
+            Folding, refs, sizes=sizes, first_step=chunk_ref[2], ring=FORWARD, scale=scale,
             exact=interpret is not None,
         )  # fmt: skip
         span = chunk_ref[0], chunk_ref[1]

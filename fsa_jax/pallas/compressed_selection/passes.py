@@ -59,7 +59,8 @@ def attend_and_choose(
     low, high = (pad(x, tokens).reshape(batch, -1, tokens) for x in (low, high))
     own = pad(places.own, tokens, -1).reshape(batch, -1, tokens)
     bounds = bounds_of_items(low, high, KEYS)
-    chunks = Chunks.of(bounds, jnp.any(own >= config.topk, axis=2), kv_heads, plan.chunk_steps)
+    scored = jnp.any(own >= config.topk, axis=2)
+    chunks = Chunks.of(bounds, scored, kv_heads, plan.chunks, plan.chunk_steps)
     # keys that nobody sees may hold any value: they are zeroed, since 0 times NaN is NaN
     seen = seen[:, :, None, None]
     read = jax.vmap(lambda x, at: x.at[at].get(mode="fill", fill_value=0))
@@ -70,24 +71,21 @@ def attend_and_choose(
     lse = jax.ShapeDtypeStruct((batch, kv_heads, numbers, WARPGROUPS, ROWS), jnp.float32)
     out, lse = map(jax.empty_ref, (jax.ShapeDtypeStruct(query.shape, query.dtype), lse))
 
-    def step(chunk, block_indices):
-        items = chunks.items(chunk)
-        base = chunks.steps(chunk, other=plan.chunk_steps + plan.most_tiles)
+    def step(block_indices, chunk):
         folded = fold_kernel.attend(
-            items, (query, key, value), tables, base, (out, lse),
-            steps=plan.steps, sizes=(per_block, per_window),
-            scale=scale, interpret=interpret,
+            chunk, (query, key, value), tables, chunks.base, (out, lse),
+            steps=plan.steps, sizes=(per_block, per_window), scale=scale, interpret=interpret,
         )  # fmt: skip
         return choose_blocks(
-            items, chunks.steps(chunk, other=-1), bounds[:, :, 0], bounds[:, :, 3] - bounds[:, :, 0],
+            chunk, chunks.base, bounds[:, :, 0], bounds[:, :, 3] - bounds[:, :, 0],
             places.own, places.first // per_block, *folded, block_indices,
             config=config, plan=plan.choose, interpret=interpret is not None,
-        )  # fmt: skip
+        ), None  # fmt: skip
 
     block_indices = jnp.full((batch, length, kv_heads, config.topk), -1, jnp.int32)
     if plan.chunks == 1:
-        block_indices = step(jnp.int32(0), block_indices)
-    else:  # a number of chunks that only the device knows would be copied to the host for each
-        block_indices = jax.lax.fori_loop(0, plan.chunks, step, block_indices)
+        block_indices, _ = step(block_indices, chunks.spans[0])
+    else:
+        block_indices, _ = jax.lax.scan(step, block_indices, chunks.spans)
     out, lse = jax.freeze(out), heads_of_rows(jax.freeze(lse), group)
     return out[:, :length], lse[:, :length], block_indices

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Int
 
 from fsa_jax.config import NSAConfig
 from fsa_jax.pallas.compressed_selection.fold import KEYS, window_of_column
@@ -94,36 +94,31 @@ class Chunks(NamedTuple):
     """How the work items are divided into chunks.
 
     Attributes:
-      base: int32 [I*B*K], the number of the first step of each item.
-      scored: bool [I*B*K], whether the item has queries that need scores.
-      count: int32, the number of chunks that have items.
-      size: steps of a chunk, without those by which its last item goes beyond it.
+      base: int32 [I*B*K], the number of the first step of each item; -1 if none of its queries
+        needs scores.
+      spans: int32 [chunks, 3]: the first item of a chunk, one past its last, and the number of the
+        chunk's first step. The last chunks may be empty.
     """
 
     base: Int[Array, " items"]
-    scored: Bool[Array, " items"]
-    count: Int[Array, ""]
-    size: int
+    spans: Int[Array, "chunks 3"]
 
     @classmethod
-    def of(cls, bounds, scored, kv_heads: int, size: int) -> "Chunks":
-        """Chunks of the items with `bounds` int32 [B, I, 4]; scored is bool [B, I]."""
+    def of(cls, bounds, scored, kv_heads: int, number: int, size: int) -> "Chunks":
+        """A number of chunks of at most `size` steps each, and the rest of their last items.
+
+        `bounds` is int32 [B, I, 4], from `hopper_layout.bounds_of_items`; `scored` bool [B, I].
+        """
 
         def of_items(x):
             x = x[:, ::-1].T[:, :, None]
             return jnp.broadcast_to(x, (*x.shape[:2], kv_heads)).reshape(-1)
 
-        steps = jnp.where(scored, bounds[:, :, 3] - bounds[:, :, 0], 0)
-        end = jnp.cumsum(of_items(steps), dtype=jnp.int32)
-        count = jnp.maximum(-(-end[-1] // size), 1)
-        return cls(end - of_items(steps), of_items(scored), count, size)
-
-    def items(self, chunk) -> Int[Array, "2"]:
-        """The first item of a chunk and one past the last; chunks from `count` on are empty."""
-        edges = jnp.stack((chunk, chunk + 1))
-        ends = jnp.searchsorted(self.base, edges * self.size)
-        return jnp.where(edges >= self.count, self.base.size, ends).astype(jnp.int32)
-
-    def steps(self, chunk, other) -> Int[Array, " items"]:
-        """The first step of each item within a chunk; `other` for items without scores."""
-        return jnp.where(self.scored, self.base - chunk * self.size, other)
+        steps = of_items(jnp.where(scored, bounds[:, :, 3] - bounds[:, :, 0], 0))
+        end = jnp.cumsum(steps, dtype=jnp.int32)
+        base, total = end - steps, end[-1]
+        first = jnp.arange(number, dtype=jnp.int32) * size
+        begin = jnp.searchsorted(base, first).astype(jnp.int32)
+        begin = jnp.where((first < total) | (first == 0), begin, base.size)
+        spans = (begin, jnp.append(begin[1:], jnp.int32(base.size)), first)
+        return cls(jnp.where(steps > 0, base, -1), jnp.stack(spans, axis=1))

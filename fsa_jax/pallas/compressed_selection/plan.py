@@ -35,8 +35,8 @@ class FoldPlan:
 
     @property
     def steps(self) -> int:
-        """Steps of the scratch memory: a chunk, its last item, and an item that nobody reads."""
-        return self.chunk_steps + 2 * self.most_tiles
+        """Steps of the scratch memory: a chunk and the rest of its last item."""
+        return self.chunk_steps + self.most_tiles
 
 
 def step_bytes(config: NSAConfig) -> int:
@@ -74,7 +74,7 @@ def make_plan(
     batch, length, heads, _ = query.shape
     tiles = most_places(length, key.shape[1], config, packed) // KEYS
     most = batch * key.shape[2] * _most_steps(query, key, config, tiles)
-    fit = scratch_bytes // step_bytes(config) - 2 * tiles
+    fit = scratch_bytes // step_bytes(config) - tiles
     if fit < 1:
         return Unsupported(f"{tiles} tiles of keys need more than {scratch_bytes} bytes")
     if most >= 2**31 - fit:
