@@ -8,6 +8,7 @@ import functools
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from fsa_jax import xla
@@ -18,6 +19,7 @@ from fsa_jax.pallas.support import Unsupported, supported
 from fsa_jax.semantics import segments
 from fsa_jax.semantics.precision import accumulation_dtype
 from fsa_jax.semantics.segments import SegmentInfo, Windows
+from fsa_jax.semantics.selection_rule import longest_document
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -59,37 +61,58 @@ def choose_blocks(
     spec: SelectionSpec, query, key, lse, segment_info: SegmentInfo, windows: Windows
 ) -> Int[Array, "B T K topk"]:
     """`select_blocks` for queries whose `segment_info` and `windows` are given."""
+    config = spec.config
+    if all_are_chosen(config, query, key):
+        own = jnp.where(segment_info.valid, segment_info.position // config.block_size, -1)
+        block = jnp.arange(config.topk, dtype=jnp.int32)[None, None, None]
+        chosen = jnp.where(block <= own[:, :, None, None], block, -1)
+        return jnp.broadcast_to(chosen, (*chosen.shape[:2], key.shape[2], config.topk))
     if key.shape[1] == 0:  # no kernel takes an empty array
         spec = spec.on(Backend.XLA)
     lse = lse.astype(accumulation_dtype(query))
-    segment_arrays = (segment_info.start, segment_info.end, segment_info.valid)
-    return _select(spec, query, key, lse, *segment_arrays, windows.first, windows.visible)[0]
+    return _select(spec, query, key, lse, *described_arrays(segment_info, windows))[0]
 
 
-_OPERANDS = {
-    "query": "b t n d", "key": "b m k d", "lse": "b t n",
-    "start": "b t", "end": "b t", "valid": "b t", "first": "b t", "visible": "b t",
-}  # fmt: skip
+def all_are_chosen(config: NSAConfig, query, key) -> bool:
+    """Whether no document is so long that a query has more than topk blocks to choose from."""
+    length = longest_document(query.shape[1], key.shape[1], config)
+    return config.num_blocks(length) <= config.topk
+
+
+#: Axes of the arrays that describe documents and windows.
+DESCRIBED = {"start": "b t", "end": "b t", "valid": "b t", "first": "b t", "visible": "b t"}
+_OPERANDS = {"query": "b t n d", "key": "b m k d", "lse": "b t n"} | DESCRIBED
+
+
+def described_arrays(segment_info: SegmentInfo, windows: Windows) -> tuple[jax.Array, ...]:
+    """The arrays of which `described` makes the same again."""
+    documents = (segment_info.start, segment_info.end, segment_info.valid)
+    return *documents, windows.first, windows.visible
+
+
+def described(
+    spec: SelectionSpec, start, end, valid, first, visible
+) -> tuple[SegmentInfo, Windows]:
+    """What `described_arrays` took apart; nobody reads where windows start."""
+    return SegmentInfo(start, end, valid, packed=spec.packed), Windows(first, first, visible)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _select(spec, *arrays):
-    config = spec.config
+    kernels, loops = (functools.partial(f, spec) for f in (select_by_kernels, select_by_loops))
+    return partitioned(spec.runs(kernels, loops), _OPERANDS, ("b t k s",))(*arrays)
 
-    def described(start, end, valid, first, visible):
-        # nobody reads where windows start
-        return SegmentInfo(start, end, valid, packed=spec.packed), Windows(first, first, visible)
 
-    def kernels(query, key, lse, *segment_arrays):
-        from fsa_jax.pallas.block_selection import passes
+def select_by_kernels(spec: SelectionSpec, query, key, lse, *arrays):
+    """The lists of blocks on one device, by the kernels."""
+    from fsa_jax.pallas.block_selection import passes
 
-        segment_info, windows = described(*segment_arrays)
-        plan = supported(spec.plan(query, key))
-        options = {"config": config, "plan": plan} | spec.options
-        return (passes.select_blocks(query, key, lse, segment_info, windows, **options),)
+    plan = supported(spec.plan(query, key))
+    options = {"config": spec.config, "plan": plan} | spec.options
+    return (passes.select_blocks(query, key, lse, *described(spec, *arrays), **options),)
 
-    def portable(query, key, lse, *segment_arrays):
-        described_by = described(*segment_arrays)
-        return (xla.select_blocks(query, key, lse, *described_by, config=config, scale=spec.scale),)
 
-    return partitioned(spec.runs(kernels, portable), _OPERANDS, ("b t k s",))(*arrays)
+def select_by_loops(spec: SelectionSpec, query, key, lse, *arrays):
+    """The lists of blocks on one device, by loops that XLA compiles."""
+    sizes = {"config": spec.config, "scale": spec.scale}
+    return (xla.select_blocks(query, key, lse, *described(spec, *arrays), **sizes),)

@@ -1,6 +1,6 @@
 """Native sparse attention of all branches, on devices that each hold whole sequences.
 
-Forward: compressed attention, the selection from its logsumexp, attention to the selected blocks
+Forward: compressed attention with the selection, attention to the selected blocks
 and to the window, and the gated sum. Backward: one pass over the outputs of the branches for the
 gradients of the gates (`gated_sum.py`), which also gives each branch its cotangent and delta; then
 the branches' own backward passes.
@@ -25,13 +25,13 @@ from fsa_jax import reference
 from fsa_jax.config import NSAConfig
 from fsa_jax.ops import dispatch, gated_sum
 from fsa_jax.ops.block_attention import BlockSpec, Lists, block_forward, block_gradients
-from fsa_jax.ops.block_selection import SelectionSpec, choose_blocks
+from fsa_jax.ops.block_selection import SelectionSpec
 from fsa_jax.ops.call import Backend, QueryTerms, named
+from fsa_jax.ops.compressed_selection import attend_and_choose
 from fsa_jax.ops.dispatch import Request
 from fsa_jax.ops.range_attention import (
     Ranges,
     RangeSpec,
-    empty_results,
     range_forward,
     range_gradients,
 )
@@ -193,13 +193,12 @@ def _attention_fwd(spec, query, compressed, sources, gates, segment_arrays):
     config, segment_info = spec.config, SegmentInfo(*segment_arrays, packed=spec.selected.packed)
     windows = segments.describe_windows(segment_info, config.kernel_size, config.kernel_stride)
     ranges = None
-    if compressed[0].shape[1] == 0:
-        results = empty_results(query, compressed[1])
-    else:
+    if compressed[0].shape[1]:
         ranges = Ranges.of_windows(segment_info, windows, config.kernel_size)
-        results = range_forward(spec.compressed, ranges, query, *compressed)
+    *results, indices = attend_and_choose(
+        spec.compressed, spec.selection, ranges, query, *compressed, segment_info, windows
+    )
     out, lse = named(spec.compressed, "compressed", *results)
-    indices = choose_blocks(spec.selection, query, compressed[0], lse, segment_info, windows)
     indices = spec.selection.named("block_indices", indices)
     lists = Lists.of(segment_info, indices, config.block_size)
     *results, index = block_forward(spec.selected, lists, query, *sources[0])

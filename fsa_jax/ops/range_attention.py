@@ -164,21 +164,26 @@ _RANGES = ATTENTION | {"low": "b t", "high": "b t", "first": "b m", "last": "b m
 
 @functools.partial(jax.jit, static_argnums=0)
 def _forward(spec, *arrays):
-    def kernels(query, key, value, low, high, first, last):
-        from fsa_jax.pallas.range_attention import hopper_groups
-        from fsa_jax.pallas.range_attention import passes as ranges
+    kernels, loops = (functools.partial(f, spec) for f in (forward_by_kernels, forward_by_loops))
+    return partitioned(spec.runs(kernels, loops), _RANGES, RESULTS)(*arrays)
 
-        plan = supported(spec.plan(query, key, value))
-        arrays = (query, key, value, (low, high), (first, last))
-        if plan.mosaic:
-            return hopper_groups.attention(*arrays, scale=spec.scale)
-        return ranges.attention(plan.tiles, *arrays, **spec.options)
 
-    def portable(query, key, value, low, high, first, last):
-        del first, last
-        return xla.range_attention(query, key, value, (low, high), scale=spec.scale)
+def forward_by_kernels(spec: RangeSpec, query, key, value, low, high, first, last):
+    """Out and lse on one device, by the kernels; the ranges are those of `Ranges`."""
+    from fsa_jax.pallas.range_attention import hopper_groups
+    from fsa_jax.pallas.range_attention import passes as ranges
 
-    return partitioned(spec.runs(kernels, portable), _RANGES, RESULTS)(*arrays)
+    plan = supported(spec.plan(query, key, value))
+    arrays = (query, key, value, (low, high), (first, last))
+    if plan.mosaic:
+        return hopper_groups.attention(*arrays, scale=spec.scale)
+    return ranges.attention(plan.tiles, *arrays, **spec.options)
+
+
+def forward_by_loops(spec: RangeSpec, query, key, value, low, high, first, last):
+    """Out and lse on one device, by loops that XLA compiles."""
+    del first, last
+    return xla.range_attention(query, key, value, (low, high), scale=spec.scale)
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -15,6 +15,14 @@ from jaxtyping import Array, Bool, Float, Int
 from fsa_jax.config import NSAConfig
 
 
+def longest_document(queries: int, windows: int, config: NSAConfig) -> int:
+    """The most tokens of a document of which there are so many queries and compressed windows."""
+    if queries // config.kernel_stride == windows:
+        return queries
+    # the queries are a part of the sequence, whose M windows are fewer than M + 1 strides
+    return (windows + 1) * config.kernel_stride - 1
+
+
 def group_weights(
     logits: Float[Array, "B K G Q M"], lse: Float[Array, "B K G Q"], sees: Bool[Array, "B Q M"]
 ) -> Float[Array, "B K Q M"]:

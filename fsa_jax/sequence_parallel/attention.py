@@ -21,8 +21,8 @@ import jax.numpy as jnp
 from fsa_jax.config import NSAConfig
 from fsa_jax.ops import gated_sum
 from fsa_jax.ops.block_attention import Lists, block_forward, block_gradients
-from fsa_jax.ops.block_selection import choose_blocks
 from fsa_jax.ops.call import BRANCHES, RESULTS, QueryTerms
+from fsa_jax.ops.compressed_selection import attend_and_choose
 from fsa_jax.ops.nsa import NSASpec
 from fsa_jax.ops.range_attention import Ranges, range_forward, range_gradients
 from fsa_jax.pallas import SelectedTuning
@@ -303,8 +303,7 @@ class ShardedNSA(Share):
 
             def chunk(results, half):
                 q = self.device.half_of(query, half)
-                out, lse = range_forward(ops.compressed, self._windows(half), q, *compressed)
-                indices = self._choose(half, q, compressed[0], lse)
+                out, lse, indices = self._attend_and_choose(half, q, *compressed)
                 lists = self._lists(half, indices)
                 *blocks, _ = block_forward(ops.selected, lists, q, *sources[:2])
                 near = (self.nearby(x, half) for x in sources[-2:])
@@ -323,10 +322,13 @@ class ShardedNSA(Share):
         indices = jnp.zeros((*places[:2], self.kv_heads, self.spec.config.topk), jnp.int32)
         return in_turn(self.kv_heads, step, (*results, indices))
 
-    def _choose(self, half, query, key, lse):
+    def _attend_and_choose(self, half, query, *compressed):
         visible = (self.device.cut(x, half) for x in (self.windows.first, self.windows.visible))
-        windows = Windows(self.windows.start, *visible)
-        return choose_blocks(self.spec.ops.selection, query, key, lse, self._local(half), windows)
+        windows, ops = Windows(self.windows.start, *visible), self.spec.ops
+        return attend_and_choose(
+            ops.compressed, ops.selection, self._windows(half), query, *compressed,
+            self._local(half), windows,
+        )  # fmt: skip
 
     def backward(self, given):
         """Gradients of the queries, the compressed keys and values, and the sources.

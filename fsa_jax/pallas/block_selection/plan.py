@@ -17,6 +17,7 @@ from fsa_jax.pallas.tile_config import (
     unsupported_arrays_reason,
 )
 from fsa_jax.pallas.tile_sizes import next_power_of_two
+from fsa_jax.semantics.selection_rule import longest_document
 
 #: Blocks of a tile.
 BLOCKS = 64
@@ -101,10 +102,7 @@ def make_plan(
 
 def num_tiles(query, key, config: NSAConfig) -> int:
     """Number of tiles of BLOCKS blocks of a sequence."""
-    length, stride = query.shape[1], config.kernel_stride
-    if length // stride != key.shape[1]:
-        # The queries are a part of the sequence, which has M windows: fewer than M + 1 strides.
-        length = (key.shape[1] + 1) * stride - 1
+    length = longest_document(query.shape[1], key.shape[1], config)
     return -(-config.num_blocks(length) // BLOCKS)
 
 

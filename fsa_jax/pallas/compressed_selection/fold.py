@@ -75,7 +75,9 @@ def fold_in_registers(p, row_max, stored, fold_ref, edge_ref, per_block: int, pe
         thread, sums = _Thread(stored.registers.item()), row_max.registers.copy()
         for half in range(2):
             windows = _windows_of_row(p, half)
-            carry = thread.weighted(windows, {OF_THREAD + o: w for o, w in weights.items() if o < 0})
+            carry = thread.weighted(
+                windows, {OF_THREAD + o: w for o, w in weights.items() if o < 0}
+            )
             blocks = []
             for first in range(0, OF_THREAD, per_block):
                 of_block = {first + offset: weight for offset, weight in weights.items()}
@@ -168,7 +170,7 @@ class _Thread:
         return arith.mulf(x, utils.c(factor, ir.F32Type.get()))
 
     def plus_of_previous(self, x, carry):
-        """x plus the carry of the thread with the windows before; the first has none."""
+        """X plus the carry of the thread with the windows before; the first has none."""
         i32, f32 = ir.IntegerType.get_signless(32), ir.F32Type.get()
         bits = arith.bitcast(i32, carry)
         everyone, clamp = utils.c(-1, i32), utils.c(0, i32)

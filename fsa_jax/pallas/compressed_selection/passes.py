@@ -8,16 +8,14 @@ a sequence, in chunks that take at most `FoldPlan.scratch_bytes`.
 Shapes: B sequences, T tokens, N query heads, K key/value heads, M window slots.
 """
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 
 from fsa_jax.config import NSAConfig
 from fsa_jax.pallas.compressed_selection import fold_kernel
-from fsa_jax.pallas.compressed_selection.choose_kernel import ChoosePlan, choose_blocks
+from fsa_jax.pallas.compressed_selection.choose_kernel import choose_blocks
 from fsa_jax.pallas.compressed_selection.fold import KEYS
-from fsa_jax.pallas.compressed_selection.placement import Chunks, most_places, place_windows
+from fsa_jax.pallas.compressed_selection.placement import Chunks, place_windows
 from fsa_jax.pallas.range_attention.hopper_layout import (
     ROWS,
     WARPGROUPS,

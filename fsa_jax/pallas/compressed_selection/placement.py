@@ -45,9 +45,7 @@ def most_places(length: int, slots: int, config: NSAConfig, packed: bool) -> int
     return -(-(slots + per_block * long) // KEYS) * KEYS
 
 
-def place_windows(
-    segments: SegmentInfo, windows: Windows, slots: int, config: NSAConfig
-) -> Places:
+def place_windows(segments: SegmentInfo, windows: Windows, slots: int, config: NSAConfig) -> Places:
     """Places of the windows of all documents that the queries belong to."""
     batch, length = segments.start.shape
     places = most_places(length, slots, config, segments.packed)

@@ -8,6 +8,8 @@ import dataclasses
 import numpy as np
 
 from fsa_jax.config import NSAConfig
+from fsa_jax.pallas.compressed_selection import choose_kernel
+from fsa_jax.pallas.compressed_selection.choose_kernel import ChoosePlan
 from fsa_jax.pallas.compressed_selection.fold import KEYS, OF_THREAD
 from fsa_jax.pallas.compressed_selection.placement import most_places
 from fsa_jax.pallas.range_attention import hopper_pipeline
@@ -26,12 +28,13 @@ class FoldPlan:
       chunk_steps: steps of a chunk, without those by which its last item goes beyond it.
       most_tiles: tiles of keys of a sequence.
       chunks: the most chunks that a call has.
+      choose: sizes of the kernel that chooses.
     """
 
     chunk_steps: int
     most_tiles: int
     chunks: int
-    choose: object = None
+    choose: ChoosePlan
 
     @property
     def steps(self) -> int:
@@ -68,10 +71,10 @@ def unsupported_reason(query, key, value, config: NSAConfig) -> str | None:
 def make_plan(
     query, key, value, config: NSAConfig, *, packed: bool, scratch_bytes: int = 2**30
 ) -> FoldPlan | Unsupported:
-    """Chooses sizes from shapes and dtypes; `scratch_bytes` is the most scratch memory at a time."""
+    """Chooses sizes from shapes and dtypes; `scratch_bytes` is the most memory of a chunk."""
     if reason := unsupported_reason(query, key, value, config):
         return Unsupported(reason)
-    batch, length, heads, _ = query.shape
+    batch, length, *_ = query.shape
     tiles = most_places(length, key.shape[1], config, packed) // KEYS
     most = batch * key.shape[2] * _most_steps(query, key, config, tiles)
     fit = scratch_bytes // step_bytes(config) - tiles
@@ -79,7 +82,12 @@ def make_plan(
         return Unsupported(f"{tiles} tiles of keys need more than {scratch_bytes} bytes")
     if most >= 2**31 - fit:
         return Unsupported(f"work items times tiles of keys must be below 2**31, got {most}")
-    return FoldPlan(chunk_steps=min(fit, most), most_tiles=tiles, chunks=-(-most // fit))
+    return FoldPlan(
+        chunk_steps=min(fit, most),
+        most_tiles=tiles,
+        chunks=-(-most // fit),
+        choose=choose_kernel.make_plan(query.shape[2] // key.shape[2], tiles, config),
+    )
 
 
 def _most_steps(query, key, config: NSAConfig, tiles: int) -> int:

@@ -1,4 +1,4 @@
-"""The forward pass over the compressed keys that leaves folded weights behind, in interpret mode."""
+"""Compressed attention and the selection in one pass, in interpret mode, against float64."""
 
 import dataclasses
 
@@ -12,7 +12,7 @@ from util import assert_close, normal
 
 from fsa_jax import NSAConfig, reference
 from fsa_jax.ops.range_attention import Ranges
-from fsa_jax.pallas.compressed_selection import fold_kernel, passes, plan
+from fsa_jax.pallas.compressed_selection import choose_kernel, fold_kernel, passes, plan
 from fsa_jax.pallas.compressed_selection.fold import column_of_block
 from fsa_jax.pallas.range_attention import hopper_pipeline
 from fsa_jax.pallas.support import supported
@@ -67,25 +67,28 @@ CASES = {
 }
 
 
-def scratch(case, monkeypatch, arrays, races=False):
-    """What the kernel leaves behind for the selection, and the attention's results."""
-    monkeypatch.setattr(hopper_pipeline, "PROGRAMS", 2)
-    monkeypatch.setattr(fold_kernel, "PROGRAMS", 2)
-    monkeypatch.setattr(passes, "choose_blocks", lambda *found, **_: (found[:-1], None)[0])
-    config, query = case.config, arrays[0]
+def run(case, arrays, races=False, scratch_bytes=2**30):
+    """The segments, and what `attend_and_choose` returns."""
+    config = case.config
     info = segments.describe_segments(case.segment_ids(), 1, case.length)
 
-    def run(*arrays):
+    def attend(*arrays):
         windows = segments.describe_windows(info, config.kernel_size, config.kernel_stride)
         low, high = Ranges.of_windows(info, windows, config.kernel_size).queries
-        sizes = supported(plan.make_plan(*arrays, config, packed=info.packed))
+        sizes = plan.make_plan(*arrays, config, packed=info.packed, scratch_bytes=scratch_bytes)
         return passes.attend_and_choose(
-            *arrays, low < high, info, windows, config=config, scale=case.scale, plan=sizes,
-            interpret=InterpretGPUParams(detect_races=races),
+            *arrays, low < high, info, windows, config=config, scale=case.scale,
+            plan=supported(sizes), interpret=InterpretGPUParams(detect_races=races),
         )  # fmt: skip
 
-    del query
-    return info, jax.tree.map(np.asarray, jax.jit(run)(*arrays))
+    return info, jax.tree.map(np.asarray, jax.jit(attend)(*arrays))
+
+
+@pytest.fixture(autouse=True)
+def few_programs(monkeypatch):
+    """Two programs, so that each has several work items."""
+    for module in (hopper_pipeline, fold_kernel, choose_kernel):
+        monkeypatch.setattr(module, "PROGRAMS", 2)
 
 
 def scores_of(case, info, found):
@@ -110,7 +113,9 @@ def scores_of(case, info, found):
                     top, carry = edges[start + tile, part, row].astype(np.float64)
                     factor = np.exp2(top - row_max) / row_sum
                     at = tile * fold.shape[3]
-                    total[at : at + fold.shape[3]] += factor * fold[start + tile, part, row][of_block]
+                    total[at : at + fold.shape[3]] += (
+                        factor * fold[start + tile, part, row][of_block]
+                    )
                     total[at + fold.shape[3]] += factor * carry
             from_first = total[first[0, token] - begin[0, number] * fold.shape[3] :][:blocks]
             scores[token, head, : from_first.size] = from_first
@@ -133,8 +138,12 @@ def wanted_scores(case, info, query, key):
     p = (p / np.maximum(p.sum(axis=3, keepdims=True), 1e-300)).sum(axis=2)
     blocks = config.num_blocks(case.length)
     with jax.enable_x64(True):
-        shifted = np.stack([np.pad(x[:, f:], ((0, 0), (0, f))) for x, f in zip(p, first, strict=True)])
-        return np.asarray(_fold(jnp.asarray(shifted)[None].swapaxes(1, 2), blocks, config))[0].swapaxes(0, 1)
+        shifted = np.stack(
+            [np.pad(x[:, f:], ((0, 0), (0, f))) for x, f in zip(p, first, strict=True)]
+        )
+        return np.asarray(_fold(jnp.asarray(shifted)[None].swapaxes(1, 2), blocks, config))[
+            0
+        ].swapaxes(0, 1)
 
 
 @pytest.mark.fast_cases("packed")
@@ -143,7 +152,9 @@ def test_scores_and_attention_are_those_of_the_definition(name, monkeypatch):
     """Scores to float32's precision; attention like the kernel without the fold."""
     case = CASES[name]
     query, key, value = case.arrays()
-    info, (out, lse, found) = scratch(case, monkeypatch, (query, key, value), races=True)
+    monkeypatch.setattr(passes, "choose_blocks", lambda *found, **_: found[:-1])
+    monkeypatch.setattr(jax.lax, "scan", None)  # all in one chunk
+    info, (out, lse, found) = run(case, (query, key, value), races=True)
     assert not gpu_callbacks.get_races().races_found
     wide = [x.astype(jnp.float32) for x in (query, key, value)]
     config = case.config
@@ -155,3 +166,40 @@ def test_scores_and_attention_are_those_of_the_definition(name, monkeypatch):
     assert scored.any()
     error = np.abs(got - wanted)[scored]
     assert error.max() <= 3e-6 * case.group, error.max()
+
+
+@pytest.mark.fast_cases("3-two_long")
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("chunks", [1, 3])
+def test_lists_are_those_of_the_definition(name, chunks):
+    """The same blocks wherever scores differ by more than their rounding."""
+    case = CASES[name]
+    query, key, value = case.arrays()
+    whole = supported(plan.make_plan(query, key, value, case.config, packed=bool(case.documents)))
+    assert whole.chunks == 1
+    size = whole.most_tiles + -(-whole.chunk_steps // chunks)
+    scratch_bytes = size * plan.step_bytes(case.config)
+    info, (_, _, found) = run(case, (query, key, value), scratch_bytes=scratch_bytes)
+    check_lists(case, info, found[0], wanted_scores(case, info, query, key))
+
+
+def check_lists(case, info, lists, scores, margin=1e-5):
+    config = case.config
+    position, valid = np.asarray(info.position)[0], np.asarray(info.valid)[0]
+    own = np.where(valid, position // config.block_size, -1)
+    for token in range(case.length):
+        for head in range(case.kv_heads):
+            found, last = lists[token, head], own[token]
+            if last < config.topk:
+                wanted = np.where(np.arange(config.topk) <= last, np.arange(config.topk), -1)
+                np.testing.assert_array_equal(found, wanted)
+                continue
+            assert (np.diff(found) > 0).all(), (token, found)
+            forced = [*range(config.init_blocks), *range(last - config.local_blocks + 1, last + 1)]
+            assert set(forced) <= set(found)
+            free = np.arange(config.init_blocks, last - config.local_blocks + 1)
+            score = scores[token, head, free]
+            least = np.sort(score)[::-1][config.topk - len(forced) - 1]
+            taken = np.isin(free, found)
+            assert (score[taken] >= least - margin * least).all(), (token, found, score)
+            assert (score[~taken] <= least + margin * least).all(), (token, found, score)
