@@ -108,10 +108,10 @@ def scores_of(case, info, found):
             total = np.zeros(fold.shape[3] * (count[0, number] + 1))
             for g in range(case.group):
                 row = g * tokens + place if case.group <= 8 else place * case.group + g
-                row_max, row_sum = sums[0, head, number, part, :, row]
+                row_max, inverse = sums[0, head, number, part, :, row]
                 for tile in range(count[0, number]):
                     top, carry = edges[start + tile, part, row].astype(np.float64)
-                    factor = np.exp2(top - row_max) / row_sum
+                    factor = np.exp2(top - row_max) * inverse
                     at = tile * fold.shape[3]
                     total[at : at + fold.shape[3]] += (
                         factor * fold[start + tile, part, row][of_block]

@@ -1,24 +1,25 @@
 """Chooses blocks by what the pass over the compressed keys left behind.
 
-A program takes some tokens of a work item and one key head at a time. It sums the folded weights of
-the group's heads, rescaled by their logsumexps, into the scores [R, J] of the sequence's blocks
-that the item may see. Then it looks for the best `free` blocks of each token:
+A warp takes one token and one key head at a time. It walks over the segments of 128 blocks from
+which the token may choose, and sums the folded weights of the group's heads, rescaled by their
+logsumexps, into scores, whose ranks it keeps in scratch memory. Then it looks for the best `free`
+blocks:
 
-1. The `free`-th largest of the maxima of `GROUPS` groups of blocks is a lower bound on the score of
-   the last chosen block.
-2. The candidates that reach the bound, usually not many more than `free`, move to memory, in the
-   order of the blocks.
-3. A candidate is chosen if fewer than `free` others have a larger score, or the same and a lower
-   number.
+1. Each lane knows the best of its ranks. The `free`-th largest of these is a lower bound on the
+   rank of the last chosen block.
+2. The candidates that reach the bound, usually not many more than `free`, move together.
+3. A candidate is chosen if fewer than `free` others have a larger rank, or the same rank and a
+   lower number.
 
-If a token has more candidates than fit, for example because many scores are equal, the bound is the
-score of the last chosen block itself, found by bisection, and of the blocks that just reach it the
-first are candidates.
+If there are more candidates than places, for example because many scores are equal, the bound is
+the rank of the last chosen block itself, found by bisection, and of the blocks that just reach it
+the first are candidates.
 
-Flops: 2 * T*N * J/2. Bytes: 4 * T*N * J/2 of the fold, read once.
+Flops: 2 * T*N * J/2. Bytes: 4 * T*N * J/2 of the fold, read once, where J is the number of blocks
+of a sequence.
 
 Shapes: B sequences, T tokens, K key/value heads, G query heads of a key head, I work items of a key
-head, R tokens of a program, n tiles of BT blocks, J = n * BT.
+head, BT blocks of a tile of keys.
 """
 
 import dataclasses
@@ -29,18 +30,19 @@ from jax.experimental import pallas as pl
 
 from fsa_jax.config import NSAConfig
 from fsa_jax.pallas.compressed_selection.fold import KEYS, MOST_STORED
-from fsa_jax.pallas.intrinsics import barrier, call, exp2, iota, load, split, store
+from fsa_jax.pallas.intrinsics import barrier, call, exp2, iota, load, multiply_add, split, store
 from fsa_jax.pallas.range_attention.hopper_layout import ROWS, WARPGROUPS
 from fsa_jax.pallas.tile_sizes import LARGEST, next_power_of_two
 
-#: Scores of a warp.
-_OF_WARP = 1024
-#: Groups of blocks whose maxima bound the scores of the chosen ones.
-_GROUPS = 32
-#: A block's number in its document is below 2 to this power.
-_BLOCK_BITS = 24
-#: Programs: several for each multiprocessor.
-PROGRAMS = 132 * 8
+#: A warp's lanes, and blocks that follow one another in a lane.
+LANES, EACH = 32, 4
+SEGMENT = LANES * EACH
+#: The most programs, several for each multiprocessor, and bytes of all their ranks.
+PROGRAMS, RANK_BYTES = 132 * 32, 2**27
+#: The most heads whose weights are loaded at once.
+HEADS = 4
+#: Ranks and numbers of blocks are below 2 to these powers.
+RANK_BITS, BLOCK_BITS = 31, 24
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,27 +51,28 @@ class ChoosePlan:
 
     Attributes:
       group: G.
-      tokens: R, a power of two.
-      tiles: n, a power of two.
-      num_warps: warps of a program.
-      candidates: places for the candidates of a token.
+      programs: number of programs.
+      blocks: the most blocks that a work item sees, a multiple of SEGMENT.
+      candidates: places for candidates, a power of two.
     """
 
     group: int
-    tokens: int
-    tiles: int
-    num_warps: int
+    programs: int
+    blocks: int
     candidates: int
 
 
 def make_plan(group: int, most_tiles: int, config: NSAConfig) -> ChoosePlan:
     """Sizes for work items of at most `most_tiles` tiles."""
-    tiles = next_power_of_two(most_tiles)
-    blocks = tiles * (KEYS * config.kernel_stride // config.block_size)
-    tokens = max(1, min(WARPGROUPS * ROWS // group, 4 * _OF_WARP // blocks))
-    num_warps = max(1, min(32, tokens * blocks // _OF_WARP))
+    blocks = most_tiles * (KEYS * config.kernel_stride // config.block_size)
+    blocks = -(-blocks // SEGMENT) * SEGMENT
     free = config.topk - config.init_blocks - config.local_blocks
-    return ChoosePlan(group, tokens, tiles, num_warps, max(32, next_power_of_two(2 * free)))
+    return ChoosePlan(
+        group=group,
+        programs=max(1, min(PROGRAMS, RANK_BYTES // (4 * blocks))),
+        blocks=blocks,
+        candidates=max(LANES, next_power_of_two(2 * free)),
+    )
 
 
 def choose_blocks(
@@ -98,40 +101,38 @@ def choose_blocks(
       The new `block_indices`.
     """
     arrays = (chunk, base, begin, count, own, first, fold, edges, sums, block_indices)
-    scratch = jax.ShapeDtypeStruct((PROGRAMS, plan.tokens, 2 * plan.candidates), jnp.int32)
+    # twice the places, since lanes without a candidate need one more
+    widths = (plan.blocks, 2 * plan.candidates, 2 * plan.candidates)
+    scratch = [jax.ShapeDtypeStruct((plan.programs, width), jnp.int32) for width in widths]
 
     def compressed_choose_kernel(*refs):
         program = _Program(refs, config, plan)
-        units = (refs[0][1] - refs[0][0]) * program.parts
-        number = jax.lax.div(units - program.number + PROGRAMS - 1, PROGRAMS)
+        units = (program.chunk_ref[1] - program.chunk_ref[0]) * program.of_item
+        number = jax.lax.div(units - program.number + plan.programs - 1, plan.programs)
 
-        def step(i, _):
-            program.unit(program.number + i * PROGRAMS)
-            return ()
+        def step(i, state):
+            program.unit(program.number + i * plan.programs)
+            return state
 
         jax.lax.fori_loop(0, number, step, ())
 
     return call(
         compressed_choose_kernel,
         *arrays,
-        grid=(PROGRAMS,),
-        out_shape=(
-            jax.ShapeDtypeStruct(block_indices.shape, block_indices.dtype),
-            scratch,
-            scratch,
-        ),
+        grid=(plan.programs,),
+        out_shape=(jax.ShapeDtypeStruct(block_indices.shape, jnp.int32), *scratch),
         aliases={len(arrays) - 1: 0},
         interpret=interpret,
-        num_warps=plan.num_warps,
-        num_stages=2,
+        num_warps=1,
+        num_stages=1,
     )[0]
 
 
 class _Program:
-    """A program and the work on a unit: R tokens of a work item."""
+    """A program: a warp, and the work on a unit, a token of a work item."""
 
     def __init__(self, refs, config, plan):
-        *refs, _, self.indices_ref, self.rank_ref, self.block_ref = refs
+        *refs, _, self.indices_ref, self.rank_ref, self.best_ref, self.block_ref = refs
         self.chunk_ref, self.base_ref, self.begin_ref, self.count_ref, *refs = refs
         self.own_ref, self.first_ref, self.fold_ref, self.edge_ref, self.sum_ref = refs
         self.config, self.plan, self.number = config, plan, pl.program_id(0)
@@ -139,170 +140,234 @@ class _Program:
         self.free = config.topk - config.init_blocks - config.local_blocks
         self.per_tile = self.fold_ref.shape[3]
         self.of_item = WARPGROUPS * ROWS // plan.group
-        self.parts = self.of_item // plan.tokens
+        self.of_lane = (iota(LANES) * EACH)[:, None] + iota(EACH)[None, :]
 
     def unit(self, number):
-        """Writes the lists of a unit."""
-        item, part = split(number, self.parts)
+        """Writes the list of a unit."""
+        item, of_item = split(number, self.of_item)
         item += self.chunk_ref[0]
         back, rest = split(item, self.begin_ref.shape[0] * self.kv_heads)
         batch, kv_head = split(rest, self.kv_heads)
         index = self.begin_ref.shape[1] - 1 - back
-        of_item = part * self.plan.tokens + iota(self.plan.tokens)
         token = index * self.of_item + of_item
         inside = token < self.length
         own = load(self.own_ref.at[batch, token], mask=inside, other=-1)
-        active = own >= self.topk
-        self._store_forced(batch, token, kv_head, own, inside)
-        base = self.base_ref[item]
+        into = batch, token, kv_head
+        self._store_forced(into, own, inside)
         if not self.free:
             return
 
         def choose(_, state):
-            place = batch, kv_head, index, base - self.chunk_ref[2]
-            rank, block = self._ranks(place, token, of_item, own, active)
-            self._choose(batch, token, kv_head, active, rank, block)
+            step = self.base_ref[item] - self.chunk_ref[2]
+            where = _Place(self, batch, kv_head, index, step, token, of_item, own)
+            self._choose(into, where, self._rank(where))
             return state
 
-        jax.lax.fori_loop(0, (base >= 0).astype(jnp.int32), choose, ())
+        jax.lax.fori_loop(0, (own >= self.topk).astype(jnp.int32), choose, ())
 
-    def _store_forced(self, batch, token, kv_head, own, inside):
+    def _store_forced(self, into, own, inside):
         """The whole list of a token with at most topk blocks, the forced blocks of other tokens."""
         config, topk = self.config, self.topk
-        s = iota(next_power_of_two(topk))[None, :]
+        s = iota(next_power_of_two(topk))
         forced = (s < config.init_blocks) | (s >= topk - config.local_blocks)
-        last = jnp.where(s < config.init_blocks, s, own[:, None] - (topk - 1 - s))
-        active = own[:, None] >= topk
-        number = jnp.where(active, last, jnp.where(s <= own[:, None], s, -1))
-        mask = inside[:, None] & (s < topk) & (forced | ~active)
-        store(self.indices_ref.at[batch, token[:, None], kv_head, s], number, mask=mask)
+        last = jnp.where(s < config.init_blocks, s, own - (topk - 1 - s))
+        active = own >= topk
+        number = jnp.where(active, last, jnp.where(s <= own, s, -1))
+        store(self.indices_ref.at[*into, s], number, mask=inside & (s < topk) & (forced | ~active))
 
-    def _ranks(self, place, token, of_item, own, active):
-        """Ranks and numbers of the blocks, int32 [R, J]; rank -1 for those that cannot be chosen.
+    def _rank(self, where):
+        """Keeps the ranks of all segments; returns the best rank in each place [LANES, EACH]."""
 
-        The blocks of a tile are in the order of the columns of the fold.
+        def step(segment, best):
+            rank = where.ranks(segment)
+            store(self.rank_ref.at[self.number, segment * SEGMENT + self.of_lane], rank)
+            return jnp.maximum(best, rank)
+
+        none = jnp.full((LANES, EACH), -1, jnp.int32)
+        best = jax.lax.fori_loop(*where.segments, step, none)
+        barrier()
+        return best
+
+    def _choose(self, into, where, best):
+        """Stores the best `free` blocks in ascending order."""
+        places = self.plan.candidates
+        bound = self._lower_bound(best)
+        count = self._gather(where, bound - 1, jnp.int32(-1))
+        count = jax.lax.cond(
+            count > places, lambda: self._gather(where, *self._exact(where)), lambda: count
+        )
+        barrier()
+        one = iota(places)
+        rank = load(self.best_ref.at[self.number, one], mask=one < count, other=-1)
+        block = load(self.block_ref.at[self.number, one], mask=one < count, other=LARGEST)
+
+        def compare(j, better):
+            other, number = (
+                load(self.best_ref.at[self.number, j]),
+                load(self.block_ref.at[self.number, j]),
+            )
+            before = (other > rank) | ((other == rank) & (number < block))
+            return better + before.astype(jnp.int32)
+
+        zeros = jnp.zeros((places,), jnp.int32)
+        better = jax.lax.fori_loop(0, count, compare, zeros)
+        chosen = (better < self.free) & (one < count)
+        store(self.best_ref.at[self.number, one], chosen.astype(jnp.int32))
+        barrier()
+
+        def place(j, before):
+            taken, number = (
+                load(self.best_ref.at[self.number, j]),
+                load(self.block_ref.at[self.number, j]),
+            )
+            return before + jnp.where(number < block, taken, 0)
+
+        before = jax.lax.fori_loop(0, count, place, zeros)
+        # idle lanes point outside, since interpret mode lets them write what is there
+        at = jnp.where(chosen, before + self.config.init_blocks, self.topk)
+        store(self.indices_ref.at[*into, at], block, mask=chosen)
+        barrier()
+
+    def _lower_bound(self, best):
+        """A rank that at least `free` blocks reach."""
+        if 2 * self.free > LANES:
+            return _bisect(RANK_BITS, lambda x: jnp.sum((best >= x).astype(jnp.int32)) >= self.free)
+        best = jnp.max(best, axis=1)
+        store(self.best_ref.at[self.number, iota(LANES)], best)
+        barrier()
+        larger = jnp.zeros((LANES,), jnp.int32)
+        for lane in range(LANES):
+            larger += (load(self.best_ref.at[self.number, lane]) > best).astype(jnp.int32)
+        barrier()
+        return jnp.maximum(jnp.min(jnp.where(larger < self.free, best, LARGEST)), 0)
+
+    def _gather(self, where, bound, last):
+        """Moves the candidates together; returns how many there are.
+
+        These are the blocks of a higher rank than `bound`, and those of this rank up to the number
+        `last`. Candidates that find no place are only counted.
         """
-        batch, kv_head, index, step = place
-        begin, count = self.begin_ref[batch, index], self.count_ref[batch, index]
-        warpgroup, of_group = split(of_item, ROWS // self.plan.group)
-        tile, column = iota(self.plan.tiles), iota(self.per_tile)
-        exists = active[:, None] & (tile < count)[None, :]
-        before = active[:, None] & ((tile > 0) & (tile <= count))[None, :]
-        at = step + tile
+        places = self.plan.candidates
 
-        def add(head, state):
-            """Adds a head's weights to the scores, and to what the tiles hand over."""
-            score, carried = state
-            row = head * (ROWS // self.plan.group) + of_group
-            if self.plan.group > 8:
-                row = of_group * self.plan.group + head
-            of_row = (batch, kv_head, index, warpgroup)
-            row_max = load(self.sum_ref.at[*of_row, 0, row], mask=active)[:, None]
-            row_sum = load(self.sum_ref.at[*of_row, 1, row], mask=active, other=1)[:, None]
+        def step(segment, count):
+            rank = load(self.rank_ref.at[self.number, segment * SEGMENT + self.of_lane])
+            block = where.blocks(segment)
+            taken = ((rank > bound) | ((rank == bound) & (block <= last))).astype(jnp.int32)
+            of_lane = jnp.sum(taken, axis=1)
+            before = (jnp.cumsum(of_lane) - of_lane)[:, None] + jnp.cumsum(taken, axis=1) - taken
+            # idle lanes point to a place of their own, since interpret mode lets them write there
+            at = jnp.where(taken > 0, jnp.minimum(count + before, places), places)
+            store(self.best_ref.at[self.number, at], rank, mask=at < places)
+            store(self.block_ref.at[self.number, at], block, mask=at < places)
+            return count + jnp.sum(of_lane)
 
-            def edge(step, which, mask, other):
-                ref = self.edge_ref.at[step[None, :], warpgroup[:, None], row[:, None], which]
-                return load(ref, mask=mask, other=other)
+        return jax.lax.fori_loop(*where.segments, step, jnp.int32(0))
 
-            factor = exp2(edge(at, 0, exists, -jnp.inf) - row_max) / row_sum
-            moved = exp2(edge(at - 1, 0, before, -jnp.inf) - row_max) / row_sum
-            carried += moved * edge(at - 1, 1, before, 0)
-            ref = self.fold_ref.at[
-                at[None, :, None],
-                warpgroup[:, None, None],
-                row[:, None, None],
-                column[None, None, :],
-            ]
-            fold = load(ref, mask=exists[:, :, None], other=0)
-            return score + factor[:, :, None] * fold, carried
+    def _exact(self, where):
+        """The rank of the last chosen block, and its number."""
 
-        zeros = jnp.zeros((self.plan.tokens, self.plan.tiles), jnp.float32)
-        score = jnp.zeros((*zeros.shape, self.per_tile), jnp.float32)
-        score, carried = jax.lax.fori_loop(0, self.plan.group, add, (score, zeros))
-        score += jnp.where((column == 0)[None, None, :], carried[:, :, None], 0.0)
-        # the bits of floats >= 0 have the order of the floats; see `selection_rule.block_ranks`
-        rank = jnp.clip(jax.lax.bitcast_convert_type(score, jnp.int32), 0, LARGEST - 1)
-        first = load(self.first_ref.at[batch, token], mask=active)
-        block = (begin + tile)[:, None] * self.per_tile + self._block_of_column(column)[None, :]
-        block = block[None] - first[:, None, None]
-        last = jnp.where(active, own - self.config.local_blocks, -1)
-        can = (block >= self.config.init_blocks) & (block <= last[:, None, None])
-        shape = self.plan.tokens, self.plan.tiles * self.per_tile
-        return jnp.where(can, rank, -1).reshape(shape), block.reshape(shape)
+        def counted(test):
+            """The number of blocks of which `test` of rank and number is true."""
+
+            def step(segment, count):
+                rank = load(self.rank_ref.at[self.number, segment * SEGMENT + self.of_lane])
+                return count + jnp.sum(test(rank, where.blocks(segment)).astype(jnp.int32))
+
+            return jax.lax.fori_loop(*where.segments, step, jnp.int32(0))
+
+        bound = _bisect(RANK_BITS, lambda x: counted(lambda rank, _: rank >= x) >= self.free)
+        missing = self.free - counted(lambda rank, _: rank > bound)
+        last = _bisect(
+            BLOCK_BITS,
+            lambda x: counted(lambda rank, block: (rank == bound) & (block < x)) < missing,
+        )
+        return bound, last
+
+
+class _Place:
+    """Where a unit's weights are, and the blocks from which its token may choose.
+
+    Attributes:
+      segments: the first segment of the item that has such blocks, and one past the last.
+    """
+
+    def __init__(self, program, batch, kv_head, index, step, token, of_item, own):
+        self.program, self.step, self.own = program, step, own
+        warpgroup, of_group = split(of_item, ROWS // program.plan.group)
+        self.sums = batch, kv_head, index, warpgroup
+        self.count = program.count_ref[batch, index]
+        self.warpgroup, self.of_group = warpgroup, of_group
+        # number, within the document, of the first block of the item's tiles
+        begin = program.begin_ref[batch, index] * program.per_tile
+        self.first = begin - program.first_ref[batch, token]
+        least = program.config.init_blocks - self.first
+        last = own - program.config.local_blocks - self.first
+        self.segments = jax.lax.div(jnp.maximum(least, 0), SEGMENT), jax.lax.div(last, SEGMENT) + 1
+
+    def blocks(self, segment):
+        """Numbers, within the document, of the blocks of a segment, in the order of the columns."""
+        tile, column = split(self.program.of_lane, self.program.per_tile)
+        of_segment = tile * self.program.per_tile + self._block_of_column(column)
+        return self.first + segment * SEGMENT + of_segment
 
     def _block_of_column(self, column):
         """The inverse of `fold.column_of_block`."""
-        of_thread = self.per_tile // 4
+        of_thread = self.program.per_tile // 4
         step = min(MOST_STORED, of_thread)
         high, rest = split(column, 4 * step)
         thread, low = split(rest, step)
         return thread * of_thread + high * step + low
 
-    def _choose(self, batch, token, kv_head, active, rank, block):
-        """Stores the best `free` blocks of each token in ascending order."""
-        free, places = self.free, self.plan.candidates
-        bound = self._lower_bound(rank)
-        mask = (rank >= bound[:, None]).astype(jnp.int32)
-        most = jnp.max(jnp.sum(mask, axis=1))
-        mask = jax.lax.cond(most > places, lambda: self._exact(rank, block), lambda: mask)
-        # idle lanes point to a place of their own, since interpret mode lets them write what is there
-        position = jnp.where(mask > 0, jnp.cumsum(mask, axis=1) - 1, places)
-        of_unit = iota(self.plan.tokens)
-        at = (self.number, of_unit[:, None], position)
-        barrier()  # the program has read the candidates of its previous unit
-        store(self.rank_ref.at[*at], rank, mask=mask > 0)
-        store(self.block_ref.at[*at], block, mask=mask > 0)
-        barrier()
-        count = jnp.sum(mask, axis=1)
+    def ranks(self, segment):
+        """Ranks [LANES, EACH] of the blocks of a segment; -1 where one cannot be chosen."""
+        group, config = self.program.plan.group, self.program.config
+        tile, column = split(iota(LANES) * EACH, self.program.per_tile)
+        tile += segment * (SEGMENT // self.program.per_tile)
+        block = self.blocks(segment)
+        can = (block >= config.init_blocks) & (block <= self.own - config.local_blocks)
+        exists = tile < self.count
+        score = jnp.zeros((LANES, EACH), jnp.float32)
 
-        def candidates(ref, at, other):
-            """Candidates of all tokens at [R, ...] places."""
-            lead = (slice(None), *(None,) * (at.ndim - 1))
-            where = ref.at[self.number, of_unit[lead], at]
-            return load(where, mask=at < count[lead], other=other)
+        def some_heads(i, score):
+            for head in range(heads):
+                score = self._add(i * heads + head, tile, column, exists, score)
+            return score
 
-        one, two = iota(places)[None, :], iota(places)[None, None, :]
-        mine, number = candidates(self.rank_ref, one, -1), candidates(self.block_ref, one, -1)
-        others = candidates(self.rank_ref, two, -1)
-        numbers = candidates(self.block_ref, two, LARGEST)
-        equal = (others == mine[:, :, None]) & (numbers < number[:, :, None])
-        better = (others > mine[:, :, None]) | equal
-        chosen = (jnp.sum(better.astype(jnp.int32), axis=2) < free) & (mine >= 0)
-        barrier()
-        at = self.block_ref.at[self.number, of_unit[:, None], one]
-        store(at, jnp.where(chosen, number, LARGEST), mask=one < count[:, None])
-        barrier()
-        numbers = candidates(self.block_ref, two, LARGEST)
-        place = jnp.sum((numbers < number[:, :, None]).astype(jnp.int32), axis=2)
-        place = jnp.where(chosen, place + self.config.init_blocks, self.topk)
-        ref = self.indices_ref.at[batch, token[:, None], kv_head, place]
-        store(ref, number, mask=active[:, None] & chosen)
+        heads = min(HEADS, group)
+        score = jax.lax.fori_loop(0, group // heads, some_heads, score)
+        # the bits of floats >= 0 have the order of the floats; see `selection_rule.block_ranks`
+        rank = jnp.maximum(jax.lax.bitcast_convert_type(score, jnp.int32), 0)
+        return jnp.where(can, rank, -1)
 
-    def _lower_bound(self, rank):
-        """A rank that at least `free` blocks of each token reach, int32 [R]."""
-        tokens, blocks = rank.shape
-        groups = min(_GROUPS, blocks)
-        if self.free > groups:
-            return jnp.zeros((tokens,), jnp.int32)
-        best = jnp.max(rank.reshape(tokens, blocks // groups, groups), axis=1)
-        larger = (best[:, None, :] > best[:, :, None]).astype(jnp.int32)
-        among = jnp.sum(larger, axis=2) < self.free
-        return jnp.maximum(jnp.min(jnp.where(among, best, LARGEST), axis=1), 0)
+    def _add(self, head, tile, column, exists, score):
+        """Adds the weights of a head, and what each tile hands over to the next one."""
+        program, group = self.program, self.program.plan.group
+        rows = ROWS // group
+        row = head * rows + self.of_group if group <= 8 else self.of_group * group + head
+        row_max, inverse = (program.sum_ref[*self.sums, i, row] for i in range(2))
+        step = self.step + tile
 
-    def _exact(self, rank, block):
-        """Marks exactly the best `free` blocks of each token that has as many."""
+        def edge(step, which, mask, other):
+            return load(
+                program.edge_ref.at[step, self.warpgroup, row, which], mask=mask, other=other
+            )
 
-        def bisect(bits, enough):
-            def step(i, bound):
-                higher = bound + jnp.left_shift(jnp.int32(1), bits - 1 - i)
-                return jnp.where(enough(higher[:, None]), higher, bound)
+        before = (column == 0) & (tile > 0) & (tile <= self.count)
+        factor = exp2(edge(step, 0, exists, -jnp.inf) - row_max) * inverse
+        moved = exp2(edge(step - 1, 0, before, -jnp.inf) - row_max) * inverse
+        moved *= edge(step - 1, 1, before, 0)
+        at = column[:, None] + iota(EACH)[None, :]
+        ref = program.fold_ref.at[step[:, None], self.warpgroup, row, at]
+        fold = load(ref, mask=jnp.broadcast_to(exists[:, None], at.shape), other=0)
+        score = multiply_add(fold, factor[:, None], score)
+        return score + jnp.where(iota(EACH)[None, :] == 0, moved[:, None], 0.0)
 
-            return jax.lax.fori_loop(0, bits, step, jnp.zeros(rank.shape[:1], jnp.int32))
 
-        def count(mask):
-            return jnp.sum(mask.astype(jnp.int32), axis=1)
+def _bisect(bits, enough):
+    """The largest number below 2**bits for which `enough` is true, as for all numbers below it."""
 
-        bound = bisect(31, lambda x: count(rank >= x) >= self.free)[:, None]
-        equal, missing = rank == bound, self.free - count(rank > bound)
-        last = bisect(_BLOCK_BITS, lambda x: count(equal & (block < x)) < missing)[:, None]
-        return ((rank > bound) | (equal & (block <= last))).astype(jnp.int32)
+    def step(i, bound):
+        higher = bound + jnp.left_shift(jnp.int32(1), bits - 1 - i)
+        return jnp.where(enough(higher), higher, bound)
+
+    return jax.lax.fori_loop(0, bits, step, jnp.int32(0))

@@ -50,7 +50,7 @@ class Folding(Forward):
 
     def finished(self, item, row_max, row_sum):
         *_, sum_ref = self.refs
-        for i, x in enumerate((row_max, row_sum)):
+        for i, x in enumerate((row_max, 1.0 / row_sum)):
             self.at(sum_ref, item).at[i][...] = x
 
 
