@@ -13,7 +13,7 @@ from util import assert_close, normal
 from fsa_jax import NSAConfig, reference
 from fsa_jax.ops.range_attention import Ranges
 from fsa_jax.pallas.compressed_selection import choose_kernel, fold_kernel, passes, plan
-from fsa_jax.pallas.compressed_selection.fold import column_of_block
+from fsa_jax.pallas.compressed_selection.fold import EDGES, column_of_block
 from fsa_jax.pallas.range_attention import hopper_pipeline
 from fsa_jax.pallas.support import supported
 from fsa_jax.semantics import segments
@@ -110,7 +110,8 @@ def scores_of(case, info, found):
                 row = g * tokens + place if case.group <= 8 else place * case.group + g
                 row_max, inverse = sums[0, head, number, part, :, row]
                 for tile in range(count[0, number]):
-                    top, carry = edges[start + tile, part, row].astype(np.float64)
+                    step = start + tile
+                    top, carry = edges[step // EDGES, part, row, step % EDGES].astype(np.float64)
                     factor = np.exp2(top - row_max) * inverse
                     at = tile * fold.shape[3]
                     total[at : at + fold.shape[3]] += (

@@ -29,7 +29,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from fsa_jax.config import NSAConfig
-from fsa_jax.pallas.compressed_selection.fold import KEYS, MOST_STORED
+from fsa_jax.pallas.compressed_selection.fold import EDGES, KEYS, MOST_STORED
 from fsa_jax.pallas.intrinsics import barrier, call, exp2, iota, load, multiply_add, split, store
 from fsa_jax.pallas.range_attention.hopper_layout import ROWS, WARPGROUPS
 from fsa_jax.pallas.tile_sizes import LARGEST, next_power_of_two
@@ -37,10 +37,10 @@ from fsa_jax.pallas.tile_sizes import LARGEST, next_power_of_two
 #: A warp's lanes, and blocks that follow one another in a lane.
 LANES, EACH = 32, 4
 SEGMENT = LANES * EACH
-#: The most programs, several for each multiprocessor, and bytes of all their ranks.
-PROGRAMS, RANK_BYTES = 132 * 32, 2**27
+#: The most programs, several for each multiprocessor, and bytes of their scratch memory.
+PROGRAMS, SCRATCH_BYTES = 132 * 32, 2**27
 #: The most heads whose weights are loaded at once.
-HEADS = 4
+HEADS = 8
 #: Ranks and numbers of blocks are below 2 to these powers.
 RANK_BITS, BLOCK_BITS = 31, 24
 
@@ -69,7 +69,7 @@ def make_plan(group: int, most_tiles: int, config: NSAConfig) -> ChoosePlan:
     free = config.topk - config.init_blocks - config.local_blocks
     return ChoosePlan(
         group=group,
-        programs=max(1, min(PROGRAMS, RANK_BYTES // (4 * blocks))),
+        programs=max(1, min(PROGRAMS, SCRATCH_BYTES // (4 * (blocks + group * most_tiles)))),
         blocks=blocks,
         candidates=max(LANES, next_power_of_two(2 * free)),
     )
@@ -90,7 +90,7 @@ def choose_blocks(
       own: int32 [B, T], the block of each token in its document, -1 at padding.
       first: int32 [B, T], the block of the sequence with which the token's document begins.
       fold: float32 [steps, 2, 64, BT], see `fold_kernel.attend`; unwritten parts may be anything.
-      edges: float32 [steps, 2, 64, 2], likewise.
+      edges: float32 [steps / EDGES, 2, 64, EDGES, 2], likewise.
       sums: float32 [B, K, I, 2, 2, 64], likewise.
       block_indices: int32 [B, T, K, topk].
       config: the sizes of the selection.
@@ -101,9 +101,13 @@ def choose_blocks(
       The new `block_indices`.
     """
     arrays = (chunk, base, begin, count, own, first, fold, edges, sums, block_indices)
+    tiles = -(-plan.blocks // fold.shape[3] // LANES) * LANES
     # twice the places, since lanes without a candidate need one more
     widths = (plan.blocks, 2 * plan.candidates, 2 * plan.candidates)
-    scratch = [jax.ShapeDtypeStruct((plan.programs, width), jnp.int32) for width in widths]
+    scratch = [
+        *(jax.ShapeDtypeStruct((plan.programs, width), jnp.int32) for width in widths),
+        jax.ShapeDtypeStruct((plan.programs, plan.group + 1, tiles), jnp.float32),
+    ]
 
     def compressed_choose_kernel(*refs):
         program = _Program(refs, config, plan)
@@ -132,7 +136,8 @@ class _Program:
     """A program: a warp, and the work on a unit, a token of a work item."""
 
     def __init__(self, refs, config, plan):
-        *refs, _, self.indices_ref, self.rank_ref, self.best_ref, self.block_ref = refs
+        *refs, self.rank_ref, self.best_ref, self.block_ref, self.factor_ref = refs
+        *refs, _, self.indices_ref = refs
         self.chunk_ref, self.base_ref, self.begin_ref, self.count_ref, *refs = refs
         self.own_ref, self.first_ref, self.fold_ref, self.edge_ref, self.sum_ref = refs
         self.config, self.plan, self.number = config, plan, pl.program_id(0)
@@ -140,7 +145,8 @@ class _Program:
         self.free = config.topk - config.init_blocks - config.local_blocks
         self.per_tile = self.fold_ref.shape[3]
         self.of_item = WARPGROUPS * ROWS // plan.group
-        self.of_lane = (iota(LANES) * EACH)[:, None] + iota(EACH)[None, :]
+        # each lane has EACH blocks: the scatter of candidates then takes no exchange of lanes
+        self.of_lane = iota(EACH)[:, None] + (iota(LANES) * EACH)[None, :]
 
     def unit(self, number):
         """Writes the list of a unit."""
@@ -176,14 +182,16 @@ class _Program:
         store(self.indices_ref.at[*into, s], number, mask=inside & (s < topk) & (forced | ~active))
 
     def _rank(self, where):
-        """Keeps the ranks of all segments; returns the best rank in each place [LANES, EACH]."""
+        """Keeps the ranks of all segments; returns the best rank in each place [EACH, LANES]."""
+        where.keep_factors()
+        barrier()
 
         def step(segment, best):
             rank = where.ranks(segment)
             store(self.rank_ref.at[self.number, segment * SEGMENT + self.of_lane], rank)
             return jnp.maximum(best, rank)
 
-        none = jnp.full((LANES, EACH), -1, jnp.int32)
+        none = jnp.full((EACH, LANES), -1, jnp.int32)
         best = jax.lax.fori_loop(*where.segments, step, none)
         barrier()
         return best
@@ -200,45 +208,22 @@ class _Program:
         one = iota(places)
         rank = load(self.best_ref.at[self.number, one], mask=one < count, other=-1)
         block = load(self.block_ref.at[self.number, one], mask=one < count, other=LARGEST)
-
-        def compare(j, better):
-            other, number = (
-                load(self.best_ref.at[self.number, j]),
-                load(self.block_ref.at[self.number, j]),
-            )
-            before = (other > rank) | ((other == rank) & (number < block))
-            return better + before.astype(jnp.int32)
-
-        zeros = jnp.zeros((places,), jnp.int32)
-        better = jax.lax.fori_loop(0, count, compare, zeros)
-        chosen = (better < self.free) & (one < count)
-        store(self.best_ref.at[self.number, one], chosen.astype(jnp.int32))
-        barrier()
-
-        def place(j, before):
-            taken, number = (
-                load(self.best_ref.at[self.number, j]),
-                load(self.block_ref.at[self.number, j]),
-            )
-            return before + jnp.where(number < block, taken, 0)
-
-        before = jax.lax.fori_loop(0, count, place, zeros)
+        # sums over the first axis are within a thread
+        earlier = block[:, None] < block[None, :]
+        better = (rank[:, None] > rank[None, :]) | ((rank[:, None] == rank[None, :]) & earlier)
+        chosen = (jnp.sum(better.astype(jnp.int32), axis=0) < self.free) & (one < count)
+        before = jnp.where(earlier, chosen.astype(jnp.int32)[:, None], 0)
         # idle lanes point outside, since interpret mode lets them write what is there
-        at = jnp.where(chosen, before + self.config.init_blocks, self.topk)
-        store(self.indices_ref.at[*into, at], block, mask=chosen)
+        place = jnp.where(chosen, jnp.sum(before, axis=0) + self.config.init_blocks, self.topk)
+        store(self.indices_ref.at[*into, place], block, mask=chosen)
         barrier()
 
     def _lower_bound(self, best):
         """A rank that at least `free` blocks reach."""
         if 2 * self.free > LANES:
             return _bisect(RANK_BITS, lambda x: jnp.sum((best >= x).astype(jnp.int32)) >= self.free)
-        best = jnp.max(best, axis=1)
-        store(self.best_ref.at[self.number, iota(LANES)], best)
-        barrier()
-        larger = jnp.zeros((LANES,), jnp.int32)
-        for lane in range(LANES):
-            larger += (load(self.best_ref.at[self.number, lane]) > best).astype(jnp.int32)
-        barrier()
+        best = jnp.max(best, axis=0)
+        larger = jnp.sum((best[:, None] > best[None, :]).astype(jnp.int32), axis=0)
         return jnp.maximum(jnp.min(jnp.where(larger < self.free, best, LARGEST)), 0)
 
     def _gather(self, where, bound, last):
@@ -249,19 +234,32 @@ class _Program:
         """
         places = self.plan.candidates
 
-        def step(segment, count):
+        def found(segment):
+            """Ranks, numbers and marks of the candidates of a segment."""
             rank = load(self.rank_ref.at[self.number, segment * SEGMENT + self.of_lane])
             block = where.blocks(segment)
-            taken = ((rank > bound) | ((rank == bound) & (block <= last))).astype(jnp.int32)
-            of_lane = jnp.sum(taken, axis=1)
-            before = (jnp.cumsum(of_lane) - of_lane)[:, None] + jnp.cumsum(taken, axis=1) - taken
+            taken = (rank > bound) | ((rank == bound) & (block <= last))
+            return rank, block, taken.astype(jnp.int32)
+
+        def add(segment, count):
+            return count + jnp.sum(found(segment)[2], axis=0)
+
+        # those of a lane follow one another, so that the lanes share nothing but their numbers
+        of_lane = jnp.zeros((LANES,), jnp.int32)
+        of_lane = jax.lax.fori_loop(*where.segments, add, of_lane)
+        first = jnp.cumsum(of_lane) - of_lane
+
+        def move(segment, first):
+            rank, block, taken = found(segment)
+            at = first[None, :] + jnp.cumsum(taken, axis=0) - taken
             # idle lanes point to a place of their own, since interpret mode lets them write there
-            at = jnp.where(taken > 0, jnp.minimum(count + before, places), places)
+            at = jnp.where(taken > 0, jnp.minimum(at, places), places)
             store(self.best_ref.at[self.number, at], rank, mask=at < places)
             store(self.block_ref.at[self.number, at], block, mask=at < places)
-            return count + jnp.sum(of_lane)
+            return first + jnp.sum(taken, axis=0)
 
-        return jax.lax.fori_loop(*where.segments, step, jnp.int32(0))
+        jax.lax.fori_loop(*where.segments, move, first)
+        return jnp.sum(of_lane)
 
     def _exact(self, where):
         """The rank of the last chosen block, and its number."""
@@ -318,49 +316,82 @@ class _Place:
         thread, low = split(rest, step)
         return thread * of_thread + high * step + low
 
+    def keep_factors(self):
+        """Keeps the factors of each head's tiles, and what each tile hands over to the next one."""
+        program = self.program
+        of_segment = SEGMENT // program.per_tile
+        begin, end = (x * of_segment for x in self.segments)
+
+        def some_tiles(i, state):
+            tile = i * LANES + iota(LANES)
+            exists, before = tile < self.count, (tile > 0) & (tile <= self.count)
+
+            def add(head, handed):
+                row = self._row(head)
+                row_max, inverse = (program.sum_ref[*self.sums, i, row] for i in range(2))
+
+                def edge(step, which, mask, other):
+                    many, rest = split(step, EDGES)
+                    ref = program.edge_ref.at[many, self.warpgroup, row, rest, which]
+                    return load(ref, mask=mask, other=other)
+
+                def factor(step, mask):
+                    return exp2(edge(step, 0, mask, -jnp.inf) - row_max) * inverse
+
+                step = self.step + tile
+                store(program.factor_ref.at[program.number, head, tile], factor(step, exists))
+                return handed + factor(step - 1, before) * edge(step - 1, 1, before, 0)
+
+            handed = _over_heads(program.plan.group, add, jnp.zeros((LANES,), jnp.float32))
+            store(program.factor_ref.at[program.number, program.plan.group, tile], handed)
+            return state
+
+        begin, end = jax.lax.div(begin, LANES), jax.lax.div(end + LANES - 1, LANES)
+        jax.lax.fori_loop(begin, end, some_tiles, ())
+
     def ranks(self, segment):
-        """Ranks [LANES, EACH] of the blocks of a segment; -1 where one cannot be chosen."""
-        group, config = self.program.plan.group, self.program.config
-        tile, column = split(iota(LANES) * EACH, self.program.per_tile)
-        tile += segment * (SEGMENT // self.program.per_tile)
-        block = self.blocks(segment)
-        can = (block >= config.init_blocks) & (block <= self.own - config.local_blocks)
-        exists = tile < self.count
-        score = jnp.zeros((LANES, EACH), jnp.float32)
+        """Ranks [EACH, LANES] of the blocks of a segment; -1 where one cannot be chosen."""
+        program, config = self.program, self.program.config
+        tile, column = split(iota(LANES) * EACH, program.per_tile)
+        tile += segment * (SEGMENT // program.per_tile)
+        exists = (tile < self.count)[None, :]
+        column = column[None, :] + iota(EACH)[:, None]
+        step = (self.step + tile)[None, :]
 
-        def some_heads(i, score):
-            for head in range(heads):
-                score = self._add(i * heads + head, tile, column, exists, score)
-            return score
+        def factor(head):
+            return load(program.factor_ref.at[program.number, head, tile])[None, :]
 
-        heads = min(HEADS, group)
-        score = jax.lax.fori_loop(0, group // heads, some_heads, score)
+        def add(head, score):
+            ref = program.fold_ref.at[step, self.warpgroup, self._row(head), column]
+            fold = load(ref, mask=jnp.broadcast_to(exists, column.shape), other=0)
+            return multiply_add(fold, factor(head), score)
+
+        score = jnp.where(column == 0, factor(program.plan.group), 0.0)
+        score = _over_heads(program.plan.group, add, score)
         # the bits of floats >= 0 have the order of the floats; see `selection_rule.block_ranks`
         rank = jnp.maximum(jax.lax.bitcast_convert_type(score, jnp.int32), 0)
+        block = self.blocks(segment)
+        can = (block >= config.init_blocks) & (block <= self.own - config.local_blocks)
         return jnp.where(can, rank, -1)
 
-    def _add(self, head, tile, column, exists, score):
-        """Adds the weights of a head, and what each tile hands over to the next one."""
-        program, group = self.program, self.program.plan.group
-        rows = ROWS // group
-        row = head * rows + self.of_group if group <= 8 else self.of_group * group + head
-        row_max, inverse = (program.sum_ref[*self.sums, i, row] for i in range(2))
-        step = self.step + tile
+    def _row(self, head):
+        """The row of a head within the warpgroup's rows; see `hopper_layout`."""
+        group = self.program.plan.group
+        return (
+            head * (ROWS // group) + self.of_group if group <= 8 else self.of_group * group + head
+        )
 
-        def edge(step, which, mask, other):
-            return load(
-                program.edge_ref.at[step, self.warpgroup, row, which], mask=mask, other=other
-            )
 
-        before = (column == 0) & (tile > 0) & (tile <= self.count)
-        factor = exp2(edge(step, 0, exists, -jnp.inf) - row_max) * inverse
-        moved = exp2(edge(step - 1, 0, before, -jnp.inf) - row_max) * inverse
-        moved *= edge(step - 1, 1, before, 0)
-        at = column[:, None] + iota(EACH)[None, :]
-        ref = program.fold_ref.at[step[:, None], self.warpgroup, row, at]
-        fold = load(ref, mask=jnp.broadcast_to(exists[:, None], at.shape), other=0)
-        score = multiply_add(fold, factor[:, None], score)
-        return score + jnp.where(iota(EACH)[None, :] == 0, moved[:, None], 0.0)
+def _over_heads(group, add, state):
+    """Folds add(head, state) over the heads of a group, some of them at once."""
+    at_once = min(HEADS, group)
+
+    def some(i, state):
+        for head in range(at_once):
+            state = add(i * at_once + head, state)
+        return state
+
+    return jax.lax.fori_loop(0, group // at_once, some, state)
 
 
 def _bisect(bits, enough):

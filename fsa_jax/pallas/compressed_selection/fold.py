@@ -19,6 +19,8 @@ from fsa_jax.pallas.range_attention.hopper_layout import ROWS
 KEYS, OF_THREAD = 128, 32
 #: Numbers that a thread stores at a time; those of the four threads of a row follow one another.
 MOST_STORED = 4
+#: Steps whose pairs of numbers of a row follow one another, in a line of memory.
+EDGES = 16
 
 
 def window_of_column(column):
@@ -184,11 +186,9 @@ class _Thread:
     def store_row(self, ref, half, blocks):
         """Stores this thread's blocks of a row [64, blocks], up to four at a time."""
         i32 = ir.IntegerType.get_signless(32)
-        columns = ir.MemRefType(ref.type).shape[1]
         step = min(MOST_STORED, len(blocks))
-        place = arith.addi(
-            self._offset(half, columns), arith.muli(self.quarter, utils.c(step, i32))
-        )
+        place = arith.muli(self.quarter, utils.c(step, i32))
+        place = arith.addi(self._offset(ref, half), place)
         for i in range(0, len(blocks), step):
             part = arith.addi(place, utils.c(4 * i, i32))
             self._store(ref, part, blocks[i : i + step], self.stored)
@@ -198,12 +198,14 @@ class _Thread:
         i32, f32 = ir.IntegerType.get_signless(32), ir.F32Type.get()
         values = [utils.c(0.0, f32) if x is None else x for x in values]
         last = arith.cmpi(arith.CmpIPredicate.eq, self.quarter, utils.c(3, i32))
-        self._store(ref, self._offset(half, 2), values, arith.andi(last, self.stored))
+        self._store(ref, self._offset(ref, half), values, arith.andi(last, self.stored))
 
-    def _offset(self, half, columns):
+    def _offset(self, ref, half):
+        """Where this thread's row begins."""
         i32 = ir.IntegerType.get_signless(32)
+        (stride, _), _ = ir.MemRefType(ref.type).get_strides_and_offset()
         row = arith.addi(self.row, utils.c(8 * half, i32))
-        return arith.muli(row, utils.c(columns, i32))
+        return arith.muli(row, utils.c(stride, i32))
 
     def _store(self, ref, place, values, predicate):
         f32 = ir.F32Type.get()

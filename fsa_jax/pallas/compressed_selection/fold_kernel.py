@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.experimental import pallas as pl
 
 from fsa_jax.pallas.compressed_selection import fold
@@ -34,8 +35,9 @@ class Folding(Forward):
 
     def sums(self, item, number, p, row_max):
         _, _, _, fold_ref, edge_ref, _ = self.refs
-        at = (self.base + item.tiles.tile(number), self.warpgroup)
-        into = fold_ref.at[*at], edge_ref.at[*at]
+        step = self.base + item.tiles.tile(number)
+        many, rest = lax.div(step, jnp.int32(fold.EDGES)), lax.rem(step, jnp.int32(fold.EDGES))
+        into = fold_ref.at[step, self.warpgroup], edge_ref.at[many, self.warpgroup, :, rest]
         if not self.exact:
             stored = self.stored.astype(jnp.int32)
             return fold.fold_in_registers(p, row_max, stored, *into, *self.sizes)
@@ -71,8 +73,8 @@ def attend(chunk, arrays, tables, base, results, *, steps, sizes, scale, interpr
       interpret: `InterpretGPUParams` of Pallas Mosaic GPU, to run on a CPU.
 
     Returns:
-      fold float32 [steps, 2, 64, KEYS / r], edges float32 [steps, 2, 64, 2] and sums float32
-      [B, K, I, 2, 2, 64], each written for the items' tiles and rows only: see `choose_kernel`.
+      fold float32 [steps, 2, 64, KEYS / r], edges float32 [steps / EDGES, 2, 64, EDGES, 2] and
+      sums float32 [B, K, I, 2, 2, 64], each written for the items' tiles and rows only: see `choose_kernel`.
     """
     query, key, _ = arrays
     batch, _, heads, _ = query.shape
@@ -82,7 +84,7 @@ def attend(chunk, arrays, tables, base, results, *, steps, sizes, scale, interpr
     rows = (WARPGROUPS, ROWS)
     shapes = [
         jax.ShapeDtypeStruct((steps, *rows, fold.KEYS // sizes[0]), jnp.float32),
-        jax.ShapeDtypeStruct((steps, *rows, 2), jnp.float32),
+        jax.ShapeDtypeStruct((-(-steps // fold.EDGES), *rows, fold.EDGES, 2), jnp.float32),
         jax.ShapeDtypeStruct((batch, kv_heads, numbers, WARPGROUPS, 2, ROWS), jnp.float32),
     ]
 
