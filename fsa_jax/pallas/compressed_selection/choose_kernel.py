@@ -8,12 +8,10 @@ blocks:
 1. Each lane knows the best of its ranks. The `free`-th largest of these is a lower bound on the
    rank of the last chosen block.
 2. The candidates that reach the bound, usually not many more than `free`, move together.
-3. A candidate is chosen if fewer than `free` others have a larger rank, or the same rank and a
-   lower number.
+3. A candidate is chosen if fewer than `free` others have a larger rank.
 
-If there are more candidates than places, for example because many scores are equal, the bound is
-the rank of the last chosen block itself, found by bisection, and of the blocks that just reach it
-the first are candidates.
+If there are more candidates than places, or several of the rank of the last chosen block, then that
+rank is found by bisection, and of the blocks that have it the first ones are candidates.
 
 Flops: 2 * T*N * J/2. Bytes: 4 * T*N * J/2 of the fold, read once, where J is the number of blocks
 of a sequence.
@@ -29,7 +27,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from fsa_jax.config import NSAConfig
-from fsa_jax.pallas.compressed_selection.fold import EDGES, KEYS, MOST_STORED
+from fsa_jax.pallas.compressed_selection.fold import EDGES, KEYS, column_of_block
 from fsa_jax.pallas.intrinsics import barrier, call, exp2, iota, load, multiply_add, split, store
 from fsa_jax.pallas.range_attention.hopper_layout import ROWS, WARPGROUPS
 from fsa_jax.pallas.tile_sizes import LARGEST, next_power_of_two
@@ -102,10 +100,10 @@ def choose_blocks(
     """
     arrays = (chunk, base, begin, count, own, first, fold, edges, sums, block_indices)
     tiles = -(-plan.blocks // fold.shape[3] // LANES) * LANES
-    # twice the places, since lanes without a candidate need one more
-    widths = (plan.blocks, 2 * plan.candidates, 2 * plan.candidates)
     scratch = [
-        *(jax.ShapeDtypeStruct((plan.programs, width), jnp.int32) for width in widths),
+        jax.ShapeDtypeStruct((plan.programs, plan.blocks), jnp.int32),
+        # twice the places, since lanes without a candidate need one more
+        jax.ShapeDtypeStruct((plan.programs, 2 * plan.candidates), jnp.int32),
         jax.ShapeDtypeStruct((plan.programs, plan.group + 1, tiles), jnp.float32),
     ]
 
@@ -136,7 +134,7 @@ class _Program:
     """A program: a warp, and the work on a unit, a token of a work item."""
 
     def __init__(self, refs, config, plan):
-        *refs, self.rank_ref, self.best_ref, self.block_ref, self.factor_ref = refs
+        *refs, self.rank_ref, self.block_ref, self.factor_ref = refs
         *refs, _, self.indices_ref = refs
         self.chunk_ref, self.base_ref, self.begin_ref, self.count_ref, *refs = refs
         self.own_ref, self.first_ref, self.fold_ref, self.edge_ref, self.sum_ref = refs
@@ -145,7 +143,7 @@ class _Program:
         self.free = config.topk - config.init_blocks - config.local_blocks
         self.per_tile = self.fold_ref.shape[3]
         self.of_item = WARPGROUPS * ROWS // plan.group
-        # each lane has EACH blocks: the scatter of candidates then takes no exchange of lanes
+        # each lane has EACH blocks: then the scatter of candidates exchanges nothing between lanes
         self.of_lane = iota(EACH)[:, None] + (iota(LANES) * EACH)[None, :]
 
     def unit(self, number):
@@ -198,25 +196,30 @@ class _Program:
 
     def _choose(self, into, where, best):
         """Stores the best `free` blocks in ascending order."""
-        places = self.plan.candidates
-        bound = self._lower_bound(best)
-        count = self._gather(where, bound - 1, jnp.int32(-1))
-        count = jax.lax.cond(
-            count > places, lambda: self._gather(where, *self._exact(where)), lambda: count
+
+        def attempt(bound, last):
+            """Numbers of the candidates, which of them are chosen, and how many candidates."""
+            count = self._gather(where, bound, last)
+            barrier()
+            one = iota(self.plan.candidates)
+            block = load(self.block_ref.at[self.number, one], mask=one < count, other=0)
+            rank = load(self.rank_ref.at[self.number, block], mask=one < count, other=-1)
+            # sums over the first axis are within a thread
+            larger = jnp.sum((rank[:, None] > rank[None, :]).astype(jnp.int32), axis=0)
+            chosen = (larger < self.free) & (one < count)
+            barrier()
+            return block, chosen.astype(jnp.int32), count
+
+        block, chosen, count = attempt(self._lower_bound(best) - 1, jnp.int32(-1))
+        # too many, or several of the rank of the last chosen one
+        again = (count > self.plan.candidates) | (jnp.sum(chosen) != self.free)
+        block, chosen, _ = jax.lax.cond(
+            again, lambda: attempt(*self._exact(where)), lambda: (block, chosen, count)
         )
-        barrier()
-        one = iota(places)
-        rank = load(self.best_ref.at[self.number, one], mask=one < count, other=-1)
-        block = load(self.block_ref.at[self.number, one], mask=one < count, other=LARGEST)
-        # sums over the first axis are within a thread
-        earlier = block[:, None] < block[None, :]
-        better = (rank[:, None] > rank[None, :]) | ((rank[:, None] == rank[None, :]) & earlier)
-        chosen = (jnp.sum(better.astype(jnp.int32), axis=0) < self.free) & (one < count)
-        before = jnp.where(earlier, chosen.astype(jnp.int32)[:, None], 0)
+        place = self.config.init_blocks + jnp.cumsum(chosen) - 1
         # idle lanes point outside, since interpret mode lets them write what is there
-        place = jnp.where(chosen, jnp.sum(before, axis=0) + self.config.init_blocks, self.topk)
-        store(self.indices_ref.at[*into, place], block, mask=chosen)
-        barrier()
+        place = jnp.where(chosen > 0, place, self.topk)
+        store(self.indices_ref.at[*into, place], block + where.first, mask=chosen > 0)
 
     def _lower_bound(self, best):
         """A rank that at least `free` blocks reach."""
@@ -227,49 +230,38 @@ class _Program:
         return jnp.maximum(jnp.min(jnp.where(larger < self.free, best, LARGEST)), 0)
 
     def _gather(self, where, bound, last):
-        """Moves the candidates together; returns how many there are.
+        """Keeps the numbers of the candidates in ascending order; returns how many there are.
 
         These are the blocks of a higher rank than `bound`, and those of this rank up to the number
-        `last`. Candidates that find no place are only counted.
+        `last`. Numbers count from the first block of the item; those without a place are only
+        counted.
         """
         places = self.plan.candidates
 
-        def found(segment):
-            """Ranks, numbers and marks of the candidates of a segment."""
-            rank = load(self.rank_ref.at[self.number, segment * SEGMENT + self.of_lane])
-            block = where.blocks(segment)
-            taken = (rank > bound) | ((rank == bound) & (block <= last))
-            return rank, block, taken.astype(jnp.int32)
-
-        def add(segment, count):
-            return count + jnp.sum(found(segment)[2], axis=0)
-
-        # those of a lane follow one another, so that the lanes share nothing but their numbers
-        of_lane = jnp.zeros((LANES,), jnp.int32)
-        of_lane = jax.lax.fori_loop(*where.segments, add, of_lane)
-        first = jnp.cumsum(of_lane) - of_lane
-
-        def move(segment, first):
-            rank, block, taken = found(segment)
+        def move(segment, count):
+            block = segment * SEGMENT + self.of_lane
+            rank = load(self.rank_ref.at[self.number, block])
+            taken = ((rank > bound) | ((rank == bound) & (block <= last))).astype(jnp.int32)
+            of_lane = jnp.sum(taken, axis=0)
+            first = count + jnp.cumsum(of_lane) - of_lane
             at = first[None, :] + jnp.cumsum(taken, axis=0) - taken
             # idle lanes point to a place of their own, since interpret mode lets them write there
             at = jnp.where(taken > 0, jnp.minimum(at, places), places)
-            store(self.best_ref.at[self.number, at], rank, mask=at < places)
             store(self.block_ref.at[self.number, at], block, mask=at < places)
-            return first + jnp.sum(taken, axis=0)
+            return count + jnp.sum(of_lane)
 
-        jax.lax.fori_loop(*where.segments, move, first)
-        return jnp.sum(of_lane)
+        return jax.lax.fori_loop(*where.segments, move, jnp.int32(0))
 
     def _exact(self, where):
-        """The rank of the last chosen block, and its number."""
+        """The rank of the last chosen block, and its number from the first block of the item."""
 
         def counted(test):
             """The number of blocks of which `test` of rank and number is true."""
 
             def step(segment, count):
-                rank = load(self.rank_ref.at[self.number, segment * SEGMENT + self.of_lane])
-                return count + jnp.sum(test(rank, where.blocks(segment)).astype(jnp.int32))
+                block = segment * SEGMENT + self.of_lane
+                rank = load(self.rank_ref.at[self.number, block])
+                return count + jnp.sum(test(rank, block).astype(jnp.int32))
 
             return jax.lax.fori_loop(*where.segments, step, jnp.int32(0))
 
@@ -301,20 +293,6 @@ class _Place:
         least = program.config.init_blocks - self.first
         last = own - program.config.local_blocks - self.first
         self.segments = jax.lax.div(jnp.maximum(least, 0), SEGMENT), jax.lax.div(last, SEGMENT) + 1
-
-    def blocks(self, segment):
-        """Numbers, within the document, of the blocks of a segment, in the order of the columns."""
-        tile, column = split(self.program.of_lane, self.program.per_tile)
-        of_segment = tile * self.program.per_tile + self._block_of_column(column)
-        return self.first + segment * SEGMENT + of_segment
-
-    def _block_of_column(self, column):
-        """The inverse of `fold.column_of_block`."""
-        of_thread = self.program.per_tile // 4
-        step = min(MOST_STORED, of_thread)
-        high, rest = split(column, 4 * step)
-        thread, low = split(rest, step)
-        return thread * of_thread + high * step + low
 
     def keep_factors(self):
         """Keeps the factors of each head's tiles, and what each tile hands over to the next one."""
@@ -352,10 +330,10 @@ class _Place:
     def ranks(self, segment):
         """Ranks [EACH, LANES] of the blocks of a segment; -1 where one cannot be chosen."""
         program, config = self.program, self.program.config
-        tile, column = split(iota(LANES) * EACH, program.per_tile)
+        tile, block = split(iota(LANES) * EACH, program.per_tile)
         tile += segment * (SEGMENT // program.per_tile)
         exists = (tile < self.count)[None, :]
-        column = column[None, :] + iota(EACH)[:, None]
+        column = column_of_block(block, KEYS // program.per_tile)[None, :] + iota(EACH)[:, None]
         step = (self.step + tile)[None, :]
 
         def factor(head):
@@ -366,11 +344,12 @@ class _Place:
             fold = load(ref, mask=jnp.broadcast_to(exists, column.shape), other=0)
             return multiply_add(fold, factor(head), score)
 
-        score = jnp.where(column == 0, factor(program.plan.group), 0.0)
+        first = (block == 0)[None, :] & (iota(EACH) == 0)[:, None]
+        score = jnp.where(first, factor(program.plan.group), 0.0)
         score = _over_heads(program.plan.group, add, score)
         # the bits of floats >= 0 have the order of the floats; see `selection_rule.block_ranks`
         rank = jnp.maximum(jax.lax.bitcast_convert_type(score, jnp.int32), 0)
-        block = self.blocks(segment)
+        block = self.first + segment * SEGMENT + program.of_lane
         can = (block >= config.init_blocks) & (block <= self.own - config.local_blocks)
         return jnp.where(can, rank, -1)
 
