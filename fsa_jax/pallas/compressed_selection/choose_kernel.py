@@ -35,8 +35,8 @@ from fsa_jax.pallas.tile_sizes import LARGEST, next_power_of_two
 #: A warp's lanes, and blocks that follow one another in a lane.
 LANES, EACH = 32, 4
 SEGMENT = LANES * EACH
-#: The most programs, several for each multiprocessor, and bytes of their scratch memory.
-PROGRAMS, SCRATCH_BYTES = 132 * 32, 2**27
+#: Multiprocessors of an H100 or H200, the most programs of each, and bytes of their scratch memory.
+PROGRAMS, RESIDENT, SCRATCH_BYTES = 132, 32, 2**27
 #: The most heads whose weights are loaded at once.
 HEADS = 8
 #: Ranks and numbers of blocks are below 2 to these powers.
@@ -49,13 +49,15 @@ class ChoosePlan:
 
     Attributes:
       group: G.
-      programs: number of programs.
+      resident: programs of a multiprocessor.
+      at_once: segments whose weights are loaded at once.
       blocks: the most blocks that a work item sees, a multiple of SEGMENT.
       candidates: places for candidates, a power of two.
     """
 
     group: int
-    programs: int
+    resident: int
+    at_once: int
     blocks: int
     candidates: int
 
@@ -65,9 +67,13 @@ def make_plan(group: int, most_tiles: int, config: NSAConfig) -> ChoosePlan:
     blocks = most_tiles * (KEYS * config.kernel_stride // config.block_size)
     blocks = -(-blocks // SEGMENT) * SEGMENT
     free = config.topk - config.init_blocks - config.local_blocks
+    numbers = blocks + group * most_tiles  # in the scratch memory of a program
     return ChoosePlan(
         group=group,
-        programs=max(1, min(PROGRAMS, SCRATCH_BYTES // (4 * (blocks + group * most_tiles)))),
+        resident=max(
+            1, min(RESIDENT, SCRATCH_BYTES // (4 * PROGRAMS * (blocks + group * most_tiles)))
+        ),
+        at_once=2 if group == 1 else 1,
         blocks=blocks,
         candidates=max(LANES, next_power_of_two(2 * free)),
     )
@@ -99,21 +105,24 @@ def choose_blocks(
       The new `block_indices`.
     """
     arrays = (chunk, base, begin, count, own, first, fold, edges, sums, block_indices)
-    tiles = -(-plan.blocks // fold.shape[3] // LANES) * LANES
+    programs = PROGRAMS * plan.resident
+    # the last segments of a list may be beyond those that it has
+    blocks = plan.blocks + plan.at_once * SEGMENT
+    tiles = (-(-blocks // fold.shape[3] // LANES) + 1) * LANES
     scratch = [
-        jax.ShapeDtypeStruct((plan.programs, plan.blocks), jnp.int32),
+        jax.ShapeDtypeStruct((programs, blocks), jnp.int32),
         # twice the places, since lanes without a candidate need one more
-        jax.ShapeDtypeStruct((plan.programs, 2 * plan.candidates), jnp.int32),
-        jax.ShapeDtypeStruct((plan.programs, plan.group + 1, tiles), jnp.float32),
+        jax.ShapeDtypeStruct((programs, 2 * plan.candidates), jnp.int32),
+        jax.ShapeDtypeStruct((programs, plan.group + 1, tiles), jnp.float32),
     ]
 
     def compressed_choose_kernel(*refs):
         program = _Program(refs, config, plan)
         units = (program.chunk_ref[1] - program.chunk_ref[0]) * program.of_item
-        number = jax.lax.div(units - program.number + plan.programs - 1, plan.programs)
+        number = jax.lax.div(units - program.number + programs - 1, programs)
 
         def step(i, state):
-            program.unit(program.number + i * plan.programs)
+            program.unit(program.number + i * programs)
             return state
 
         jax.lax.fori_loop(0, number, step, ())
@@ -121,7 +130,7 @@ def choose_blocks(
     return call(
         compressed_choose_kernel,
         *arrays,
-        grid=(plan.programs,),
+        grid=(PROGRAMS, plan.resident),
         out_shape=(jax.ShapeDtypeStruct(block_indices.shape, jnp.int32), *scratch),
         aliases={len(arrays) - 1: 0},
         interpret=interpret,
@@ -138,7 +147,9 @@ class _Program:
         *refs, _, self.indices_ref = refs
         self.chunk_ref, self.base_ref, self.begin_ref, self.count_ref, *refs = refs
         self.own_ref, self.first_ref, self.fold_ref, self.edge_ref, self.sum_ref = refs
-        self.config, self.plan, self.number = config, plan, pl.program_id(0)
+        self.config, self.plan = config, plan
+        # programs of a multiprocessor take tokens that follow one another: they read the same lines
+        self.number = pl.program_id(0) * plan.resident + pl.program_id(1)
         _, self.length, self.kv_heads, self.topk = self.indices_ref.shape
         self.free = config.topk - config.init_blocks - config.local_blocks
         self.per_tile = self.fold_ref.shape[3]
@@ -184,13 +195,18 @@ class _Program:
         where.keep_factors()
         barrier()
 
-        def step(segment, best):
-            rank = where.ranks(segment)
-            store(self.rank_ref.at[self.number, segment * SEGMENT + self.of_lane], rank)
-            return jnp.maximum(best, rank)
+        (begin, end), at_once = where.segments, self.plan.at_once
+
+        def some(i, best):
+            segments = [begin + i * at_once + j for j in range(at_once)]
+            # all are loaded before the first is stored
+            for segment, rank in zip(segments, [where.ranks(x) for x in segments], strict=True):
+                store(self.rank_ref.at[self.number, segment * SEGMENT + self.of_lane], rank)
+                best = jnp.maximum(best, rank)
+            return best
 
         none = jnp.full((EACH, LANES), -1, jnp.int32)
-        best = jax.lax.fori_loop(*where.segments, step, none)
+        best = jax.lax.fori_loop(0, jax.lax.div(end - begin + at_once - 1, at_once), some, none)
         barrier()
         return best
 
@@ -333,7 +349,9 @@ class _Place:
         tile, block = split(iota(LANES) * EACH, program.per_tile)
         tile += segment * (SEGMENT // program.per_tile)
         exists = (tile < self.count)[None, :]
-        column = column_of_block(block, KEYS // program.per_tile)[None, :] + iota(EACH)[:, None]
+        # a multiple of EACH for all to see, so that a lane's blocks are loaded at once
+        column = column_of_block(block, KEYS // program.per_tile)
+        column = (jax.lax.div(column, EACH) * EACH)[None, :] + iota(EACH)[:, None]
         step = (self.step + tile)[None, :]
 
         def factor(head):

@@ -19,8 +19,8 @@ from fsa_jax.pallas.range_attention.hopper_layout import ROWS
 KEYS, OF_THREAD = 128, 32
 #: Numbers that a thread stores at a time; those of the four threads of a row follow one another.
 MOST_STORED = 4
-#: Steps whose pairs of numbers of a row follow one another, in a line of memory.
-EDGES = 16
+#: Steps whose pairs of numbers of a row follow one another, in a sector of memory.
+EDGES = 4
 
 
 def window_of_column(column):
