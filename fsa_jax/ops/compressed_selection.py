@@ -26,23 +26,28 @@ def attend_and_choose(
     compressed: RangeSpec,
     selection: SelectionSpec,
     ranges: Ranges | None,
-    query,
-    key,
-    value,
+    arrays: tuple[jax.Array, ...],
     segment_info: SegmentInfo,
     windows: Windows,
 ) -> Any:
     """Out [B, T, N, E], lse [B, T, N] and block indices int32 [B, T, K, topk]; no derivative.
 
-    `ranges` are those of the windows; None where no sequence has one.
+    Args:
+      compressed: the attention, with a backend.
+      selection: the selection, with a backend.
+      ranges: those of the windows; None where no sequence has one.
+      arrays: query [B, T, N, D], and the compressed key [B, M, K, D] and value [B, M, K, E].
+      segment_info: the documents of the queries.
+      windows: the compressed windows of the documents.
     """
+    query, key, value = arrays
     described = segment_info, windows
     if ranges is None:
         out, lse = empty_results(query, value)
         return out, lse, choose_blocks(selection, query, key, lse, *described)
     apart = compressed.backend is not selection.backend
     if apart or block_selection.all_are_chosen(selection.config, query, key):
-        out, lse = range_forward(compressed, ranges, query, key, value)
+        out, lse = range_forward(compressed, ranges, *arrays)
         return out, lse, choose_blocks(selection, query, key, lse, *described)
     arrays = (query, key, value, *ranges.keys, *ranges.queries)
     return _attend_and_choose(

@@ -196,7 +196,7 @@ def _attention_fwd(spec, query, compressed, sources, gates, segment_arrays):
     if compressed[0].shape[1]:
         ranges = Ranges.of_windows(segment_info, windows, config.kernel_size)
     *results, indices = attend_and_choose(
-        spec.compressed, spec.selection, ranges, query, *compressed, segment_info, windows
+        spec.compressed, spec.selection, ranges, (query, *compressed), segment_info, windows
     )
     out, lse = named(spec.compressed, "compressed", *results)
     indices = spec.selection.named("block_indices", indices)

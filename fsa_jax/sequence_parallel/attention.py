@@ -322,13 +322,13 @@ class ShardedNSA(Share):
         indices = jnp.zeros((*places[:2], self.kv_heads, self.spec.config.topk), jnp.int32)
         return in_turn(self.kv_heads, step, (*results, indices))
 
-    def _attend_and_choose(self, half, query, *compressed):
+    def _attend_and_choose(self, half, *arrays):
         visible = (self.device.cut(x, half) for x in (self.windows.first, self.windows.visible))
         windows, ops = Windows(self.windows.start, *visible), self.spec.ops
+        ranges, segment_info = self._windows(half), self._local(half)
         return attend_and_choose(
-            ops.compressed, ops.selection, self._windows(half), query, *compressed,
-            self._local(half), windows,
-        )  # fmt: skip
+            ops.compressed, ops.selection, ranges, arrays, segment_info, windows
+        )
 
     def backward(self, given):
         """Gradients of the queries, the compressed keys and values, and the sources.

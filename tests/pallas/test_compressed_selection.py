@@ -1,6 +1,7 @@
 """Compressed attention and the selection in one pass, in interpret mode, against float64."""
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +34,7 @@ class Case:
     kv_heads: int = 1
     documents: tuple[int, ...] = ()  # lengths; negative: padding
     scale: float = SCALE
+    keys: str = "random"
 
     @property
     def config(self) -> NSAConfig:
@@ -51,6 +53,19 @@ class Case:
         slots = self.length // self.sizes[1]
         query = normal(0, 1, self.length, self.group * self.kv_heads, 128, dtype=dtype)
         key, value = (normal(i, 1, slots, self.kv_heads, 128, dtype=dtype) for i in (1, 2))
+        slot = jnp.arange(slots, dtype=jnp.float32)[None, :, None, None]
+        match self.keys:
+            case "equal":
+                key = jnp.ones_like(key)
+            case "rising":  # the largest logit of each row grows from tile to tile
+                query, key = jnp.ones_like(query), (slot / slots).astype(dtype) + key / 64
+            case "one_hot":  # one window has nearly all the weight
+                query, key = (
+                    jnp.ones_like(query),
+                    jnp.where(slot == 9, jnp.asarray(8, dtype), key / 16),
+                )
+            case "huge":  # logits of +-1e4
+                query, key = 30 * query, 30 * key
         return query, key, value
 
 
@@ -64,6 +79,10 @@ CASES = {
     "whole_block": Case(sizes=(8, 8, 8), group=8),
     "five_strides": Case(sizes=(20, 4, 16), length=160),
     "negative": Case(scale=-0.3, group=32, length=100),
+    "equal": Case(keys="equal", length=400, group=2),
+    "rising": Case(keys="rising", length=1100, group=1),
+    "one_hot": Case(keys="one_hot", group=8),
+    "huge": Case(keys="huge", group=4, documents=(90, 60)),
 }
 
 
@@ -72,14 +91,16 @@ def run(case, arrays, races=False, scratch_bytes=2**30):
     config = case.config
     info = segments.describe_segments(case.segment_ids(), 1, case.length)
 
-    def attend(*arrays):
+    def attend(query, key, value):
         windows = segments.describe_windows(info, config.kernel_size, config.kernel_stride)
         low, high = Ranges.of_windows(info, windows, config.kernel_size).queries
-        sizes = plan.make_plan(*arrays, config, packed=info.packed, scratch_bytes=scratch_bytes)
+        sizes = {"packed": info.packed, "scratch_bytes": scratch_bytes}
+        made = supported(plan.make_plan(query, key, value, config, **sizes))
+        static = {"config": config, "scale": case.scale, "plan": made}
+        interpret = InterpretGPUParams(detect_races=races)
         return passes.attend_and_choose(
-            *arrays, low < high, info, windows, config=config, scale=case.scale,
-            plan=supported(sizes), interpret=InterpretGPUParams(detect_races=races),
-        )  # fmt: skip
+            query, key, value, low < high, info, windows, **static, interpret=interpret
+        )
 
     return info, jax.tree.map(np.asarray, jax.jit(attend)(*arrays))
 
@@ -166,7 +187,7 @@ def test_scores_and_attention_are_those_of_the_definition(name, monkeypatch):
     scored = ~np.isnan(got)
     assert scored.any()
     error = np.abs(got - wanted)[scored]
-    assert error.max() <= 3e-6 * case.group, error.max()
+    assert error.max() <= (3e-6 if case.keys != "huge" else 3e-3) * case.group, error.max()
 
 
 @pytest.mark.fast_cases("3-two_long")
@@ -184,8 +205,8 @@ def test_lists_are_those_of_the_definition(name, chunks):
     check_lists(case, info, found[0], wanted_scores(case, info, query, key))
 
 
-def check_lists(case, info, lists, scores, margin=1e-5):
-    config = case.config
+def check_lists(case, info, lists, scores):
+    config, margin = case.config, 1e-5 if case.keys != "huge" else 1e-2
     position, valid = np.asarray(info.position)[0], np.asarray(info.valid)[0]
     own = np.where(valid, position // config.block_size, -1)
     for token in range(case.length):
@@ -204,3 +225,29 @@ def check_lists(case, info, lists, scores, margin=1e-5):
             taken = np.isin(free, found)
             assert (score[taken] >= least - margin * least).all(), (token, found, score)
             assert (score[~taken] <= least + margin * least).all(), (token, found, score)
+
+
+def test_equal_scores_go_to_the_lower_blocks():
+    """There are more of them than places for candidates, so that the last rank is searched for."""
+    case = dataclasses.replace(CASES["equal"], length=1100)
+    query, key, value = case.arrays()
+    _, (_, _, lists) = run(case, (query, key, value))
+    own = np.arange(case.length) // case.config.block_size
+    wanted = np.stack([np.zeros_like(own), np.ones_like(own), own], axis=1)
+    many = own > case.config.topk
+    np.testing.assert_array_equal(lists[0, many, 0], wanted[many])
+
+
+def test_what_it_serves():
+    array = jax.ShapeDtypeStruct((1, 4096, 8, 128), jnp.bfloat16)
+    key = jax.ShapeDtypeStruct((1, 256, 2, 128), jnp.bfloat16)
+    sizes = NSAConfig()
+    assert plan.unsupported_reason(array, key, key, sizes) is None
+    odd = jax.ShapeDtypeStruct((1, 4096, 6, 128), jnp.bfloat16)
+    for query, config, why in (
+        (odd, sizes, "query heads per key head must divide 64, got 3"),
+        (array, NSAConfig(kernel_size=96), "kernel_size must be at most .* got 96, 64 and 16"),
+        (array, NSAConfig(block_size=48), "block_size / kernel_stride must divide 32, got 3"),
+    ):
+        reason = plan.unsupported_reason(query, key, key, config)
+        assert re.search(why, str(reason)), reason

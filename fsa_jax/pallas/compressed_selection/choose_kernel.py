@@ -39,6 +39,8 @@ SEGMENT = LANES * EACH
 PROGRAMS, RESIDENT, SCRATCH_BYTES = 132, 32, 2**27
 #: The most heads whose weights are loaded at once.
 HEADS = 8
+#: Exponents of two numbers of which the smaller one still counts in the sum.
+NEAR = 64
 #: Ranks and numbers of blocks are below 2 to these powers.
 RANK_BITS, BLOCK_BITS = 31, 24
 
@@ -67,12 +69,10 @@ def make_plan(group: int, most_tiles: int, config: NSAConfig) -> ChoosePlan:
     blocks = most_tiles * (KEYS * config.kernel_stride // config.block_size)
     blocks = -(-blocks // SEGMENT) * SEGMENT
     free = config.topk - config.init_blocks - config.local_blocks
-    numbers = blocks + group * most_tiles  # in the scratch memory of a program
+    numbers = blocks + 2 * group * most_tiles  # in the scratch memory of a program
     return ChoosePlan(
         group=group,
-        resident=max(
-            1, min(RESIDENT, SCRATCH_BYTES // (4 * PROGRAMS * (blocks + group * most_tiles)))
-        ),
+        resident=max(1, min(RESIDENT, SCRATCH_BYTES // (4 * PROGRAMS * numbers))),
         at_once=2 if group == 1 else 1,
         blocks=blocks,
         candidates=max(LANES, next_power_of_two(2 * free)),
@@ -113,7 +113,7 @@ def choose_blocks(
         jax.ShapeDtypeStruct((programs, blocks), jnp.int32),
         # twice the places, since lanes without a candidate need one more
         jax.ShapeDtypeStruct((programs, 2 * plan.candidates), jnp.int32),
-        jax.ShapeDtypeStruct((programs, plan.group + 1, tiles), jnp.float32),
+        jax.ShapeDtypeStruct((programs, 2 * plan.group + 1, tiles), jnp.float32),
     ]
 
     def compressed_choose_kernel(*refs):
@@ -266,7 +266,7 @@ class _Program:
             store(self.block_ref.at[self.number, at], block, mask=at < places)
             return count + jnp.sum(of_lane)
 
-        return jax.lax.fori_loop(*where.segments, move, jnp.int32(0))
+        return where.over_segments(move, jnp.int32(0))
 
     def _exact(self, where):
         """The rank of the last chosen block, and its number from the first block of the item."""
@@ -279,7 +279,7 @@ class _Program:
                 rank = load(self.rank_ref.at[self.number, block])
                 return count + jnp.sum(test(rank, block).astype(jnp.int32))
 
-            return jax.lax.fori_loop(*where.segments, step, jnp.int32(0))
+            return where.over_segments(step, jnp.int32(0))
 
         bound = _bisect(RANK_BITS, lambda x: counted(lambda rank, _: rank >= x) >= self.free)
         missing = self.free - counted(lambda rank, _: rank > bound)
@@ -310,9 +310,14 @@ class _Place:
         last = own - program.config.local_blocks - self.first
         self.segments = jax.lax.div(jnp.maximum(least, 0), SEGMENT), jax.lax.div(last, SEGMENT) + 1
 
+    def over_segments(self, step, state):
+        """Folds step(segment, state) over the segments."""
+        begin, end = self.segments
+        return jax.lax.fori_loop(begin, end, step, state)
+
     def keep_factors(self):
         """Keeps the factors of each head's tiles, and what each tile hands over to the next one."""
-        program = self.program
+        program, group, factor_ref = self.program, self.program.plan.group, self.program.factor_ref
         of_segment = SEGMENT // program.per_tile
         begin, end = (x * of_segment for x in self.segments)
 
@@ -329,15 +334,22 @@ class _Place:
                     ref = program.edge_ref.at[many, self.warpgroup, row, rest, which]
                     return load(ref, mask=mask, other=other)
 
-                def factor(step, mask):
-                    return exp2(edge(step, 0, mask, -jnp.inf) - row_max) * inverse
-
                 step = self.step + tile
-                store(program.factor_ref.at[program.number, head, tile], factor(step, exists))
-                return handed + factor(step - 1, before) * edge(step - 1, 1, before, 0)
+                top, above = edge(step, 0, exists, -jnp.inf), edge(step - 1, 0, before, -jnp.inf)
+                carry = edge(step - 1, 1, before, 0)
+                factor = exp2(top - row_max) * inverse
+                store(factor_ref.at[program.number, head, tile], factor)
+                # Added before they are multiplied, equal scores stay equal. If the weights are
+                # relative to numbers too far apart for that, those of the tile are negligible.
+                near = above - top <= NEAR
+                share = jnp.where(near, exp2(above - top), 0.0) * carry
+                share = jnp.where(carry > 0, share, 0.0)
+                store(factor_ref.at[program.number, group + head, tile], share)
+                far = jnp.where(near, 0.0, exp2(above - row_max) * inverse * carry)
+                return handed + jnp.where(carry > 0, far, 0.0)
 
-            handed = _over_heads(program.plan.group, add, jnp.zeros((LANES,), jnp.float32))
-            store(program.factor_ref.at[program.number, program.plan.group, tile], handed)
+            handed = _over_heads(group, add, jnp.zeros((LANES,), jnp.float32))
+            store(factor_ref.at[program.number, 2 * group, tile], handed)
             return state
 
         begin, end = jax.lax.div(begin, LANES), jax.lax.div(end + LANES - 1, LANES)
@@ -345,7 +357,7 @@ class _Place:
 
     def ranks(self, segment):
         """Ranks [EACH, LANES] of the blocks of a segment; -1 where one cannot be chosen."""
-        program, config = self.program, self.program.config
+        program, config, group = self.program, self.program.config, self.program.plan.group
         tile, block = split(iota(LANES) * EACH, program.per_tile)
         tile += segment * (SEGMENT // program.per_tile)
         exists = (tile < self.count)[None, :]
@@ -354,17 +366,19 @@ class _Place:
         column = (jax.lax.div(column, EACH) * EACH)[None, :] + iota(EACH)[:, None]
         step = (self.step + tile)[None, :]
 
-        def factor(head):
-            return load(program.factor_ref.at[program.number, head, tile])[None, :]
+        first = (block == 0)[None, :] & (iota(EACH) == 0)[:, None]
+
+        def kept(row):
+            return load(program.factor_ref.at[program.number, row, tile])[None, :]
 
         def add(head, score):
             ref = program.fold_ref.at[step, self.warpgroup, self._row(head), column]
             fold = load(ref, mask=jnp.broadcast_to(exists, column.shape), other=0)
-            return multiply_add(fold, factor(head), score)
+            fold += jnp.where(first, kept(group + head), 0.0)
+            return multiply_add(fold, kept(head), score)
 
-        first = (block == 0)[None, :] & (iota(EACH) == 0)[:, None]
-        score = jnp.where(first, factor(program.plan.group), 0.0)
-        score = _over_heads(program.plan.group, add, score)
+        score = jnp.where(first, kept(2 * group), 0.0)
+        score = _over_heads(group, add, score)
         # the bits of floats >= 0 have the order of the floats; see `selection_rule.block_ranks`
         rank = jnp.maximum(jax.lax.bitcast_convert_type(score, jnp.int32), 0)
         block = self.first + segment * SEGMENT + program.of_lane

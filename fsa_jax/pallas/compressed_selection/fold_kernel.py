@@ -74,7 +74,9 @@ def attend(chunk, arrays, tables, base, results, *, steps, sizes, scale, interpr
 
     Returns:
       fold float32 [steps, 2, 64, KEYS / r], edges float32 [steps / EDGES, 2, 64, EDGES, 2] and
-      sums float32 [B, K, I, 2, 2, 64], each written for the items' tiles and rows only: see `choose_kernel`.
+      sums float32 [B, K, I, 2, 2, 64], each written only for the tiles and rows of the items. The
+      weights of a row are relative to 2**row_max: edges has, for each tile, its row_max so far
+      and what the tile hands over; sums the last row_max and 1 over the sum of all weights.
     """
     query, key, _ = arrays
     batch, _, heads, _ = query.shape

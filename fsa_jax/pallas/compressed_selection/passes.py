@@ -70,13 +70,14 @@ def attend_and_choose(
     out, lse = map(jax.empty_ref, (jax.ShapeDtypeStruct(query.shape, query.dtype), lse))
 
     def step(block_indices, chunk):
-        folded = fold_kernel.attend(
+        fold, edges, sums = fold_kernel.attend(
             chunk, (query, key, value), tables, chunks.base, (out, lse),
             steps=plan.steps, sizes=(per_block, per_window), scale=scale, interpret=interpret,
         )  # fmt: skip
+        begin, _, _, end = jnp.unstack(bounds, axis=2)
         return choose_blocks(
-            chunk, chunks.base, bounds[:, :, 0], bounds[:, :, 3] - bounds[:, :, 0],
-            places.own, places.first // per_block, *folded, block_indices,
+            chunk, chunks.base, begin, end - begin, places.own, places.first // per_block,
+            fold, edges, sums, block_indices,
             config=config, plan=plan.choose, interpret=interpret is not None,
         ), None  # fmt: skip
 

@@ -112,7 +112,7 @@ class Ring:
         return lax.rem(number, self.key_stages), lax.rem(number, self.value_stages)
 
 
-def call(kernel, *arrays, grid, out_shape, interpret):
+def call(kernel, *arrays, grid, out_shape, interpret) -> Any:
     """Calls a Mosaic GPU kernel with compute warpgroups and one memory warpgroup.
 
     `grid` maps the names of the grid axes to their sizes. Kernels use 32-bit integers regardless of

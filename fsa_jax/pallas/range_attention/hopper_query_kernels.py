@@ -125,7 +125,8 @@ class Forward(Compute):
         new_max = new_max if row_max is None else jnp.maximum(row_max, new_max)
         safe = jnp.where(new_max == -jnp.inf, 0.0, new_max) if masked else new_max
         p = jnp.exp2(logits * factor - over_columns(safe, logits))
-        added = self.sums(*step, p, new_max)
+        item, number = step
+        added = self.sums(item, number, p, new_max)
         if row_max is None:
             return new_max, added, p, None
         decay = jnp.exp2(row_max - safe)
