@@ -21,7 +21,7 @@ from fsa_jax.semantics import segments
 from fsa_jax.semantics.selection_rule import _fold
 
 SCALE = 0.2
-SIZES = {"topk": 3, "init_blocks": 1, "local_blocks": 1, "window_size": 16}
+SIZES = {"init_blocks": 1, "local_blocks": 1, "window_size": 16}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,11 +35,12 @@ class Case:
     documents: tuple[int, ...] = ()  # lengths; negative: padding
     scale: float = SCALE
     keys: str = "random"
+    topk: int = 3
 
     @property
     def config(self) -> NSAConfig:
         names = ("kernel_size", "kernel_stride", "block_size")
-        return NSAConfig(**dict(zip(names, self.sizes, strict=True)), **SIZES)
+        return NSAConfig(**dict(zip(names, self.sizes, strict=True)), topk=self.topk, **SIZES)
 
     def segment_ids(self):
         if not self.documents:
@@ -79,6 +80,7 @@ CASES = {
     "whole_block": Case(sizes=(8, 8, 8), group=8),
     "five_strides": Case(sizes=(20, 4, 16), length=160),
     "negative": Case(scale=-0.3, group=32, length=100),
+    "many": Case(topk=24, sizes=(8, 4, 8), length=500, group=1),
     "equal": Case(keys="equal", length=400, group=2),
     "rising": Case(keys="rising", length=1100, group=1),
     "one_hot": Case(keys="one_hot", group=8),
