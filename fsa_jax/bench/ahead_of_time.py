@@ -16,7 +16,6 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental import topologies
-from jax.experimental.pallas import mosaic_gpu
 from jax.sharding import NamedSharding, PartitionSpec
 
 import fsa_jax
@@ -138,7 +137,7 @@ def empty_kernels():
     try:
         with (
             mock.patch.object(pl, "pallas_call", emptied(pl.pallas_call)),
-            mock.patch.object(mosaic_gpu, "kernel", emptied(mosaic_gpu.kernel)),
+            mock.patch.object(pl, "kernel", emptied(pl.kernel)),
         ):
             yield
     finally:
