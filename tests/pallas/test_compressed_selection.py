@@ -88,7 +88,7 @@ CASES = {
 }
 
 
-def run(case, arrays, races=False, scratch_bytes=2**30):
+def run(case, arrays, races=False, scratch_bytes=None):
     """The segments, and what `attend_and_choose` returns."""
     config = case.config
     info = segments.describe_segments(case.segment_ids(), 1, case.length)

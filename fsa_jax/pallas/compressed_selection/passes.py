@@ -3,7 +3,7 @@
 The logits of the compressed keys serve both: `fold_kernel` leaves the weights of each row, summed
 over the windows of each block, and `choose_kernel` rescales them by the logsumexp, sums them over
 the heads and takes the best. Bytes: 4 * T*N * J/2 are written once and read once, with J blocks of
-a sequence, in chunks that take at most `FoldPlan.scratch_bytes`.
+a sequence, in chunks of at most 1 GiB: see `plan.make_plan`.
 
 Shapes: B sequences, T tokens, N query heads, K key/value heads, M window slots.
 """

@@ -18,6 +18,8 @@ from fsa_jax.pallas.support import Unsupported
 
 #: Bytes of a number in the scratch memory.
 _ITEMSIZE = 4
+#: Bounds of the scratch memory, which otherwise is four times that of the queries.
+LEAST_SCRATCH, MOST_SCRATCH = 2**27, 2**30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,9 +71,11 @@ def unsupported_reason(query, key, value, config: NSAConfig) -> str | None:
 
 
 def make_plan(
-    query, key, value, config: NSAConfig, *, packed: bool, scratch_bytes: int = 2**30
+    query, key, value, config: NSAConfig, *, packed: bool, scratch_bytes: int | None = None
 ) -> FoldPlan | Unsupported:
     """Chooses sizes from shapes and dtypes; `scratch_bytes` is the most memory of a chunk."""
+    if scratch_bytes is None:
+        scratch_bytes = min(MOST_SCRATCH, max(LEAST_SCRATCH, 4 * query.dtype.itemsize * query.size))
     if reason := unsupported_reason(query, key, value, config):
         return Unsupported(reason)
     batch, length, *_ = query.shape
