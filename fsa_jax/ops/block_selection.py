@@ -70,7 +70,7 @@ def choose_blocks(
     if key.shape[1] == 0:  # no kernel takes an empty array
         spec = spec.on(Backend.XLA)
     lse = lse.astype(accumulation_dtype(query))
-    return _select(spec, query, key, lse, *described_arrays(segment_info, windows))[0]
+    return _select(spec, query, key, lse, *to_arrays(segment_info, windows))[0]
 
 
 def all_are_chosen(config: NSAConfig, query, key) -> bool:
@@ -80,20 +80,20 @@ def all_are_chosen(config: NSAConfig, query, key) -> bool:
 
 
 #: Axes of the arrays that describe documents and windows.
-DESCRIBED = {"start": "b t", "end": "b t", "valid": "b t", "first": "b t", "visible": "b t"}
-_OPERANDS = {"query": "b t n d", "key": "b m k d", "lse": "b t n"} | DESCRIBED
+SEGMENT_OPERANDS = {"start": "b t", "end": "b t", "valid": "b t", "first": "b t", "visible": "b t"}
+_OPERANDS = {"query": "b t n d", "key": "b m k d", "lse": "b t n"} | SEGMENT_OPERANDS
 
 
-def described_arrays(segment_info: SegmentInfo, windows: Windows) -> tuple[jax.Array, ...]:
-    """The arrays of which `described` makes the same again."""
+def to_arrays(segment_info: SegmentInfo, windows: Windows) -> tuple[jax.Array, ...]:
+    """Documents and windows as arrays, for `partitioned`."""
     documents = (segment_info.start, segment_info.end, segment_info.valid)
     return *documents, windows.first, windows.visible
 
 
-def described(
+def from_arrays(
     spec: SelectionSpec, start, end, valid, first, visible
 ) -> tuple[SegmentInfo, Windows]:
-    """What `described_arrays` took apart; nobody reads where windows start."""
+    """The inverse of `to_arrays`, but for where windows start, which nobody reads."""
     return SegmentInfo(start, end, valid, packed=spec.packed), Windows(first, first, visible)
 
 
@@ -109,10 +109,10 @@ def select_by_kernels(spec: SelectionSpec, query, key, lse, *arrays):
 
     plan = supported(spec.plan(query, key))
     options = {"config": spec.config, "plan": plan} | spec.options
-    return (passes.select_blocks(query, key, lse, *described(spec, *arrays), **options),)
+    return (passes.select_blocks(query, key, lse, *from_arrays(spec, *arrays), **options),)
 
 
 def select_by_loops(spec: SelectionSpec, query, key, lse, *arrays):
     """The lists of blocks on one device, by loops that XLA compiles."""
     sizes = {"config": spec.config, "scale": spec.scale}
-    return (xla.select_blocks(query, key, lse, *described(spec, *arrays), **sizes),)
+    return (xla.select_blocks(query, key, lse, *from_arrays(spec, *arrays), **sizes),)

@@ -41,23 +41,21 @@ def attend_and_choose(
       windows: the compressed windows of the documents.
     """
     query, key, value = arrays
-    described = segment_info, windows
+    apart = compressed.backend is not selection.backend
     if ranges is None:
         out, lse = empty_results(query, value)
-        return out, lse, choose_blocks(selection, query, key, lse, *described)
-    apart = compressed.backend is not selection.backend
-    if apart or block_selection.all_are_chosen(selection.config, query, key):
+    elif apart or block_selection.all_are_chosen(selection.config, query, key):
         out, lse = range_forward(compressed, ranges, *arrays)
-        return out, lse, choose_blocks(selection, query, key, lse, *described)
-    arrays = (query, key, value, *ranges.keys, *ranges.queries)
-    return _attend_and_choose(
-        (compressed, selection), *arrays, *block_selection.described_arrays(*described)
-    )
+    else:
+        arrays += (*ranges.keys, *ranges.queries)
+        arrays += block_selection.to_arrays(segment_info, windows)
+        return _attend_and_choose((compressed, selection), *arrays)
+    return out, lse, choose_blocks(selection, query, key, lse, segment_info, windows)
 
 
 _OPERANDS = ATTENTION | {
     "low": "b t", "high": "b t", "query_first": "b m", "query_end": "b m",
-} | block_selection.DESCRIBED  # fmt: skip
+} | block_selection.SEGMENT_OPERANDS  # fmt: skip
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -68,7 +66,7 @@ def _attend_and_choose(specs, *arrays):
         from fsa_jax.pallas.compressed_selection import passes
 
         query, key, value, _, _, first, end, *described = arrays
-        segment_info, windows = block_selection.described(selection, *described)
+        segment_info, windows = block_selection.from_arrays(selection, *described)
         return passes.attend_and_choose(
             query, key, value, first < end, segment_info, windows,
             config=selection.config, scale=compressed.scale, plan=plan,

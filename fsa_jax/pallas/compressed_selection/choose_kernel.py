@@ -27,19 +27,22 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from fsa_jax.config import NSAConfig
-from fsa_jax.pallas.compressed_selection.fold import EDGES, KEYS, column_of_block
+from fsa_jax.pallas.compressed_selection.fold import EDGES, KEYS, MOST_STORED, column_of_block
 from fsa_jax.pallas.intrinsics import barrier, call, exp2, iota, load, multiply_add, split, store
 from fsa_jax.pallas.range_attention.hopper_layout import ROWS, WARPGROUPS
+from fsa_jax.pallas.range_attention.hopper_pipeline import PROGRAMS
 from fsa_jax.pallas.tile_sizes import LARGEST, next_power_of_two
 
 #: A warp's lanes, and blocks that follow one another in a lane.
-LANES, EACH = 32, 4
+LANES, EACH = 32, MOST_STORED
 SEGMENT = LANES * EACH
-#: Multiprocessors of an H100 or H200, the most programs of each, and bytes of their scratch memory.
-PROGRAMS, RESIDENT, SCRATCH_BYTES = 132, 32, 2**27
+#: The most programs of a multiprocessor, as many as it runs at once, and the most bytes of the
+#: scratch memory of all of them.
+RESIDENT, SCRATCH_BYTES = 32, 2**27
 #: The most heads whose weights are loaded at once.
 HEADS = 8
-#: Exponents of two numbers of which the smaller one still counts in the sum.
+#: The most by which a tile's row_max may be below that of the tile before, so that what the latter
+#: hands over can be rescaled to it in float32.
 NEAR = 64
 #: Ranks and numbers of blocks are below 2 to these powers.
 RANK_BITS, BLOCK_BITS = 31, 24
@@ -119,13 +122,13 @@ def choose_blocks(
     def compressed_choose_kernel(*refs):
         program = _Program(refs, config, plan)
         units = (program.chunk_ref[1] - program.chunk_ref[0]) * program.of_item
-        number = jax.lax.div(units - program.number + programs - 1, programs)
+        count = jax.lax.div(units - program.number + programs - 1, programs)
 
         def step(i, state):
             program.unit(program.number + i * programs)
             return state
 
-        jax.lax.fori_loop(0, number, step, ())
+        jax.lax.fori_loop(0, count, step, ())
 
     return call(
         compressed_choose_kernel,
@@ -311,7 +314,7 @@ class _Place:
         self.segments = jax.lax.div(jnp.maximum(least, 0), SEGMENT), jax.lax.div(last, SEGMENT) + 1
 
     def over_segments(self, step, state):
-        """Folds step(segment, state) over the segments."""
+        """Runs step(segment, state) for the segments in turn."""
         begin, end = self.segments
         return jax.lax.fori_loop(begin, end, step, state)
 
@@ -339,8 +342,9 @@ class _Place:
                 carry = edge(step - 1, 1, before, 0)
                 factor = exp2(top - row_max) * inverse
                 store(factor_ref.at[program.number, head, tile], factor)
-                # Added before they are multiplied, equal scores stay equal. If the weights are
-                # relative to numbers too far apart for that, those of the tile are negligible.
+                # Added before they are multiplied, equal scores stay equal. That cannot be if the
+                # tile's row_max is far below (masked tiles come first, so it need not rise), nor
+                # one past the last tile, which has none.
                 near = above - top <= NEAR
                 share = jnp.where(near, exp2(above - top), 0.0) * carry
                 share = jnp.where(carry > 0, share, 0.0)
@@ -361,7 +365,7 @@ class _Place:
         tile, block = split(iota(LANES) * EACH, program.per_tile)
         tile += segment * (SEGMENT // program.per_tile)
         exists = (tile < self.count)[None, :]
-        # a multiple of EACH for all to see, so that a lane's blocks are loaded at once
+        # the compiler must see that it is a multiple of EACH to load a lane's blocks at once
         column = column_of_block(block, KEYS // program.per_tile)
         column = (jax.lax.div(column, EACH) * EACH)[None, :] + iota(EACH)[:, None]
         step = (self.step + tile)[None, :]
@@ -394,7 +398,7 @@ class _Place:
 
 
 def _over_heads(group, add, state):
-    """Folds add(head, state) over the heads of a group, some of them at once."""
+    """Runs add(head, state) for the heads of a group in turn, some of them at once."""
     at_once = min(HEADS, group)
 
     def some(i, state):

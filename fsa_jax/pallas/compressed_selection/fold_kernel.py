@@ -24,7 +24,7 @@ class Folding(Forward):
         super().__init__(refs, **shared)
         self.sizes, self.first_step = sizes, first_step
 
-    def place(self, column):
+    def key_of_column(self, column):
         return fold.window_of_column(column)
 
     def begin(self, item):
@@ -33,7 +33,7 @@ class Folding(Forward):
         self.stored = base >= 0
         self.base = jnp.where(self.stored, base - self.first_step, 0) - item.tiles.begin
 
-    def sums(self, item, number, p, row_max):
+    def weigh(self, item, number, p, row_max):
         _, _, _, fold_ref, edge_ref, _ = self.refs
         step = self.base + item.tiles.tile(number)
         many, rest = lax.div(step, jnp.int32(fold.EDGES)), lax.rem(step, jnp.int32(fold.EDGES))

@@ -10,6 +10,7 @@ Shapes: B sequences, T tokens, N query heads, K key/value heads, M window slots.
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import pallas as pl
 
 from fsa_jax.config import NSAConfig
 from fsa_jax.pallas.compressed_selection import fold_kernel
@@ -65,26 +66,28 @@ def attend_and_choose(
     key, value = (read(jnp.where(seen, x, 0), places.slot) for x in (key, value))
     tables = bounds, *(rows_of_tokens(x, group) for x in (low, high))
 
-    numbers = bounds.shape[1]
-    lse = jax.ShapeDtypeStruct((batch, kv_heads, numbers, WARPGROUPS, ROWS), jnp.float32)
-    out, lse = map(jax.empty_ref, (jax.ShapeDtypeStruct(query.shape, query.dtype), lse))
+    def run(refs):
+        *attended, lists_ref = refs
 
-    def step(block_indices, chunk):
-        fold, edges, sums = fold_kernel.attend(
-            chunk, (query, key, value), tables, chunks.base, (out, lse),
-            steps=plan.steps, sizes=(per_block, per_window), scale=scale, interpret=interpret,
-        )  # fmt: skip
-        begin, _, _, end = jnp.unstack(bounds, axis=2)
-        return choose_blocks(
-            chunk, chunks.base, begin, end - begin, places.own, places.first // per_block,
-            fold, edges, sums, block_indices,
-            config=config, plan=plan.choose, interpret=interpret is not None,
-        ), None  # fmt: skip
+        def step(block_indices, chunk):
+            fold, edges, sums = fold_kernel.attend(
+                chunk, (query, key, value), tables, chunks.base, attended,
+                steps=plan.steps, sizes=(per_block, per_window), scale=scale, interpret=interpret,
+            )  # fmt: skip
+            begin, _, _, end = jnp.unstack(bounds, axis=2)
+            return choose_blocks(
+                chunk, chunks.base, begin, end - begin, places.own, places.first // per_block,
+                fold, edges, sums, block_indices,
+                config=config, plan=plan.choose, interpret=interpret is not None,
+            ), None  # fmt: skip
 
-    block_indices = jnp.full((batch, length, kv_heads, config.topk), -1, jnp.int32)
-    if plan.chunks == 1:
-        block_indices, _ = step(block_indices, chunks.spans[0])
-    else:
-        block_indices, _ = jax.lax.scan(step, block_indices, chunks.spans)
-    out, lse = jax.freeze(out), heads_of_rows(jax.freeze(lse), group)
-    return out[:, :length], lse[:, :length], block_indices
+        if plan.chunks == 1:
+            lists_ref[...], _ = step(lists_ref[...], chunks.spans[0])
+        else:
+            lists_ref[...], _ = jax.lax.scan(step, lists_ref[...], chunks.spans)
+
+    out = jax.lax.empty(query.shape, query.dtype)
+    lse = jax.lax.empty((batch, kv_heads, bounds.shape[1], WARPGROUPS, ROWS), jnp.float32)
+    lists = jnp.full((batch, length, kv_heads, config.topk), -1, jnp.int32)
+    out, lse, lists = pl.run_state(run)((out, lse, lists))
+    return out[:, :length], heads_of_rows(lse, group)[:, :length], lists

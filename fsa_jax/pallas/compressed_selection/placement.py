@@ -2,13 +2,13 @@
 
 **Places.** A tile of keys must hold whole blocks, but the windows of a document may follow those of
 the previous one at any slot. So the windows of long documents, whose queries need scores, move up
-to the next multiple of r, the strides of a block. Documents before and after keep their order.
+to a multiple of r, the strides of a block, and the windows after them move up as well.
 
 **Chunks.** A step is a tile of keys of a work item. Items are numbered in the order in which the
 kernels take them, and so are the steps of those that have queries that need scores. A chunk has the
 items whose first steps are in the same part of `size` steps.
 
-Shapes: B sequences, T tokens, K key/value heads, M window slots, M' places, I work items of a key
+Shapes: B sequences, T tokens, K key/value heads, M window slots, P places, I work items of a key
 head of a sequence.
 """
 
@@ -29,7 +29,7 @@ class Places(NamedTuple):
     Attributes:
       own: int32 [B, T], the block of the token within its document, -1 at padding.
       first: int32 [B, T], the place of the first window of the token's document.
-      slot: int32 [B, M'], the slot of the window in each column of each tile, M or more: none.
+      slot: int32 [B, P], the slot of the window in each column of each tile, M or more: none.
     """
 
     own: Int[Array, "B T"]
@@ -38,7 +38,7 @@ class Places(NamedTuple):
 
 
 def most_places(length: int, slots: int, config: NSAConfig, packed: bool) -> int:
-    """M' for sequences of `length` tokens: a multiple of KEYS."""
+    """P for sequences of `length` tokens: a multiple of KEYS."""
     per_block = config.block_size // config.kernel_stride
     # each long document takes up at most r further places; two may be here only in part
     long = length // (config.topk * config.block_size) + 2 if packed and per_block > 1 else 0
@@ -55,7 +55,7 @@ def place_windows(segments: SegmentInfo, windows: Windows, slots: int, config: N
     if not segments.packed:
         slot = jnp.broadcast_to(ordered, (batch, places))
         return Places(own, windows.first, slot)
-    shift = _shifts(segments, windows, own, config)
+    shift = _shifts(segments, windows, config)
     # the shift of a slot is that of the last document whose windows begin there or before
     of_slot = jnp.zeros((batch, slots), jnp.int32)
     at = jnp.where(windows.visible > 0, windows.first, slots)
@@ -67,7 +67,7 @@ def place_windows(segments: SegmentInfo, windows: Windows, slots: int, config: N
     return Places(own, windows.first + shift, slot_at[:, ordered])
 
 
-def _shifts(segments: SegmentInfo, windows: Windows, own, config: NSAConfig):
+def _shifts(segments: SegmentInfo, windows: Windows, config: NSAConfig):
     """By how many places the windows of each token's document move up, int32 [B, T]."""
     per_block = config.block_size // config.kernel_stride
     size = segments.end - segments.start

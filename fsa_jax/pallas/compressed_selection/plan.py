@@ -85,7 +85,9 @@ def make_plan(
     if fit < 1:
         return Unsupported(f"{tiles} tiles of keys need more than {scratch_bytes} bytes")
     if most >= 2**31 - fit:
-        return Unsupported(f"work items times tiles of keys must be below 2**31, got {most}")
+        return Unsupported(
+            f"work items times tiles of keys must be below {2**31 - fit}, got {most}"
+        )
     return FoldPlan(
         chunk_steps=min(fit, most),
         most_tiles=tiles,

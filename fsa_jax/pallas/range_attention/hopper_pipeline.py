@@ -194,7 +194,7 @@ def call_on_rows(
 
 
 def run_program(make_compute, arrays, bounds_ref, kv_heads, group, ring, span=None):
-    """A program of `call_on_rows`: a memory warpgroup and two compute warpgroups walk its items.
+    """A program that owns rows: a memory warpgroup and two compute warpgroups walk its items.
 
     Args:
       make_compute: makes a warpgroup's `Compute` from shared memory and the warpgroup's number.
@@ -414,11 +414,11 @@ class Compute:
     def seen(self, item, step, ranges, shape):
         """Mask of the keys of a step's tile that are in each row's range."""
         column = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=plgpu.Layout.WGMMA)
-        column = item.first_key(step) + self.place(column)
+        column = item.first_key(step) + self.key_of_column(column)
         low, high = (lax.broadcast_in_dim(x, shape, [0]) for x in ranges)
         return (column >= low) & (column < high)
 
-    def place(self, column):
+    def key_of_column(self, column):
         """The place among the keys of a tile of the key that is in a column."""
         return column
 

@@ -99,7 +99,8 @@ class Forward(Compute):
 
             folded, new = self.multiply(p, out, slots(number)[0], slots(number - 1)[1], fold)
             row_max, row_sum, new_p, decay = folded
-            # products read p up to here, so the new p must not be written to its registers before
+            # products read p up to here, so the new p must not be written to its registers before;
+            # it is cast here, since a cast before would be a copy
             _, new_p, new = lax.optimization_barrier((p, new_p, new))
             return row_max, row_sum, new_p.astype(dtype), new * over_columns(decay, new)
 
@@ -126,7 +127,7 @@ class Forward(Compute):
         safe = jnp.where(new_max == -jnp.inf, 0.0, new_max) if masked else new_max
         p = jnp.exp2(logits * factor - over_columns(safe, logits))
         item, number = step
-        added = self.sums(item, number, p, new_max)
+        added = self.weigh(item, number, p, new_max)
         if row_max is None:
             return new_max, added, p, None
         decay = jnp.exp2(row_max - safe)
@@ -135,13 +136,13 @@ class Forward(Compute):
     def begin(self, item):
         """For subclasses: called before the first step of an item."""
 
-    def sums(self, item, number, p, row_max):
-        """The sum of each row of the weights [64, keys] of a step, relative to 2**row_max."""
+    def weigh(self, item, number, p, row_max):
+        """Each row's sum of the weights [64, keys] of a step, relative to 2**row_max."""
         del item, number, row_max
         return jnp.sum(p, axis=1)
 
     def finished(self, item, row_max, row_sum):
-        """For subclasses: the sums of the weights of all steps, relative to 2**row_max."""
+        """For subclasses: called after the last step with each row's maximum and sum of weights."""
 
     def signed(self, logits):
         """The logits, negated if the scale is negative: larger logits then get larger weights."""
