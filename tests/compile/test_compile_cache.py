@@ -63,7 +63,7 @@ def test_a_first_prompt_runs_the_kernels_of_training():
     scratch, _, text = compiled(LENGTH, fresh=True)
     print(f"{scratch / MIB:.0f} MiB")
     assert scratch < 12288 * MIB
-    for kernel in ("hopper_forward", "score", "choose"):
+    for kernel in ("hopper_forward", "compressed_fold", "compressed_choose"):
         assert f"{kernel}_kernel" in text
 
 

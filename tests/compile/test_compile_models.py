@@ -34,16 +34,19 @@ def training_step(config):
 
 
 @pytest.mark.parametrize(
-    ("config", "limit", "ranges"),
-    [(SMALL, 20 * GIB, "range"), (LLAMA_LAYER, 40 * GIB, "hopper")],  # head widths 64 and 128
+    ("config", "limit", "ranges", "selection"),
+    [  # head widths 64 and 128
+        (SMALL, 20 * GIB, "range", ("score", "choose")),
+        (LLAMA_LAYER, 40 * GIB, "hopper", ("compressed_fold", "compressed_choose")),
+    ],
     ids=["small", "llama"],
 )
-def test_memory_of_a_training_step(config, limit, ranges):
+def test_memory_of_a_training_step(config, limit, ranges, selection):
     """The limits are the README's figures, with some margin for other compiler versions."""
     peak, text = training_step(config)
     print(f"{peak / GIB:.1f} GiB")
     assert limit / 3 < peak < limit
-    for kernel in (f"{ranges}_forward", "score", "choose", "backward", f"{ranges}_key_gradient"):
+    for kernel in (f"{ranges}_forward", *selection, "backward", f"{ranges}_key_gradient"):
         assert f"{kernel}_kernel" in text
 
 
