@@ -259,6 +259,7 @@ def test_what_it_serves():
     for query, config, why in (
         (odd, sizes, "query heads per key head must divide 64, got 3"),
         (array, NSAConfig(kernel_size=96), "kernel_size must be at most .* got 96, 64 and 16"),
+        (array, NSAConfig(topk=36), "topk - init_blocks - local_blocks must be .* 32, got 33"),
         (array, NSAConfig(block_size=48), "block_size / kernel_stride must divide 32, got 3"),
     ):
         reason = plan.unsupported_reason(query, key, key, config)

@@ -16,6 +16,8 @@ from fsa_jax.pallas.range_attention import hopper_pipeline
 from fsa_jax.pallas.range_attention.hopper_layout import ROWS, WARPGROUPS
 from fsa_jax.pallas.support import Unsupported
 
+#: The most blocks that are chosen by their scores.
+MOST_FREE = 32
 #: Bytes of a number in the scratch memory.
 _ITEMSIZE = 4
 #: Bounds of the scratch memory, which otherwise is four times that of the queries.
@@ -64,6 +66,9 @@ def unsupported_reason(query, key, value, config: NSAConfig) -> str | None:
             "kernel_size must be at most block_size + kernel_stride, got "
             f"{config.kernel_size}, {config.block_size} and {config.kernel_stride}"
         )
+    free = config.topk - config.init_blocks - config.local_blocks
+    if free > MOST_FREE:  # all candidates are compared with one another
+        return f"topk - init_blocks - local_blocks must be at most {MOST_FREE}, got {free}"
     group = query.shape[2] // key.shape[2]
     if ROWS % group:
         return f"query heads per key head must divide {ROWS}, got {group}"
