@@ -78,6 +78,7 @@ CASES = {
     "no_overlap": Case(sizes=(4, 4, 8), group=2, kv_heads=2),
     "three_strides": Case(sizes=(12, 4, 16), documents=(70, 80)),
     "whole_block": Case(sizes=(8, 8, 8), group=8),
+    "whole_block_packed": Case(sizes=(4, 4, 4), group=8, length=512, documents=(256, 256)),
     "five_strides": Case(sizes=(20, 4, 16), length=160),
     "negative": Case(scale=-0.3, group=32, length=100),
     "many": Case(topk=24, sizes=(8, 4, 8), length=500, group=1),

@@ -52,7 +52,7 @@ def place_windows(segments: SegmentInfo, windows: Windows, slots: int, config: N
     own = jnp.where(segments.valid, segments.position // config.block_size, -1)
     column = jnp.arange(places, dtype=jnp.int32)
     ordered = column // KEYS * KEYS + window_of_column(column % KEYS)
-    if not segments.packed:
+    if not segments.packed or config.block_size == config.kernel_stride:  # aligned as they are
         slot = jnp.broadcast_to(ordered, (batch, places))
         return Places(own, windows.first, slot)
     shift = _shifts(segments, windows, config)

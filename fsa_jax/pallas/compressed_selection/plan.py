@@ -69,6 +69,8 @@ def unsupported_reason(query, key, value, config: NSAConfig) -> str | None:
     free = config.topk - config.init_blocks - config.local_blocks
     if free > MOST_FREE:  # all candidates are compared with one another
         return f"topk - init_blocks - local_blocks must be at most {MOST_FREE}, got {free}"
+    if config.kernel_size - 1 > config.topk * config.block_size:
+        return "queries that need scores must see a window: kernel_size is above topk * block_size"
     group = query.shape[2] // key.shape[2]
     if ROWS % group:
         return f"query heads per key head must divide {ROWS}, got {group}"
